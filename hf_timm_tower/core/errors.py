@@ -1,0 +1,47 @@
+"""Every error this package raises on purpose.
+
+Each also inherits the builtin that fits, so that callers who catch `ValueError` or `OSError` need not know us::
+
+    TowerError
+    +- ConfigError      (ValueError)    a field of the config or an argument of the constructor is wrong
+    +- ArgumentError    (TypeError)     an unknown or contradictory keyword
+    +- HeadError        (ValueError)    a custom head cannot be stored, rebuilt or used
+    |  +- GraphError                    a head cannot be traced to a graph, or a stored graph is refused
+    +- FolderError      (OSError)       a tower's folder cannot be read or written
+    +- FormatError      (ValueError)    a file of a tower is damaged, too large, or of an unknown format version
+    +- WeightsError     (RuntimeError)  weights do not fit the tower: missing, unexpected or wrongly shaped keys
+
+Messages say what was found, what was expected, where, and what to do.
+"""
+
+
+class TowerError(Exception):
+    """Base of all errors of hf_timm_tower."""
+
+
+class ConfigError(TowerError, ValueError):
+    """A field of the config, or a constructor argument, has a value that cannot be used."""
+
+
+class ArgumentError(TowerError, TypeError):
+    """A keyword is unknown, or two arguments contradict each other."""
+
+
+class HeadError(TowerError, ValueError):
+    """A custom head cannot be stored, rebuilt or used."""
+
+
+class GraphError(HeadError):
+    """A head cannot be traced to a graph, or a stored graph is refused by the audit."""
+
+
+class FolderError(TowerError, OSError):
+    """A tower's folder cannot be read or written."""
+
+
+class FormatError(TowerError, ValueError):
+    """A file of a tower is damaged, too large, or of an unknown format version."""
+
+
+class WeightsError(TowerError, RuntimeError):
+    """Weights do not fit the tower: missing, unexpected or wrongly shaped keys."""
