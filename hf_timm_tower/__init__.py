@@ -1,0 +1,67 @@
+"""Any timm backbone plus any head as one Hugging Face Hub model.
+
+Names load on first use, so that importing the package costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+_HOME = {
+    "TimmModel": ".timm_model",
+    "TimmTowerConfig": ".core.config",
+    "Verification": ".core.fingerprint",
+    "register_head": ".core.head",
+    "TowerError": ".core.errors",
+    "ArgumentError": ".core.errors",
+    "ConfigError": ".core.errors",
+    "FolderError": ".core.errors",
+    "FormatError": ".core.errors",
+    "GraphError": ".core.errors",
+    "HeadError": ".core.errors",
+    "WeightsError": ".core.errors",
+}
+
+if TYPE_CHECKING:
+    from .core.config import TimmTowerConfig
+    from .core.errors import (
+        ArgumentError,
+        ConfigError,
+        FolderError,
+        FormatError,
+        GraphError,
+        HeadError,
+        TowerError,
+        WeightsError,
+    )
+    from .core.fingerprint import Verification
+    from .core.head import register_head
+    from .timm_model import TimmModel
+
+__all__ = [
+    "ArgumentError",
+    "ConfigError",
+    "FolderError",
+    "FormatError",
+    "GraphError",
+    "HeadError",
+    "TimmModel",
+    "TimmTowerConfig",
+    "TowerError",
+    "Verification",
+    "WeightsError",
+    "__version__",
+    "register_head",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(home, __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

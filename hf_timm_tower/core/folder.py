@@ -1,0 +1,137 @@
+"""A whole tower to a folder and back: config, weights, fingerprint. Both faces save and load through here."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from .aligned import same_bits
+from .checkpoint import CONFIG_NAME, FINGERPRINT_NAME, read_weights, write_json, write_weights
+from .config import TimmTowerConfig
+from .errors import ConfigError, HeadError, TowerError, WeightsError
+from .fingerprint import make_fingerprint, run_probe
+from .open_folder import OpenFolder, read_folder
+from .staging import staged_folder
+from .trunk import native_size
+
+
+# A config may ask for somewhat more than its weight files hold (buffers, tables); not for another order of size.
+_BUDGET_FACTOR, _BUDGET_SLACK = 4, 2**30
+
+
+@dataclass(frozen=True)
+class TowerFiles:
+    """What a tower's folder holds, read at one moment.
+
+    Attributes:
+        config: The config, validated.
+        weights: Key -> tensor on mapped memory; keys of a tie have one tensor object.
+        fingerprint: The JSON of `fingerprint.json`, None where there is none.
+    """
+
+    config: TimmTowerConfig
+    weights: Mapping[str, torch.Tensor]
+    fingerprint: dict[str, Any] | None
+
+    def budget(self) -> int:
+        """Most bytes that building the tower may ask for."""
+        held = sum(tensor.numel() * tensor.element_size() for tensor in self.weights.values())
+        return _BUDGET_FACTOR * held + _BUDGET_SLACK
+
+
+def read_tower(folder: str | os.PathLike[str]) -> TowerFiles:
+    """Read a tower's folder: JSON and safetensors, nothing else.
+
+    Raises:
+        FolderError: there is no folder or a file is missing.
+        FormatError: a file is damaged, too large or of a newer version.
+        ConfigError: the config does not describe a tower.
+    """
+    config, weights, fingerprint = read_folder(folder, _read)
+    kind = config.get("model_type")
+    if kind != TimmTowerConfig.model_type:
+        raise ConfigError(
+            f"{os.path.join(folder, CONFIG_NAME)}: model_type is {kind!r}, not {TimmTowerConfig.model_type!r}: "
+            "this is not a tower saved by hf_timm_tower."
+        )
+    return TowerFiles(TimmTowerConfig.from_dict(config), weights, fingerprint)
+
+
+def _read(files: OpenFolder) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any] | None]:
+    config = files.read_json(CONFIG_NAME)
+    fingerprint = files.read_json(FINGERPRINT_NAME) if files.has(FINGERPRINT_NAME) else None
+    return config, read_weights(files), fingerprint
+
+
+def save_tower(
+    tower: nn.Module,
+    config: TimmTowerConfig,
+    folder: str | os.PathLike[str],
+    load: Callable[[Path], nn.Module],
+    max_shard_size: int | str,
+) -> dict[str, Any]:
+    """Write a tower beside the folder, load it back, compare the bits, and only then put it in place.
+
+    Args:
+        tower: has `trunk` and `head`; may be on any device, in any mode.
+        config: A completed config whose `head` has its stored form.
+        folder: Where the tower goes; what is there before survives an error and a kill.
+        load: Loads a tower from a folder onto the CPU, in eval mode.
+        max_shard_size: Largest weight file, in bytes or as `"5GB"`.
+
+    Returns:
+        The fingerprint that was written.
+
+    Raises:
+        TowerError: nothing was written: the folder cannot be written, or what was loaded back is not the same.
+    """
+    size = native_size(config)
+    with staged_folder(folder) as staging:
+        write_json(staging / CONFIG_NAME, json.loads(config.to_json_string()))
+        write_weights(staging, tower, max_shard_size)
+        outputs = run_probe(tower, config.in_chans, size)
+        fingerprint = make_fingerprint(outputs, tower, config.in_chans, size)
+        write_json(staging / FINGERPRINT_NAME, fingerprint)
+        again = load(staging)
+        _compare_weights(tower, again)
+        device = next(tower.parameters()).device
+        _compare_outputs(outputs, run_probe(again.to(device), config.in_chans, size), exact=device.type == "cpu")
+    return fingerprint
+
+
+def _compare_weights(tower: nn.Module, again: nn.Module) -> None:
+    ours, theirs = tower.state_dict(), again.state_dict()
+    if set(ours) != set(theirs):
+        odd = sorted(set(ours) ^ set(theirs))
+        raise WeightsError(
+            f"the tower was not saved: built again from its config it has other weights ({len(odd)} keys differ, "
+            f"{', '.join(odd[:4])}). The trunk or head was changed in a way that the config does not know; subclass "
+            "TimmModel and override _create_trunk or _create_head."
+        )
+    changed = [key for key, tensor in ours.items() if not same_bits(tensor.detach().cpu(), theirs[key].detach())]
+    if changed:
+        raise WeightsError(
+            f"the tower was not saved: {len(changed)} tensors came back with other bits ({', '.join(changed[:4])})"
+        )
+
+
+def _compare_outputs(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], exact: bool) -> None:
+    if set(ours) != set(theirs):
+        raise HeadError(f"the tower was not saved: loaded back it gives {sorted(theirs)}, not {sorted(ours)}")
+    for path, tensor in ours.items():
+        back = theirs[path]
+        if same_bits(tensor, back):
+            continue
+        close = tensor.shape == back.shape and torch.allclose(tensor, back, rtol=1e-4, atol=1e-5, equal_nan=True)
+        if exact or not close:
+            difference = (tensor.double() - back.double()).abs().max().item() if tensor.shape == back.shape else "shape"
+            raise TowerError(
+                f"the tower was not saved: loaded back it gives other numbers at output {path or 'the embedding'} "
+                f"(largest difference {difference}). The trunk or head holds something that neither its config nor its "
+                "state dict knows; subclass TimmModel and override _create_trunk or _create_head."
+            )

@@ -1,0 +1,162 @@
+"""Arguments of `timm.create_model` as JSON, and back.
+
+A class value (`act_layer=nn.SiLU`, `mlp_layer=timm.layers.SwiGLUPacked`) is stored by name and looked up in an
+allow-list, the public classes of `torch.nn` and `timm.layers`; nothing is ever imported by name. A
+`functools.partial` over such a class keeps its keyword arguments. A tower is always built from the decoded form,
+so that what was built first is what is rebuilt later.
+"""
+
+from functools import lru_cache, partial
+from typing import Any
+
+import timm.layers
+import torch.nn as nn
+
+from .errors import ConfigError
+
+MAX_DEPTH = 8
+MAX_ITEMS = 4096
+MAX_INT = 2**31
+CLASS_KEY = "class"
+
+# What would read files, fetch weights, or change what kind of object comes back. The tower sets some of them itself.
+FORBIDDEN = {
+    "pretrained": "pass pretrained=True to TimmModel",
+    "pretrained_cfg": "the tower keeps its preprocessing in config.preprocess",
+    "pretrained_cfg_overlay": "the tower keeps its preprocessing in config.preprocess",
+    "pretrained_model_args": "it describes a source checkpoint",
+    "pretrained_strict": "it loosens the loading of weights",
+    "pretrained_filter_fn": "it is code",
+    "checkpoint_path": "load the weights into tower.trunk instead",
+    "cache_dir": "pass it to the call that downloads",
+    "file": "it names a file to read",
+    "url": "it names a file to fetch",
+    "hf_hub_id": "it names a repository to fetch",
+    "features_only": "use tower.forward_intermediates",
+    "out_indices": "use tower.forward_intermediates",
+    "feature_cls": "use tower.forward_intermediates",
+    "feature_cfg": "use tower.forward_intermediates",
+    "model_cfg": "give the architecture's name and its arguments",
+    "device": "move the tower with tower.to(device)",
+    "dtype": "cast the tower with tower.to(dtype)",
+    "num_classes": "the head follows embed_dim",
+    "global_pool": "use the tower's pool argument",
+    "img_size": "use the tower's image_size argument",
+    "drop_path": "use the tower's drop_path argument, or drop_path_rate here",
+}
+
+# Arguments that say how a trunk that already exists was made. Only `TimmModel.from_trunk` records them.
+FROM_TRUNK = ("num_classes", "global_pool")
+
+
+@lru_cache(maxsize=1)
+def allowed_classes() -> dict[str, type[nn.Module]]:
+    """Full name -> class, for every public module class of `torch.nn` and `timm.layers`."""
+    table: dict[str, type[nn.Module]] = {}
+    for prefix, module in (("torch.nn", nn), ("timm.layers", timm.layers)):
+        for name in dir(module):
+            value = getattr(module, name)
+            if isinstance(value, type) and issubclass(value, nn.Module) and not name.startswith("_"):
+                table[f"{prefix}.{name}"] = value
+    return table
+
+
+@lru_cache(maxsize=1)
+def _class_names() -> dict[type[nn.Module], str]:
+    names: dict[type[nn.Module], str] = {}
+    for name, cls in allowed_classes().items():
+        if cls not in names or name.rsplit(".", 1)[1] == cls.__name__:
+            names[cls] = name
+    return names
+
+
+def encode(value: Any, where: str, depth: int = 0) -> Any:
+    """A Python value -> JSON.
+
+    Args:
+        value: None, bool, int, float, str, an allowed class, a partial over one, or lists, tuples and dicts of these.
+        where: name of the field, for messages.
+
+    Raises:
+        ConfigError: a value that cannot be stored, with its place.
+    """
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"{where}: nested deeper than {MAX_DEPTH} levels")
+    if value is None or isinstance(value, (bool, str, float)):
+        return value
+    if isinstance(value, int):
+        if abs(value) >= MAX_INT:
+            raise ConfigError(f"{where}={value}: integers must stay below 2**31")
+        return value
+    if isinstance(value, (list, tuple)):
+        return [encode(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
+    if isinstance(value, dict):
+        if CLASS_KEY in value:
+            _lookup(value, where)  # already encoded: checked, then kept
+        for key in value:
+            if not isinstance(key, str):
+                raise ConfigError(f"{where}: keys must be strings, found {key!r}")
+        return {key: encode(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
+    if isinstance(value, partial) and isinstance(value.func, type) and not value.args:
+        encoded = encode(value.func, where, depth)
+        encoded["kwargs"] = encode(dict(value.keywords), f"{where}.kwargs", depth + 1)
+        return encoded
+    if isinstance(value, type):
+        name = _class_names().get(value)
+        if name is not None:
+            return {CLASS_KEY: name}
+        raise ConfigError(
+            f"{where}={value.__module__}.{value.__qualname__}: only public module classes of torch.nn and timm.layers "
+            "can be stored by name. Build the trunk yourself and override TimmModel._create_trunk, or use one of those."
+        )
+    raise ConfigError(
+        f"{where}={value!r} ({type(value).__name__}) cannot be stored in config.json: use None, bool, int, float, str, "
+        "lists, dicts, or module classes of torch.nn and timm.layers (functools.partial with keywords too)."
+    )
+
+
+def decode(value: Any, where: str, depth: int = 0) -> Any:
+    """JSON -> the Python value that `timm.create_model` is given; lists become tuples.
+
+    Raises:
+        ConfigError: a class that is not on the allow-list, or a malformed entry.
+    """
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"{where}: nested deeper than {MAX_DEPTH} levels")
+    if isinstance(value, (list, tuple)):
+        if len(value) > MAX_ITEMS:
+            raise ConfigError(f"{where}: {len(value)} items, at most {MAX_ITEMS} are read")
+        return tuple(decode(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value))
+    if isinstance(value, dict):
+        if CLASS_KEY in value:
+            cls = _lookup(value, where)
+            keywords = value.get("kwargs")
+            if keywords:
+                return partial(cls, **{k: decode(v, f"{where}.kwargs.{k}", depth + 2) for k, v in keywords.items()})
+            return cls
+        return {key: decode(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
+    return encode(value, where, depth)
+
+
+def _lookup(value: dict[str, Any], where: str) -> type[nn.Module]:
+    name = value[CLASS_KEY]
+    extra = sorted(set(value) - {CLASS_KEY, "kwargs"})
+    if extra or not isinstance(value.get("kwargs", {}), dict):
+        raise ConfigError(f"{where}: a class entry has 'class' and maybe 'kwargs' (a dict), found {sorted(value)}")
+    cls = allowed_classes().get(name) if isinstance(name, str) else None
+    if cls is None:
+        raise ConfigError(f"{where}: class {name!r} is not a public module class of torch.nn or timm.layers")
+    return cls
+
+
+def check_names(model_args: dict[str, Any], *, from_trunk: bool) -> None:
+    """Refuse arguments that fetch, read files, or belong to another argument of the tower.
+
+    Raises:
+        ConfigError: names the argument and what to use instead.
+    """
+    for name in model_args:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ConfigError(f"model_args: {name!r} is not the name of an argument")
+        if name in FORBIDDEN and not (from_trunk and name in FROM_TRUNK):
+            raise ConfigError(f"model_args: {name!r} is not accepted here: {FORBIDDEN[name]}.")

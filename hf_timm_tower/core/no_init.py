@@ -1,0 +1,72 @@
+"""Construct a module without initialising its parameters.
+
+timm's constructors spend most of their time in random initialisation that a checkpoint overwrites at once. Inside
+`no_init()` every in-place write into an `nn.Parameter` is left out, and nothing else: buffers and tensors computed
+in the constructor are real, which the meta device cannot offer (relative position indices, rotary tables, attention
+biases). Memory of the parameters is reserved, not touched.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.overrides import TorchFunctionMode
+
+from .errors import ConfigError
+
+_FACTORIES = {
+    torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye,
+    torch.arange, torch.linspace, torch.tensor,
+}  # fmt: skip
+# One tensor costs Python time even if it is tiny, so that a config with a million layers ends as well.
+_LEAST_CHARGE = 4096
+
+
+class _SkipInit(TorchFunctionMode):
+    def __init__(self, budget: int | None) -> None:
+        super().__init__()
+        self.budget = budget
+        self.spent = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # functions of torch.nn.init pass their target by keyword when they come through here
+        target = args[0] if args else kwargs.get("tensor")
+        if isinstance(target, nn.Parameter):
+            name = getattr(func, "__name__", "")
+            if name.endswith("_") and not name.endswith("__") and name != "requires_grad_":
+                return target
+        if self.budget is not None and func in _FACTORIES:
+            self._charge(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _charge(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if func is torch.tensor:
+            size = 0
+        else:
+            shape_only = func(*args, **{**kwargs, "device": "meta"})
+            size = shape_only.numel() * shape_only.element_size()
+        self.spent += max(size, _LEAST_CHARGE)
+        if self.budget is not None and self.spent > self.budget:
+            raise ConfigError(
+                f"the config asks for a model of more than {self.budget / 2**30:.2f} GiB, which its weight files do "
+                "not hold: refused before it is built. The config does not belong to these weights."
+            )
+
+
+@contextmanager
+def no_init(budget: int | None = None) -> Iterator[None]:
+    """Leave out every in-place write into a parameter, and leave torch's random state as it was.
+
+    Args:
+        budget: Most bytes that the constructor may ask for, None for no limit.
+
+    Raises:
+        ConfigError: the budget is exceeded.
+    """
+    with torch.random.fork_rng(devices=[]), _SkipInit(budget):
+        yield

@@ -1,0 +1,654 @@
+"""`TimmModel`: any timm trunk plus any head, with open_clip's signature and weight keys."""
+
+import copy
+import inspect
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import timm
+import torch
+import torch.nn as nn
+from huggingface_hub import PyTorchModelHubMixin
+
+from .core.assign import assign_weights
+from .core.config import TimmTowerConfig, check_size
+from .core.errors import ArgumentError, ConfigError, FolderError, HeadError, TowerError
+from .core.fingerprint import Verification, compare, run_probe
+from .core.folder import read_tower, save_tower
+from .core.head import CustomHead, builtin_head, make_custom_head, rebuild_head, store_head
+from .core.image_processing import make_transform
+from .core.no_init import no_init
+from .core.pools import PoolRefused
+from .core.tower import (
+    arrange,
+    check_embedding,
+    complete,
+    head_example,
+    head_input,
+    make_builtin,
+    run_head,
+    with_offers,
+)
+from .core.trunk import BUILD_ERRORS, create_trunk, describe_trunk, remove_classifier
+from .finetuning import keeps_statistics, lock_trunk, summary_table
+from .hub import fetch_tower
+
+# Form of a custom head that lives in memory only; saving puts a form that can be stored in its place.
+_LIVE = "live"
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What a constructor that rebuilds a stored tower takes instead of its arguments."""
+
+    config: TimmTowerConfig
+    custom_head: CustomHead | None
+
+
+_REBUILDING: ContextVar[_Stored | None] = ContextVar("rebuilding", default=None)
+
+
+class TimmModel(nn.Module, PyTorchModelHubMixin):
+    """A timm trunk and a head as one model: image `[B, in_chans, H, W]` in, embedding `[B, embed_dim]` out.
+
+    Args:
+        model_name: A name of timm's registry, with or without a pretrained tag.
+        embed_dim: Width of the embedding; None where it follows (`proj="none"`, a custom head).
+        image_size: Height and width in pixels, an int for a square, None for the trunk's native size. The trunk is
+            built for it where it has a fixed size (position embeddings are resampled from pretrained weights).
+        pool: What the trunk offers (`avg`, `max`, `token`, `map`, ...), `abs_attn`, `rot_attn`, `token_avg` (class
+            token and mean of patch tokens side by side), `default` (the trunk's own) or `none` (features as they
+            are). None is `none`; `""` is `default` with a built-in projection and `none` with a custom head.
+        proj: `linear`, `mlp`, `none`, or None/`""`: the trunk's own classifier is the projection.
+        proj_bias: Whether the projection's last layer has a bias.
+        drop: Dropout probability of the projection.
+        drop_path: Stochastic depth rate of the trunk.
+        patch_drop: Patch dropout rate of the trunk.
+        pretrained: Fetch timm's pretrained weights for the trunk.
+        custom_head: A module, or a class, callable or registered name that is called with `(in_features,
+            embed_dim)`. It gets what the pool leaves: `[B, C]`, `[B, N, C]` or `[B, C, H, W]`, and may return a
+            tensor, a tuple or a dict.
+        model_kwargs: Further arguments of `timm.create_model` (`in_chans`, layers by class, ...).
+
+    Raises:
+        ConfigError: an argument has a value that cannot be used.
+        ArgumentError: arguments that contradict each other, or that timm does not take.
+        HeadError: the custom head does not fit what the pool leaves, or gives another width than `embed_dim`.
+    """
+
+    config: TimmTowerConfig
+    trunk: nn.Module
+    head: nn.Module
+
+    def __init__(
+        self,
+        model_name: str,
+        embed_dim: int | None = None,
+        image_size: int | Sequence[int] | None = None,
+        pool: str | None = "avg",
+        proj: str | None = "linear",
+        proj_bias: bool = False,
+        drop: float = 0.0,
+        drop_path: float | None = None,
+        patch_drop: float | None = None,
+        pretrained: bool = False,
+        custom_head: CustomHead | None = None,
+        *,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        stored = _REBUILDING.get()
+        if stored is not None:
+            self._assemble(stored.config, stored.custom_head)
+            return
+        custom = custom_head is not None or _overrides(type(self), "_create_head")
+        if custom and proj not in ("linear", "none", None, ""):
+            raise ArgumentError(f"proj={proj!r} and a custom head contradict each other: the custom head projects")
+        model_args = dict(model_kwargs or {})
+        in_chans = model_args.pop("in_chans", 3)
+        for name, rate in (("drop_path_rate", drop_path), ("patch_drop_rate", patch_drop)):
+            if rate is not None and model_args.setdefault(name, rate) != rate:
+                raise ArgumentError(f"{name} is given twice, as {rate} and in model_kwargs as {model_args[name]}")
+        config = TimmTowerConfig(
+            architecture=model_name,
+            model_args=model_args,
+            image_size=list(image_size) if isinstance(image_size, Sequence) else image_size,
+            in_chans=in_chans,
+            pool={None: "none", "": "none" if custom else "default"}.get(pool, pool),
+            proj="none" if custom else proj,
+            proj_bias=proj_bias,
+            drop=drop,
+            embed_dim=embed_dim,
+            head={"form": _LIVE} if custom else None,
+        )
+        self._assemble(config, custom_head, pretrained=pretrained)
+
+    def _assemble(self, config: TimmTowerConfig, custom_head: CustomHead | None, pretrained: bool = False) -> None:
+        if custom_head is not None and config.pool in ("abs_attn", "rot_attn"):
+            raise ArgumentError(f"pool={config.pool!r} is itself a head with weights; a custom head takes pool='none'")
+        self.config = config
+        try:
+            trunk = self._create_trunk(pretrained=pretrained)
+        except PoolRefused as error:
+            raise with_offers(error, config) from error
+        self._add_head(trunk, custom_head)
+
+    def _add_head(self, trunk: nn.Module, custom_head: CustomHead | None) -> None:
+        fresh = self.config.num_features is None
+        example = None
+        if fresh:
+            self.config, output = complete(self.config, trunk)
+            if self.config.head is not None:
+                example = head_input(self.config, trunk, output)
+        assert self.config.num_features is not None
+        self.trunk = trunk
+        self._custom_head = custom_head
+        self.head = self._create_head(self.config.num_features, self.config.embed_dim)
+        del self._custom_head
+        if self.config.head is not None and example is not None:
+            self.config.embed_dim = check_embedding(self.config, self.head, example)
+        if self.config.head is not None:
+            self.config.head.setdefault("class", type(self.head).__name__)
+        self._arrangement = arrange(self.config, trunk)
+        self._frozen_statistics: frozenset[str] = frozenset()
+        self._fingerprint: dict[str, Any] | None = None
+
+    def _create_trunk(self, pretrained: bool = False) -> nn.Module:
+        """Make the trunk that `self.config` describes. Override to change it; the subclass is then needed to load.
+
+        Args:
+            pretrained: Fetch timm's weights; False when a stored tower is rebuilt.
+        """
+        return create_trunk(self.config, pretrained=pretrained)
+
+    def _create_head(self, in_features: int, embed_dim: int | None) -> nn.Module:
+        """Make the head. Override to give a class of towers its own.
+
+        Args:
+            in_features: Channels of what the pool leaves.
+            embed_dim: As in the config.
+        """
+        if self._custom_head is not None:
+            return make_custom_head(self._custom_head, in_features, embed_dim)
+        if self.config.head is not None:
+            return rebuild_head(self.config.head)
+        head, self.config.embed_dim = make_builtin(self.config)
+        return head
+
+    @classmethod
+    def from_config(cls, config: TimmTowerConfig, custom_head: CustomHead | None = None) -> Self:
+        """A tower with fresh random weights.
+
+        Args:
+            config: Completed or not; it is copied.
+            custom_head: Takes the place of the head that the config stores.
+
+        Raises:
+            TowerError: as the constructor.
+        """
+        config = copy.deepcopy(config)
+        if custom_head is not None and config.head is None:
+            config.head, config.proj, config.num_features = {"form": _LIVE}, "none", None
+        tower = cls._rebuild(config, custom_head)
+        return tower.train()
+
+    @classmethod
+    def from_trunk(
+        cls,
+        trunk: nn.Module,
+        embed_dim: int | None = None,
+        pool: str | None = "default",
+        proj: str | None = "linear",
+        proj_bias: bool = False,
+        drop: float = 0.0,
+        custom_head: CustomHead | None = None,
+    ) -> Self:
+        """Wrap a timm model that exists already, with its weights. Its classifier is removed in place.
+
+        Args:
+            trunk: From `timm.create_model`; its arguments, input size and changes since are read back from it.
+            embed_dim: As in the constructor, like all further arguments. With `proj=None` the model's own classifier
+                is kept as the projection.
+            pool: As in the constructor.
+            proj: As in the constructor.
+            proj_bias: As in the constructor.
+            drop: As in the constructor.
+            custom_head: As in the constructor.
+
+        Raises:
+            ConfigError: timm cannot tell how the model was made, or building it again gives other weights.
+        """
+        custom = custom_head is not None or _overrides(cls, "_create_head")
+        described = describe_trunk(trunk)
+        config = TimmTowerConfig(
+            **described,
+            pool={None: "none", "": "none" if custom else "default"}.get(pool, pool),
+            proj="none" if custom else proj,
+            proj_bias=proj_bias,
+            drop=drop,
+            embed_dim=embed_dim,
+            head={"form": _LIVE} if custom else None,
+            classifier="reset",
+        )
+        _same_weights_again(trunk, config)
+        tower = cls.__new__(cls)
+        nn.Module.__init__(tower)
+        tower.config = config
+        try:
+            remove_classifier(trunk, config)
+            tower._add_head(trunk, custom_head)
+        except PoolRefused as error:
+            raise with_offers(error, config) from error
+        return tower
+
+    @classmethod
+    def _rebuild(cls, config: TimmTowerConfig, custom_head: CustomHead | None) -> Self:
+        """Run the constructor on a config instead of arguments; a subclass gets the arguments that it added."""
+        arguments: dict[str, Any] = dict(config.tower_kwargs or {})
+        accepted = inspect.signature(cls.__init__).parameters
+        for name, value in (("model_name", config.architecture), ("embed_dim", config.embed_dim)):
+            if name in accepted:
+                arguments.setdefault(name, value)
+        token = _REBUILDING.set(_Stored(config, custom_head))
+        try:
+            return cls(**arguments)
+        except TypeError as error:
+            if "argument" in str(error) and cls is not TimmModel:
+                raise ArgumentError(f"{cls.__name__} cannot be built again from {arguments}: {error}") from error
+            raise
+        finally:
+            _REBUILDING.reset(token)
+
+    # --- running
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """Images `[B, in_chans, H, W]` -> the embedding `[B, embed_dim]`, or whatever a custom head returns."""
+        return run_head(self.head, self._arrangement, self.trunk(x))
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images `[B, in_chans, H, W]` -> the trunk's unpooled features, in the trunk's own layout."""
+        return self.trunk.forward_features(x)  # type: ignore[operator,no-any-return]
+
+    def forward_head(self, features: torch.Tensor) -> Any:
+        """Features of `forward_features` -> what `forward` gives."""
+        return run_head(self.head, self._arrangement, self.trunk.forward_head(features))  # type: ignore[operator]
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        stop_early: bool = False,
+        normalize_intermediates: bool = False,
+        intermediates_only: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        output_extra_tokens: bool = False,
+    ) -> dict[str, Any]:
+        """Features of inner layers, with open_clip's arguments and keys.
+
+        Args:
+            x: Images `[B, in_chans, H, W]`.
+            indices: The last n if an int, all if None, those listed otherwise.
+            stop_early: Do not run layers past the last one wanted (only with `intermediates_only`).
+            normalize_intermediates: Run the trunk's final norm over each.
+            intermediates_only: Leave out the embedding.
+            output_fmt: Layout of the intermediates.
+            output_extra_tokens: Give the prefix tokens too.
+
+        Returns:
+            `image_intermediates` (list), `image_intermediates_prefix` (list, where asked for), and `image_features`
+            (the embedding) unless `intermediates_only`.
+
+        Raises:
+            ConfigError: this trunk has no intermediates in timm.
+        """
+        if not hasattr(self.trunk, "forward_intermediates"):
+            raise ConfigError(f"{type(self.trunk).__name__} has no forward_intermediates in timm {timm.__version__}")
+        extra = {"return_prefix_tokens": True} if output_extra_tokens else {}
+        output = self.trunk.forward_intermediates(  # type: ignore[operator]
+            x,
+            indices=indices,
+            intermediates_only=intermediates_only,
+            norm=normalize_intermediates,
+            stop_early=stop_early,
+            output_fmt=output_fmt,
+            **extra,
+        )
+        found: dict[str, Any] = {}
+        intermediates = output if intermediates_only else output[1]
+        if output_extra_tokens and intermediates and isinstance(intermediates[0], tuple):
+            found["image_intermediates_prefix"] = [prefix for _, prefix in intermediates]
+            intermediates = [spatial for spatial, _ in intermediates]
+        found["image_intermediates"] = intermediates
+        if not intermediates_only:
+            found["image_features"] = self.forward_head(output[0])
+        return found
+
+    def transform(self, is_training: bool = False, **kwargs: Any) -> Callable[[Any], Any]:
+        """timm's own transform for this tower: PIL image -> `[in_chans, H, W]`. See `core/image_processing.py`."""
+        return make_transform(self.config, is_training, **kwargs)
+
+    # --- changing
+
+    def set_input_size(self, image_size: int | Sequence[int]) -> None:
+        """Change the input size; position embeddings are resampled by timm, the transform follows.
+
+        Args:
+            image_size: Pixels, an int or (height, width).
+
+        Raises:
+            ConfigError: the trunk does not run at this size. The tower is as before where timm's own method refuses.
+        """
+        size = check_size("image_size", image_size if isinstance(image_size, int) else list(image_size))
+        config = copy.deepcopy(self.config)
+        config.image_size = size
+        if hasattr(self.trunk, "set_input_size"):
+            try:
+                self.trunk.set_input_size(img_size=tuple(size))  # type: ignore[operator]
+            except BUILD_ERRORS as error:
+                raise ConfigError(f"{config.architecture} cannot take image_size={size}: {error}") from error
+            now = describe_trunk(self.trunk)["model_args"]
+            kept = {key: now[key] for key in now if key not in ("num_classes", "global_pool")}
+            config.model_args = {**(config.model_args or {}), **kept}
+        self.config, _ = complete(config, self.trunk)
+        self._arrangement = arrange(self.config, self.trunk)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations in the backward pass instead of keeping them.
+
+        Raises:
+            ConfigError: the trunk does not support it.
+        """
+        try:
+            self.trunk.set_grad_checkpointing(enable)  # type: ignore[operator]
+        except (AttributeError, AssertionError) as error:
+            raise ConfigError(
+                f"{type(self.trunk).__name__} does not support gradient checkpointing: {error}"
+            ) from error
+
+    def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """Freeze the trunk; the head stays trainable.
+
+        Args:
+            unlocked_groups: Layer groups of the trunk, counted from the output, that stay trainable.
+            freeze_bn_stats: Keep the running statistics of the frozen part, also through later `.train()` calls.
+
+        Raises:
+            ArgumentError: more groups than the trunk has.
+        """
+        frozen = lock_trunk(self.trunk, unlocked_groups)
+        names = [name for name, module in self.trunk.named_modules() if name in frozen and keeps_statistics(module)]
+        self._frozen_statistics = frozenset(names if freeze_bn_stats else ())
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """As `nn.Module.train`, except that statistics frozen by `lock` stay in eval mode."""
+        super().train(mode)
+        for name in self._frozen_statistics:
+            self.trunk.get_submodule(name).eval()
+        return self
+
+    def summary(self) -> str:
+        """A table of the parts with their parameters; print it."""
+        head = type(self.head).__name__ if self.config.head is None else self.config.head.get("class", "custom")
+        size = self.config.image_size
+        return (
+            f"{type(self).__name__}: {self.config.architecture}, pool={self.config.pool}, head={head}, "
+            f"image {self.config.in_chans} x {size[0]} x {size[1]} -> {self.config.embed_dim}\n" + summary_table(self)  # type: ignore[index]
+        )
+
+    # --- saving and loading
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        max_shard_size: int | str = "5GB",
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """Save config, weights and fingerprint, load them back, compare, and put them in place at once.
+
+        Args:
+            save_directory: A folder, existing or not; files in it that are not the tower's are kept.
+            max_shard_size: Largest weight file, in bytes or as `"5GB"`.
+            push_to_hub: Push as well.
+            repo_id: Where to push; the folder's name by default.
+            push_to_hub_kwargs: For `push_to_hub`.
+
+        Returns:
+            The commit's address where pushed, else None.
+
+        Raises:
+            HeadError: the head cannot be stored in any form; nothing was written.
+            FolderError: the folder cannot be written; what was there before is whole.
+        """
+        if push_to_hub_kwargs and not push_to_hub:
+            unset = {key: value for key, value in push_to_hub_kwargs.items() if value is not None}
+            if unset:
+                raise ArgumentError(f"save_pretrained: unknown keyword {', '.join(sorted(unset))}")
+        stored = self._storable_config()
+        self._fingerprint = save_tower(self, stored, save_directory, type(self)._from_folder, max_shard_size)
+        if not push_to_hub:
+            return None
+        return str(self.push_to_hub(repo_id or Path(save_directory).resolve().name, **push_to_hub_kwargs))
+
+    def _storable_config(self) -> TimmTowerConfig:
+        stored = copy.deepcopy(self.config)
+        cls = type(self)
+        if stored.head is None and repr(self.head) != repr(builtin_head(stored)):
+            # somebody put another head, or other layers into the built-in one
+            stored.head, stored.proj = {"form": _LIVE, "class": type(self.head).__name__}, "none"
+        if stored.head is not None and _overrides(cls, "_create_head"):
+            stored.head = {"form": "subclass", "class": type(self.head).__name__}
+        elif stored.head is not None:
+            head = _on_cpu(self.head)
+            name = stored.head.get("class")
+            stored.head = store_head(head, head_example(stored, self.trunk).to(_float_dtype(head)))
+            stored.head.setdefault("class", name or type(head).__name__)
+        needed = [step for step in _STEPS if _overrides(cls, step)]
+        stored.tower_class = cls.__name__ if needed else None
+        stored.tower_kwargs = self._added_arguments() or None
+        return stored
+
+    def _added_arguments(self) -> dict[str, Any]:
+        """Arguments that a subclass adds to the constructor, as it was called; they must be JSON."""
+        own = inspect.signature(TimmModel.__init__).parameters
+        given: dict[str, Any] = dict(self._hub_mixin_config or {})  # type: ignore[arg-type]  # a dict for towers
+        added: dict[str, Any] = {}
+        for name, parameter in inspect.signature(type(self).__init__).parameters.items():
+            if name in own or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                continue
+            if name in given:
+                added[name] = given[name]
+            elif parameter.default is parameter.empty:
+                raise HeadError(
+                    f"{type(self).__name__}.__init__ has an argument {name!r} whose value is not JSON: it cannot be "
+                    "stored, so the tower could not be built again. Nothing was written."
+                )
+        return added
+
+    @classmethod
+    def _from_folder(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        custom_head: CustomHead | None = None,
+        strict: bool = True,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> Self:
+        files = read_tower(folder)
+        cls._check_class(files.config, folder)
+        with no_init(budget=files.budget()):
+            tower = cls._rebuild(files.config, custom_head)
+        weights = files.weights if strict else _without_strangers(files.weights, tower, folder)
+        assign_weights(tower, weights, source=str(folder), dtype=dtype, device=device)
+        tower._fingerprint = files.fingerprint
+        return tower.eval()
+
+    @classmethod
+    def _check_class(cls, config: TimmTowerConfig, folder: str | os.PathLike[str]) -> None:
+        if config.tower_class is not None and not any(base.__name__ == config.tower_class for base in cls.__mro__):
+            raise ConfigError(
+                f"{folder}: this tower was saved by {config.tower_class}, a subclass of TimmModel that changes how it "
+                f"is built or run. Load it with {config.tower_class}.from_pretrained(...), not {cls.__name__}."
+            )
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        subfolder: str | None = None,
+        device: str | torch.device | None = None,
+        map_location: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+        strict: bool = True,
+        custom_head: CustomHead | None = None,
+        trust_remote_code: bool = False,
+        verify: bool = False,
+        image_size: int | Sequence[int] | None = None,
+    ) -> Self:
+        """Load a tower from a folder or a repository, in eval mode. Reads JSON and safetensors, runs nobody's code.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or a repository's id.
+            revision: Branch, tag or commit of the repository.
+            token: For private and gated repositories.
+            cache_dir: Where downloads are kept.
+            force_download: Download again.
+            local_files_only: Do not go to the network.
+            subfolder: Folder inside the repository or folder.
+            device: Where the tower goes; `map_location` is another name of it.
+            map_location: See `device`.
+            dtype: Cast floating-point weights; None keeps what was saved.
+            strict: False ignores weights in the files that the tower has no place for, and lists them in a warning.
+                Missing weights are an error in any case.
+            custom_head: Takes the place of the stored head; checked against the weights key by key, and against the
+                fingerprint.
+            trust_remote_code: Reserved for heads stored as code, which this version does not read.
+            verify: Run the probe and raise unless the numbers are those of the saved tower within tolerance.
+            image_size: Change the input size after loading, as `set_input_size`.
+
+        Raises:
+            FolderError, FormatError, WeightsError, ConfigError, HeadError: by what is wrong with the folder.
+        """
+        if device is not None and map_location is not None and torch.device(device) != torch.device(map_location):
+            raise ArgumentError(f"device={device} and map_location={map_location} contradict each other")
+        folder = fetch_tower(
+            pretrained_model_name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            subfolder=subfolder,
+        )
+        target = device if device is not None else map_location
+        tower = cls._from_folder(folder, custom_head=custom_head, strict=strict, dtype=_as_dtype(dtype), device=target)
+        if custom_head is not None:
+            tower._check_given_head(dtype is None)
+        if verify:
+            found = tower.verify()
+            if found.status == "different":
+                raise TowerError(
+                    f"{pretrained_model_name_or_path} does not give the numbers it was saved with: {found}"
+                )
+        if image_size is not None:
+            tower.set_input_size(image_size)
+        return tower
+
+    def _check_given_head(self, same_dtype: bool) -> None:
+        """A head of another class may have the same weights; the fingerprint tells them apart."""
+        if self._fingerprint is None or not same_dtype:
+            return
+        found = self.verify()
+        if found.status == "different":
+            raise HeadError(
+                f"custom_head={type(self.head).__name__} takes the stored weights but gives other numbers than the "
+                f"saved head ({found}). To change the head on purpose, load the tower and set tower.head."
+            )
+
+    def verify(self) -> Verification:
+        """Whether the tower gives the numbers that it was saved with, on this timm, torch and device.
+
+        Raises:
+            FolderError: it was neither saved nor loaded yet, or its folder has no fingerprint.
+        """
+        if self._fingerprint is None:
+            raise FolderError("this tower has no fingerprint: it was neither saved nor loaded, or its folder has none")
+        size: list[int] = list(self.config.image_size)  # type: ignore[arg-type]
+        return compare(self._fingerprint, self, run_probe(self, self.config.in_chans, size))
+
+
+# Steps of a tower that a subclass may replace; the stored tower then needs that subclass.
+_STEPS = ("_create_trunk", "_create_head", "forward", "forward_features", "forward_head", "__init__")
+
+
+def _overrides(cls: type[TimmModel], name: str) -> bool:
+    return getattr(cls, name) is not getattr(TimmModel, name)
+
+
+def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if not isinstance(dtype, str):
+        return dtype
+    found = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise ArgumentError(f"dtype={dtype!r} is not the name of a torch dtype")
+    return found
+
+
+def _without_strangers(
+    weights: Mapping[str, torch.Tensor], tower: nn.Module, folder: str | os.PathLike[str]
+) -> dict[str, torch.Tensor]:
+    places = tower.state_dict().keys()
+    strangers = sorted(set(weights) - set(places))
+    if strangers:
+        warnings.warn(
+            f"{folder}: strict=False ignores {len(strangers)} weights that the tower has no place for: "
+            f"{', '.join(strangers[:5])}",
+            stacklevel=4,
+        )
+    return {key: tensor for key, tensor in weights.items() if key in places}
+
+
+def _on_cpu(head: nn.Module) -> nn.Module:
+    if all(tensor.device.type == "cpu" for tensor in (*head.parameters(), *head.buffers())):
+        return head
+    return copy.deepcopy(head).to("cpu")
+
+
+def _float_dtype(module: nn.Module) -> torch.dtype:
+    dtypes = [parameter.dtype for parameter in module.parameters() if parameter.dtype.is_floating_point]
+    return dtypes[0] if dtypes and len(set(dtypes)) == 1 else torch.float32
+
+
+def _same_weights_again(trunk: nn.Module, config: TimmTowerConfig) -> None:
+    again = timm_twin(config)
+    ours = {key: tuple(value.shape) for key, value in trunk.state_dict().items()}
+    theirs = {key: tuple(value.shape) for key, value in again.state_dict().items()}
+    if ours != theirs:
+        odd = sorted(key for key in set(ours) | set(theirs) if ours.get(key) != theirs.get(key))
+        raise ConfigError(
+            f"the trunk {config.architecture} cannot be built again as it is: with its own arguments "
+            f"{config.model_args} timm makes other weights ({len(odd)} keys differ, {', '.join(odd[:4])}). It was "
+            "changed by hand; subclass TimmModel and override _create_trunk."
+        )
+
+
+def timm_twin(config: TimmTowerConfig) -> nn.Module:
+    """The same trunk made again, nothing initialised, its classifier still on."""
+    keep = copy.deepcopy(config)
+    keep.proj, keep.head, keep.pool = None, None, "default"
+    return create_trunk(keep, initialise=False)

@@ -1,0 +1,91 @@
+"""What every test shares: one thread, no hub, caches of its own, a seed, and processes that know only the package."""
+
+import os
+import tempfile
+
+# Read by huggingface_hub and transformers when they are imported, so set before anything else. The caches of whoever
+# runs the tests are neither used nor touched. xdist's workers inherit the folder from their controller, which takes it
+# away at the end; each has a cache of its own in it, for transformers' copies of remote code.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "TOWER_TEST_HF_HOME" not in os.environ:
+    _hf_home = tempfile.TemporaryDirectory(prefix="hf_timm_tower_tests_")
+    os.environ["TOWER_TEST_HF_HOME"] = _hf_home.name
+_worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+os.environ["HF_HOME"] = os.path.join(os.environ["TOWER_TEST_HF_HOME"], _worker)
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+import random
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+torch.set_num_threads(1)
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.fixture
+def seeds() -> Callable[[int], None]:
+    """`seeds(n)` seeds Python, numpy and torch, for code that is compared with itself under one seed."""
+    return _seed_everything
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same random state, whichever tests ran before it on its worker."""
+    _seed_everything(0)
+
+
+@pytest.fixture(scope="session")
+def _package_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the path of a process that shall find the package, but neither tests/ nor the checkout."""
+    folder = tmp_path_factory.mktemp("package_only")
+    (folder / "hf_timm_tower").symlink_to(ROOT / "hf_timm_tower", target_is_directory=True)
+    # An editable install puts the whole checkout on the path, and with it `tests.anything`.
+    hide = f"import sys\nsys.path[:] = [p for p in sys.path if p != {str(ROOT)!r}]\n"
+    (folder / "sitecustomize.py").write_text(hide)
+    return folder
+
+
+@pytest.fixture
+def fresh_process(_package_only: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """`fresh_process(code_or_script, *args, env=None, timeout=300)` runs a new Python and returns what it printed.
+
+    The first argument is source code (str, dedented) or a script (Path); `args` become `sys.argv[1:]`. The process
+    runs in a new empty folder, can import `hf_timm_tower` and what is installed, and nothing from tests/. If it ends
+    non-zero, AssertionError carries its output. `env` adds to the environment; a value of None takes a name out.
+    """
+
+    def run(code: str | Path, *args: object, env: Mapping[str, str | None] | None = None, timeout: float = 300) -> str:
+        program = [str(code)] if isinstance(code, Path) else ["-c", textwrap.dedent(code)]
+        environment: dict[str, str | None] = {**os.environ, "PYTHONPATH": str(_package_only), **(env or {})}
+        done = subprocess.run(
+            # -P: neither the current folder nor the script's own comes onto the path.
+            [sys.executable, "-P", *program, *map(str, args)],
+            cwd=tmp_path_factory.mktemp("cwd"),
+            env={name: value for name, value in environment.items() if value is not None},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        if done.returncode != 0:
+            raise AssertionError(
+                f"the fresh process ended with {done.returncode}\n--- stdout\n{done.stdout}\n--- stderr\n{done.stderr}"
+            )
+        return done.stdout
+
+    return run

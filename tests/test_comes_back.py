@@ -1,0 +1,89 @@
+"""What was saved is what is loaded: every timm model class, every pool that its trunk offers, in a fresh process."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_timm_tower import TimmModel
+from hf_timm_tower.core.config import TimmTowerConfig
+from hf_timm_tower.core.errors import ConfigError
+from hf_timm_tower.core.trunk import offered_pools
+
+from .fresh import outputs_in_fresh_process
+from .timm_classes import smallest_of_each_class
+
+# One of each kind of trunk: maps in both orders, tokens, attention pool, non-persistent buffers, wide heads.
+QUICK = ("test_resnet", "test_vit", "test_mambaout", "test_coatnet", "mobilenetv3_small_050", "efficientvim_m1")
+
+
+def randomise(module: torch.nn.Module) -> None:
+    """Other values in every parameter and floating-point buffer, gently: outputs stay finite, nothing is as built."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if not tensor.is_floating_point():
+                continue
+            noise = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+            if name.endswith("running_var"):
+                tensor.mul_(1 + 0.1 * noise.abs())
+            elif name in persistent(module):
+                tensor.add_(noise * (0.05 * tensor.float().std(correction=0).item() + 0.01))
+
+
+def persistent(module: torch.nn.Module) -> frozenset[str]:
+    return frozenset(module.state_dict().keys())
+
+
+def pools_of(architecture: str) -> list[tuple[str, str | None]]:
+    """(pool, proj) of everything the trunk offers: with a projection, and without one where only that offers it."""
+    with_proj = offered_pools(TimmTowerConfig(architecture=architecture, proj="linear", embed_dim=24))
+    without = offered_pools(TimmTowerConfig(architecture=architecture, proj="none"))
+    return [(pool, "linear") for pool in with_proj] + [(pool, "none") for pool in without if pool not in with_proj]
+
+
+def check_comes_back(architecture: str, folder: Path, keep_together: int) -> int:
+    """Every pool of one architecture: saved here, loaded in a fresh process, equal outputs. Returns how many."""
+    pools = pools_of(architecture)
+    assert pools, f"{architecture} offers no pool at all"
+    for start in range(0, len(pools), keep_together):
+        expected, folders, image = [], [], None
+        for pool, proj in pools[start : start + keep_together]:
+            tower = TimmModel(architecture, embed_dim=24 if proj == "linear" else None, pool=pool, proj=proj)
+            randomise(tower)
+            if image is None:
+                size = (2, tower.config.in_chans, *tower.config.image_size)
+                image = torch.randn(size, generator=torch.Generator().manual_seed(3))
+            target = folder / f"{pool}-{proj}"
+            tower.save_pretrained(target)
+            with torch.no_grad():
+                expected.append(tower.eval()(image))
+            folders.append(target)
+            del tower
+        got = outputs_in_fresh_process(folders, image, folder)
+        for target, ours, theirs in zip(folders, expected, got, strict=True):
+            assert torch.isfinite(ours).all(), f"{architecture} {target.name}: the comparison needs finite outputs"
+            assert torch.equal(ours, theirs), f"{architecture} {target.name}: other bits in a fresh process"
+            shutil.rmtree(target)
+    return len(pools)
+
+
+@pytest.mark.parametrize("architecture", QUICK)
+def test_tower_comes_back_bit_for_bit_with_every_pool(architecture: str, tmp_path: Path) -> None:
+    assert check_comes_back(architecture, tmp_path, keep_together=32) >= 3
+
+
+def _all_classes() -> list[tuple[str, str]]:
+    return list(smallest_of_each_class().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(97))
+def test_every_timm_class_comes_back_with_every_pool(number: int, tmp_path: Path) -> None:
+    classes = _all_classes()
+    if number == 96:
+        assert len(classes) >= 97, "timm lost model classes: the sweep no longer covers what it says"
+    name, architecture = classes[number]
+    count = check_comes_back(architecture, tmp_path, keep_together=4)
+    print(f"{name}: {architecture}, {count} pools equal")
