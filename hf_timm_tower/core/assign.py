@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .aligned import same_bits
 from .errors import WeightsError
@@ -101,15 +102,18 @@ def assign_weights(
         if not present:
             continue
         first = full[present[0]]
-        for key in present[1:]:
-            if full[key] is not first and not same_bits(full[key], first):
-                differing.append(f"{key} and {present[0]}")
-        full.update((key, first) for key in keys if key in state)
+        differing += [
+            f"{key} and {present[0]}"
+            for key in present[1:]
+            if full[key] is not first and not same_bits(full[key], first)
+        ]
+        full.update((key, first) for key in keys)
 
     problems = _problems(state, full, set(allow_missing), differing)
     if problems:
         raise WeightsError(
-            f"{source}: the weights do not fit, nothing was loaded.\n" + "\n".join(f"  {line}" for line in problems)
+            f"{source}: the weights do not fit, nothing was loaded.\n"
+            + "\n".join(f"  {line}" for line in problems)
             + "\nThe config that builds this tower and the weights must come from the same save."
         )
     kept = {key: value for key, value in state.items() if key not in full and not value.is_meta}
@@ -127,7 +131,7 @@ def assign_weights(
 
 
 def _problems(
-    state: Mapping[str, Tensor], given: Mapping[str, Tensor], allowed: Collection[str], differing: list[str]
+    state: Mapping[str, object], given: Mapping[str, Tensor], allowed: Collection[str], differing: list[str]
 ) -> list[str]:
     """One line for each kind of misfit."""
     missing = [key for key in state if key not in given and key not in allowed]
@@ -137,7 +141,7 @@ def _problems(
         expected, found = state[key], given[key]
         if not isinstance(expected, Tensor):
             kinds.append(f"{key}: the module wants a {type(expected).__name__}, only tensors are stored")
-        elif isinstance(expected, nn.parameter.UninitializedTensorMixin):
+        elif isinstance(expected, (UninitializedParameter, UninitializedBuffer)):
             continue  # a lazy module, which takes the shape it is given
         elif expected.shape != found.shape:
             shapes.append(f"{key}: found {list(found.shape)}, expected {list(expected.shape)}")
@@ -181,9 +185,7 @@ def _converted(tensor: Tensor, dtype: torch.dtype | None, device: torch.device |
     return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
 
-def _move_other_buffers(
-    module: nn.Module, dtype: torch.dtype | None, device: torch.device | str | int | None
-) -> None:
+def _move_other_buffers(module: nn.Module, dtype: torch.dtype | None, device: torch.device | str | int | None) -> None:
     moved: dict[int, Tensor] = {}
     for part in module.modules():
         for name in part._non_persistent_buffers_set:
@@ -217,7 +219,7 @@ def _refuse_overlaps(keys: list[str], state: Mapping[str, Tensor], parameters: C
         begin, end = span(key)
         if begin < reach and (key in parameters or widest in parameters):
             raise WeightsError(
-                f"{widest} and {key} overlap in memory but are different views of it; a file keeps no views, so they "
+                f"{_some([widest, key])} overlap in memory but are different views of it; a file keeps no views, so they "
                 "would come back as two independent tensors. Compute one from the other in forward, or clone it"
             )
         if end > reach:

@@ -278,23 +278,24 @@ def _read_weights(folder: OpenFolder) -> dict[str, Tensor]:
     listed: dict[str, set[str]] = {}
     for key, name in weight_map.items():
         listed.setdefault(name, set()).add(key)
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(listed):
+    for name in listed:
         require_plain_name(name, where)
         if not name.endswith(".safetensors"):
             raise FormatError(f"{where}: names {shorten(name)}; only .safetensors files are read")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(listed):
         if not folder.has(name):
             raise FolderError(
-                f"{folder.path / name} is missing, the index puts {count(listed[name])} there; the folder is "
+                f"{folder.path / name} is missing, the index puts {_count(listed[name])} there; the folder is "
                 "incomplete: download or save it again"
             )
         found = folder.read_tensors(name)
         if lacking := listed[name] - found.keys():
-            raise FormatError(f"{folder.path / name}: lacks {count(lacking)} that the index puts there")
+            raise FormatError(f"{folder.path / name}: lacks {_count(lacking)} that the index puts there")
         if unlisted := found.keys() - listed[name]:
             elsewhere = [key for key in unlisted if key in weight_map]
             what = "the index puts into another file" if elsewhere else "the index does not list"
-            raise FormatError(f"{folder.path / name}: holds {count(elsewhere or unlisted)} that {what}")
+            raise FormatError(f"{folder.path / name}: holds {_count(elsewhere or unlisted)} that {what}")
         tensors.update(found)
     for kind in ("tied", "shared"):
         for group in _groups(metadata.get(kind, []), kind, tensors, where):
@@ -322,8 +323,8 @@ def _groups(value: Any, kind: str, tensors: Mapping[str, Tensor], where: str) ->
     return value
 
 
-def count(keys: Iterable[str], limit: int = 5) -> str:
-    """"3 keys (a, b, c)": the number of keys and the first few of them."""
+def _count(keys: Iterable[str], limit: int = 5) -> str:
+    """Say how many keys and name the first few: "3 keys (a, b, c)"."""
     ordered = sorted(keys)
     shown = ", ".join(shorten(key)[1:-1] for key in ordered[:limit]) + (", ..." if len(ordered) > limit else "")
     return f"{len(ordered)} key{'' if len(ordered) == 1 else 's'} ({shown})"

@@ -59,7 +59,7 @@ def read_tower(folder: str | os.PathLike[str]) -> TowerFiles:
             f"{os.path.join(folder, CONFIG_NAME)}: model_type is {kind!r}, not {TimmTowerConfig.model_type!r}: "
             "this is not a tower saved by hf_timm_tower."
         )
-    return TowerFiles(TimmTowerConfig.from_dict(config), weights, fingerprint)
+    return TowerFiles(TimmTowerConfig(**config), weights, fingerprint)
 
 
 def _read(files: OpenFolder) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any] | None]:

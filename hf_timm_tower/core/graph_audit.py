@@ -8,14 +8,14 @@ import base64
 import binascii
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from .errors import GraphError
-from .graph_batch import check_formula, evaluate
+from .graph_batch import check_formula
 from .graph_ops import OPS
 from .graph_values import DTYPES, MEMORY_FORMATS
 
@@ -23,12 +23,14 @@ Json = Any
 
 VERSION = 1
 MAX_MODULES = 10_000
+MAX_MODULE_DEPTH = 32
 MAX_NODES = 20_000
 MAX_DEPTH = 16
 MAX_ITEMS = 10_000
 MAX_EMBEDDED_BYTES = 1 << 20
 MAX_ELEMENTS = 2**31
 
+_KEYS = frozenset("version input modules ties frozen dtypes layouts held constants forward train eval".split())
 _NAME = re.compile(r"[^.\x00-\x20\x7f]{1,200}")
 _KEYWORD = re.compile(r"[a-z][a-zA-Z0-9_]{0,40}")
 _REFERENCE = re.compile(r"%(\d{1,6})((?:\.\d{1,4}){0,4})")
@@ -37,19 +39,32 @@ _WORDS = frozenset(
     """
     mean sum none max min prod amax amin batchmean bilinear bicubic nearest nearest-exact linear trilinear area zeros
     border reflection constant reflect replicate circular tanh floor trunc ij xy fro nuc lower higher midpoint backward
-    ortho forward same valid left right reduced complete r
+    ortho forward same valid left right reduced complete r use_mm_for_euclid_dist_if_necessary use_mm_for_euclid_dist
+    donot_use_mm_for_euclid_dist
     """.split()
 )
 _GROWING = frozenset(
     """
-    torch.zeros torch.ones torch.empty torch.full torch.rand torch.randn torch.randint torch.arange torch.eye
-    torch.linspace torch.logspace torch.randperm torch.normal torch.tile torch.repeat_interleave torch.tril_indices
-    torch.triu_indices torch.broadcast_to torch.hann_window torch.hamming_window torch.bartlett_window
-    torch.blackman_window Tensor.new_empty Tensor.new_full Tensor.new_ones Tensor.new_zeros Tensor.expand Tensor.repeat
-    Tensor.tile Tensor.repeat_interleave Tensor.broadcast_to F.interpolate F.upsample F.one_hot F.pad
-    torch.constant_pad_nd F.fold fft.fft fft.rfft fft.fftfreq fft.rfftfreq linalg.vander
+    torch.zeros torch.ones torch.full torch.rand torch.randn torch.randint torch.arange torch.eye torch.linspace
+    torch.logspace torch.randperm torch.normal torch.tile torch.repeat_interleave torch.tril_indices torch.triu_indices
+    torch.broadcast_to torch.hann_window torch.hamming_window torch.bartlett_window torch.blackman_window torch.bincount
+    torch.histc torch.diag torch.diag_embed torch.diagflat torch.tensor_split torch.chunk torch.multinomial torch.pad
+    torch.constant_pad_nd torch.adaptive_avg_pool1d torch.adaptive_max_pool1d torch.combinations torch.conv1d
+    torch.conv2d torch.conv3d torch.conv_transpose1d torch.conv_transpose2d torch.conv_transpose3d
+    torch.affine_grid_generator torch.pixel_shuffle
+    Tensor.new_full Tensor.new_ones Tensor.new_zeros Tensor.expand Tensor.repeat Tensor.tile Tensor.repeat_interleave
+    Tensor.broadcast_to Tensor.bincount Tensor.histc Tensor.diag Tensor.diag_embed Tensor.diagflat Tensor.tensor_split
+    Tensor.chunk Tensor.multinomial
+    F.interpolate F.upsample F.one_hot F.pad F.fold F.affine_grid F.max_unpool1d F.max_unpool2d F.pixel_shuffle
+    F.adaptive_avg_pool1d F.adaptive_avg_pool2d F.adaptive_avg_pool3d F.adaptive_max_pool1d F.adaptive_max_pool2d
+    F.adaptive_max_pool3d F.adaptive_max_pool1d_with_indices F.adaptive_max_pool2d_with_indices
+    F.adaptive_max_pool3d_with_indices F.conv1d F.conv2d F.conv3d F.conv_transpose1d F.conv_transpose2d
+    F.conv_transpose3d
+    fft.fft fft.ifft fft.rfft fft.irfft fft.fft2 fft.ifft2 fft.rfft2 fft.irfft2 fft.fftn fft.ifftn fft.rfftn fft.irfftn
+    fft.fftfreq fft.rfftfreq linalg.vander
     """.split()
 )
+"""Operations where numbers among the arguments decide how large the result is."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +121,13 @@ class FromInput:
 
 
 @dataclass(frozen=True)
+class DtypeOf:
+    """The dtype that a parameter or buffer has at run time."""
+
+    tensor: Reference
+
+
+@dataclass(frozen=True)
 class Node:
     """One step of a program: ``kind`` is "op", "call" or "write", ``target`` the operation, module or buffer."""
 
@@ -134,6 +156,7 @@ class Graph:
     ties: tuple[tuple[str, str], ...]
     frozen: frozenset[str]
     dtypes: tuple[tuple[str, torch.dtype], ...]
+    layouts: tuple[tuple[str, tuple[int, ...]], ...]
     held: tuple[tuple[str, bool, bool], ...]
     constants: tuple[torch.Tensor, ...]
     programs: dict[bool, Program] = field(default_factory=dict)
@@ -146,16 +169,15 @@ def parse_graph(graph: Json) -> Graph:
     version = graph.get("version")
     if type(version) is not int or version != VERSION:
         raise GraphError(
-            f"the stored head has graph version {version!r:.40}; this package reads version {VERSION}. A newer one needs "
-            "a newer hf_timm_tower"
+            f"the stored head has graph version {version!r:.40}; this package reads version {VERSION}. A newer one "
+            "needs a newer hf_timm_tower"
         )
-    known = {"version", "input", "modules", "ties", "frozen", "dtypes", "held", "constants", "forward", "train", "eval"}
-    _only(graph, known, "the stored head")
+    _only(graph, _KEYS, "the stored head")
     _check_depth(graph)
     budget = [MAX_EMBEDDED_BYTES]
     modules = tuple(_module(item, budget) for item in _list(graph.get("modules"), "modules", MAX_MODULES))
     _check_module_names(modules)
-    names = {module.name for module in modules}
+    names = _callable_names(modules)
     constants = tuple(
         parse_tensor(item, budget, f"constants[{i}]")
         for i, item in enumerate(_list(graph.get("constants", []), "constants", MAX_ITEMS))
@@ -169,6 +191,7 @@ def parse_graph(graph: Json) -> Graph:
             (_text(name, "dtypes"), _dtype(dtype, f"dtypes[{name}]"))
             for name, dtype in (_pair(item, "dtypes") for item in _list(graph.get("dtypes", []), "dtypes", MAX_ITEMS))
         ),
+        layouts=tuple(_layout(item) for item in _list(graph.get("layouts", []), "layouts", MAX_ITEMS)),
         held=tuple(_held(item) for item in _list(graph.get("held", []), "held", MAX_MODULES)),
         constants=constants,
     )
@@ -179,6 +202,15 @@ def parse_graph(graph: Json) -> Graph:
         raise GraphError("the stored head has a forward of its own, so its root must be a part")
     parsed.programs.update(programs)
     return parsed
+
+
+def _callable_names(modules: Sequence[ModuleSpec]) -> set[str]:
+    names: set[str] = set()
+    for module in modules:
+        whole = module.kind == "layer" or (module.kind == "container" and module.layer == "Sequential")
+        if (whole or module.same in names) and module.name:
+            names.add(module.name)
+    return names
 
 
 def _programs(graph: dict[str, Json], names: set[str], constants: int) -> dict[bool, Program]:
@@ -200,7 +232,7 @@ def _programs(graph: dict[str, Json], names: set[str], constants: int) -> dict[b
 # --- small pieces
 
 
-def _only(value: dict[str, Json], known: set[str], where: str) -> None:
+def _only(value: dict[str, Json], known: Set[str], where: str) -> None:
     unknown = sorted(str(key) for key in value if key not in known)
     if unknown:
         raise GraphError(f"{where}: unknown keys {unknown[:5]}; expected some of {sorted(known)}")
@@ -243,6 +275,14 @@ def _pair(value: Json, where: str) -> tuple[Json, Json]:
 def _pair_of_names(value: Json, where: str) -> tuple[str, str]:
     first, second = _pair(value, where)
     return _text(first, where), _text(second, where)
+
+
+def _layout(value: Json) -> tuple[str, tuple[int, ...]]:
+    name, order = _pair(value, "layouts")
+    dims = _list(order, "layouts", 8)
+    if not all(type(dim) is int for dim in dims) or sorted(dims) != list(range(len(dims))):
+        raise GraphError(f"layouts: {_short(order)} is not an order of dimensions")
+    return _text(name, "layouts"), tuple(dims)
 
 
 def _held(value: Json) -> tuple[str, bool, bool]:
@@ -368,7 +408,9 @@ def _check_module_names(modules: Sequence[ModuleSpec]) -> None:
         if seen[parent].kind in ("layer", "same"):
             raise GraphError(f"modules: {parent!r} is a {seen[parent].kind}, it cannot hold {key!r}")
         if module.kind == "same" and (module.same not in seen or seen[module.same].kind == "same"):
-            raise GraphError(f"modules: {module.name!r} is another name of {module.same!r}, which is not there before it")
+            raise GraphError(
+                f"modules: {module.name!r} is another name of {module.same!r}, which is not there before it"
+            )
         if module.kind == "same" and (module.name + ".").startswith(module.same + "." if module.same else ""):
             raise GraphError(f"modules: {module.name!r} cannot be the module {module.same!r} that holds it")
         taken = {item.name for item in (*seen[parent].params, *seen[parent].buffers)} | {
@@ -377,6 +419,30 @@ def _check_module_names(modules: Sequence[ModuleSpec]) -> None:
         if key in taken:
             raise GraphError(f"modules: {module.name!r} has the name of a tensor")
         seen[module.name] = module
+    _check_paths(modules)
+
+
+def _check_paths(modules: Sequence[ModuleSpec]) -> None:
+    """Refuse modules that hold each other, or so many names for the same ones that walking over them would not end."""
+    children: dict[str, list[ModuleSpec]] = {}
+    for module in modules[1:]:
+        if module.name.count(".") >= MAX_MODULE_DEPTH:
+            raise GraphError(f"modules: {module.name[:80]!r}... is nested deeper than {MAX_MODULE_DEPTH} levels")
+        children.setdefault(module.name.rpartition(".")[0], []).append(module)
+    sizes: dict[str, int] = {}
+    open_names: set[str] = set()
+
+    def size(name: str) -> int:
+        if name in open_names:
+            raise GraphError(f"modules: {name!r:.80} holds itself")
+        if name not in sizes:
+            open_names.add(name)
+            sizes[name] = 1 + sum(size(child.same or child.name) for child in children.get(name, ()))
+            open_names.remove(name)
+        return sizes[name]
+
+    if size("") > MAX_MODULES:
+        raise GraphError(f"modules: shared modules have more than {MAX_MODULES} names")
 
 
 # --- programs
@@ -407,9 +473,11 @@ def _node(value: Json, reader: "_ValueReader", modules: set[str]) -> Node:
     _only(value, {kind, "in", "kw", "no_grad", "autocast"}, where)
     target = _text(value[kind], where)
     if kind == "op" and target not in OPS:
-        raise GraphError(f"{where}: {target!r:.80} is not an operation that a stored head may use (or this torch lacks it)")
-    if kind == "call" and (target not in modules or target == ""):
-        raise GraphError(f"{where}: calls a module {target!r:.80} that the head does not have")
+        raise GraphError(
+            f"{where}: {target!r:.80} is not an operation that a stored head may use (or this torch lacks it)"
+        )
+    if kind == "call" and target not in modules:
+        raise GraphError(f"{where}: calls {target!r:.80}, which is not a layer of the head")
     reader.op = target if kind == "op" else ""
     args = tuple(reader.read(item) for item in _list(value.get("in", []), where, MAX_ITEMS))
     keywords = value.get("kw", {})
@@ -439,9 +507,9 @@ def _autocast(value: dict[str, Json], where: str) -> tuple[tuple[str, bool, str 
     return tuple(regions)
 
 
-def check_growth(op: str, values: Any, where: str, elements: int = 1) -> None:
-    """Refuse an operation that asks for more than MAX_ELEMENTS elements; `elements` is the size of its tensors."""
-    total = float(max(elements, 1))
+def check_growth(op: str, values: Any, where: str) -> None:
+    """Refuse an operation whose numbers multiply to more than MAX_ELEMENTS, which is how large a result may be."""
+    total = 1.0
     for number in _integers(values):
         total *= max(abs(number), 1)
     if total > MAX_ELEMENTS:
@@ -456,9 +524,6 @@ def may_grow(op: str) -> bool:
 def _integers(value: Any) -> list[int]:
     if type(value) is int:
         return [value]
-    if isinstance(value, Formula):
-        number = evaluate(value.expr, 1)
-        return [number] if isinstance(number, int) else []
     if isinstance(value, (tuple, list)):
         return [number for item in value for number in _integers(item)]
     if isinstance(value, dict):
@@ -489,7 +554,7 @@ class _ValueReader:
         if isinstance(value, list):
             return [self.read(item) for item in self._items(value)]
         if isinstance(value, dict) and len(value) == 1:
-            (tag, inner), = value.items()
+            ((tag, inner),) = value.items()
             return self._tagged(tag, inner)
         raise GraphError(f"{self.where}: {_short(value)} is not an argument")
 
@@ -519,6 +584,8 @@ class _ValueReader:
             return Formula(inner)
         if tag in ("dtype", "device") and inner == "input":
             return FromInput(tag)
+        if tag == "dtype" and isinstance(inner, str) and inner.startswith("$"):
+            return DtypeOf(self._reference(inner))
         if tag == "dtype":
             return _dtype(inner, self.where)
         if tag == "memory" and isinstance(inner, str) and inner in MEMORY_FORMATS:

@@ -1,13 +1,15 @@
 """Numbers that follow the batch size.
 
-Several runs of a head, each with another batch size, are laid side by side. They must make the same calls; a number that
-is not the same in all of them is solved as a small formula in the batch size ``B`` that gives exactly what was seen in
+Several runs of a head, each with another batch size, are laid side by side. They must make the same calls; a number
+that is not the same in all of them is solved as a small formula in the batch size ``B`` that gives exactly what was seen in
 every run. The formulas are JSON: ``"B"``, a number, or ``[operator, left, right]``.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,8 +27,9 @@ _BINARY: dict[str, Callable[[Number, Number], Number]] = {
     "/": lambda a, b: a / b,
     "**": lambda a, b: a**b,
     "log": lambda a, b: math.log(a) * b,
+    "max": lambda a, b: max(a, b),
 }
-_MAX_DEPTH = 4
+_MAX_DEPTH = 6
 _MAX_NUMBER = 2**40
 
 
@@ -34,7 +37,13 @@ def check_formula(expr: Json, depth: int = 0) -> None:
     """Raise GraphError unless `expr` is a formula as `solve` writes them (its powers are square roots only)."""
     if expr == "B" or (type(expr) in (int, float) and abs(expr) <= _MAX_NUMBER):
         return
-    if isinstance(expr, list) and len(expr) == 3 and isinstance(expr[0], str) and expr[0] in _BINARY and depth < _MAX_DEPTH:
+    if (
+        isinstance(expr, list)
+        and len(expr) == 3
+        and isinstance(expr[0], str)
+        and expr[0] in _BINARY
+        and depth < _MAX_DEPTH
+    ):
         if expr[0] == "**" and expr[2] not in (0.5, -0.5):
             raise GraphError(f"a formula of the batch size raises to the power {expr[2]!r}; only 0.5 and -0.5 occur")
         check_formula(expr[1], depth + 1)
@@ -57,7 +66,11 @@ def evaluate(expr: Json, batch: int) -> Number:
 
 def solve(batches: Sequence[int], values: Sequence[Number]) -> Json | None:
     """A formula that gives exactly `values` (of the same types) for `batches`, or None if no simple one does."""
-    for formula in _candidates(batches, values):
+    formulas = _candidates(batches, values)
+    if batches[0] == 1:
+        # `max(1, n // 2)`: the smallest batch is held up by a floor.
+        formulas = chain(formulas, (["max", formula, values[0]] for formula in _candidates(batches[1:], values[1:])))
+    for formula in formulas:
         try:
             given = [evaluate(formula, batch) for batch in batches]
         except GraphError:
@@ -80,6 +93,21 @@ def _line(batches: Sequence[int], values: Sequence[Number]) -> Json | None:
     return ["+", scaled, offset] if offset else scaled
 
 
+def _half_square(batches: Sequence[int], values: Sequence[Number]) -> Json | None:
+    """Integers a, b, c with a * B * B + b * B + c = 2 * values, as a formula of twice the value (pairs in a batch)."""
+    doubled = [round(2 * value) for value in values]
+    (x0, x1, x2), (y0, y1, y2) = batches[:3], doubled[:3]
+    square = Fraction((y2 - y0) * (x1 - x0) - (y1 - y0) * (x2 - x0), (x2 - x0) * (x1 - x0) * (x2 - x1))
+    slope = Fraction(y1 - y0, x1 - x0) - square * (x0 + x1)
+    if square.denominator != 1 or slope.denominator != 1 or square == 0:
+        return None
+    a, b = int(square), int(slope)
+    c = y0 - a * x0 * x0 - b * x0
+    if any(a * x * x + b * x + c != y for x, y in zip(batches, doubled, strict=True)):
+        return None
+    return ["+", ["*", "B", ["+", ["*", "B", a], b]], c]
+
+
 def _candidates(batches: Sequence[int], values: Sequence[Number]) -> Iterator[Json]:
     if len(values) < 3 or not all(math.isfinite(value) for value in values):
         return
@@ -87,16 +115,21 @@ def _candidates(batches: Sequence[int], values: Sequence[Number]) -> Iterator[Js
     if all(isinstance(value, int) for value in values):
         if line is not None:
             yield line
+        square = _half_square(batches, values)
+        if square is not None:
+            yield ["//", square, 2]
         for divisor in range(2, 17):
             spread = (values[-1] - values[0]) * divisor / (batches[-1] - batches[0])
-            for slope in {math.floor(spread), math.ceil(spread)} - {0}:
-                for offset in (0, divisor - 1):
+            for slope in sorted({math.floor(spread), math.ceil(spread)} - {0}):
+                for offset in sorted(range(-divisor, 2 * divisor + 1), key=abs):
                     scaled: Json = "B" if slope == 1 else ["*", "B", slope]
                     yield ["//", ["+", scaled, offset] if offset else scaled, divisor]
         return
     if line is not None:
         yield ["*", line, 1.0]
-        yield ["/", line, 1]
+    square = _half_square(batches, values)
+    if square is not None:
+        yield ["/", square, 2]
     factors = {value / batch for value, batch in zip(values, batches, strict=True)}
     for factor in sorted(factors):
         yield ["*", "B", factor]
@@ -188,8 +221,23 @@ def _merge_json(batches: Sequence[int], values: Sequence[Json], where: str) -> J
         formula = solve(batches, values)
         if formula is not None:
             return {"n": formula}
+    if (
+        isinstance(first, dict)
+        and ("op" in first or "call" in first)
+        and not all(
+            isinstance(value, dict) and [value.get("op"), value.get("call")] == [first.get("op"), first.get("call")]
+            for value in values
+        )
+    ):
+        calls = ", ".join(
+            f"{value.get('op') or value.get('call') or 'a write'} for a batch of {batch}"
+            for batch, value in zip(batches, values, strict=True)
+        )
+        raise GraphError(f"which calls are made depends on the batch size or on chance: {calls} ({where})")
     shown = ", ".join(f"{_short(value)} for a batch of {batch}" for batch, value in zip(batches, values, strict=True))
-    raise GraphError(f"what is computed depends on the batch size or on chance in a way that is not data: {shown} ({where})")
+    raise GraphError(
+        f"what is computed depends on the batch size or on chance in a way that is not data: {shown} ({where})"
+    )
 
 
 def _short(value: Json) -> str:

@@ -2,7 +2,7 @@
 
 A layer is stored as its table name and constructor arguments only if it is exactly that class, carries no hooks, and a
 fresh one built from the arguments read back agrees with it in every attribute and tensor shape. Anything else (a
-subclass, a parametrized layer, a patched method) is not a layer here: it becomes a plain part and its forward is traced.
+subclass, a parametrized layer, a patched method) is not a layer here: it becomes a plain part, its forward is traced.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +21,7 @@ ReadArgs = Mapping[str, Any]
 _MAX_STACKED = 64
 """Most layers a recurrent network or a transformer stack may have: constructing is linear in it."""
 
-_MAX_INT = 2**40
+_MAX_INT = 2**31
 _STRINGS = frozenset(
     "zeros reflect replicate circular same valid none tanh relu gelu nearest linear bilinear bicubic trilinear area "
     "nearest-exact".split()
@@ -98,7 +98,7 @@ _NN = {
     "RNNCell": "input_size hidden_size bias nonlinearity", "GRUCell": "input_size hidden_size bias",
     "LSTMCell": "input_size hidden_size bias",
 }  # fmt: skip
-"""Argument names of each `torch.nn` layer; the attribute has the argument's name, and ``bias?`` reads `bias is not None`."""
+"""Argument names of each `torch.nn` layer. Attributes have the same names; ``bias?`` reads `bias is not None`."""
 
 
 def _plain(cls: type[nn.Module], names: str) -> Layer:
@@ -161,7 +161,9 @@ def _make_table() -> dict[str, Layer]:
     )
     table["TransformerDecoder"] = Layer(nn.TransformerDecoder, _stack_readers())
     table["timm.DropPath"] = _plain(timm_layers.DropPath, "drop_prob scale_by_keep")
-    table["timm.LayerScale"] = Layer(timm_layers.LayerScale, {"dim": _length("gamma"), "inplace": _attribute("inplace")})
+    table["timm.LayerScale"] = Layer(
+        timm_layers.LayerScale, {"dim": _length("gamma"), "inplace": _attribute("inplace")}
+    )
     for name in ("LayerNorm", "LayerNorm2d", "RmsNorm", "RmsNorm2d"):
         cls = getattr(timm_layers, name, None)
         if cls is not None:
@@ -200,7 +202,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def read_layer(module: nn.Module, *, stacked: bool = False) -> list[Any] | None:
-    """`[name, {argument: value}]` if `module` is exactly a layer of the table and a fresh one would equal it, else None.
+    """`[name, {argument: value}]` if `module` is exactly a layer of the table and a fresh one equals it, else None.
 
     With `stacked` (a layer inside a transformer stack) not being one raises AttributeError instead of giving None.
     """
@@ -231,6 +233,7 @@ def build_layer(name: str, args: ReadArgs) -> nn.Module:
         found = sorted(args) if isinstance(args, Mapping) else args
         raise GraphError(f"layer {name}: found arguments {found!r}, expected exactly {sorted(layer.readers)}")
     values = {key: _from_json(value, f"{name}.{key}") for key, value in args.items()}
+    _check_sizes(name, values)
     depth = values.get("num_layers", 1)
     if type(depth) is not int or not 1 <= depth <= _MAX_STACKED:
         raise GraphError(f"layer {name}: num_layers is {depth!r}, expected 1 to {_MAX_STACKED}")
@@ -242,6 +245,22 @@ def build_layer(name: str, args: ReadArgs) -> nn.Module:
         raise
     except Exception as error:  # whatever torch says of impossible arguments is one refusal for the caller
         raise GraphError(f"layer {name}{dict(args)!r} cannot be constructed: {error}") from error
+
+
+_GROWING = frozenset(
+    "output_size padding stride dilation output_padding scale_factor size upscale_factor kernel_size".split()
+)
+
+
+def _check_sizes(name: str, values: Mapping[str, Any]) -> None:
+    """Refuse arguments that would make a layer without weights answer with enormous tensors."""
+    total = 1.0
+    for key, value in values.items():
+        if key in _GROWING:
+            for number in value if isinstance(value, tuple) else (value,):
+                total *= max(abs(number), 1) if isinstance(number, (int, float)) else 1
+    if not total <= 2**31:
+        raise GraphError(f"layer {name}: sizes {dict(values)!r:.200} are beyond what a layer can need")
 
 
 def _build_stack(name: str, values: dict[str, Any]) -> nn.Module:
@@ -303,7 +322,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
 
 
 def _same_layer(module: nn.Module, fresh: nn.Module) -> bool:
-    """Whether `module` behaves like `fresh`: same class, attributes, tensor names and shapes, children, and no hooks."""
+    """Whether `module` behaves like `fresh`: class, attributes, tensor names and shapes, children; and no hooks."""
     if type(module) is not type(fresh) or has_hooks(module):
         return False
     ours, theirs = dict(_tensors(module)), dict(_tensors(fresh))
@@ -318,8 +337,8 @@ def _same_layer(module: nn.Module, fresh: nn.Module) -> bool:
     if list(module._modules) != list(fresh._modules):
         return False
     return _same_attributes(module, fresh) and all(
-        child is None and fresh._modules[name] is None
-        or child is not None and fresh._modules[name] is not None and _same_layer(child, fresh._modules[name])  # type: ignore[arg-type]
+        (child is None and fresh._modules[name] is None)
+        or (child is not None and fresh._modules[name] is not None and _same_layer(child, fresh._modules[name]))  # type: ignore[arg-type]
         for name, child in module._modules.items()
     )
 
@@ -342,5 +361,5 @@ def _same_value(one: Any, other: Any) -> bool:
     if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
         return len(one) == len(other) and all(_same_value(a, b) for a, b in zip(one, other, strict=True))
     if isinstance(one, (int, float, str, bool, type(None))) and isinstance(other, (int, float, str, bool, type(None))):
-        return type(one) is type(other) and (one == other or one != one and other != other)
+        return type(one) is type(other) and (one == other or (one != one and other != other))
     return one is other

@@ -15,6 +15,7 @@ from torch import nn
 
 from .errors import GraphError, HeadError
 from .graph_audit import (
+    DtypeOf,
     Formula,
     FromInput,
     Graph,
@@ -52,6 +53,8 @@ class GraphHead(nn.Module):
         super().__init__()
         self.__graph = graph
         self.__constants = list(graph.constants)
+        if graph.ties or graph.layouts:
+            self.register_load_state_dict_post_hook(_settle_after_load)
 
     def forward(self, x: torch.Tensor) -> Any:
         """Input [B, ...] of the recorded shape; the output is the original head's, nested containers included."""
@@ -77,6 +80,27 @@ class GraphHead(nn.Module):
                 "use the tower's own image size and pool"
             )
 
+    def settle(self) -> None:
+        """Share again what the original shared, and lay out again in memory what it laid out in another order.
+
+        Loading with ``assign=True`` puts separate, contiguous tensors in place. `load_state_dict` ends with this call;
+        who puts tensors in by other means makes it afterwards.
+        """
+        for alias, first in self.__graph.ties:
+            owner, key = _owner(self, first)
+            shared = owner._parameters[key] if key in owner._parameters else owner._buffers[key]
+            assert shared is not None
+            _replace(self, alias, shared)
+        for name, order in self.__graph.layouts:
+            owner, key = _owner(self, name)
+            tensor = owner._parameters.get(key)
+            if tensor is not None:
+                tensor.data = _lay_out(tensor.data, order)
+            else:
+                buffer = owner._buffers[key]
+                assert buffer is not None
+                owner._buffers[key] = _lay_out(buffer, order)
+
     def train(self, mode: bool = True) -> "GraphHead":
         """Switch modes; modules that the original kept in one mode (frozen BatchNorm) stay in it."""
         super().train(mode)
@@ -93,6 +117,17 @@ class GraphHead(nn.Module):
             if device.type != "meta":
                 self.__constants[index] = constant.to(device)
         return self
+
+
+def _settle_after_load(module: nn.Module, incompatible_keys: Any) -> None:
+    if isinstance(module, GraphHead):
+        module.settle()
+
+
+def _lay_out(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """The same values, contiguous in memory when the dimensions are taken in `order`."""
+    back = [order.index(dim) for dim in range(len(order))]
+    return tensor.permute(order).contiguous().permute(back)
 
 
 def _regions(program: Program) -> Iterator[list[Node]]:
@@ -147,6 +182,8 @@ class _Run:
             return evaluate(value.expr, self.batch)
         if isinstance(value, FromInput):
             return self.x.device if value.what == "device" else self.x.dtype
+        if isinstance(value, DtypeOf):
+            return self._tensor(value.tensor).dtype
         if isinstance(value, Slice):
             return slice(self.resolve(value.start), self.resolve(value.stop), self.resolve(value.step))
         if isinstance(value, Pairs):
@@ -249,11 +286,19 @@ def _finish(graph: Graph, root: nn.Module) -> None:
     tensors = {**parameters, **dict(root.named_buffers(remove_duplicate=False))}
     dtypes = dict(graph.dtypes)
     _all_known(dtypes, tensors, "dtypes")
-    declared = {f"{spec.name}.{item.name}".lstrip(".") for spec in graph.modules for item in (*spec.params, *spec.buffers)}
+    declared = {
+        f"{spec.name}.{item.name}".lstrip(".") for spec in graph.modules for item in (*spec.params, *spec.buffers)
+    }
     for name, tensor in tensors.items():
         dtype = dtypes.get(name, torch.float32 if tensor.is_floating_point() else tensor.dtype)
         if tensor.dtype != dtype and name not in declared:
             _replace(root, name, tensor.detach().to(dtype))
+    for name, order in graph.layouts:
+        _all_known([name], tensors, "layouts")
+        if tensors[name].dim() != len(order):
+            raise GraphError(f"layouts: {name!r} has {tensors[name].dim()} dimensions, not {len(order)}")
+    if (graph.ties or graph.layouts) and not isinstance(root, GraphHead):
+        raise GraphError("ties and layouts need a head with a forward of its own")
     for alias, first in graph.ties:
         _all_known([alias, first], tensors, "ties")
         owner, key = _owner(root, first)
@@ -262,6 +307,8 @@ def _finish(graph: Graph, root: nn.Module) -> None:
         if shared is None or shared.shape != tensors[alias].shape or (alias in parameters) != (first in parameters):
             raise GraphError(f"ties: {alias!r} and {first!r} are not alike")
         _replace(root, alias, shared)
+    if isinstance(root, GraphHead):
+        root.settle()
     parameters = dict(root.named_parameters(remove_duplicate=False))
     _all_known(graph.frozen, parameters, "frozen")
     for name in graph.frozen:
@@ -277,6 +324,8 @@ def _check_references(graph: Graph, tensors: dict[str, torch.Tensor], root: nn.M
     def check(value: Any) -> None:
         if isinstance(value, Reference) and value.kind == "tensor" and value.name not in tensors:
             raise GraphError(f"the forward uses a tensor {value.name!r:.80} that the head does not have")
+        if isinstance(value, DtypeOf):
+            check(value.tensor)
         if isinstance(value, Pairs):
             value = [item for _, item in value.items]
         if isinstance(value, Slice):

@@ -3,19 +3,21 @@
 The reader of a graph looks names up here and nowhere else, so what is not listed cannot be called. Left out on purpose
 is everything that reads or writes files, touches raw storage or pointers, calls back into Python, changes what a tensor
 is (``set_``, ``resize_``), or moves values into Python. `OPS` maps a name such as ``"torch.cat"``, ``"Tensor.view"``
-or ``"F.linear"`` to the callable; a name that the installed torch lacks is absent from it.
+or ``"F.linear"`` to the callable; a name that the installed torch lacks is absent from it. Memory is never left
+uninitialised: ``torch.empty`` and its kin are recorded as zeros, which is one of the things they may give.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
+from torch.distributions.dirichlet import _Dirichlet
 
 _TORCH = """
 abs absolute acos acosh adaptive_avg_pool1d adaptive_max_pool1d add addbmm addcdiv addcmul addmm addmv addr adjoint
 affine_grid_generator all alpha_dropout amax amin aminmax angle any arccos arccosh arcsin arcsinh arctan arctan2
-arctanh argmax argmin argsort argwhere as_strided_scatter asin asinh atan atan2 atanh atleast_1d atleast_2d atleast_3d
+arctanh argmax argmin argsort argwhere asin asinh atan atan2 atanh atleast_1d atleast_2d atleast_3d
 avg_pool1d baddbmm batch_norm bernoulli bilinear binary_cross_entropy_with_logits bincount bitwise_and
 bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor block_diag bmm broadcast_tensors broadcast_to
 bucketize cartesian_prod cat cdist ceil celu celu_ chain_matmul channel_shuffle cholesky_inverse cholesky_solve chunk
@@ -23,17 +25,17 @@ clamp clamp_ clamp_max clamp_min clip clone column_stack combinations complex co
 constant_pad_nd conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d copysign corrcoef cos cosh
 cosine_embedding_loss cosine_similarity count_nonzero cov cross cummax cummin cumprod cumsum cumulative_trapezoid
 deg2rad det detach detach_ diag diag_embed diagflat diagonal diagonal_scatter diff digamma dist div divide dot dropout
-dropout_ dsplit dstack einsum embedding embedding_bag empty_like eq erf erfc erfinv exp exp_ exp2 expm1
+dropout_ dsplit dstack einsum embedding embedding_bag eq erf erfc erfinv exp exp_ exp2 expm1
 feature_alpha_dropout feature_dropout fix flatten flip fliplr flipud float_power floor floor_divide fmax fmin fmod frac
-frexp frobenius_norm full_like gather ge greater greater_equal grid_sampler grid_sampler_2d group_norm gru gru_cell gt
-hardshrink heaviside hinge_embedding_loss histc hsplit hstack hypot i0 imag index_add index_copy index_fill index_put
+frexp frobenius_norm full_like gather ge geqrf greater greater_equal grid_sampler grid_sampler_2d group_norm gru
+gru_cell gt hardshrink heaviside hinge_embedding_loss histc hsplit hstack hypot i0 imag index_add index_copy index_fill index_put
 index_reduce index_select inner instance_norm inverse isclose isfinite isin isinf isnan isneginf isposinf isreal
 kl_div kron kthvalue layer_norm ldexp le lerp less less_equal lgamma log log10 log1p log2 log_softmax logaddexp
 logaddexp2 logcumsumexp logdet logical_and logical_not logical_or logical_xor logit logsumexp lstm lstm_cell lt
 margin_ranking_loss masked_fill masked_scatter masked_select matmul matrix_exp matrix_power max max_pool1d max_pool2d
 max_pool3d maximum mean median meshgrid min minimum mm mode moveaxis movedim msort mul multinomial multiply mv mvlgamma
 nan_to_num nanmean nanmedian nanquantile nansum narrow native_group_norm native_layer_norm ne neg negative nextafter
-nonzero norm norm_except_dim not_equal nuclear_norm ones_like outer pairwise_distance pdist permute pinverse
+nonzero norm norm_except_dim not_equal nuclear_norm ones_like orgqr ormqr outer pairwise_distance pdist permute pinverse
 pixel_shuffle pixel_unshuffle poisson poisson_nll_loss polar polygamma positive pow prelu prod quantile rad2deg
 rand_like randint_like randn_like ravel real reciprocal relu relu_ remainder renorm repeat_interleave reshape
 resolve_conj resolve_neg rms_norm rnn_relu rnn_relu_cell rnn_tanh rnn_tanh_cell roll rot90 round rrelu rsqrt rsub
@@ -42,9 +44,9 @@ sinh slice_scatter slogdet softmax sort split split_with_sizes sqrt square squee
 svd swapaxes swapdims t take take_along_dim tan tanh tanh_ tensor_split tensordot threshold tile topk trace transpose
 trapezoid trapz tril triplet_margin_loss triu true_divide trunc unbind unflatten unique_consecutive unsqueeze var
 var_mean vdot view_as_complex view_as_real vsplit vstack where xlogy zeros_like _weight_norm
-arange as_tensor asarray bartlett_window blackman_window empty eye full hamming_window hann_window linspace logspace
+arange as_tensor asarray bartlett_window blackman_window eye full hamming_window hann_window linspace logspace
 normal ones rand randint randn randperm scalar_tensor tensor tril_indices triu_indices zeros
-_standard_gamma _sample_dirichlet binomial logical_and
+_standard_gamma _sample_dirichlet binomial
 """
 
 _TENSOR = """
@@ -54,7 +56,7 @@ __neg__ __or__ __pow__ __radd__ __rand__ __rdiv__ __reversed__ __rfloordiv__ __r
 __rpow__ __rsub__ __rtruediv__ __rxor__ __setitem__ __sub__ __truediv__ __xor__
 abs abs_ absolute absolute_ acos acos_ acosh acosh_ add add_ addbmm addbmm_ addcdiv addcdiv_ addcmul addcmul_ addmm
 addmm_ addmv addmv_ addr addr_ adjoint all amax amin aminmax angle any arccos arccosh arcsin arcsinh arctan arctan2
-arctanh argmax argmin argsort argwhere as_strided_scatter asin asin_ asinh asinh_ atan atan2 atan2_ atan_ atanh atanh_
+arctanh argmax argmin argsort argwhere asin asin_ asinh asinh_ atan atan2 atan2_ atan_ atanh atanh_
 baddbmm baddbmm_ bernoulli bernoulli_ bfloat16 bincount bitwise_and bitwise_and_ bitwise_left_shift bitwise_not
 bitwise_not_ bitwise_or bitwise_or_ bitwise_right_shift bitwise_xor bitwise_xor_ bmm bool broadcast_to byte cauchy_
 cdouble ceil ceil_ cfloat char cholesky_inverse chunk clamp clamp_ clamp_max clamp_max_ clamp_min clamp_min_ clip clip_
@@ -70,7 +72,7 @@ log10 log10_ log1p log1p_ log2 log2_ log_ log_normal_ log_softmax logaddexp loga
 logical_and_ logical_not logical_not_ logical_or logical_or_ logical_xor logit logit_ logsumexp long lt lt_ masked_fill
 masked_fill_ masked_scatter masked_scatter_ masked_select matmul matrix_exp matrix_power max maximum mean median min
 minimum mm mode moveaxis movedim msort mul mul_ multinomial multiply multiply_ mv mvlgamma nan_to_num nan_to_num_
-nanmean nanmedian nanquantile nansum narrow ne ne_ neg neg_ negative negative_ new_empty new_full new_ones new_tensor
+nanmean nanmedian nanquantile nansum narrow ne ne_ neg neg_ negative negative_ new_full new_ones new_tensor
 new_zeros nextafter nonzero norm normal_ not_equal outer permute pinverse polygamma positive pow pow_ prelu prod
 quantile rad2deg random_ ravel reciprocal reciprocal_ relu relu_ remainder remainder_ renorm renorm_ repeat
 repeat_interleave requires_grad_ reshape reshape_as resolve_conj resolve_neg roll rot90 round round_ rsqrt rsqrt_
@@ -100,12 +102,15 @@ threshold_ triplet_margin_loss unfold upsample
 """
 
 _LINALG = """
-cross det diagonal eigvalsh inv matmul matrix_exp matrix_norm matrix_power multi_dot norm pinv qr slogdet solve svdvals
-vander vecdot vector_norm cholesky
+cond cross det diagonal eigh eigvalsh householder_product inv lu_factor lstsq matmul matrix_rank matrix_exp matrix_norm
+matrix_power multi_dot norm pinv qr slogdet solve
+solve_triangular svd svdvals tensorinv tensorsolve vander vecdot vector_norm cholesky
 """
 
-_SPECIAL = "digamma entr erf erfc erfcx erfinv exp2 expit expm1 gammaln i0 i0e i1 log1p log_softmax logit logsumexp " \
+_SPECIAL = (
+    "digamma entr erf erfc erfcx erfinv exp2 expit expm1 gammaln i0 i0e i1 log1p log_softmax logit logsumexp "
     "multigammaln ndtr ndtri psi round sinc softmax xlog1py xlogy"
+)
 
 _FFT = "fft ifft fft2 ifft2 fftn ifftn rfft irfft rfft2 irfft2 rfftn irfftn fftshift ifftshift fftfreq rfftfreq"
 
@@ -115,15 +120,15 @@ RANDOM_NAMES = frozenset(
     """
     torch.alpha_dropout torch.bernoulli torch.dropout torch.dropout_ torch.feature_alpha_dropout torch.feature_dropout
     torch.multinomial torch.normal torch.poisson torch.rand torch.rand_like torch.randint torch.randint_like torch.randn
-    torch.randn_like torch.randperm torch.rrelu torch.empty torch.empty_like torch._standard_gamma torch.binomial
-    torch._sample_dirichlet torch.gru torch.lstm torch.rnn_relu torch.rnn_tanh
+    torch.randn_like torch.randperm torch.rrelu torch._standard_gamma torch.binomial
+    torch._sample_dirichlet torch.draw_dirichlet torch.gru torch.lstm torch.rnn_relu torch.rnn_tanh
     Tensor.bernoulli Tensor.bernoulli_ Tensor.cauchy_ Tensor.exponential_ Tensor.geometric_ Tensor.log_normal_
-    Tensor.multinomial Tensor.new_empty Tensor.normal_ Tensor.random_ Tensor.uniform_
+    Tensor.multinomial Tensor.normal_ Tensor.random_ Tensor.uniform_
     F.alpha_dropout F.dropout F.dropout1d F.dropout2d F.dropout3d F.feature_alpha_dropout F.gumbel_softmax
     F.multi_head_attention_forward F.rrelu F.scaled_dot_product_attention
     """.split()
 )
-"""Operations whose result is not fixed by their arguments: they draw numbers or read uninitialised memory."""
+"""Operations whose result is not fixed by their arguments: they draw numbers."""
 
 
 def _property_reader(name: str) -> Callable[[torch.Tensor], Any]:
@@ -136,10 +141,24 @@ def _property_reader(name: str) -> Callable[[torch.Tensor], Any]:
     return read
 
 
+def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """`tensor.data = value`, as momentum encoders write it; only with a tensor of the same shape, dtype and device."""
+    if (tensor.shape, tensor.dtype, tensor.device) != (value.shape, value.dtype, value.device):
+        raise ValueError(f"data of shape {list(value.shape)} cannot replace that of a tensor {list(tensor.shape)}")
+    tensor.data = value
+
+
+def _draw_dirichlet(concentration: torch.Tensor) -> torch.Tensor:
+    """What `torch.distributions.Dirichlet` and `Beta` draw with, gradient included."""
+    return _Dirichlet.apply(concentration)  # type: ignore[no-any-return]
+
+
 def _function_key(function: Any) -> Any:
-    """What identifies `function` among those that torch hands to a function mode; property getters by their property."""
+    """What identifies a function that torch hands to a function mode; getters and setters by their property."""
     if getattr(function, "__name__", None) == "__get__":
         return ("get", id(function.__self__))
+    if getattr(function, "__name__", None) == "__set__":
+        return ("set", id(function.__self__))
     return function
 
 
@@ -163,6 +182,12 @@ def _build_tables() -> tuple[dict[str, Callable[..., Any]], dict[Any, str]]:
     for name in _PROPERTIES.split():
         ops[f"Tensor.{name}"] = _property_reader(name)
         names[("get", id(getattr(torch.Tensor, name)))] = f"Tensor.{name}"
+    for empty, zeros in (("torch.empty", "torch.zeros"), ("torch.empty_like", "torch.zeros_like")):
+        names[getattr(torch, empty.split(".")[1])] = zeros
+    names[torch.Tensor.new_empty] = "Tensor.new_zeros"
+    ops["Tensor.set_data_"] = _set_data
+    names[("set", id(torch.Tensor.data))] = "Tensor.set_data_"
+    ops["torch.draw_dirichlet"] = _draw_dirichlet
     return ops, names
 
 
@@ -176,6 +201,9 @@ def name_of(function: Any) -> str | None:
     except TypeError:  # unhashable callables are never ours
         return None
 
+
+TORCH_FUNCTIONS: dict[type, str] = {_Dirichlet: "torch.draw_dirichlet"}
+"""Autograd functions of torch itself that stand in the table."""
 
 METADATA = frozenset(
     """
@@ -211,9 +239,19 @@ def is_random(op: str) -> bool:
     return op in RANDOM_NAMES
 
 
-def writes_in_place(op: str, kwargs_names: frozenset[str] | set[str] = frozenset()) -> bool:
-    """Whether the operation changes one of its arguments: ``add_``, ``__iadd__``, ``__setitem__``, or ``out=``."""
+_WRITES_STATISTICS = frozenset(
+    "F.batch_norm torch.batch_norm F.instance_norm torch.instance_norm F.embedding F.embedding_bag".split()
+)
+
+
+def writes_in_place(op: str, keywords: Iterable[str] = ()) -> bool:
+    """Whether the operation may change an argument: ``add_``, ``__iadd__``, ``__setitem__``, ``out=``, ``inplace=``."""
     name = op.split(".", 1)[1]
     if name.startswith("__"):
         return name == "__setitem__" or (name.startswith("__i") and name != "__invert__")
-    return name.endswith("_") or bool({"out", "inplace"} & set(kwargs_names))
+    return name.endswith("_") or not {"out", "inplace"}.isdisjoint(keywords)
+
+
+def has_effect(op: str, keywords: Iterable[str] = ()) -> bool:
+    """Whether the operation matters even if nobody uses its result: it draws numbers, writes, or keeps statistics."""
+    return is_random(op) or op in _WRITES_STATISTICS or writes_in_place(op, keywords)

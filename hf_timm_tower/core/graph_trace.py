@@ -1,8 +1,8 @@
 """Run a head once and record every tensor operation it performs.
 
 The head runs natively, on real tensors, under a `TorchFunctionMode`: Python sees real sizes, so loops, branches on
-shapes, `int`, `len`, helper objects and libraries on top of tensor methods need no support here. What is recorded is the
-flat list of calls with their arguments. Numbers that depend on the batch size show when runs of several batch sizes are
+shapes, `int`, `len`, helper objects and libraries on top of tensor methods need no support here. Recorded is the flat
+list of calls with their arguments. Numbers that depend on the batch size show when runs of several batch sizes are
 laid side by side (`graph_batch`). Calls that read tensor values into Python are refused, and so is what the function
 protocol does not show: a tensor that comes from nowhere is a constant, and must be the same in every run.
 """
@@ -17,15 +17,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint as _checkpoint  # noqa: F401  (not loaded by torch itself)
 
 from .errors import GraphError
 from .graph_layers import read_layer
-from .graph_ops import METADATA, VALUE_READERS, is_random, name_of, plain_name, writes_in_place
+from .graph_ops import METADATA, OPS, TORCH_FUNCTIONS, VALUE_READERS, is_random, name_of, plain_name, writes_in_place
 from .graph_values import encode, encode_output
 
 Json = Any
-_OURS = ("hf_timm_tower", "graph_trace", "graph_values")
 _MAX_CALLS = 20_000
+_ZEROS = frozenset({"torch.zeros", "torch.zeros_like", "Tensor.new_zeros"})
+_FROM_DATA = frozenset({"torch.tensor", "torch.as_tensor", "torch.asarray"})
+_FOR_WARNINGS_ONLY = frozenset({"_stacklevel"})
 
 
 @dataclass
@@ -40,10 +43,13 @@ class Trace:
 
 
 class _Recorder(TorchFunctionMode):
-    """Collects a `Trace`. Values are known by identity; every tensor met is kept alive so that identities stay unique."""
+    """Collects a `Trace`. Values are known by identity; every tensor is kept alive, so that identities stay unique."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor], example: torch.Tensor) -> None:
+    def __init__(
+        self, tensors: dict[str, torch.Tensor], example: torch.Tensor, originals: dict[str, torch.Tensor]
+    ) -> None:
         super().__init__()
+        self._originals = {id(tensor): name for name, tensor in originals.items()}
         self.trace = Trace()
         self.refusal: GraphError | None = None
         self.suspended = 0
@@ -66,6 +72,11 @@ class _Recorder(TorchFunctionMode):
         if known is None:
             if type(tensor) not in (torch.Tensor, nn.Parameter):
                 raise GraphError(f"a tensor of class {type(tensor).__qualname__} is not data")
+            if id(tensor) in self._originals:
+                raise GraphError(
+                    f"the forward reaches {self._originals[id(tensor)]} through a closure or a global, so that copies of "
+                    "the head would share it; reach it through self"
+                )
             known = f"#{len(self.trace.constants)}"
             self.trace.constants.append(tensor.detach().clone())
             self._refs[id(tensor)] = known
@@ -81,21 +92,34 @@ class _Recorder(TorchFunctionMode):
         op = name_of(func)
         if op is None or (op == "Tensor.type" and len(args) == 1 and not kwargs):
             return self._unlisted(func, args, kwargs)
+        if op in _FROM_DATA and args and type(args[0]).__module__ == "numpy":
+            return func(*args, **kwargs)  # a constant, if anybody uses it and it is the same in every run
+        return self._run_op(op, OPS[op] if op in _ZEROS else func, args, kwargs)
+
+    def _run_op(self, op: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one operation of the table natively and record it."""
         try:
             node = {"op": op, **self._arguments(args, kwargs)}
         except GraphError as error:
             raise self.refuse(f"{op}: {error}") from None
-        known = [tensor for tensor in _tensors_in((args, kwargs))]
+        known = list(_tensors_in((args, kwargs)))
         varying = is_random(op) or any(_storage(tensor) in self._varying for tensor in known)
-        result = func(*args, **kwargs)
-        if varying and writes_in_place(op, set(kwargs)):
+        in_place = writes_in_place(op, kwargs)
+        self.suspended += 1
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self.suspended -= 1
+        if varying and in_place:
             self._varying.update(_storage(tensor) for tensor in known)
-        return self._record(node, result, known, varying, alias=not writes_in_place(op, set(kwargs)))
+        return self._record(node, result, known, varying, alias=not in_place)
 
     def _unlisted(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = plain_name(func)
         if name in METADATA or name in ("_set_grad_enabled", "type"):
             return func(*args, **kwargs)
+        if name == "_assert" and args and not isinstance(args[0], torch.Tensor):
+            return func(*args, **kwargs)  # about sizes, which the head knows
         if name in VALUE_READERS:
             if not any(_storage(tensor) in self._varying for tensor in _tensors_in((args, kwargs))):
                 return func(*args, **kwargs)  # made of constants alone: the same in every run
@@ -105,9 +129,7 @@ class _Recorder(TorchFunctionMode):
         owner = getattr(func, "__module__", None) or "torch"
         raise self.refuse(f"{owner}.{name} is not among the operations that can be stored")
 
-    def call_layer(
-        self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def call_layer(self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a layer natively and record it as one call."""
         try:
             node = {"call": name, **self._arguments(args, kwargs)}
@@ -120,10 +142,26 @@ class _Recorder(TorchFunctionMode):
             self.suspended -= 1
         return self._record(node, result, list(_tensors_in((args, kwargs))), True, alias=True)
 
+    def call_function(
+        self, cls: type, native: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """An autograd function: known ones are recorded, checkpointing is seen through, others are refused."""
+        if cls is torch.utils.checkpoint.CheckpointFunction:
+            run_function, _, *inputs = args  # it runs again in the backward pass; the numbers are the same without that
+            return run_function(*inputs)
+        op = TORCH_FUNCTIONS.get(cls)
+        if op is None:
+            raise self.refuse(
+                f"{cls.__qualname__} is an autograd function of its own: its backward is code, which a graph would lose"
+            )
+        return self._run_op(op, native, args, kwargs)
+
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Json]:
         written: dict[str, Json] = {"in": [encode(arg, self.ref) for arg in args]}
         if kwargs:
-            written["kw"] = {key: encode(value, self.ref) for key, value in kwargs.items()}
+            written["kw"] = {
+                key: encode(value, self.ref) for key, value in kwargs.items() if key not in _FOR_WARNINGS_ONLY
+            }
         if not torch.is_grad_enabled():
             written["no_grad"] = True
         if self.autocast:
@@ -167,7 +205,10 @@ class _Recorder(TorchFunctionMode):
 
 def _storage(tensor: torch.Tensor) -> int:
     with torch._C.DisableTorchFunction():
-        return tensor.untyped_storage()._cdata
+        try:
+            return tensor.untyped_storage()._cdata
+        except (NotImplementedError, RuntimeError) as error:
+            raise GraphError(f"a tensor without memory of its own (vmap, sparse...) is not data: {error}") from None
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
@@ -187,21 +228,20 @@ def _user_line() -> str:
     torch_root = torch.__path__[0]
     while frame.f_back is not None:
         name = frame.f_code.co_filename
-        if not (name.startswith(torch_root) or name == __file__ or name.startswith("<")):
+        if name != __file__ and not name.startswith((torch_root, "<")):
             line = linecache.getline(name, frame.f_lineno).strip()
             return f"{frame.f_code.co_qualname}, line {frame.f_lineno}: {line}" if line else frame.f_code.co_qualname
         frame = frame.f_back
     return "in torch itself"
 
 
-def run_and_record(head: nn.Module, example: torch.Tensor) -> Trace:
+def run_and_record(head: nn.Module, example: torch.Tensor, originals: dict[str, torch.Tensor]) -> Trace:
     """Record one forward of `head` (which is changed by it: give a copy) on `example`.
 
-    Raises GraphError with the reason and the user's line where the forward cannot be data; other errors are the head's.
+    `originals` are the tensors of the head that was copied; a forward that still reaches them is refused. Raises GraphError with the reason and the user's line where the forward cannot be data; other errors are the head's.
     """
     tensors = named_tensors(head)
-    recorder = _Recorder(tensors, example)
-    buffers = {name: tensor for name, tensor in tensors.items()}
+    recorder = _Recorder(tensors, example, originals)
     _divert_layers(head, recorder)
     with _watched(recorder), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         recorder.autocast.clear()
@@ -216,9 +256,9 @@ def run_and_record(head: nn.Module, example: torch.Tensor) -> Trace:
         raise recorder.refusal
     trace = recorder.trace
     for name, tensor in named_tensors(head).items():
-        if buffers.get(name) is not tensor:
-            if isinstance(tensor, nn.Parameter) or name not in dict(head.named_buffers(remove_duplicate=False)):
-                raise GraphError(f"the forward replaces the parameter {name}")
+        if tensors.get(name) is not tensor:
+            if name not in tensors or isinstance(tensor, nn.Parameter) or isinstance(tensors[name], nn.Parameter):
+                raise GraphError(f"the forward replaces or adds the tensor {name}; only buffers may be reassigned")
             trace.nodes.append({"write": name, "in": [recorder.ref(tensor)]})
             trace.where.append(f"buffer {name} reassigned")
     trace.output = encode_output(output, recorder.ref)
@@ -248,13 +288,28 @@ def _divert(module: nn.Module, name: str, recorder: _Recorder) -> None:
         for key, tensor in {**part._parameters, **part._buffers}.items()
     ]
 
+    settings = _settings(module)
+
     def forward(*args: Any, **kwargs: Any) -> Any:
+        if recorder.suspended:
+            return native(*args, **kwargs)
         untouched = all({**part._parameters, **part._buffers}.get(key) is tensor for part, key, tensor in own)
-        if recorder.suspended or not untouched:
+        if (
+            not untouched or _settings(module) != settings
+        ):  # the forward lends it other weights or changes its arguments
             return native(*args, **kwargs)
         return recorder.call_layer(name, native, args, kwargs)
 
     module.forward = forward
+
+
+def _settings(module: nn.Module) -> list[tuple[str, Any]]:
+    return [
+        (name, value)
+        for part in module.modules()
+        for name, value in vars(part).items()
+        if name != "training" and isinstance(value, (bool, int, float, str, tuple, type(None)))
+    ]
 
 
 def callable_layers(head: nn.Module) -> dict[str, nn.Module]:
@@ -280,14 +335,15 @@ def callable_layers(head: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def _watched(recorder: _Recorder) -> Iterator[None]:
-    """While recording: refuse autograd functions of one's own, note autocast regions, skip value checks of distributions."""
+    """While recording: refuse autograd functions of one's own, note autocast regions, see through compiled functions.
 
-    def refuse_function(cls: type, *args: Any, **kwargs: Any) -> Any:
+    Replaces three methods of torch for the time of one run, so heads are examined one at a time.
+    """
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         if recorder.suspended:
             return native_apply.__get__(None, cls)(*args, **kwargs)
-        raise recorder.refuse(
-            f"{cls.__qualname__} is an autograd function of its own: its backward is code, and a graph would lose it"
-        )
+        return recorder.call_function(cls, native_apply.__get__(None, cls), args, kwargs)
 
     def enter(self: Any) -> Any:
         result = native_enter(self)
@@ -302,15 +358,25 @@ def _watched(recorder: _Recorder) -> Iterator[None]:
             recorder.autocast.pop()
         return native_leave(self, *args)
 
+    def run_script(self: Any, *args: Any, **kwargs: Any) -> Any:
+        python = getattr(self, "_torchdynamo_inline", None)  # the function that was scripted
+        if recorder.suspended or python is None:
+            return native_script(self, *args, **kwargs)
+        return python(*args, **kwargs)
+
     native_apply = torch.autograd.Function.__dict__["apply"]
     native_enter, native_leave = torch.autocast.__enter__, torch.autocast.__exit__
+    native_script = torch.jit.ScriptFunction.__call__
     checks = torch.distributions.Distribution._validate_args
-    torch.autograd.Function.apply = classmethod(refuse_function)  # type: ignore[method-assign, assignment]
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
     torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]
+    torch.jit.ScriptFunction.__call__ = run_script  # type: ignore[method-assign]
+    # Argument checks of distributions look at values; without them the numbers are the same.
     torch.distributions.Distribution.set_default_validate_args(False)
     try:
         yield
     finally:
         torch.autograd.Function.apply = native_apply  # type: ignore[method-assign, assignment]
         torch.autocast.__enter__, torch.autocast.__exit__ = native_enter, native_leave  # type: ignore[method-assign]
+        torch.jit.ScriptFunction.__call__ = native_script  # type: ignore[method-assign]
         torch.distributions.Distribution.set_default_validate_args(checks)

@@ -16,7 +16,7 @@ in the file            stands for
 ``{"...": true}``      an ellipsis
 ``{"f": "inf"}``       a float that JSON cannot write: inf, -inf, nan
 ``{"complex": [a,b]}`` a complex number
-``{"dtype": "..."}``   a dtype; ``"input"`` is the input's own
+``{"dtype": "..."}``   a dtype; ``"input"`` is the input's own, ``"$fc.weight"`` that of a parameter
 ``{"device": "input"}``the input's device
 ``{"memory": "..."}``  a memory format
 ``{"n": expr}``        a number that follows the batch size (see `graph_batch`)
@@ -34,9 +34,7 @@ from .errors import GraphError
 
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name)
-    for name in (
-        "float32 float64 float16 bfloat16 complex64 complex128 int8 int16 int32 int64 uint8 bool".split()
-    )
+    for name in ("float32 float64 float16 bfloat16 complex64 complex128 int8 int16 int32 int64 uint8 bool".split())
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MEMORY_FORMATS: dict[str, torch.memory_format] = {

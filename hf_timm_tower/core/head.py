@@ -26,6 +26,11 @@ HeadFactory = Callable[..., nn.Module]
 CustomHead = nn.Module | HeadFactory | str
 F = TypeVar("F", bound=HeadFactory)
 
+# `config.head["form"]` of heads that are not stored: one that lives in memory only, until saving finds a form for it,
+# and one that a subclass of the tower makes itself.
+LIVE = "live"
+SUBCLASS = "subclass"
+
 _REGISTRY: dict[str, HeadFactory] = {}
 _STAMP = "_hf_timm_tower_registered"
 

@@ -26,7 +26,9 @@ def copy_head(head: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(head, memo)
     except Exception as error:  # a user's __deepcopy__, locks, files: whatever it is, there is no copy to work on
-        raise GraphError(f"the head cannot be copied, so it cannot be examined: {type(error).__name__}: {error}") from error
+        raise GraphError(
+            f"the head cannot be copied, so it cannot be examined: {type(error).__name__}: {error}"
+        ) from error
 
 
 @contextmanager

@@ -7,10 +7,7 @@ follows the batch size, `graph_values` writes arguments, `graph_audit` reads the
 """
 
 import base64
-import random
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,58 +15,61 @@ from torch import nn
 
 from .errors import GraphError
 from .graph_audit import MAX_EMBEDDED_BYTES, VERSION, parse_graph
-from .graph_batch import MergedTrace, merge
 from .graph_layers import has_hooks, read_layer
 from .graph_module import build
-from .graph_ops import is_random, writes_in_place
-from .graph_trace import Trace, callable_layers, named_tensors, run_and_record
+from .graph_prune import Constants, prune
+from .graph_runs import record_mode
+from .graph_trace import callable_layers, named_tensors
 from .graph_values import dtype_name
 from .head_copy import copy_head, keep_random_state
 
 Json = Any
 
-_BATCHES = (2, 3, 5)
 DEFAULT_MAX_BYTES = 1 << 34
 
 
 def describe(head: nn.Module, example: torch.Tensor) -> dict[str, Any]:
     """Write `head` as a JSON-able graph, equal for equal heads.
 
-    `example` is an input as the head really gets it, ``[B, C]``, ``[B, N, C]`` or ``[B, C, H, W]``, on the CPU, floating
-    point; its batch and values do not matter. The head's weights, buffers, modes and the random states stay as they are.
-    Raises GraphError with the reason, and the line of the head's code, where it cannot be data.
+    `example` is an input as the head really gets it, ``[B, C]``, ``[B, N, C]`` or ``[B, C, H, W]``, on the CPU,
+    floating point; its batch and values do not matter. The head's weights, buffers, modes and the random states stay as
+    they are. One head at a time: parts of torch are watched while it runs. Raises GraphError with the reason, and the line of the head's code, where it cannot be data.
     """
     _check_head(head)
     described, whole = _describe_modules(head)
     if whole:
-        return {"version": VERSION, "input": _input(example), **described}
+        graph = {"version": VERSION, "input": _input(example), **described}
+        parse_graph(graph)
+        return graph
     with keep_random_state():
-        train, evaluation = _trace(head, example, training=True), _trace(head, example, training=False)
-    constants: list[torch.Tensor] = []
-    programs = [_program(merged, constants) for merged in (train, evaluation)]
+        train, evaluation = record_mode(head, example, training=True), record_mode(head, example, training=False)
+    constants = Constants()
+    programs = [constants.renumber(prune(mode.nodes, mode.output), mode.constants) for mode in (train, evaluation)]
     if programs[0] == programs[1]:
         forwards = {"forward": programs[0]}
     else:
         forwards = {"train": programs[0], "eval": programs[1]}
-    graph = {"version": VERSION, "input": _input(example), **described, **forwards}
-    if constants:
+    free = train.free & evaluation.free
+    graph = {"version": VERSION, "input": _input(example, free), **described, **forwards}
+    if constants.tensors:
         budget = [MAX_EMBEDDED_BYTES]
-        graph["constants"] = [_embed(tensor, budget, "a constant of the forward") for tensor in constants]
+        graph["constants"] = [_embed(tensor, budget, "a constant of the forward") for tensor in constants.tensors]
+    parse_graph(graph)
     return graph
 
 
 def construct(graph: Any, *, max_bytes: int = DEFAULT_MAX_BYTES) -> nn.Module:
     """Build the head of an untrusted graph: parse, audit, construct; nothing of it is ever run as code.
 
-    The result has the original's state-dict keys, shapes and dtypes; its weights are arbitrary until they are loaded. It is
-    made on the ambient default device; embedded tensors are on the CPU and follow ``.to()``. Raises GraphError for
-    anything that `describe` would not have written, or for more than `max_bytes` bytes of weights.
+    The result has the original's state-dict keys, shapes and dtypes; its weights are arbitrary until they are loaded.
+    It is made on the ambient default device; embedded tensors are on the CPU and follow ``.to()``. Raises GraphError
+    for anything that `describe` would not have written, or for more than `max_bytes` bytes of weights.
     """
     return build(parse_graph(graph), max_bytes)
 
 
-def _input(example: torch.Tensor) -> Json:
-    return {"shape": [None, *example.shape[1:]]}
+def _input(example: torch.Tensor, free: frozenset[int] = frozenset()) -> Json:
+    return {"shape": [None if dim in free | {0} else size for dim, size in enumerate(example.shape)]}
 
 
 # --- the modules
@@ -100,7 +100,8 @@ def _check_head(head: nn.Module) -> None:
 def _describe_modules(head: nn.Module) -> tuple[dict[str, Json], bool]:
     """The part of the graph about modules, and whether the head needs no recorded forward at all."""
     held = _held_modes(head)
-    whole = not held and not has_hooks(head) and _is_whole(head)
+    ties, layouts = _ties(head), _layouts(head)
+    whole = not (held or ties or layouts or has_hooks(head)) and _is_whole(head)
     layers = callable_layers(head)
     specs: list[dict[str, Json]] = []
     seen: dict[nn.Module, str] = {}
@@ -134,9 +135,8 @@ def _describe_modules(head: nn.Module) -> tuple[dict[str, Json], bool]:
         for name, parameter in head.named_parameters()
         if not parameter.requires_grad and (parameter.is_floating_point() or parameter.is_complex())
     ]
-    for key, value in (("dtypes", dtypes), ("frozen", frozen), ("ties", _ties(head, closed)), ("held", held)):
-        if value:
-            described[key] = value
+    found = {"dtypes": dtypes, "frozen": frozen, "ties": ties, "layouts": layouts, "held": held}
+    described.update({key: value for key, value in found.items() if value})
     return described, whole
 
 
@@ -179,7 +179,20 @@ def _module_spec(name: str, module: nn.Module, may_be_layer: bool, budget: list[
     return spec
 
 
-def _ties(head: nn.Module, closed: list[str]) -> list[list[str]]:
+def _layouts(head: nn.Module) -> list[list[Json]]:
+    """Tensors whose dimensions lie in memory in another order than written (channels last, transposes).
+
+    Kernels may give other last bits for another layout. Each with its dimensions from the outermost to the innermost.
+    """
+    layouts: list[list[Json]] = []
+    for name, tensor in {**dict(head.named_parameters()), **dict(head.named_buffers())}.items():
+        order = sorted(range(tensor.dim()), key=lambda dim, t=tensor: (-t.stride(dim), -t.shape[dim], dim))
+        if not tensor.is_contiguous() and tensor.permute(order).is_contiguous():
+            layouts.append([name, order])
+    return layouts
+
+
+def _ties(head: nn.Module) -> list[list[str]]:
     """Tensors that one name shares with an earlier one, where the sharing does not come from a shared module."""
     first: dict[int, str] = {}
     ties = []
@@ -213,55 +226,3 @@ def _embed(tensor: torch.Tensor, budget: list[int], what: str) -> Json:
         "dtype": dtype_name(tensor.dtype),
         "data": base64.b64encode(data).decode("ascii"),
     }
-
-
-# --- the forward
-
-
-def _trace(head: nn.Module, example: torch.Tensor, *, training: bool) -> MergedTrace:
-    traces: list[tuple[int, Trace]] = []
-    for batch in _BATCHES:
-        traces.append((batch, _one_run(head, example, batch, training)))
-    if not training and _works_natively(head, example, 1):
-        traces.insert(0, (1, _one_run(head, example, 1, training)))
-    return merge(traces)
-
-
-def _one_run(head: nn.Module, example: torch.Tensor, batch: int, training: bool) -> Trace:
-    copy = copy_head(head).train(training)
-    return run_and_record(copy, _input_of(example, batch, seed=batch))
-
-
-def _input_of(example: torch.Tensor, batch: int, seed: int) -> torch.Tensor:
-    """Fresh values for every run, so that nothing computed from them can pass for a constant."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed)
-    values = torch.randn(batch, *example.shape[1:], dtype=torch.float32).to(example.dtype)
-    return values.requires_grad_().clone()
-
-
-def _works_natively(head: nn.Module, example: torch.Tensor, batch: int) -> bool:
-    try:
-        copy_head(head).eval()(_input_of(example, batch, seed=0))
-    except Exception:  # whatever the head raises, it cannot take this batch
-        return False
-    return True
-
-
-def _program(merged: MergedTrace, constants: list[torch.Tensor]) -> dict[str, Json]:
-    nodes, output = _prune(merged.nodes, merged.output)
-    return {"nodes": nodes, "output": output}
-
-
-def _prune(nodes: list[dict[str, Json]], output: Json) -> tuple[list[dict[str, Json]], Json]:
-    return nodes, output
-
-
-@contextmanager
-def _unused() -> Iterator[None]:
-    yield
-
-
-_ = (is_random, writes_in_place)

@@ -26,8 +26,8 @@ def verify_head(original: nn.Module, rebuilt: nn.Module, example: torch.Tensor) 
     """Raise HeadError, naming what differs, unless `rebuilt` behaves as `original` does.
 
     `example` is an input of the head with a batch of any size, floating point; its values are not used. Both heads are
-    copied first, and the copy of `rebuilt` is given the original's state dict, strictly: weights, buffers, modes, `.grad`
-    and all random states of what was passed in stay as they were.
+    copied first, and the copy of `rebuilt` is given the original's state dict, strictly: weights, buffers, modes,
+    `.grad` and all random states of what was passed in stay as they were.
     """
     with keep_random_state():
         ours, theirs = copy_head(original), copy_head(rebuilt)
@@ -50,8 +50,8 @@ def _compare_keys(ours: nn.Module, theirs: nn.Module) -> None:
         other = found[key]
         if (value.shape, value.dtype) != (other.shape, other.dtype):
             raise HeadError(
-                f"{key} is {other.dtype} {list(other.shape)} in the rebuilt head, {value.dtype} {list(value.shape)} in the "
-                "original"
+                f"{key} is {other.dtype} {list(other.shape)} in the rebuilt head, {value.dtype} {list(value.shape)} in "
+                "the original"
             )
     theirs.load_state_dict(expected, strict=True)
 
@@ -59,7 +59,9 @@ def _compare_keys(ours: nn.Module, theirs: nn.Module) -> None:
 def _compare_sharing(ours: nn.Module, theirs: nn.Module) -> None:
     for what, names in (("parameters", _parameter_names), ("buffers", _buffer_names)):
         if (expected := names(ours)) != (found := names(theirs)):
-            raise HeadError(f"{what} that are one tensor differ: {found} in the rebuilt head, {expected} in the original")
+            raise HeadError(
+                f"{what} that are one tensor differ: {found} in the rebuilt head, {expected} in the original"
+            )
     frozen = [
         {name for name, parameter in head.named_parameters() if not parameter.requires_grad} for head in (ours, theirs)
     ]
@@ -89,7 +91,9 @@ def _compare_evaluation(ours: nn.Module, theirs: nn.Module, example: torch.Tenso
         for context, how in ((torch.no_grad, ""), (torch.enable_grad, " with gradients on")):
             seed = 100 + batch
             with context():
-                expected, found = _both(ours, theirs, lambda head, s=seed, b=batch: head(_probe(example, b, s)), seed, when)
+                expected, found = _both(
+                    ours, theirs, lambda head, s=seed, b=batch: head(_probe(example, b, s)), seed, when
+                )
             _compare_outputs(expected, found, f"{when} on a batch of {batch}{how}")
         _compare_buffers(ours, theirs, f"{when} on a batch of {batch}")
 
@@ -115,7 +119,7 @@ def _compare_training(ours: nn.Module, theirs: nn.Module, example: torch.Tensor)
 
 
 def _train_step(head: nn.Module, values: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
-    """One step of plain gradient descent on a fixed random projection of the outputs; gives them and the input's gradient."""
+    """One step of gradient descent on a fixed random projection of the outputs; gives them and the input's gradient."""
     leaf = values.requires_grad_()
     output = head(leaf.clone())  # a trunk's output is no leaf, so writing into it is allowed
     loss = torch.zeros((), dtype=torch.float64)
@@ -137,9 +141,7 @@ def _train_step(head: nn.Module, values: torch.Tensor) -> tuple[Any, torch.Tenso
     return output, leaf.grad
 
 
-def _both(
-    ours: nn.Module, theirs: nn.Module, run: Callable[[nn.Module], Any], seed: int, when: str
-) -> tuple[Any, Any]:
+def _both(ours: nn.Module, theirs: nn.Module, run: Callable[[nn.Module], Any], seed: int, when: str) -> tuple[Any, Any]:
     results = []
     for head, whose in ((ours, "original"), (theirs, "rebuilt")):
         _seed(seed)
@@ -178,7 +180,9 @@ def _compare_outputs(expected: Any, found: Any, when: str, where: str = "output"
     if type(expected) is not type(found) and not (
         isinstance(expected, torch.Tensor) and isinstance(found, torch.Tensor)
     ):
-        raise HeadError(f"{when}: {where} is a {type(found).__qualname__}, the original gives a {type(expected).__qualname__}")
+        raise HeadError(
+            f"{when}: {where} is a {type(found).__qualname__}, the original gives a {type(expected).__qualname__}"
+        )
     if isinstance(expected, torch.Tensor):
         _compare_pair(expected, found, f"{when}: {where}")
         if expected.requires_grad != found.requires_grad:

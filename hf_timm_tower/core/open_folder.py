@@ -28,6 +28,12 @@ COMMIT_NAME = ".tower-commit"
 NEW_NAME = "new"
 """Folder inside `COMMIT_NAME` (and inside every staging folder): the new files."""
 
+PLAN_NAME = "plan.json"
+"""File inside `COMMIT_NAME`: what the save is about to do."""
+
+STALE_KEY = "stale"
+"""Its entry that lists the names which the save drops."""
+
 _T = TypeVar("_T")
 _ATTEMPTS = 20
 _USES_HANDLES = os.open in os.supports_dir_fd and os.stat in os.supports_dir_fd
@@ -111,9 +117,7 @@ class OpenFolder:
         finally:
             os.close(descriptor)
 
-    def read_json(
-        self, name: str, max_bytes: int = MAX_JSON_BYTES, max_depth: int = MAX_JSON_DEPTH
-    ) -> dict[str, Any]:
+    def read_json(self, name: str, max_bytes: int = MAX_JSON_BYTES, max_depth: int = MAX_JSON_DEPTH) -> dict[str, Any]:
         """The JSON object in `name`; see `checkpoint.read_json` for limits and errors."""
         where = f"{self.path / name}"
         return parse_object(self.read_bytes(name, max_bytes), where, max_depth)
@@ -172,9 +176,18 @@ class OpenFolder:
 
     def _find(self, name: str) -> int | None:
         # The committed save first: a file leaves it only for its place in the folder, so none is missed in between.
-        found = self._find_committed(name)
+        found = self._find_committed(NEW_NAME, name)
         if found is not None:
             return found
+        plan = self._find_committed(PLAN_NAME)
+        if plan is not None:
+            try:
+                where = f"{self.path / COMMIT_NAME / PLAN_NAME}"
+                stale = parse_object(read_bounded(plan, where, MAX_JSON_BYTES), where).get(STALE_KEY)
+            finally:
+                os.close(plan)
+            if isinstance(stale, list) and name in stale:
+                return None
         try:
             if self._handle is None:
                 return self._open_link(name) if (self.path / name).is_symlink() else os.open(self.path / name, _READ)
@@ -186,18 +199,19 @@ class OpenFolder:
                 return self._open_link(name)
             raise
 
-    def _find_committed(self, name: str) -> int | None:
+    def _find_committed(self, *steps: str) -> int | None:
+        """Open a file of the committed save by its folders and name; links are none of our making: not followed."""
         if self._handle is None:
-            path = self.path / COMMIT_NAME / NEW_NAME / name
+            path = self.path.joinpath(COMMIT_NAME, *steps)
             return os.open(path, _READ) if path.exists() and not path.is_symlink() else None
         opened: list[int] = []
         parent = self._handle
         try:
-            for step in (COMMIT_NAME, NEW_NAME):
+            for step in (COMMIT_NAME, *steps[:-1]):
                 parent = os.open(step, _FOLDER | _NOFOLLOW, dir_fd=parent)
                 opened.append(parent)
-            return os.open(name, _READ | _NOFOLLOW, dir_fd=parent)
-        except FileNotFoundError:
+            return os.open(steps[-1], _READ | _NOFOLLOW, dir_fd=parent)
+        except (FileNotFoundError, NotADirectoryError):  # the latter: a file or a link of that name
             return None
         finally:
             for descriptor in opened:
@@ -206,11 +220,9 @@ class OpenFolder:
     def _open_link(self, name: str) -> int:
         here = Path(os.path.realpath(self.path))
         goal = Path(os.path.realpath(self.path / name))
-        allowed = [here]
-        for parent in here.parents:
-            # models--org--name/snapshots/<commit>[/subfolder]/file -> models--org--name/blobs/<hash>
-            if parent.name == "snapshots" and (parent.parent / "blobs").is_dir():
-                allowed.append(parent.parent / "blobs")
+        # models--org--name/snapshots/<commit>[/subfolder]/file -> models--org--name/blobs/<hash>
+        blobs = [parent.parent / "blobs" for parent in here.parents if parent.name == "snapshots"]
+        allowed = [here, *blobs]
         if not any(goal.is_relative_to(root) for root in allowed):
             raise FolderError(
                 f"{self.path / name} is a link to {goal}, outside of the tower's folder; copy the file into the folder"

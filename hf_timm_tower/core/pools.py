@@ -10,6 +10,8 @@ TIMM_POOLS = (
     "avg", "max", "avgmax", "catavgmax", "token", "map", "prr",
     "fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax",
 )  # fmt: skip
+# timm's attention pools split the trunk's width into heads of this many channels, as open_clip leaves it.
+ATTENTION_HEAD_WIDTH = 64
 ALL_POOLS = (*TIMM_POOLS, "token_avg", *ATTENTION_POOLS, "default", "none")
 
 

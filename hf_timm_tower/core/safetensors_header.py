@@ -123,6 +123,8 @@ def _check_storable(key: str, tensor: object, where: str) -> None:
         reason = f"safetensors has no dtype for {tensor.dtype}; convert it first (known: {', '.join(map(str, _NAMES))})"
     elif tensor.is_meta:
         reason = "it is on the meta device and has no values; load or initialise it first"
+    elif hasattr(type(tensor), "__tensor_flatten__"):
+        reason = f"it is a {type(tensor).__name__}, which wraps other tensors; gather or dequantize it first"
     elif tensor.layout != torch.strided:
         reason = f"its layout is {tensor.layout}; store tensor.to_dense()"
     elif len(tensor.shape) > _MAX_RANK:

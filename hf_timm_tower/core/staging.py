@@ -2,11 +2,11 @@
 
 The new files are written into a staging folder and fsynced. Then, under a lock, one of two ways:
 
-*Exchange*: the staging folder lies beside the target, and one system call swaps the two (Linux `renameat2`). Files of
-the target that are not ours were hard-linked into the staging folder before, so both are complete at that moment.
+*Exchange*: the staging folder lies beside the target, and one system call swaps the two. Files of the target that are
+not ours were hard-linked into the staging folder before, so both are complete at that moment.
 
-*Commit*: where folders cannot be exchanged (mount points, the current directory, a parent that cannot be written, sub-
-folders that are not ours, other systems), the staging folder lies inside the target, and renaming it to
+*Commit*: where folders cannot be exchanged (mount points, the current directory, a parent that cannot be written,
+sub-folders that are not ours, other systems than Linux), the staging folder lies inside the target, and renaming it to
 `.tower-commit` decides the save: from then on its files are the folder's true ones for `OpenFolder`. Then they are
 moved into place one by one, the index first removed and last brought back, so that readers who do not know of
 `.tower-commit` find no weights rather than a mix. If that is cut off, the next save completes it.
@@ -14,35 +14,24 @@ moved into place one by one, the index first removed and last brought back, so t
 A staging folder is locked while its writer lives. Those of dead writers are removed by the next save.
 """
 
-import ctypes
 import errno
-import json
+import hashlib
 import os
 import shutil
 import stat
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .aligned import folder_error
-from .checkpoint import INDEX_NAME, SINGLE_NAME, is_replaced
-from .errors import FolderError, TowerError
-from .open_folder import COMMIT_NAME, NEW_NAME
-
-try:
-    import fcntl
-except ImportError:  # Windows: no locks; leftovers of killed saves stay, and two saves at once are not kept apart.
-    fcntl = None  # type: ignore[assignment]
+from .checkpoint import INDEX_NAME, SINGLE_NAME, is_replaced, read_json, write_json
+from .disk import exchange_folders, is_current, is_mount, locked_folder, sync, sync_tree, try_lock
+from .errors import FolderError, FormatError, TowerError
+from .open_folder import COMMIT_NAME, NEW_NAME, PLAN_NAME, STALE_KEY
 
 _SAVE_MARK = ".tower-save-"
 _LOCK_NAME = "lock"
-_PLAN_NAME = "plan.json"
-_ABANDONED_SECONDS = 3600.0
-_RENAME_EXCHANGE = 2
-_AT_FDCWD = -100
 
 
 @contextmanager
@@ -51,24 +40,25 @@ def staged_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
 
     Entries of the target that the new save does not write are kept (a trainer's files, notes, `.git`, the card),
     except an earlier save's own weights, index, fingerprint and code. Missing parents are made. A symbolic link to a
-    folder stays a link. If the block raises, the target is as it was and nothing is left behind.
+    folder stays a link. If the block raises, the target is as it was and nothing is left behind. Of two saves at
+    once, the one whose block ends last wins.
 
     Raises:
         FolderError: `target` is a file, cannot be written, or the disk is full.
     """
     real = Path(os.path.realpath(target))
     made: list[Path] = []
-    box: _Box | None = None
     try:
-        _require_folder_or_nothing(real)
+        _require_writable(real)
         made = _make_parents(real)
-        box = _Box.create(real)
+        with _lock_for(real):
+            _clean(real)
+            box = _Box.create(real)
         try:
             yield box.new
-            _sync_tree(box.new)
-            with _locked(real):
-                _recover(real)
-                _sweep_leftovers(real)
+            sync_tree(box.new)
+            with _lock_for(real):
+                _clean(real)
                 box.commit(real)
         finally:
             box.close()
@@ -83,66 +73,106 @@ def staged_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What a staging folder was about to do, for whoever finds it after a kill; kept in its `plan.json`.
+
+    Attributes:
+        names: all entries of the new save.
+        stale: entries of the target that the new save drops: to `OpenFolder` they are gone once it is committed.
+        linked: entry of the target that is not ours -> inode of the file, which lies in the new folder too.
+        inode: the new folder's; another one under its name is the old folder, after an exchange.
+    """
+
+    names: frozenset[str]
+    stale: frozenset[str]
+    linked: Mapping[str, int]
+    inode: int
+
+    def write(self, box: Path) -> None:
+        content = {
+            "names": sorted(self.names),
+            STALE_KEY: sorted(self.stale),
+            "linked": dict(self.linked),
+            "inode": self.inode,
+        }
+        write_json(box / PLAN_NAME, content)
+        sync(box)
+
+    @classmethod
+    def read(cls, box: Path) -> "_Plan":
+        found = read_json(box / PLAN_NAME)
+        names, stale, linked, inode = (found.get(key) for key in ("names", STALE_KEY, "linked", "inode"))
+        if not (
+            isinstance(names, list) and isinstance(stale, list) and isinstance(linked, dict) and isinstance(inode, int)
+        ):
+            raise FormatError(f"{box / PLAN_NAME}: not the plan of a save; remove {box}")
+        return cls(frozenset(map(str, names)), frozenset(map(str, stale)), linked, inode)
+
+
 class _Box:
-    """A staging folder: `new/` with the new files, `lock` held while the writer lives, `plan.json` for whoever
-    finds it after a kill."""
+    """A staging folder: `new/` with the new files, `lock` held while its writer lives, `plan.json` before a swap."""
 
     def __init__(self, path: Path, lock: int) -> None:
         self.path = path
         self.new = path / NEW_NAME
         self._lock = lock
-        self.committed = False
+        self._committed = False
 
     @classmethod
     def create(cls, target: Path) -> "_Box":
-        """Beside the target where it can be exchanged, else inside."""
-        if not target.exists() or _may_be_exchanged(target):
+        """Beside the target where it is new or can be exchanged, else inside. The caller holds the target's lock."""
+        if not target.exists():
+            return cls._create_at(_beside(target))
+        if _may_be_exchanged(target):
             try:
-                return cls._create_at(target.parent / f".{target.name}{_SAVE_MARK}{_token()}", target)
+                box = cls._create_at(_beside(target))
             except OSError as error:
-                if not target.exists() or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                     raise
-        return cls._create_at(target / f"{_SAVE_MARK}{_token()}", target)
+            else:
+                try:
+                    _copy_ownership(target, box.new)
+                    return box
+                except PermissionError:
+                    box.close()  # not ours to give away: write into the folder that is there
+                except BaseException:
+                    box.close()
+                    raise
+        return cls._create_at(_inside(target))
 
     @classmethod
-    def _create_at(cls, path: Path, target: Path) -> "_Box":
-        # Locked under another name first, so that nobody finds it unlocked while its writer lives.
-        early = path.with_name(path.name + ".early")
-        os.mkdir(early)
+    def _create_at(cls, path: Path) -> "_Box":
+        os.mkdir(path)
         lock = -1
         try:
-            lock = os.open(early / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
-            _try_lock(lock)
-            os.mkdir(early / NEW_NAME)
-            os.rename(early, path)
-            box = cls(path, lock)
-            if target.exists():
-                _copy_ownership(target, box.new)
-            return box
+            lock = os.open(path / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+            try_lock(lock)
+            os.mkdir(path / NEW_NAME)
         except BaseException:
             if lock >= 0:
                 os.close(lock)
-            for leftover in (early, path):
-                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
             raise
+        return cls(path, lock)
 
     def commit(self, target: Path) -> None:
-        """Make `new` the target. The caller holds the lock."""
+        """Make `new` the target. The caller holds the target's lock."""
         if self.path.parent != target:
             if not target.exists():
                 os.rename(self.new, target)
-                _sync(target.parent)
+                sync(target.parent)
                 return
             if self._exchange(target):
                 return
             self._move_inside(target)
-        names = sorted(os.listdir(self.new))
-        _write_plan(self.path, {"names": names})
-        _sync(self.path)
+        names = frozenset(os.listdir(self.new))
+        stale = frozenset(name for name in os.listdir(target) if name not in names and is_replaced(target / name))
+        _Plan(names, stale, {}, os.stat(self.new).st_ino).write(self.path)
         os.rename(self.path, target / COMMIT_NAME)
-        self.committed = True
-        _sync(target)
+        self._committed = True
         try:
+            sync(target)
             _roll_forward(target)
         except OSError as error:
             raise folder_error(
@@ -153,39 +183,47 @@ class _Box:
 
     def _exchange(self, target: Path) -> bool:
         """Swap `new` and the target; False, with nothing changed, where that cannot be done."""
-        linked: dict[str, int] = {}
         if not _may_be_exchanged(target):
             return False
-        names = set(os.listdir(self.new))
+        names = frozenset(os.listdir(self.new))
+        linked = self._link_kept(target, names)
+        if linked is None:
+            return False
+        plan = _Plan(names, frozenset(), linked, os.stat(self.new).st_ino)
+        plan.write(self.path)
+        sync(self.new)
+        if not exchange_folders(self.new, target):
+            for name in linked:
+                os.unlink(self.new / name)
+            return False
+        sync(target.parent)
+        sync(self.path)
+        _bring_over(self.new, target, plan)
+        return True
+
+    def _link_kept(self, target: Path, names: frozenset[str]) -> dict[str, int] | None:
+        """Link what the target keeps into `new`; entry -> inode, or None where that cannot be done."""
+        linked: dict[str, int] = {}
         try:
             for name in _kept(target, names):
                 os.link(target / name, self.new / name, follow_symlinks=False)
                 linked[name] = os.lstat(self.new / name).st_ino
-            plan = {"names": sorted(names), "linked": linked, "inode": os.stat(self.new).st_ino}
-            _write_plan(self.path, plan)
-            _sync(self.new)
-            _sync(self.path)
-            exchanged = _exchange_folders(self.new, target)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise
-            exchanged = False
-        if not exchanged:
+            # A file system without hard links, or a file that may not be linked.
             for name in linked:
                 os.unlink(self.new / name)
-            return False
-        _sync(target.parent)
-        _sync(self.path)
-        _bring_over(self.path, target, plan)
-        return True
+            return None
+        return linked
 
     def _move_inside(self, target: Path) -> None:
         """Move the staging folder from beside the target into it; a copy where that crosses file systems."""
-        inside = type(self)._create_at(target / f"{_SAVE_MARK}{_token()}", target)
+        inside = type(self)._create_at(_inside(target))
         try:
             inside.new.rmdir()
             shutil.move(self.new, inside.new)
-            _sync_tree(inside.new)
+            sync_tree(inside.new)
         except BaseException:
             inside.close()
             raise
@@ -194,103 +232,92 @@ class _Box:
 
     def close(self) -> None:
         """Remove the staging folder, unless it was committed and has moved."""
-        if not self.committed:
+        if not self._committed:
             _remove_box(self.path)
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
 
 
-# Finding out
+# Before
 
 
-def _require_folder_or_nothing(target: Path) -> None:
+def _require_writable(target: Path) -> None:
     for path in (target, *target.parents):
         try:
             mode = os.stat(path).st_mode
-        except FileNotFoundError:
-            continue
-        except NotADirectoryError:
-            continue  # one of its parents is the file: found next
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # its nearest existing parent decides
         if not stat.S_ISDIR(mode):
             raise FolderError(f"{path} is not a folder; a tower is saved as a folder: choose another path or remove it")
+        if not _is_allowed(path, os.W_OK | os.X_OK):
+            raise FolderError(f"{path}: cannot be written; check its permissions, or choose another folder")
         return
 
 
+def _is_allowed(folder: Path, how: int) -> bool:
+    return os.access(folder, how, effective_ids=os.access in os.supports_effective_ids)
+
+
 def _make_parents(target: Path) -> list[Path]:
+    """Make the folders above the target; those that were missing, outermost first."""
     made: list[Path] = []
-    missing = [parent for parent in target.parents if not parent.exists()]
-    for parent in reversed(missing):
+    for parent in reversed([parent for parent in target.parents if not parent.exists()]):
         try:
             parent.mkdir()
         except FileExistsError:
-            continue  # somebody else's save made it meanwhile
+            continue  # another save made it meanwhile
         made.append(parent)
     return made
 
 
+def _lock_for(target: Path) -> AbstractContextManager[None]:
+    """The lock that saves to `target` take turns by. It is its parent's: the target itself is replaced."""
+    return locked_folder(target.parent if _is_allowed(target.parent, os.R_OK) else target)
+
+
 def _may_be_exchanged(target: Path) -> bool:
-    """Whether swapping the folder for another one disturbs nobody and has a chance. The system call says the rest."""
-    if not sys.platform.startswith("linux") or _is_mount(target):
+    """Whether swapping the folder for another one disturbs nobody that we know of."""
+    if is_mount(target) or is_current(target):
         return False
-    try:
-        if os.path.samefile(os.curdir, target):
-            return False  # this process would stand in the folder that is removed
-    except FileNotFoundError:
-        pass
-    if (target / COMMIT_NAME).exists():
-        return False
-    # Folders cannot be hard-linked: moved after the exchange, they would be missing if that is cut off.
-    return not any((target / name).is_dir() and not (target / name).is_symlink() for name in _kept(target, set()))
+    # Somebody is saving from inside of it, or its folders are not ours: those cannot be hard-linked, and moved after
+    # the exchange they would be missing if that is cut off.
+    return not any(_is_save(name) for name in os.listdir(target)) and not any(
+        _is_real_folder(target / name) for name in _kept(target, frozenset())
+    )
 
 
-def _is_mount(target: Path) -> bool:
-    if os.path.ismount(target):
-        return True
-    try:
-        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
-    except OSError:
-        return False
-    # Bind mounts on one file system show only here. Spaces and the like stand as \040.
-    points = (line.split(b" ")[4].decode("unicode_escape").encode("latin-1") for line in lines)
-    return os.fsencode(target) in points
-
-
-def _kept(target: Path, new_names: set[str]) -> list[str]:
-    """Entries of the target that outlive the save."""
+def _kept(folder: Path, new_names: frozenset[str]) -> list[str]:
+    """Entries of the folder that outlive a save of `new_names`."""
     return [
         name
-        for name in os.listdir(target)
-        if name not in new_names and name != COMMIT_NAME and not _is_save(name) and not is_replaced(target / name)
+        for name in os.listdir(folder)
+        if name not in new_names and name != COMMIT_NAME and not _is_save(name) and not is_replaced(folder / name)
     ]
 
 
-def _is_save(name: str) -> bool:
-    return name.startswith(_SAVE_MARK)
+def _copy_ownership(target: Path, new: Path) -> None:
+    """Give the new folder the old one's mode, attributes (access lists) and owner."""
+    wanted, found = os.stat(target), os.stat(new)
+    if hasattr(os, "chown") and (wanted.st_uid, wanted.st_gid) != (found.st_uid, found.st_gid):
+        os.chown(new, wanted.st_uid, wanted.st_gid)
+    shutil.copystat(target, new)
 
 
-# Moving
+# Swapping
 
 
-def _exchange_folders(a: Path, b: Path) -> bool:
-    """Swap two folders at once; False where the system cannot. Linux 3.15, renameat2(2)."""
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    rename.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
-    return bool(rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0)
-
-
-def _bring_over(box: Path, target: Path, plan: dict[str, Any]) -> None:
+def _bring_over(old: Path, target: Path, plan: _Plan) -> None:
     """After an exchange: what others wrote into the old folder since it was looked at goes into the new one."""
-    old, linked = box / NEW_NAME, plan["linked"]
-    for name in _kept(old, set(plan["names"])):
-        if linked.get(name) == os.lstat(old / name).st_ino:
-            continue
-        if (target / name).is_dir() and not (target / name).is_symlink():
-            continue
-        os.rename(old / name, target / name)
+    for name in _kept(old, plan.names):
+        linked = plan.linked.get(name)
+        if os.lstat(old / name).st_ino == linked:
+            continue  # lies in the target already, or was removed there since
+        there = os.lstat(target / name).st_ino if os.path.lexists(target / name) else None
+        if there == linked:  # not there and never was, or still the version that was replaced
+            if there is not None and _is_real_folder(old / name):
+                os.unlink(target / name)
+            os.rename(old / name, target / name)
 
 
 def _roll_forward(target: Path) -> None:
@@ -299,169 +326,105 @@ def _roll_forward(target: Path) -> None:
     new = box / NEW_NAME
     waiting = sorted(os.listdir(new)) if new.exists() else []
     if waiting:
-        names = set(json.loads((box / _PLAN_NAME).read_bytes())["names"])
+        plan = _Plan.read(box)
         # For readers that do not know of the commit: no weights before everything else is in place.
-        if INDEX_NAME in waiting:
-            (target / INDEX_NAME).unlink(missing_ok=True)
-            (target / SINGLE_NAME).unlink(missing_ok=True)
-        for name in os.listdir(target):
-            if name not in names and is_replaced(target / name):
+        first = [name for name in (INDEX_NAME, SINGLE_NAME) if name in plan.stale or name in waiting]
+        for name in [*first, *sorted(plan.stale - {*first})]:
+            if os.path.lexists(target / name):
                 _put_aside(target / name, box)
         for name in sorted(waiting, key=lambda name: (name == INDEX_NAME, name)):
             place = target / name
             if os.path.lexists(place) and (_is_real_folder(place) or _is_real_folder(new / name)):
                 _put_aside(place, box)
             os.replace(new / name, place)
-        _sync(target)
+        sync(target)
     _remove_box(box)
 
 
 def _put_aside(path: Path, box: Path) -> None:
-    """A rename: at once, where removing a folder with its files would take many steps."""
+    """A rename: at once, where removing a folder with its files takes many steps."""
     os.rename(path, box / f"old-{_token()}")
 
 
-def _recover(target: Path) -> None:
-    """Complete a save that was decided and then cut off. The caller holds the lock, so its writer is dead."""
-    if (target / COMMIT_NAME).exists():
+# Cleaning up after the dead
+
+
+def _clean(target: Path) -> None:
+    """Complete a save that was decided and cut off, remove what dead writers left. The caller holds the lock."""
+    if _is_real_folder(target / COMMIT_NAME):
         _roll_forward(target)
-
-
-def _sweep_leftovers(target: Path) -> None:
-    """Remove the staging folders of dead writers."""
-    places = [(target.parent, f".{target.name}{_SAVE_MARK}")]
-    if target.exists():
-        places.append((target, _SAVE_MARK))
-    for folder, prefix in places:
+    for place in (_beside(target), _inside(target)):
+        prefix = place.name.removesuffix(_token_of(place.name))
         try:
-            names = os.listdir(folder)
-        except PermissionError:
-            continue  # a parent that cannot be listed cannot hold staging folders of ours either
+            names = os.listdir(place.parent)
+        except (FileNotFoundError, PermissionError):
+            continue  # no such target yet; or a parent that cannot be listed, where nothing was staged
         for name in names:
-            if name.startswith(prefix):
-                _sweep(folder / name, target)
+            if name.startswith(prefix) and _is_real_folder(place.parent / name):
+                _remove_if_dead(place.parent / name, target)
 
 
-def _sweep(box: Path, target: Path) -> None:
+def _remove_if_dead(box: Path, target: Path) -> None:
     try:
         lock = os.open(box / _LOCK_NAME, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
     except FileNotFoundError:
-        # Being made or removed at this moment, or cut off in that.
-        try:
-            if time.time() - box.stat().st_mtime > _ABANDONED_SECONDS:
-                shutil.rmtree(box, ignore_errors=True)
-        except FileNotFoundError:
-            pass
+        # Boxes are made under the lock that we hold: this one was cut off in that, or while it was removed.
+        shutil.rmtree(box, ignore_errors=True)
         return
-    except OSError:
-        return  # not ours to touch
+    except PermissionError:
+        return  # another user's
     try:
-        if _try_lock(lock):
-            plan_path = box / _PLAN_NAME
-            if plan_path.exists() and (box / NEW_NAME).exists() and target.exists():
-                plan = json.loads(plan_path.read_bytes())
-                if "inode" in plan and os.stat(box / NEW_NAME).st_ino != plan["inode"]:
-                    _bring_over(box, target, plan)  # cut off between the exchange and this step
+        if try_lock(lock):
+            if target.exists() and (box / PLAN_NAME).exists() and (box / NEW_NAME).exists():
+                plan = _Plan.read(box)
+                if os.stat(box / NEW_NAME).st_ino != plan.inode:
+                    _bring_over(box / NEW_NAME, target, plan)  # cut off right after the exchange
             _remove_box(box)
     finally:
         os.close(lock)
 
 
 def _remove_box(box: Path) -> None:
-    """Remove a staging folder, its lock last: one that is half removed can still be told from a live one."""
+    """Remove a staging folder: the files first, the plan after them, the lock last."""
     if not box.exists():
         return
     shutil.rmtree(box / NEW_NAME, ignore_errors=True)
     for name in os.listdir(box):
         if name == _LOCK_NAME:
             continue
-        path = box / name
-        if _is_real_folder(path):
-            shutil.rmtree(path, ignore_errors=True)
+        if _is_real_folder(box / name):
+            shutil.rmtree(box / name, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            (box / name).unlink(missing_ok=True)
     shutil.rmtree(box, ignore_errors=True)
+
+
+# Names
+
+
+def _beside(target: Path) -> Path:
+    # The target's own name so that a person understands it, cut where the mark would make it too long for a name.
+    name = target.name
+    if len(os.fsencode(name)) > 120:
+        name = f"{name[:24]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
+    return target.parent / f".{name}{_SAVE_MARK}{_token()}"
+
+
+def _inside(target: Path) -> Path:
+    return target / f"{_SAVE_MARK}{_token()}"
+
+
+def _is_save(name: str) -> bool:
+    return name.startswith(_SAVE_MARK)
 
 
 def _is_real_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
-# Locks, modes, disk
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """One save into a folder at a time, for the moments of swapping. The parent is locked: the target is replaced."""
-    if fcntl is None:
-        yield
-        return
-    try:
-        descriptor = os.open(target.parent, os.O_RDONLY | os.O_CLOEXEC)
-    except PermissionError:
-        descriptor = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            # Network file systems without locks: saves there are safe against kills but not against each other.
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EBADF, errno.EINVAL, errno.ENOSYS):
-                raise
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    """Take the lock if nobody has it; False also where there are no locks."""
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _copy_ownership(target: Path, new: Path) -> None:
-    """The new folder gets the old one's mode, attributes (access lists) and owner."""
-    shutil.copystat(target, new)
-    wanted, found = os.stat(target), os.stat(new)
-    if (wanted.st_uid, wanted.st_gid) != (found.st_uid, found.st_gid) and hasattr(os, "chown"):
-        os.chown(new, wanted.st_uid, wanted.st_gid)
-        os.chmod(new, stat.S_IMODE(wanted.st_mode))
-
-
-def _write_plan(box: Path, plan: dict[str, Any]) -> None:
-    partial = box / f"{_PLAN_NAME}.part"
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(plan, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, box / _PLAN_NAME)
-
-
-def _sync_tree(folder: Path) -> None:
-    """Make everything below `folder` reach the disk: a rename must not come before the data it names."""
-    for path, _, files in os.walk(folder):
-        for name in files:
-            if not os.path.islink(os.path.join(path, name)):
-                _sync(Path(path, name))
-        _sync(Path(path))
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot sync a folder
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot sync folders
-            raise
-    finally:
-        os.close(descriptor)
-
-
 def _token() -> str:
     return f"{os.getpid()}-{os.urandom(4).hex()}"
+
+
+def _token_of(name: str) -> str:
+    return name.rpartition(_SAVE_MARK)[2]

@@ -5,7 +5,7 @@ which costs no arithmetic.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from .config import ATTENTION_POOLS, TimmTowerConfig
 from .errors import ArgumentError, ConfigError
 from .model_args import decode
 from .no_init import no_init
-from .pools import ALL_POOLS, PoolRefused, class_and_patch_tokens, own_pool, trunk_pool
+from .pools import ALL_POOLS, ATTENTION_HEAD_WIDTH, PoolRefused, class_and_patch_tokens, own_pool, trunk_pool
 
 Layout = Literal["NC", "NLC", "NCHW", "NHWC"]
 
@@ -255,14 +255,18 @@ def check_pool(trunk: nn.Module, config: TimmTowerConfig, output: TrunkOutput) -
         raise PoolRefused(config, f"the trunk gives {output.layout} features, not a vector")
     if config.pool in ATTENTION_POOLS and output.layout not in ("NCHW", "NHWC"):
         raise PoolRefused(config, f"attention pools need a feature map, the trunk gives {output.layout}")
+    if config.pool in ATTENTION_POOLS and output.width % ATTENTION_HEAD_WIDTH:
+        raise PoolRefused(
+            config, f"attention heads are {ATTENTION_HEAD_WIDTH} wide, which does not divide the width {output.width}"
+        )
     if config.pool == "token_avg" and (output.layout != "NLC" or class_and_patch_tokens(trunk) is None):
         raise PoolRefused(config, "it needs tokens with a class token first")
 
 
-def offered_pools(config: TimmTowerConfig) -> list[str]:
+def offered_pools(config: TimmTowerConfig, among: Sequence[str] = ALL_POOLS) -> list[str]:
     """The pools that work for this architecture and projection, found by trying each on the meta device."""
     found = []
-    for pool in ALL_POOLS:
+    for pool in among:
         trial = copy.deepcopy(config)
         trial.pool = pool
         try:
@@ -304,6 +308,26 @@ def describe_trunk(trunk: nn.Module) -> dict[str, Any]:
     }
 
 
+def check_made_again(trunk: nn.Module, config: TimmTowerConfig) -> None:
+    """A trunk that exists and the trunk that its config makes have the same weights by name and shape.
+
+    Raises:
+        ConfigError: they do not: the trunk was changed by hand.
+    """
+    keep = copy.deepcopy(config)
+    keep.proj, keep.head, keep.pool = None, None, "default"  # the classifier stays on
+    again = create_trunk(keep, initialise=False)
+    ours = {key: tuple(value.shape) for key, value in trunk.state_dict().items()}
+    theirs = {key: tuple(value.shape) for key, value in again.state_dict().items()}
+    if ours != theirs:
+        odd = sorted(key for key in set(ours) | set(theirs) if ours.get(key) != theirs.get(key))
+        raise ConfigError(
+            f"the trunk {config.architecture} cannot be built again as it is: with its own arguments "
+            f"{config.model_args} timm makes other weights ({len(odd)} keys differ, {', '.join(odd[:4])}). It was "
+            "changed by hand; subclass TimmModel and override _create_trunk."
+        )
+
+
 def _build_error(config: TimmTowerConfig, kwargs: dict[str, Any], error: BaseException) -> ConfigError | ArgumentError:
     text = str(error) or type(error).__name__
     if isinstance(error, TypeError) and "unexpected keyword argument" in text:
@@ -312,7 +336,7 @@ def _build_error(config: TimmTowerConfig, kwargs: dict[str, Any], error: BaseExc
             return PoolRefused(config, text)
         if name in (config.model_args or {}):
             return ArgumentError(f"model_kwargs[{name!r}]: {config.architecture} does not take it ({text})")
-    if "pool" in text.lower() and kwargs.get("global_pool"):
+    if kwargs.get("global_pool") and ("pool" in text.lower() or isinstance(error, AssertionError)):
         return PoolRefused(config, text)
     given = {key: value for key, value in kwargs.items() if key != "pretrained_cfg_overlay"}
     return ConfigError(f"timm cannot build {config.architecture} with {given}: {text}")

@@ -1,0 +1,107 @@
+"""What saving needs of the operating system: locks, syncing, swapping two folders at once, finding mount points."""
+
+import ctypes
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: two saves at once are not kept apart, and what a killed one left is not removed.
+    fcntl = None  # type: ignore[assignment]
+
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EBADF, errno.EINVAL, errno.ENOSYS)
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Hold an exclusive advisory lock on a folder, waiting for it; nothing where the file system has no locks."""
+    if fcntl is None:
+        yield  # type: ignore[unreachable]
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    held = False
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            held = True
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield
+    finally:
+        if held:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # said aloud: a process forked meanwhile holds the descriptor too
+        os.close(descriptor)
+
+
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file if nobody has it locked; False also where there are no locks. Ends when it is closed."""
+    if fcntl is None:
+        return False  # type: ignore[unreachable]
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def exchange_folders(a: Path, b: Path) -> bool:
+    """Swap two folders at once; False, with nothing changed, where the system cannot (Linux 3.15, renameat2(2))."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):  # a C library without it
+        return False
+    rename.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    return bool(rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0)
+
+
+def is_mount(folder: Path) -> bool:
+    """Whether a resolved path is a mount point, bind mounts on one file system (which `os.path.ismount` misses) too."""
+    if os.path.ismount(folder):
+        return True
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False  # not Linux; where it is one after all, exchanging it fails
+    # Spaces, tabs, line ends and backslashes stand as \040 and so on.
+    points = (line.split(b" ")[4].decode("unicode_escape").encode("latin-1") for line in lines)
+    return os.fsencode(folder) in points
+
+
+def is_current(folder: Path) -> bool:
+    """Whether this process stands in the folder."""
+    try:
+        return os.path.samefile(os.curdir, folder)
+    except FileNotFoundError:
+        return False  # it stands in one that was removed
+
+
+def sync_tree(folder: Path) -> None:
+    """Make everything below `folder` reach the disk: a rename must not get there before the data it names."""
+    for path, _, files in os.walk(folder):
+        for name in files:
+            if not os.path.islink(os.path.join(path, name)):
+                sync(Path(path, name))
+        sync(Path(path))
+
+
+def sync(path: Path) -> None:
+    """Make a file, or the names in a folder, reach the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot sync a folder
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot sync folders
+            raise
+    finally:
+        os.close(descriptor)

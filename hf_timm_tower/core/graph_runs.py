@@ -1,0 +1,150 @@
+"""The runs of a head from which one mode of its graph is made.
+
+Four batch sizes (and a batch of one in evaluation, where heads like to take another path) show which numbers follow the
+batch. A run in double precision shows which dtypes are the input's own rather than fixed. Runs on other map sizes or
+token counts show whether the head minds the size at all.
+"""
+
+import random
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import GraphError
+from .graph_batch import merge
+from .graph_trace import Trace, named_tensors, run_and_record
+from .graph_values import DTYPE_NAMES
+from .head_copy import copy_head
+
+Json = Any
+
+_BATCHES = (2, 3, 5, 8)
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One mode of a head: the calls of its forward, output, constants, and the input dimensions it does not mind."""
+
+    nodes: list[dict[str, Json]]
+    output: Json
+    constants: list[torch.Tensor]
+    free: frozenset[int]
+
+
+def record_mode(head: nn.Module, example: torch.Tensor, *, training: bool) -> Mode:
+    """Run copies of `head` in one mode and merge what they did. Raises GraphError where that is not data."""
+    shape = example.shape[1:]
+    traces = [(batch, _run(head, (batch, *shape), example.dtype, training)) for batch in _BATCHES]
+    base = traces[0][1]
+    if not training and _works(head, (1, *shape), example.dtype):
+        traces.insert(0, (1, _run(head, (1, *shape), example.dtype, training)))
+    merged = merge(traces)
+    follows = _dtypes_that_follow(head, example, training, base)
+    nodes = _mark_dtypes(merged.nodes, follows) if follows is not None else merged.nodes
+    return Mode(nodes, merged.output, merged.constants, _free_dimensions(head, example, training, base))
+
+
+def _run(head: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, training: bool) -> Trace:
+    copy = copy_head(head)
+    if dtype == torch.float64:
+        copy = nn.Module.double(copy)  # a head may have something else under this name
+    copy.train(training)
+    try:
+        return run_and_record(copy, _input_of(shape, dtype), named_tensors(head))
+    except GraphError:
+        raise
+    except Exception as error:  # the head's own failure, of any class
+        mode = "training" if training else "evaluation"
+        raise GraphError(
+            f"the head fails in {mode} on an input of shape {list(shape)}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _input_of(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Fresh values for every run, so that nothing computed from them can pass for a constant."""
+    seed = 1000 + 31 * shape[0] + sum(shape)
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed)
+    values = torch.randn(shape, dtype=torch.float32, device="cpu").to(dtype)
+    return values.requires_grad_().clone()  # not a leaf, as a trunk's output is none
+
+
+def _works(head: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    try:
+        copy_head(head).eval()(_input_of(shape, dtype))
+    except Exception:  # whatever the head raises, it does not take this input
+        return False
+    return True
+
+
+def _dtypes_that_follow(head: nn.Module, example: torch.Tensor, training: bool, base: Trace) -> list[Json] | None:
+    """The nodes of a run in double precision, or None if the head cannot run so or does something else then."""
+    if example.dtype == torch.float64:
+        return None
+    try:
+        double = _run(head, (_BATCHES[0], *example.shape[1:]), torch.float64, training)
+    except GraphError:
+        return None
+    same = len(double.nodes) == len(base.nodes) and all(
+        one.get("op") == other.get("op") and one.get("call") == other.get("call")
+        for one, other in zip(base.nodes, double.nodes, strict=True)
+    )
+    if not same:
+        return None
+    sources = {}
+    for name, parameter in head.named_parameters():
+        sources.setdefault(DTYPE_NAMES[parameter.dtype], f"${name}")
+    sources[DTYPE_NAMES[example.dtype]] = "input"
+    return [_following(one, other, sources) for one, other in zip(base.nodes, double.nodes, strict=True)]
+
+
+def _following(base: Json, double: Json, sources: dict[str, str]) -> Json:
+    """A tree of the form of `base` that names, where a dtype turned into double, what it follows; None elsewhere.
+
+    That is the input where its dtype is the one, or else the first parameter of that dtype.
+    """
+    if isinstance(base, dict) and isinstance(double, dict):
+        if set(base) == {"dtype"} and set(double) == {"dtype"}:
+            changed = base["dtype"] != "float64" and double["dtype"] == "float64"
+            return sources.get(base["dtype"]) if changed else None
+        return {key: _following(base[key], double[key], sources) for key in base if key in double}
+    if isinstance(base, list) and isinstance(double, list) and len(base) == len(double):
+        return [_following(one, other, sources) for one, other in zip(base, double, strict=True)]
+    return None
+
+
+def _mark_dtypes(value: Json, follows: Json) -> Json:
+    if isinstance(follows, str):
+        return {"dtype": follows}
+    if isinstance(value, dict) and isinstance(follows, dict):
+        return {key: _mark_dtypes(inner, follows.get(key)) for key, inner in value.items()}
+    if isinstance(value, list) and isinstance(follows, list) and len(value) == len(follows):
+        return [_mark_dtypes(inner, follow) for inner, follow in zip(value, follows, strict=True)]
+    return value
+
+
+def _free_dimensions(head: nn.Module, example: torch.Tensor, training: bool, base: Trace) -> frozenset[int]:
+    """Dimensions whose size the head does not mind: rows and columns of a map, the number of tokens.
+
+    Free only if runs at larger, much larger and smaller sizes make exactly the same calls with the same numbers.
+    """
+    dims = {3: (1,), 4: (2, 3)}.get(example.dim(), ())
+    if not dims:
+        return frozenset()
+    for change in (lambda size, step: size + step, lambda size, _: 2 * size, lambda size, _: max(1, size // 2)):
+        shape = [_BATCHES[0], *example.shape[1:]]
+        for step, dim in enumerate(dims, 1):
+            shape[dim] = change(shape[dim], step)
+        try:
+            other = _run(head, tuple(shape), example.dtype, training)
+        except GraphError:
+            return frozenset()
+        if other.nodes != base.nodes or other.output != base.output:
+            return frozenset()
+    return frozenset(dims)

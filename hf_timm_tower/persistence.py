@@ -1,0 +1,141 @@
+"""A tower's own way to a folder and back: which config is stored, and how a stored one becomes a tower."""
+
+import copy
+import os
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import torch.nn as nn
+
+from .core.assign import assign_weights
+from .core.config import TimmTowerConfig
+from .core.errors import ArgumentError, ConfigError, HeadError
+from .core.folder import read_tower
+from .core.head import LIVE, SUBCLASS, CustomHead, builtin_head, store_head
+from .core.no_init import no_init
+from .core.tower import head_example
+from .rebuilding import STEPS, added_arguments, overrides, rebuild
+
+if TYPE_CHECKING:
+    from .timm_model import TimmModel
+
+T = TypeVar("T", bound="TimmModel")
+
+
+def storable_config(tower: "TimmModel", base: type["TimmModel"]) -> TimmTowerConfig:
+    """The tower's config with its head in the form in which it comes back, verified.
+
+    Args:
+        tower: The tower; it is not changed.
+        base: TimmModel.
+
+    Raises:
+        HeadError: no form works.
+    """
+    cls = type(tower)
+    stored = copy.deepcopy(tower.config)
+    if stored.head is None and repr(tower.head) != repr(builtin_head(stored)):
+        # somebody put another head in its place, or other layers into it
+        stored.head, stored.proj = {"form": LIVE, "class": type(tower.head).__name__}, "none"
+    if stored.head is not None and overrides(cls, "_create_head"):
+        stored.head = {"form": SUBCLASS, "class": type(tower.head).__name__}
+    elif stored.head is not None:
+        name = stored.head.get("class") or type(tower.head).__name__
+        head = _on_cpu(tower.head)
+        stored.head = store_head(head, head_example(stored, tower.trunk).to(_float_dtype(head)))
+        stored.head["class"] = name
+    stored.tower_class = cls.__name__ if any(overrides(cls, step) for step in STEPS) else None
+    stored.tower_kwargs = added_arguments(tower, base) or None
+    return stored
+
+
+def load_tower(
+    cls: type[T],
+    folder: str | os.PathLike[str],
+    *,
+    custom_head: CustomHead | None = None,
+    strict: bool = True,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+) -> T:
+    """A folder -> a tower in eval mode. Parameters are the mapped files themselves, nothing is initialised.
+
+    Args:
+        cls: TimmModel or a subclass.
+        folder: A tower's folder.
+        custom_head: Takes the place of the stored head.
+        strict: False ignores weights that the tower has no place for, with a warning.
+        dtype: Cast floating-point weights.
+        device: Where the weights go.
+
+    Raises:
+        TowerError: by what is wrong with the folder.
+    """
+    files = read_tower(folder)
+    _check_class(cls, files.config, folder)
+    with no_init(budget=files.budget()):
+        tower = rebuild(cls, files.config, custom_head)
+    weights = files.weights if strict else _without_strangers(files.weights, tower, folder)
+    assign_weights(tower, weights, source=str(folder), dtype=_as_dtype(dtype), device=device)
+    tower._fingerprint = files.fingerprint
+    return tower.eval()
+
+
+def check_given_head(tower: "TimmModel") -> None:
+    """A head of another class may have the same weights; the fingerprint tells them apart.
+
+    Raises:
+        HeadError: it gives other numbers than the head that was saved.
+    """
+    if tower._fingerprint is None:
+        return
+    found = tower.verify()
+    if found.status == "different":
+        raise HeadError(
+            f"custom_head={type(tower.head).__name__} takes the stored weights but gives other numbers than the saved "
+            f"head ({found}). To change the head on purpose, load the tower and set tower.head."
+        )
+
+
+def _check_class(cls: type["TimmModel"], config: TimmTowerConfig, folder: str | os.PathLike[str]) -> None:
+    if config.tower_class is not None and not any(base.__name__ == config.tower_class for base in cls.__mro__):
+        raise ConfigError(
+            f"{folder}: this tower was saved by {config.tower_class}, a subclass of TimmModel that changes how it is "
+            f"built or run. Load it with {config.tower_class}.from_pretrained(...), not {cls.__name__}."
+        )
+
+
+def _without_strangers(
+    weights: Mapping[str, torch.Tensor], tower: nn.Module, folder: str | os.PathLike[str]
+) -> dict[str, torch.Tensor]:
+    places = tower.state_dict().keys()
+    strangers = sorted(set(weights) - set(places))
+    if strangers:
+        warnings.warn(
+            f"{folder}: strict=False ignores {len(strangers)} weights that the tower has no place for: "
+            f"{', '.join(strangers[:5])}",
+            stacklevel=4,
+        )
+    return {key: tensor for key, tensor in weights.items() if key in places}
+
+
+def _on_cpu(head: nn.Module) -> nn.Module:
+    if all(tensor.device.type == "cpu" for tensor in (*head.parameters(), *head.buffers())):
+        return head
+    return copy.deepcopy(head).to("cpu")
+
+
+def _float_dtype(module: nn.Module) -> torch.dtype:
+    dtypes = {parameter.dtype for parameter in module.parameters() if parameter.dtype.is_floating_point}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if not isinstance(dtype, str):
+        return dtype
+    found = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise ArgumentError(f"dtype={dtype!r} is not the name of a torch dtype")
+    return found

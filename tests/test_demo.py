@@ -1,0 +1,106 @@
+"""The demo keeps its promises: it ends with 0 only if everything that the fresh process gives is equal to the bit."""
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from hf_timm_tower import TimmModel
+
+MAIN = Path(__file__).resolve().parents[1] / "scripts" / "_demo" / "main.py"
+
+
+def run_demo(out: Path, before: str = "") -> subprocess.CompletedProcess[str]:
+    """The demo's Python part, as `scripts/demo --quick --epochs 1 --out OUT` starts it; `before` is run first."""
+    program = f"""
+import runpy, sys
+{before}
+sys.path.insert(0, {str(MAIN.parent)!r})
+sys.argv = ["demo", "--quick", "--epochs", "1", "--out", {str(out)!r}]
+runpy.run_path({str(MAIN)!r}, run_name="__main__")
+"""
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=out.parent,
+        env={**os.environ, "PYTHONPATH": str(MAIN.parents[2])},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def after_save(tamper: str) -> str:
+    """Code that lets `save_pretrained` save as ever, and then does something to the folder, `folder`, it has saved."""
+    return f"""
+from pathlib import Path
+from hf_timm_tower import TimmModel
+
+save = TimmModel.save_pretrained
+
+def save_and_tamper(self, folder, **kwargs):
+    save(self, folder, **kwargs)
+{textwrap.indent(textwrap.dedent(tamper), "    ")}
+TimmModel.save_pretrained = save_and_tamper
+"""
+
+
+def test_demo_ends_well_and_leaves_a_tower_and_a_picture_twice(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    for _ in range(2):
+        done = run_demo(out)
+        assert done.returncode == 0, done.stdout + done.stderr
+    lines = re.findall(r"^  (\S+) +\d+ embeddings of 64 +(\S+)$", done.stdout, re.MULTILINE)
+    assert dict(lines) == dict.fromkeys(("digits.train", "digits.test", "photos", "crops"), "equal")
+    assert "tower.verify(): equal" in done.stdout
+    assert TimmModel.from_pretrained(out / "tower").verify().status == "equal"
+    with Image.open(out / "nearest.png") as sheet:
+        assert min(sheet.size) > 500
+        assert len(sheet.convert("RGB").getcolors(sheet.width * sheet.height) or ()) > 100, "the sheet is blank"
+
+
+@pytest.mark.parametrize(
+    ("tamper", "message"),
+    [
+        pytest.param(
+            """
+            file = Path(folder) / "head.safetensors"
+            weights = load_file(file)
+            weights["head.out.weight"][0, 0] += 1e-3
+            save_file(weights, file, metadata={"format": "pt"})
+            """,
+            "the fresh process could not use",
+            id="a weight changed",
+        ),
+        pytest.param(
+            """
+            import torch
+            other = TimmModel("test_resnet", embed_dim=64, image_size=64, custom_head=type(self.head))
+            other.train(False)
+            other.load_state_dict({**self.state_dict(), "head.out.bias": torch.zeros(64)})
+            save(other, folder)
+            """,
+            "the fresh process gives other bits for",
+            id="another tower saved",
+        ),
+    ],
+)
+def test_demo_fails_if_the_saved_tower_is_not_the_trained_one(tamper: str, message: str, tmp_path: Path) -> None:
+    done = run_demo(tmp_path / "demo", after_save(tamper))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "The demo FAILED" in done.stderr
+    assert message in done.stderr
+    assert "Every bit is equal" not in done.stdout
+
+
+def test_demo_says_no_to_a_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "demo").write_text("mine")
+    done = run_demo(tmp_path / "demo")
+    assert done.returncode == 1
+    assert "The demo FAILED" in done.stderr
+    assert (tmp_path / "demo").read_text() == "mine"
