@@ -15,7 +15,7 @@ from .core.errors import ArgumentError, ConfigError, HeadError
 from .core.folder import read_tower
 from .core.head import LIVE, SUBCLASS, CustomHead, builtin_head, store_head
 from .core.no_init import no_init
-from .core.tower import head_example
+from .core.tower import check_embedding, head_example
 from .rebuilding import STEPS, added_arguments, overrides, rebuild
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ def storable_config(tower: "TimmModel", base: type["TimmModel"]) -> TimmTowerCon
     stored = copy.deepcopy(tower.config)
     if stored.head is None and repr(tower.head) != repr(builtin_head(stored)):
         # somebody put another head in its place, or other layers into it
-        stored.head, stored.proj = {"form": LIVE, "class": type(tower.head).__name__}, "none"
+        stored.head, stored.proj, stored.embed_dim = {"form": LIVE}, "none", None
+        stored.embed_dim = check_embedding(stored, tower.head, head_example(stored, tower.trunk))
     if stored.head is not None and overrides(cls, "_create_head"):
         stored.head = {"form": SUBCLASS, "class": type(tower.head).__name__}
     elif stored.head is not None:

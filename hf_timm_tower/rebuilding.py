@@ -49,8 +49,9 @@ def rebuild(cls: type[T], config: TimmTowerConfig, custom_head: CustomHead | Non
     """
     arguments: dict[str, Any] = dict(config.tower_kwargs or {})
     accepted = inspect.signature(cls.__init__).parameters
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     for name, value in (("model_name", config.architecture), ("embed_dim", config.embed_dim)):
-        if name in accepted:
+        if name in accepted or passes_on:
             arguments.setdefault(name, value)
     token = REBUILDING.set(Stored(config, custom_head))
     try:

@@ -540,9 +540,7 @@ class NumpyConstant(nn.Module):
 class EinopsLayers(nn.Module):
     def __init__(self, dim, height, width):
         super().__init__()
-        self.net = nn.Sequential(
-            Rearrange("b c h w -> b (h w) c"), nn.Linear(dim, 8), Reduce("b n d -> b d", "mean")
-        )
+        self.net = nn.Sequential(Rearrange("b c h w -> b (h w) c"), nn.Linear(dim, 8), Reduce("b n d -> b d", "mean"))
 
     def forward(self, x):
         return self.net(x)

@@ -27,7 +27,9 @@ def observe(head: nn.Module, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
         with torch.no_grad():
             _collect(head(values), f"eval.{batch}", seen)
     head.train()
-    optimizer = torch.optim.SGD([p for p in head.parameters() if p.requires_grad] or [nn.Parameter(torch.ones(1))], lr=0.1)
+    optimizer = torch.optim.SGD(
+        [p for p in head.parameters() if p.requires_grad] or [nn.Parameter(torch.ones(1))], lr=0.1
+    )
     for step in (1, 2):
         values = _start(4 + step, shape).requires_grad_()
         outputs: dict[str, torch.Tensor] = {}

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from heads_in_the_wild import HEADS, Head
 from rebuild_heads import observe
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from heads_in_the_wild import HEADS, Head
 from hf_timm_tower.core.errors import HeadError
 from hf_timm_tower.core.head_graph import construct, describe
 from hf_timm_tower.core.head_verify import verify_head
@@ -54,7 +54,12 @@ def rebuilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     script = str(ROOT / "tests" / "rebuild_heads.py")
     run = subprocess.run(
-        [sys.executable, "-P", script, str(folder)], cwd=empty, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-P", script, str(folder)],
+        cwd=empty,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
     return folder

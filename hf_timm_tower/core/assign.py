@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,11 +89,22 @@ def assign_weights(
     Raises:
         WeightsError: missing, unexpected or wrongly shaped keys, or tied keys that differ: one error that lists them.
     """
-    state = module.state_dict(keep_vars=True)
+    parts = list(module.named_modules(remove_duplicate=False))
+    slots = {
+        f"{prefix}.{name}" if prefix else name: _Slot(part, name, tensor)
+        for prefix, part in parts
+        for name, tensor in _persistent(part)
+    }
+    is_plain = all(map(_loads_plainly, {type(part): part for _, part in parts}.values())) and not any(
+        part._load_state_dict_pre_hooks or part._state_dict_hooks or part._state_dict_pre_hooks for _, part in parts
+    )
+    state: Mapping[str, Any] = (
+        {key: slot.tensor for key, slot in slots.items()} if is_plain else module.state_dict(keep_vars=True)
+    )
     owned: dict[int, list[str]] = {}
-    for key, tensor in _named_tensors(module):
+    for key, slot in slots.items():
         if key in state:
-            owned.setdefault(id(tensor), []).append(key)
+            owned.setdefault(id(slot.tensor), []).append(key)
     groups = [keys for keys in owned.values() if len(keys) > 1] + [list(group) for group in ties]
 
     full = dict(tensors)
@@ -118,16 +130,59 @@ def assign_weights(
         )
     kept = {key: value for key, value in state.items() if key not in full and not value.is_meta}
     values = _values(state, {**full, **kept}, dtype, device)
-    # load_state_dict, not setattr: modules with hooks of their own (lazy ones, nn.LSTM's flat weights) stay right.
-    module.load_state_dict(values, strict=False, assign=True)
-    after = module.state_dict(keep_vars=True)
+    if is_plain:
+        for key, value in values.items():
+            # setattr, not the dictionaries below it: nn.LSTM keeps a list of its weights that way.
+            setattr(slots[key].owner, slots[key].name, value)
+        after = {key: _tensor_at(slots[key]) for key in values}
+    else:
+        # Several times slower, but what a module does to its own state dict is done.
+        module.load_state_dict(values, strict=False, assign=True)
+        after = module.state_dict(keep_vars=True)
     refused = [key for key in values if after[key] is not values[key]]
     if refused:
         raise WeightsError(
-            f"{source}: {_some(refused)} did not reach the module: it overrides how a state dict is loaded, which a "
-            "tower cannot use"
+            f"{source}: {_some(refused)} did not reach the module: it overrides how attributes are set or a state dict "
+            "is loaded, which a tower cannot use"
         )
-    _move_other_buffers(module, dtype, device)
+    _move_other_buffers([part for _, part in parts], dtype, device)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where a parameter or persistent buffer lives: attribute `name` of the module `owner`."""
+
+    owner: nn.Module
+    name: str
+    tensor: Tensor
+
+
+def _persistent(part: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """What a module of its own (not its children) puts into a state dict, in that order."""
+    for name, parameter in part._parameters.items():
+        if parameter is not None:
+            yield name, parameter
+    for name, buffer in part._buffers.items():
+        if buffer is not None and name not in part._non_persistent_buffers_set:
+            yield name, buffer
+
+
+def _tensor_at(slot: _Slot) -> Tensor | None:
+    found = slot.owner._parameters.get(slot.name)
+    return slot.owner._buffers.get(slot.name) if found is None else found
+
+
+def _loads_plainly(part: nn.Module) -> bool:
+    """Whether the class leaves it to `nn.Module` what its state dict is."""
+    kind = type(part)
+    return (
+        kind.state_dict is nn.Module.state_dict
+        and kind.load_state_dict is nn.Module.load_state_dict
+        and kind._save_to_state_dict is nn.Module._save_to_state_dict
+        # BatchNorm's only makes up a counter that files from before 2018 lack.
+        and kind._load_from_state_dict in (nn.Module._load_from_state_dict, nn.BatchNorm2d._load_from_state_dict)
+        and kind.get_extra_state is nn.Module.get_extra_state
+    )
 
 
 def _problems(
@@ -182,12 +237,18 @@ def _values(
 
 
 def _converted(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str | int | None) -> Tensor:
+    if dtype is None and device is None:
+        return tensor
     return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
 
-def _move_other_buffers(module: nn.Module, dtype: torch.dtype | None, device: torch.device | str | int | None) -> None:
+def _move_other_buffers(
+    parts: Iterable[nn.Module], dtype: torch.dtype | None, device: torch.device | str | int | None
+) -> None:
+    if dtype is None and device is None:
+        return
     moved: dict[int, Tensor] = {}
-    for part in module.modules():
+    for part in parts:
         for name in part._non_persistent_buffers_set:
             buffer = part._buffers.get(name)
             if buffer is not None and not buffer.is_meta:
@@ -219,8 +280,8 @@ def _refuse_overlaps(keys: list[str], state: Mapping[str, Tensor], parameters: C
         begin, end = span(key)
         if begin < reach and (key in parameters or widest in parameters):
             raise WeightsError(
-                f"{_some([widest, key])} overlap in memory but are different views of it; a file keeps no views, so they "
-                "would come back as two independent tensors. Compute one from the other in forward, or clone it"
+                f"{_some([widest, key])} overlap in memory but are different views of it; a file keeps no views, so "
+                "they would come back as two independent tensors. Compute one from the other in forward, or clone it"
             )
         if end > reach:
             reach, widest = end, key

@@ -13,6 +13,9 @@ try:
 except ImportError:  # Windows: two saves at once are not kept apart, and what a killed one left is not removed.
     fcntl = None  # type: ignore[assignment]
 
+CAN_EXCHANGE = sys.platform.startswith("linux")
+"""Whether this system has a call that swaps two folders; the file system may still refuse it."""
+
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EBADF, errno.EINVAL, errno.ENOSYS)
@@ -53,7 +56,7 @@ def try_lock(descriptor: int) -> bool:
 
 def exchange_folders(a: Path, b: Path) -> bool:
     """Swap two folders at once; False, with nothing changed, where the system cannot (Linux 3.15, renameat2(2))."""
-    if not sys.platform.startswith("linux"):
+    if not CAN_EXCHANGE:
         return False
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2

@@ -1,8 +1,8 @@
 """Numbers that follow the batch size.
 
 Several runs of a head, each with another batch size, are laid side by side. They must make the same calls; a number
-that is not the same in all of them is solved as a small formula in the batch size ``B`` that gives exactly what was seen in
-every run. The formulas are JSON: ``"B"``, a number, or ``[operator, left, right]``.
+that is not the same in all of them is solved as a small formula in the batch size ``B`` that gives exactly what was
+seen in every run. The formulas are JSON: ``"B"``, a number, or ``[operator, left, right]``.
 """
 
 import math

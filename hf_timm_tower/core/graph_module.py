@@ -14,7 +14,11 @@ import torch
 from torch import nn
 
 from .errors import GraphError, HeadError
-from .graph_audit import (
+from .graph_batch import evaluate
+from .graph_layers import build_layer
+from .graph_ops import OPS
+from .graph_program import check_growth, may_grow
+from .graph_records import (
     DtypeOf,
     Formula,
     FromInput,
@@ -25,12 +29,7 @@ from .graph_audit import (
     Program,
     Reference,
     Slice,
-    check_growth,
-    may_grow,
 )
-from .graph_batch import evaluate
-from .graph_layers import build_layer
-from .graph_ops import OPS
 from .graph_values import DTYPES
 
 _CONTAINERS: dict[str, type[nn.Module]] = {
@@ -79,6 +78,11 @@ class GraphHead(nn.Module):
                 f"this head was stored for inputs of shape [{', '.join(expected)}], found {list(x.shape)}; "
                 "use the tower's own image size and pool"
             )
+
+    @property
+    def input_shape(self) -> tuple[int | None, ...]:
+        """The shape of the inputs that the head takes; None where any size will do."""
+        return self.__graph.shape
 
     def settle(self) -> None:
         """Share again what the original shared, and lay out again in memory what it laid out in another order.

@@ -28,8 +28,8 @@ deg2rad det detach detach_ diag diag_embed diagflat diagonal diagonal_scatter di
 dropout_ dsplit dstack einsum embedding embedding_bag eq erf erfc erfinv exp exp_ exp2 expm1
 feature_alpha_dropout feature_dropout fix flatten flip fliplr flipud float_power floor floor_divide fmax fmin fmod frac
 frexp frobenius_norm full_like gather ge geqrf greater greater_equal grid_sampler grid_sampler_2d group_norm gru
-gru_cell gt hardshrink heaviside hinge_embedding_loss histc hsplit hstack hypot i0 imag index_add index_copy index_fill index_put
-index_reduce index_select inner instance_norm inverse isclose isfinite isin isinf isnan isneginf isposinf isreal
+gru_cell gt hardshrink heaviside hinge_embedding_loss histc hsplit hstack hypot i0 imag index_add index_copy index_fill
+index_put index_reduce index_select inner instance_norm inverse isclose isfinite isin isinf isnan isneginf isposinf isreal
 kl_div kron kthvalue layer_norm ldexp le lerp less less_equal lgamma log log10 log1p log2 log_softmax logaddexp
 logaddexp2 logcumsumexp logdet logical_and logical_not logical_or logical_xor logit logsumexp lstm lstm_cell lt
 margin_ranking_loss masked_fill masked_scatter masked_select matmul matrix_exp matrix_power max max_pool1d max_pool2d

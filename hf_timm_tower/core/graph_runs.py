@@ -5,8 +5,6 @@ batch. A run in double precision shows which dtypes are the input's own rather t
 token counts show whether the head minds the size at all.
 """
 
-import random
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +13,9 @@ from torch import nn
 
 from .errors import GraphError
 from .graph_batch import merge
-from .graph_trace import Trace, named_tensors, run_and_record
+from .graph_trace import Trace, callable_layers, named_tensors, run_and_record
 from .graph_values import DTYPE_NAMES
-from .head_copy import copy_head
+from .head_copy import copy_head, seed_cpu
 
 Json = Any
 
@@ -37,58 +35,62 @@ class Mode:
 def record_mode(head: nn.Module, example: torch.Tensor, *, training: bool) -> Mode:
     """Run copies of `head` in one mode and merge what they did. Raises GraphError where that is not data."""
     shape = example.shape[1:]
-    traces = [(batch, _run(head, (batch, *shape), example.dtype, training)) for batch in _BATCHES]
+    runs = _Runs(head, tuple(callable_layers(head)), training)
+    traces = [(batch, runs.run((batch, *shape), example.dtype)) for batch in _BATCHES]
     base = traces[0][1]
-    if not training and _works(head, (1, *shape), example.dtype):
-        traces.insert(0, (1, _run(head, (1, *shape), example.dtype, training)))
+    if not training and runs.works((1, *shape), example.dtype):
+        traces.insert(0, (1, runs.run((1, *shape), example.dtype)))
     merged = merge(traces)
-    follows = _dtypes_that_follow(head, example, training, base)
+    follows = _dtypes_that_follow(runs, example, base)
     nodes = _mark_dtypes(merged.nodes, follows) if follows is not None else merged.nodes
-    return Mode(nodes, merged.output, merged.constants, _free_dimensions(head, example, training, base))
+    return Mode(nodes, merged.output, merged.constants, _free_dimensions(runs, example, base))
 
 
-def _run(head: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, training: bool) -> Trace:
-    copy = copy_head(head)
-    if dtype == torch.float64:
-        copy = nn.Module.double(copy)  # a head may have something else under this name
-    copy.train(training)
-    try:
-        return run_and_record(copy, _input_of(shape, dtype), named_tensors(head))
-    except GraphError:
-        raise
-    except Exception as error:  # the head's own failure, of any class
-        mode = "training" if training else "evaluation"
-        raise GraphError(
-            f"the head fails in {mode} on an input of shape {list(shape)}: {type(error).__name__}: {error}"
-        ) from error
+@dataclass(frozen=True)
+class _Runs:
+    """Runs of one head in one mode, each on a fresh copy."""
+
+    head: nn.Module
+    layers: tuple[str, ...]
+    training: bool
+
+    def run(self, shape: tuple[int, ...], dtype: torch.dtype) -> Trace:
+        copy = copy_head(self.head)
+        if dtype == torch.float64:
+            copy = nn.Module.double(copy)  # a head may have something else under this name
+        copy.train(self.training)
+        try:
+            return run_and_record(copy, _input_of(shape, dtype), self.layers, named_tensors(self.head))
+        except GraphError:
+            raise
+        except Exception as error:  # the head's own failure, of any class
+            mode = "training" if self.training else "evaluation"
+            raise GraphError(
+                f"the head fails in {mode} on an input of shape {list(shape)}: {type(error).__name__}: {error}"
+            ) from error
+
+    def works(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        try:
+            copy_head(self.head).train(self.training)(_input_of(shape, dtype))
+        except Exception:  # whatever the head raises, it does not take this input
+            return False
+        return True
 
 
 def _input_of(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Fresh values for every run, so that nothing computed from them can pass for a constant."""
     seed = 1000 + 31 * shape[0] + sum(shape)
-    torch.manual_seed(seed)
-    random.seed(seed)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed(seed)
+    seed_cpu(seed)
     values = torch.randn(shape, dtype=torch.float32, device="cpu").to(dtype)
     return values.requires_grad_().clone()  # not a leaf, as a trunk's output is none
 
 
-def _works(head: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    try:
-        copy_head(head).eval()(_input_of(shape, dtype))
-    except Exception:  # whatever the head raises, it does not take this input
-        return False
-    return True
-
-
-def _dtypes_that_follow(head: nn.Module, example: torch.Tensor, training: bool, base: Trace) -> list[Json] | None:
+def _dtypes_that_follow(runs: _Runs, example: torch.Tensor, base: Trace) -> list[Json] | None:
     """The nodes of a run in double precision, or None if the head cannot run so or does something else then."""
     if example.dtype == torch.float64:
         return None
     try:
-        double = _run(head, (_BATCHES[0], *example.shape[1:]), torch.float64, training)
+        double = runs.run((_BATCHES[0], *example.shape[1:]), torch.float64)
     except GraphError:
         return None
     same = len(double.nodes) == len(base.nodes) and all(
@@ -98,7 +100,7 @@ def _dtypes_that_follow(head: nn.Module, example: torch.Tensor, training: bool, 
     if not same:
         return None
     sources = {}
-    for name, parameter in head.named_parameters():
+    for name, parameter in runs.head.named_parameters():
         sources.setdefault(DTYPE_NAMES[parameter.dtype], f"${name}")
     sources[DTYPE_NAMES[example.dtype]] = "input"
     return [_following(one, other, sources) for one, other in zip(base.nodes, double.nodes, strict=True)]
@@ -129,7 +131,7 @@ def _mark_dtypes(value: Json, follows: Json) -> Json:
     return value
 
 
-def _free_dimensions(head: nn.Module, example: torch.Tensor, training: bool, base: Trace) -> frozenset[int]:
+def _free_dimensions(runs: _Runs, example: torch.Tensor, base: Trace) -> frozenset[int]:
     """Dimensions whose size the head does not mind: rows and columns of a map, the number of tokens.
 
     Free only if runs at larger, much larger and smaller sizes make exactly the same calls with the same numbers.
@@ -142,7 +144,7 @@ def _free_dimensions(head: nn.Module, example: torch.Tensor, training: bool, bas
         for step, dim in enumerate(dims, 1):
             shape[dim] = change(shape[dim], step)
         try:
-            other = _run(head, tuple(shape), example.dtype, training)
+            other = runs.run(tuple(shape), example.dtype)
         except GraphError:
             return frozenset()
         if other.nodes != base.nodes or other.output != base.output:

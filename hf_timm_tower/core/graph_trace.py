@@ -9,7 +9,8 @@ protocol does not show: a tensor that comes from nowhere is a constant, and must
 
 import linecache
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,8 +75,8 @@ class _Recorder(TorchFunctionMode):
                 raise GraphError(f"a tensor of class {type(tensor).__qualname__} is not data")
             if id(tensor) in self._originals:
                 raise GraphError(
-                    f"the forward reaches {self._originals[id(tensor)]} through a closure or a global, so that copies of "
-                    "the head would share it; reach it through self"
+                    f"the forward reaches {self._originals[id(tensor)]} through a closure or a global, so that copies "
+                    "of the head would share it; reach it through self"
                 )
             known = f"#{len(self.trace.constants)}"
             self.trace.constants.append(tensor.detach().clone())
@@ -235,15 +236,20 @@ def _user_line() -> str:
     return "in torch itself"
 
 
-def run_and_record(head: nn.Module, example: torch.Tensor, originals: dict[str, torch.Tensor]) -> Trace:
+def run_and_record(
+    head: nn.Module, example: torch.Tensor, layers: Iterable[str], originals: dict[str, torch.Tensor]
+) -> Trace:
     """Record one forward of `head` (which is changed by it: give a copy) on `example`.
 
-    `originals` are the tensors of the head that was copied; a forward that still reaches them is refused. Raises GraphError with the reason and the user's line where the forward cannot be data; other errors are the head's.
+    `layers` are the names that `callable_layers` gives. `originals` are the tensors of the head that was copied; a
+    forward that still reaches them is refused. Raises GraphError with the reason and the user's line where the forward cannot be data; other errors are the head's own.
     """
     tensors = named_tensors(head)
     recorder = _Recorder(tensors, example, originals)
-    _divert_layers(head, recorder)
-    with _watched(recorder), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+    for name in layers:
+        _divert(head.get_submodule(name), name, recorder)
+    with _watched(recorder), torch.enable_grad(), torch.autocast("cpu", enabled=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the head warns of is not news to its author
         recorder.autocast.clear()
         try:
             with recorder:
@@ -273,14 +279,8 @@ def named_tensors(head: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def _divert_layers(head: nn.Module, recorder: _Recorder) -> None:
-    """Make every layer of the table report its call instead of being traced through; `head` itself stays open."""
-    layers = callable_layers(head)
-    for name, module in layers.items():
-        _divert(module, name, recorder)
-
-
 def _divert(module: nn.Module, name: str, recorder: _Recorder) -> None:
+    """Make a layer report its call instead of being traced through."""
     native = module.forward
     own = [
         (part, key, tensor)
@@ -294,9 +294,8 @@ def _divert(module: nn.Module, name: str, recorder: _Recorder) -> None:
         if recorder.suspended:
             return native(*args, **kwargs)
         untouched = all({**part._parameters, **part._buffers}.get(key) is tensor for part, key, tensor in own)
-        if (
-            not untouched or _settings(module) != settings
-        ):  # the forward lends it other weights or changes its arguments
+        # A forward that lends a layer other weights, or changes its arguments, is traced through it.
+        if not untouched or _settings(module) != settings:
             return native(*args, **kwargs)
         return recorder.call_layer(name, native, args, kwargs)
 

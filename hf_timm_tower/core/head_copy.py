@@ -20,9 +20,9 @@ def copy_head(head: nn.Module) -> nn.Module:
     """
     memo: dict[int, object] = {}
     for module in head.modules():
-        for value in vars(module).values():
-            if isinstance(value, torch.Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
+        for tensor in _tensors_held(list(vars(module).values())):
+            if not tensor.is_leaf:
+                memo[id(tensor)] = tensor.detach().clone()
     try:
         return copy.deepcopy(head, memo)
     except Exception as error:  # a user's __deepcopy__, locks, files: whatever it is, there is no copy to work on
@@ -31,16 +31,36 @@ def copy_head(head: nn.Module) -> nn.Module:
         ) from error
 
 
+def _tensors_held(value: object, depth: int = 3) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)) and depth:
+        for item in value:
+            yield from _tensors_held(item, depth - 1)
+    elif isinstance(value, dict) and depth:
+        for item in value.values():
+            yield from _tensors_held(item, depth - 1)
+
+
+def seed_cpu(seed: int) -> None:
+    """Seed the generators of torch (CPU only), Python, and numpy where it is loaded."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed)
+
+
 @contextmanager
 def keep_random_state() -> Iterator[None]:
-    """Put back torch's, Python's and (where it is loaded) numpy's random states afterwards."""
+    """Put back the random states that `seed_cpu` changes."""
     numpy = sys.modules.get("numpy")
-    python_state = random.getstate()
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
     numpy_state = numpy.random.get_state() if numpy is not None else None
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            if numpy is not None:
-                numpy.random.set_state(numpy_state)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(torch_state)
+        random.setstate(python_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)

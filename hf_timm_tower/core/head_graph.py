@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .errors import GraphError
-from .graph_audit import MAX_EMBEDDED_BYTES, VERSION, parse_graph
+from .graph_audit import VERSION, parse_graph
+from .graph_json import MAX_EMBEDDED_BYTES
 from .graph_layers import has_hooks, read_layer
 from .graph_module import build
 from .graph_prune import Constants, prune
@@ -33,7 +35,8 @@ def describe(head: nn.Module, example: torch.Tensor) -> dict[str, Any]:
 
     `example` is an input as the head really gets it, ``[B, C]``, ``[B, N, C]`` or ``[B, C, H, W]``, on the CPU,
     floating point; its batch and values do not matter. The head's weights, buffers, modes and the random states stay as
-    they are. One head at a time: parts of torch are watched while it runs. Raises GraphError with the reason, and the line of the head's code, where it cannot be data.
+    they are. One head at a time: parts of torch are watched while it runs. Raises GraphError with the reason, and the
+    line of the head's code, where it cannot be data.
     """
     _check_head(head)
     described, whole = _describe_modules(head)
@@ -82,7 +85,10 @@ def _check_head(head: nn.Module) -> None:
             raise GraphError(f"{where} has a backward hook, which is code")
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise GraphError(f"{where} puts extra state into its state dict, which is not data")
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        if any(
+            isinstance(p, (UninitializedBuffer, UninitializedParameter))
+            for p in (*module._parameters.values(), *module._buffers.values())
+        ):
             raise GraphError(f"{where} is lazy and has not seen an input yet: call the head once")
     for name, parameter in head.named_parameters():
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
@@ -186,7 +192,7 @@ def _layouts(head: nn.Module) -> list[list[Json]]:
     """
     layouts: list[list[Json]] = []
     for name, tensor in {**dict(head.named_parameters()), **dict(head.named_buffers())}.items():
-        order = sorted(range(tensor.dim()), key=lambda dim, t=tensor: (-t.stride(dim), -t.shape[dim], dim))
+        order = [dim for *_, dim in sorted((-tensor.stride(d), -tensor.shape[d], d) for d in range(tensor.dim()))]
         if not tensor.is_contiguous() and tensor.permute(order).is_contiguous():
             layouts.append([name, order])
     return layouts

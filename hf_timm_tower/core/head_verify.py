@@ -6,9 +6,8 @@ and through two optimizer steps, each time from the same random state, and every
 for byte (NaN included).
 """
 
-import random
-import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +15,12 @@ from torch import nn
 
 from .errors import HeadError
 from .graph_batch import same_bytes
-from .head_copy import copy_head, keep_random_state
+from .graph_module import GraphHead
+from .head_copy import copy_head, keep_random_state, seed_cpu
 
-_BATCHES = (2, 3)
+# Other sizes than those a head is traced at, so that a formula of the batch size is proven where it was not found.
+_EVALUATION_BATCHES = (4, 7)
+_TRAINING_BATCHES = (6, 3)
 _LEARNING_RATE = 0.05
 
 
@@ -87,28 +89,58 @@ def _groups(named: Iterator[tuple[str, torch.Tensor]]) -> list[list[str]]:
 def _compare_evaluation(ours: nn.Module, theirs: nn.Module, example: torch.Tensor, when: str) -> None:
     ours.eval()
     theirs.eval()
-    for batch in _BATCHES:
+    shapes = [(batch, *example.shape[1:]) for batch in _EVALUATION_BATCHES]
+    for shape in shapes:
         for context, how in ((torch.no_grad, ""), (torch.enable_grad, " with gradients on")):
-            seed = 100 + batch
             with context():
-                expected, found = _both(
-                    ours, theirs, lambda head, s=seed, b=batch: head(_probe(example, b, s)), seed, when
-                )
-            _compare_outputs(expected, found, f"{when} on a batch of {batch}{how}")
-        _compare_buffers(ours, theirs, f"{when} on a batch of {batch}")
+                _compare_call(ours, theirs, _probe(shape, example.dtype, 100), f"{when} on a batch of {shape[0]}{how}")
+        _compare_buffers(ours, theirs, f"{when} on a batch of {shape[0]}")
+    with torch.no_grad():
+        for shape in _shapes_if_possible(theirs, example):
+            values = _probe(shape, example.dtype, 101)
+            if _takes(ours, values):
+                _compare_call(ours, theirs, values, f"{when} on an input of shape {list(shape)}")
+        values = _probe(shapes[0], example.dtype, 102)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            if _takes(ours, values):
+                _compare_call(ours, theirs, values, f"{when} under autocast")
+
+
+def _shapes_if_possible(rebuilt: nn.Module, example: torch.Tensor) -> Iterator[tuple[int, ...]]:
+    """A batch of one, and other sizes where the rebuilt head claims to take them."""
+    yield (1, *example.shape[1:])
+    if isinstance(rebuilt, GraphHead):
+        free = [dim for dim, size in enumerate(rebuilt.input_shape) if dim and size is None]
+        if free:
+            yield tuple(size + 3 if dim in free else size for dim, size in enumerate(example.shape))
+
+
+def _takes(head: nn.Module, values: torch.Tensor) -> bool:
+    try:
+        copy_head(head)(values.clone())
+    except Exception:  # whatever the original raises, there is nothing to compare
+        return False
+    return True
+
+
+def _compare_call(ours: nn.Module, theirs: nn.Module, values: torch.Tensor, when: str) -> None:
+    expected, found = _both(ours, theirs, partial(_call, values), 103, when)
+    _compare_outputs(expected, found, when)
+
+
+def _call(values: torch.Tensor, head: nn.Module) -> Any:
+    return head(values.clone())  # a head may write into its input
 
 
 def _compare_training(ours: nn.Module, theirs: nn.Module, example: torch.Tensor) -> None:
     ours.train()
     theirs.train()
-    for step, batch in enumerate(_BATCHES, 1):
+    for step, batch in enumerate(_TRAINING_BATCHES, 1):
         when = f"in training step {step}"
         seed = 200 + step
 
-        def run(head: nn.Module, batch: int = batch, seed: int = seed) -> tuple[Any, torch.Tensor | None]:
-            return _train_step(head, _probe(example, batch, seed))
-
-        (expected, ours_grad), (found, theirs_grad) = _both(ours, theirs, run, seed, when)
+        values = _probe((batch, *example.shape[1:]), example.dtype, seed)
+        (expected, ours_grad), (found, theirs_grad) = _both(ours, theirs, partial(_train_step, values), seed, when)
         _compare_outputs(expected, found, when)
         _compare_pair(ours_grad, theirs_grad, f"{when}: the input's gradient")
         parameters = dict(theirs.named_parameters())
@@ -118,9 +150,9 @@ def _compare_training(ours: nn.Module, theirs: nn.Module, example: torch.Tensor)
         _compare_buffers(ours, theirs, when)
 
 
-def _train_step(head: nn.Module, values: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
+def _train_step(values: torch.Tensor, head: nn.Module) -> tuple[Any, torch.Tensor | None]:
     """One step of gradient descent on a fixed random projection of the outputs; gives them and the input's gradient."""
-    leaf = values.requires_grad_()
+    leaf = values.clone().requires_grad_()
     output = head(leaf.clone())  # a trunk's output is no leaf, so writing into it is allowed
     loss = torch.zeros((), dtype=torch.float64)
     for index, tensor in enumerate(_tensors(output)):
@@ -137,14 +169,14 @@ def _train_step(head: nn.Module, values: torch.Tensor) -> tuple[Any, torch.Tenso
             if parameter.grad is not None:
                 # Scaled to the parameter, so that a step moves it in any dtype and however small the gradient is.
                 size = parameter.grad.abs().amax().clamp(min=1e-20) if parameter.numel() else 1.0
-                parameter -= (_LEARNING_RATE * parameter.grad / size).to(parameter.dtype)
+                parameter.sub_((_LEARNING_RATE * parameter.grad / size).to(parameter.dtype))
     return output, leaf.grad
 
 
 def _both(ours: nn.Module, theirs: nn.Module, run: Callable[[nn.Module], Any], seed: int, when: str) -> tuple[Any, Any]:
     results = []
     for head, whose in ((ours, "original"), (theirs, "rebuilt")):
-        _seed(seed)
+        seed_cpu(seed)
         try:
             results.append(run(head))
         except Exception as error:
@@ -152,17 +184,9 @@ def _both(ours: nn.Module, theirs: nn.Module, run: Callable[[nn.Module], Any], s
     return results[0], results[1]
 
 
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed(seed)
-
-
-def _probe(example: torch.Tensor, batch: int, seed: int) -> torch.Tensor:
+def _probe(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, *example.shape[1:], generator=generator).to(example.dtype)
+    return torch.randn(shape, generator=generator, device="cpu").to(dtype)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -145,7 +145,10 @@ class OpenFolder:
             if (status.st_dev, status.st_ino) != self._folder:
                 return True
         for name, before in self._seen.items():
-            descriptor = self._find(name)
+            try:
+                descriptor = self._find(name)
+            except OSError:
+                return True  # it could be looked up before
             now = None
             if descriptor is not None:
                 now = _identity(descriptor)

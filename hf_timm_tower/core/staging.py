@@ -26,7 +26,7 @@ from pathlib import Path
 
 from .aligned import folder_error
 from .checkpoint import INDEX_NAME, SINGLE_NAME, is_replaced, read_json, write_json
-from .disk import exchange_folders, is_current, is_mount, locked_folder, sync, sync_tree, try_lock
+from .disk import CAN_EXCHANGE, exchange_folders, is_current, is_mount, locked_folder, sync, sync_tree, try_lock
 from .errors import FolderError, FormatError, TowerError
 from .open_folder import COMMIT_NAME, NEW_NAME, PLAN_NAME, STALE_KEY
 
@@ -147,7 +147,9 @@ class _Box:
         lock = -1
         try:
             lock = os.open(path / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
-            try_lock(lock)
+            if not try_lock(lock):
+                os.close(lock)  # no locks here; and Windows could not rename a folder with an open file in it
+                lock = -1
             os.mkdir(path / NEW_NAME)
         except BaseException:
             if lock >= 0:
@@ -278,7 +280,7 @@ def _lock_for(target: Path) -> AbstractContextManager[None]:
 
 def _may_be_exchanged(target: Path) -> bool:
     """Whether swapping the folder for another one disturbs nobody that we know of."""
-    if is_mount(target) or is_current(target):
+    if not CAN_EXCHANGE or is_mount(target) or is_current(target):
         return False
     # Somebody is saving from inside of it, or its folders are not ours: those cannot be hard-linked, and moved after
     # the exchange they would be missing if that is cut off.

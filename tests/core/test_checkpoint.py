@@ -325,6 +325,30 @@ def test_modules_that_keep_references_to_their_weights_use_the_new_ones(make: Ca
     assert torch.equal(*(y[0] if isinstance(y, tuple) else y for y in (found, expected)))
 
 
+class Transposing(nn.Linear):
+    """Keeps its weight the other way round in the state dict."""
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = destination[prefix + "weight"].t()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: object) -> None:
+        turned = state_dict | {prefix + "weight": nn.Parameter(state_dict[prefix + "weight"].detach().t())}
+        super()._load_from_state_dict(turned, prefix, *arguments)
+
+
+class Copying(nn.Linear):
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: object) -> None:
+        self.weight.data.copy_(state_dict[prefix + "weight"])
+
+
+@pytest.mark.parametrize("kind", [Transposing, Copying])
+def test_a_module_whose_state_dict_is_not_its_tensors_is_never_silently_wrong(kind: type[nn.Linear]) -> None:
+    saved, loaded = kind(4, 4), kind(4, 4)
+    with pytest.raises(WeightsError, match="did not reach"):
+        assign_weights(loaded, saved.state_dict(), source="x")
+
+
 def test_a_lazy_module_takes_the_shape_it_is_given() -> None:
     lazy = nn.LazyLinear(3)
     saved = nn.Linear(5, 3)
