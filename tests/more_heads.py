@@ -678,6 +678,20 @@ class PythonCounter(nn.Module):
         return self.fc(x) * min(1.0, self.step / 10 + 0.1)
 
 
+class LatePythonCounter(nn.Module):
+    """The first two steps do not tell."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.fc = nn.Linear(dim, 4)
+        self.step = 0
+
+    def forward(self, x):
+        if self.training:
+            self.step += 1
+        return self.fc(x) * (1.0 if self.step < 500 else 0.5)
+
+
 class PythonRandom(nn.Module):
     def __init__(self, dim):
         super().__init__()
@@ -819,6 +833,7 @@ CODE: list[tuple[Any, tuple[Any, ...], str]] = [
     (PointerQueue, (96,), "vector"),
     (DataInit, (96,), "vector"),
     (PythonCounter, (96,), "vector"),
+    (LatePythonCounter, (96,), "vector"),
     (PythonRandom, (96,), "vector"),
     (OtherPathForOne, (96,), "vector"),
     (LoopOverBatch, (96,), "vector"),

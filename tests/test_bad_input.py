@@ -28,6 +28,7 @@ from hf_timm_tower import (
     TowerError,
     WeightsError,
 )
+from hf_timm_tower.core.model_args import FROM_TRUNK
 
 
 class Unstorable(nn.Module):
@@ -192,8 +193,7 @@ def test_model_kwargs_that_are_no_arguments_are_refused(kwargs: Any) -> None:
     [
         {"checkpoint_path": "/etc/passwd"}, {"pretrained": True}, {"features_only": True}, {"num_classes": 10},
         {"pretrained_cfg": {"file": "/x"}}, {"pretrained_cfg_overlay": {"url": "http://x"}}, {"global_pool": "max"},
-        {"img_size": 96}, {"cache_dir": "/tmp"}, {"out_indices": [1]}, {"scriptable": True}, {"exportable": True},
-        {"no_jit": True}, {"pretrained_strict": False}, {"device": "cpu"}, {"dtype": "float16"},
+        {"img_size": 96}, {"cache_dir": "/tmp"}, {"out_indices": [1]}, {"pretrained_strict": False}, {"device": "cpu"}, {"dtype": "float16"},
     ],
     ids=lambda kwargs: next(iter(kwargs)),
 )  # fmt: skip
@@ -201,6 +201,8 @@ def test_model_kwargs_that_fetch_read_or_belong_elsewhere_are_refused(kwargs: di
     name = next(iter(kwargs))
     with pytest.raises(ConfigError, match=name):
         TimmModel("test_resnet", 8, model_kwargs=kwargs)
+    if name in FROM_TRUNK:
+        return  # a tower made by from_trunk holds them: how the trunk was made before its classifier went
     edit(folder, model_args=kwargs)
     with pytest.raises(ConfigError, match=name):
         TimmModel.from_pretrained(folder)
@@ -362,7 +364,9 @@ def test_wrong_field_of_the_config_is_an_error_of_ours(wrong: dict[str, Any], fo
     with pytest.raises(TowerError) as caught:
         TimmModel.from_pretrained(folder)
     assert len(str(caught.value)) < 3000
-    assert next(iter(wrong)) in str(caught.value) or isinstance(caught.value, WeightsError | HeadError)
+    [(field, value)] = wrong.items()
+    named = {field, *value} if isinstance(value, dict) else {field, str(value)}
+    assert any(name in str(caught.value) for name in named) or isinstance(caught.value, WeightsError | HeadError)
 
 
 @pytest.mark.parametrize(
@@ -399,8 +403,8 @@ def test_config_that_asks_for_a_huge_model_is_refused_before_it_is_built(
     started = time.process_time()
     with pytest.raises(TowerError):
         TimmModel.from_pretrained(folder)
-    # not a measure of speed: the bound is two orders above what a refusal costs, and orders below what building costs
-    assert time.process_time() - started < 60
+    # not a measure of speed: far above what a refusal costs, orders below what building costs
+    assert time.process_time() - started < 15
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 4 * 2**30
 
 
@@ -543,7 +547,7 @@ def test_saving_over_a_file_or_below_one_is_refused(tmp_path: Path) -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 @pytest.mark.parametrize("target", ["/proc/tower", "/proc/self/tower", "/sys/tower"])
 def test_saving_where_nobody_may_write_is_refused(target: str) -> None:
-    with pytest.raises(FolderError, match=target):
+    with pytest.raises(FolderError, match="cannot"):
         TimmModel("test_resnet", embed_dim=8).save_pretrained(target)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from hf_timm_tower.core.config import OUR_FIELDS
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -55,3 +57,12 @@ def test_readme_quotes_what_the_plain_mixin_does() -> None:
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(((?!https?:|#)[^)]+)\)", README))))
 def test_readme_links_lead_to_files(link: str) -> None:
     assert (ROOT / link).exists()
+
+
+def test_format_document_describes_every_field_of_the_config() -> None:
+    document = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+    section = document.split("## `config.json`")[1].split("\n## ")[0]
+    described = {
+        name for row in re.findall(r"^\| (`.+?) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
+    }
+    assert described - {"model_type", "transformers_version"} == set(OUR_FIELDS)

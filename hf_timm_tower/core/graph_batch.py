@@ -200,13 +200,14 @@ def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors have the same dtype, shape and bytes (NaN by its bits)."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    views = [
-        tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-        if tensor.numel()
-        else torch.empty(0, dtype=torch.uint8)
-        for tensor in (one, other)
-    ]
-    return torch.equal(views[0], views[1].to(views[0].device))
+    return torch.equal(flat_bytes(one), flat_bytes(other).to(one.device))
+
+
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor in the order of its elements, uint8 ``[nbytes]``."""
+    plain = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)  # one element may have any stride
+    plain.copy_(tensor.detach().resolve_conj().resolve_neg())
+    return plain.reshape(-1).view(torch.uint8)
 
 
 def _merge_json(batches: Sequence[int], values: Sequence[Json], where: str) -> Json:

@@ -31,6 +31,7 @@ from .graph_records import (
     Slice,
 )
 from .graph_values import DTYPES
+from .head_copy import submodule
 
 _CONTAINERS: dict[str, type[nn.Module]] = {
     "Sequential": nn.Sequential,
@@ -109,7 +110,7 @@ class GraphHead(nn.Module):
         """Switch modes; modules that the original kept in one mode (frozen BatchNorm) stay in it."""
         super().train(mode)
         for name, in_train, in_eval in self.__graph.held:
-            _submodule(self, name).training = in_train if mode else in_eval
+            submodule(self, name).training = in_train if mode else in_eval
         return self
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "GraphHead":
@@ -171,7 +172,7 @@ class _Run:
                 check_growth(node.target, (args, kwargs), "forward")
             self.results.append(OPS[node.target](*args, **kwargs))
         elif node.kind == "call":
-            self.results.append(_submodule(self.head, node.target)(*args, **kwargs))
+            self.results.append(submodule(self.head, node.target)(*args, **kwargs))
         else:
             owner, key = _owner(self.head, node.target)
             owner._buffers[key] = args[0]
@@ -213,18 +214,9 @@ class _Run:
         return result
 
 
-def _submodule(head: nn.Module, name: str) -> nn.Module:
-    module = head
-    for key in name.split(".") if name else ():
-        child = module._modules[key]
-        assert child is not None
-        module = child
-    return module
-
-
 def _owner(head: nn.Module, name: str) -> tuple[nn.Module, str]:
     parent, _, key = name.rpartition(".")
-    return _submodule(head, parent), key
+    return submodule(head, parent), key
 
 
 def build(graph: Graph, max_bytes: int) -> nn.Module:

@@ -5,6 +5,8 @@ batch. A run in double precision shows which dtypes are the input's own rather t
 token counts show whether the head minds the size at all.
 """
 
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +17,11 @@ from .errors import GraphError
 from .graph_batch import merge
 from .graph_trace import Trace, callable_layers, named_tensors, run_and_record
 from .graph_values import DTYPE_NAMES
-from .head_copy import copy_head, seed_cpu
+from .head_copy import copy_head, seed_cpu, submodule
 
 Json = Any
+Counter = tuple[str, str, int | float]
+"""A module's name, an attribute of it, and the number that it shall hold."""
 
 _BATCHES = (2, 3, 5, 8)
 
@@ -41,6 +45,7 @@ def record_mode(head: nn.Module, example: torch.Tensor, *, training: bool) -> Mo
     if not training and runs.works((1, *shape), example.dtype):
         traces.insert(0, (1, runs.run((1, *shape), example.dtype)))
     merged = merge(traces)
+    _check_counters(runs, example, base)
     follows = _dtypes_that_follow(runs, example, base)
     nodes = _mark_dtypes(merged.nodes, follows) if follows is not None else merged.nodes
     return Mode(nodes, merged.output, merged.constants, _free_dimensions(runs, example, base))
@@ -54,8 +59,10 @@ class _Runs:
     layers: tuple[str, ...]
     training: bool
 
-    def run(self, shape: tuple[int, ...], dtype: torch.dtype) -> Trace:
+    def run(self, shape: tuple[int, ...], dtype: torch.dtype, counters: Iterable[Counter] = ()) -> Trace:
         copy = copy_head(self.head)
+        for name, attribute, value in counters:
+            vars(submodule(copy, name))[attribute] = value
         if dtype == torch.float64:
             copy = nn.Module.double(copy)  # a head may have something else under this name
         copy.train(self.training)
@@ -83,6 +90,33 @@ def _input_of(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     seed_cpu(seed)
     values = torch.randn(shape, dtype=torch.float32, device="cpu").to(dtype)
     return values.requires_grad_().clone()  # not a leaf, as a trunk's output is none
+
+
+def _check_counters(runs: _Runs, example: torch.Tensor, base: Trace) -> None:
+    """Refuse a head that counts its calls in Python and does something else after many of them."""
+    shape = (_BATCHES[0], *example.shape[1:])
+    copy = copy_head(runs.head).train(runs.training)
+    before = _numbers(copy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        copy(_input_of(shape, example.dtype))
+    changed = [key for key, value in _numbers(copy).items() if before.get(key, value) != value]
+    for far in (1_000, 10_000_019) if changed else ():
+        other = runs.run(shape, example.dtype, [(*key, type(before[key])(far)) for key in changed])
+        if other.nodes != base.nodes or other.output != base.output:
+            names = ", ".join(".".join(filter(None, key)) for key in changed)
+            raise GraphError(
+                f"the forward counts in Python ({names}), and does something else after many calls; count in a buffer"
+            )
+
+
+def _numbers(head: nn.Module) -> dict[tuple[str, str], int | float]:
+    return {
+        (name, attribute): value
+        for name, module in head.named_modules()
+        for attribute, value in vars(module).items()
+        if type(value) in (int, float)
+    }
 
 
 def _dtypes_that_follow(runs: _Runs, example: torch.Tensor, base: Trace) -> list[Json] | None:

@@ -24,6 +24,7 @@ from .errors import GraphError
 from .graph_layers import read_layer
 from .graph_ops import METADATA, OPS, TORCH_FUNCTIONS, VALUE_READERS, is_random, name_of, plain_name, writes_in_place
 from .graph_values import encode, encode_output
+from .head_copy import submodule
 
 Json = Any
 _MAX_CALLS = 20_000
@@ -128,6 +129,8 @@ class _Recorder(TorchFunctionMode):
                 f"{name} takes the value of a tensor into Python, so what the head does depends on values"
             )
         owner = getattr(func, "__module__", None) or "torch"
+        if owner == "torch._ops.profiler":
+            return func(*args, **kwargs)
         raise self.refuse(f"{owner}.{name} is not among the operations that can be stored")
 
     def call_layer(self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -242,12 +245,13 @@ def run_and_record(
     """Record one forward of `head` (which is changed by it: give a copy) on `example`.
 
     `layers` are the names that `callable_layers` gives. `originals` are the tensors of the head that was copied; a
-    forward that still reaches them is refused. Raises GraphError with the reason and the user's line where the forward cannot be data; other errors are the head's own.
+    forward that still reaches them is refused. Raises GraphError with the reason and the user's line where the forward
+    cannot be data; other errors are the head's own.
     """
     tensors = named_tensors(head)
     recorder = _Recorder(tensors, example, originals)
     for name in layers:
-        _divert(head.get_submodule(name), name, recorder)
+        _divert(submodule(head, name), name, recorder)
     with _watched(recorder), torch.enable_grad(), torch.autocast("cpu", enabled=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the head warns of is not news to its author
         recorder.autocast.clear()

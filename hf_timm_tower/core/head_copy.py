@@ -31,6 +31,16 @@ def copy_head(head: nn.Module) -> nn.Module:
         ) from error
 
 
+def submodule(head: nn.Module, name: str) -> nn.Module:
+    """The module of a dotted name; unlike `get_submodule` also where a method has the name of a module (``half``)."""
+    module = head
+    for key in name.split(".") if name else ():
+        child = module._modules[key]
+        assert child is not None
+        module = child
+    return module
+
+
 def _tensors_held(value: object, depth: int = 3) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value

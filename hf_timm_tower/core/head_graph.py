@@ -16,6 +16,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .errors import GraphError
 from .graph_audit import VERSION, parse_graph
+from .graph_batch import flat_bytes
 from .graph_json import MAX_EMBEDDED_BYTES
 from .graph_layers import has_hooks, read_layer
 from .graph_module import build
@@ -219,14 +220,13 @@ def named_tensors_once(head: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _embed(tensor: torch.Tensor, budget: list[int], what: str) -> Json:
-    tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     budget[0] -= tensor.nbytes
     if budget[0] < 0:
         raise GraphError(
             f"{what} has {tensor.nbytes} bytes; a graph embeds at most {MAX_EMBEDDED_BYTES} in all. Register it as a "
             "persistent buffer, so that it travels with the weights"
         )
-    data = bytes(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()) if tensor.numel() else b""
+    data = flat_bytes(tensor).cpu().numpy().tobytes()
     return {
         "shape": list(tensor.shape),
         "dtype": dtype_name(tensor.dtype),

@@ -100,10 +100,6 @@ def _compare_evaluation(ours: nn.Module, theirs: nn.Module, example: torch.Tenso
             values = _probe(shape, example.dtype, 101)
             if _takes(ours, values):
                 _compare_call(ours, theirs, values, f"{when} on an input of shape {list(shape)}")
-        values = _probe(shapes[0], example.dtype, 102)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            if _takes(ours, values):
-                _compare_call(ours, theirs, values, f"{when} under autocast")
 
 
 def _shapes_if_possible(rebuilt: nn.Module, example: torch.Tensor) -> Iterator[tuple[int, ...]]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from more_heads import CODE, STORABLE, FrozenNorm, LearnedGeM, SinusPositions, TiedAutoencoder
+from more_heads import CODE, STORABLE, AutocastRegions, FrozenNorm, LearnedGeM, SinusPositions, TiedAutoencoder
 from torch import nn
 
 from hf_timm_tower.core.errors import GraphError, HeadError
@@ -147,6 +147,17 @@ def test_dtypes_written_as_those_of_the_input_follow_it() -> None:
     rebuilt.load_state_dict(head.state_dict())
     x = torch.randn(3, 8).bfloat16()
     assert torch.equal(rebuilt.bfloat16()(x), head.bfloat16()(x))
+
+
+def test_autocast_regions_hold_inside_autocast() -> None:
+    head = AutocastRegions(96).eval()
+    rebuilt = construct(describe(head, torch.zeros(2, 96))).eval()
+    rebuilt.load_state_dict(head.state_dict())
+    x = torch.randn(3, 96)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, expected = rebuilt(x), head(x)
+    assert [tensor.dtype for tensor in found] == [torch.float32, torch.bfloat16]
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_modules_held_in_one_mode_stay_there() -> None:
