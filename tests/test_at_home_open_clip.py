@@ -79,7 +79,9 @@ def test_equal_to_open_clip_wherever_open_clip_works(name: str) -> None:
     assert ("avg", "linear") in equal or ("map", "none") in equal
 
 
-@pytest.mark.parametrize(("pool", "proj"), [("avg", "linear"), ("avg", "mlp"), ("avg", None), ("rot_attn", ""), ("", "linear")])
+@pytest.mark.parametrize(
+    ("pool", "proj"), [("avg", "linear"), ("avg", "mlp"), ("avg", None), ("rot_attn", ""), ("", "linear")]
+)
 def test_resnet_tower_equals_open_clip(pool: str, proj: str | None) -> None:
     their = theirs("resnet18", 32, pool, proj, False)
     our = TimmModel("resnet18", 32, pool=pool, proj=proj).eval()

@@ -94,7 +94,8 @@ def test_unknown_pretrained_tag_lists_the_tags_that_there_are() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["hf-hub:timm/resnet18.a1_in1k", "hf_hub:a/b", "local-dir:/etc", "../x", "/etc/passwd", "a/b", "resnet18/.."]
+    "name",
+    ["hf-hub:timm/resnet18.a1_in1k", "hf_hub:a/b", "local-dir:/etc", "../x", "/etc/passwd", "a/b", "resnet18/.."],
 )
 def test_architecture_that_names_a_place_is_refused(name: str, folder: Path) -> None:
     with pytest.raises(ConfigError, match="architecture"):
@@ -104,7 +105,9 @@ def test_architecture_that_names_a_place_is_refused(name: str, folder: Path) -> 
         TimmModel.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", ["", " ", "resnet18 ", "RESNET18", "resnet18\n", "\0", "é" * 100_000, None, 7, ["a"], {}])
+@pytest.mark.parametrize(
+    "name", ["", " ", "resnet18 ", "RESNET18", "resnet18\n", "\0", "é" * 100_000, None, 7, ["a"], {}]
+)
 def test_architecture_that_is_no_name_is_refused(name: Any) -> None:
     with pytest.raises(ConfigError, match="architecture") as caught:
         TimmModel(name, embed_dim=8)
@@ -113,9 +116,16 @@ def test_architecture_that_is_no_name_is_refused(name: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "pool"),
-    [("test_resnet", "token"), ("test_resnet", "token_avg"), ("test_resnet", "maxx"), ("test_vit", "catavgmax"),
-     ("test_vit", "abs_attn"), ("test_mambaout", "map"), ("test_resnet", "a\nb")],
-)  # fmt: skip
+    [
+        ("test_resnet", "token"),
+        ("test_resnet", "token_avg"),
+        ("test_resnet", "maxx"),
+        ("test_vit", "catavgmax"),
+        ("test_vit", "abs_attn"),
+        ("test_mambaout", "map"),
+        ("test_resnet", "a\nb"),
+    ],
+)
 def test_impossible_pool_lists_the_pools_that_there_are(name: str, pool: str) -> None:
     with pytest.raises(ConfigError, match="pool=") as caught:
         TimmModel(name, embed_dim=8, pool=pool)
@@ -165,13 +175,26 @@ def test_image_size_that_the_trunk_cannot_take_is_refused() -> None:
 @pytest.mark.parametrize(
     "bad",
     [
-        {"proj": "liner"}, {"proj": 3}, {"drop": 1.0}, {"drop": -0.1}, {"drop": "a"}, {"drop": float("nan")}, {"drop": True},
-        {"proj_bias": "yes"}, {"proj_bias": 1}, {"drop_path": "a"}, {"drop_path": -1.0}, {"drop_path": 2.0},
-        {"drop_path": float("nan")}, {"model_kwargs": {"in_chans": 0}}, {"model_kwargs": {"in_chans": "3"}},
-        {"model_kwargs": {"in_chans": 10**6}}, {"model_kwargs": {"in_chans": True}},
+        {"proj": "liner"},
+        {"proj": 3},
+        {"drop": 1.0},
+        {"drop": -0.1},
+        {"drop": "a"},
+        {"drop": float("nan")},
+        {"drop": True},
+        {"proj_bias": "yes"},
+        {"proj_bias": 1},
+        {"drop_path": "a"},
+        {"drop_path": -1.0},
+        {"drop_path": 2.0},
+        {"drop_path": float("nan")},
+        {"model_kwargs": {"in_chans": 0}},
+        {"model_kwargs": {"in_chans": "3"}},
+        {"model_kwargs": {"in_chans": 10**6}},
+        {"model_kwargs": {"in_chans": True}},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_other_impossible_arguments_are_refused_by_name(bad: dict[str, Any]) -> None:
     name = next(iter(bad))
     if name == "model_kwargs":
@@ -191,12 +214,22 @@ def test_model_kwargs_that_are_no_arguments_are_refused(kwargs: Any) -> None:
 @pytest.mark.parametrize(
     "kwargs",
     [
-        {"checkpoint_path": "/etc/passwd"}, {"pretrained": True}, {"features_only": True}, {"num_classes": 10},
-        {"pretrained_cfg": {"file": "/x"}}, {"pretrained_cfg_overlay": {"url": "http://x"}}, {"global_pool": "max"},
-        {"img_size": 96}, {"cache_dir": "/tmp"}, {"out_indices": [1]}, {"pretrained_strict": False}, {"device": "cpu"}, {"dtype": "float16"},
+        {"checkpoint_path": "/etc/passwd"},
+        {"pretrained": True},
+        {"features_only": True},
+        {"num_classes": 10},
+        {"pretrained_cfg": {"file": "/x"}},
+        {"pretrained_cfg_overlay": {"url": "http://x"}},
+        {"global_pool": "max"},
+        {"img_size": 96},
+        {"cache_dir": "/tmp"},
+        {"out_indices": [1]},
+        {"pretrained_strict": False},
+        {"device": "cpu"},
+        {"dtype": "float16"},
     ],
     ids=lambda kwargs: next(iter(kwargs)),
-)  # fmt: skip
+)
 def test_model_kwargs_that_fetch_read_or_belong_elsewhere_are_refused(kwargs: dict[str, Any], folder: Path) -> None:
     name = next(iter(kwargs))
     with pytest.raises(ConfigError, match=name):
@@ -213,10 +246,26 @@ class Mine(nn.SiLU):
 
 
 @pytest.mark.parametrize(
-    "value", [Mine, torch.relu, lambda x: x, nn.SiLU(), object(), b"a", {1, 2}, int, partial(nn.LayerNorm, 8),
-              partial(torch.relu), 2**40, torch.zeros(2), torch.float32, {1: 2}, os],
+    "value",
+    [
+        Mine,
+        torch.relu,
+        lambda x: x,
+        nn.SiLU(),
+        object(),
+        b"a",
+        {1, 2},
+        int,
+        partial(nn.LayerNorm, 8),
+        partial(torch.relu),
+        2**40,
+        torch.zeros(2),
+        torch.float32,
+        {1: 2},
+        os,
+    ],
     ids=lambda value: type(value).__name__,
-)  # fmt: skip
+)
 def test_model_kwargs_value_that_cannot_be_stored_is_refused(value: Any) -> None:
     with pytest.raises(ConfigError, match="act_layer"):
         TimmModel("test_resnet", 8, model_kwargs={"act_layer": value})
@@ -231,8 +280,16 @@ def test_custom_head_of_a_wrong_type_is_refused(head: Any, saved: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "head", ["no/such-head", lambda width, dim: 3, lambda: None, lambda width, dim: nn.Linear, nn.Linear(3, 3), nn.Conv2d(96, 3, 3)]
-)  # fmt: skip
+    "head",
+    [
+        "no/such-head",
+        lambda width, dim: 3,
+        lambda: None,
+        lambda width, dim: nn.Linear,
+        nn.Linear(3, 3),
+        nn.Conv2d(96, 3, 3),
+    ],
+)
 def test_custom_head_that_does_not_fit_is_refused(head: Any) -> None:
     with pytest.raises(HeadError):
         TimmModel("test_resnet", custom_head=head)
@@ -338,24 +395,64 @@ def test_format_version_that_this_package_does_not_read(version: Any, folder: Pa
 
 
 WRONG_FIELDS: list[dict[str, Any]] = [
-    {"architecture": 3}, {"architecture": None}, {"in_chans": "3"}, {"in_chans": 0}, {"in_chans": 10**9}, {"pool": 3},
-    {"pool": "nope"}, {"proj": "nope"}, {"proj": []}, {"proj_bias": "no"}, {"drop": "a"}, {"drop": 7}, {"embed_dim": 0},
-    {"embed_dim": "8"}, {"embed_dim": 10**12}, {"embed_dim": None}, {"head": 3}, {"head": []}, {"head": {}},
-    {"head": {"form": "pickle", "path": "x"}}, {"head": {"form": "registered"}},
-    {"head": {"form": "registered", "name": "torch.nn.Linear", "kwargs": {}}}, {"head": {"form": "graph"}},
-    {"head": {"form": "graph", "graph": {}}}, {"head": {"form": ["graph"]}}, {"head": {"form": "live"}},
-    {"image_size": [0, 0]}, {"image_size": [160]}, {"image_size": "160"}, {"preprocess": {}}, {"preprocess": 3},
-    {"preprocess": {"mean": 1}}, {"classifier": "eval"}, {"num_features": -1}, {"num_features": "a"}, {"layout": "XYZ"},
-    {"feat_size": [0]}, {"tower_class": 3}, {"tower_class": "Nobody"}, {"tower_kwargs": []}, {"tower_kwargs": {"a": 1}},
-    {"tower_kwargs": {"self": 1}}, {"tower_kwargs": {"pretrained": True, "model_name": "resnet18"}}, {"hidden_size": 9},
-    {"model_args": []}, {"model_args": {"block": {"class": "os.system"}}}, {"model_args": {"act_layer": {"class": "torch.nn.utils"}}},
-    {"model_args": {"act_layer": {"class": "timm.layers.create_act"}}}, {"model_args": {"act_layer": {"class": ["a"]}}},
+    {"architecture": 3},
+    {"architecture": None},
+    {"in_chans": "3"},
+    {"in_chans": 0},
+    {"in_chans": 10**9},
+    {"pool": 3},
+    {"pool": "nope"},
+    {"proj": "nope"},
+    {"proj": []},
+    {"proj_bias": "no"},
+    {"drop": "a"},
+    {"drop": 7},
+    {"embed_dim": 0},
+    {"embed_dim": "8"},
+    {"embed_dim": 10**12},
+    {"embed_dim": None},
+    {"head": 3},
+    {"head": []},
+    {"head": {}},
+    {"head": {"form": "pickle", "path": "x"}},
+    {"head": {"form": "registered"}},
+    {"head": {"form": "registered", "name": "torch.nn.Linear", "kwargs": {}}},
+    {"head": {"form": "graph"}},
+    {"head": {"form": "graph", "graph": {}}},
+    {"head": {"form": ["graph"]}},
+    {"head": {"form": "live"}},
+    {"image_size": [0, 0]},
+    {"image_size": [160]},
+    {"image_size": "160"},
+    {"preprocess": {}},
+    {"preprocess": 3},
+    {"preprocess": {"mean": 1}},
+    {"classifier": "eval"},
+    {"num_features": -1},
+    {"num_features": "a"},
+    {"layout": "XYZ"},
+    {"feat_size": [0]},
+    {"tower_class": 3},
+    {"tower_class": "Nobody"},
+    {"tower_kwargs": []},
+    {"tower_kwargs": {"a": 1}},
+    {"tower_kwargs": {"self": 1}},
+    {"tower_kwargs": {"pretrained": True, "model_name": "resnet18"}},
+    {"hidden_size": 9},
+    {"model_args": []},
+    {"model_args": {"block": {"class": "os.system"}}},
+    {"model_args": {"act_layer": {"class": "torch.nn.utils"}}},
+    {"model_args": {"act_layer": {"class": "timm.layers.create_act"}}},
+    {"model_args": {"act_layer": {"class": ["a"]}}},
     {"model_args": {"act_layer": {"class": "torch.nn.SiLU", "kwargs": 3}}},
     {"model_args": {"act_layer": {"class": "torch.nn.SiLU", "evil": 3}}},
     {"model_args": {"a": {"b": {"c": {"d": {"e": {"f": {"g": {"h": {"i": {"j": 1}}}}}}}}}}},
-    {"model_args": {"layers": [1] * 100_000}}, {"model_args": {"layers": "abc"}}, {"model_args": {"__class__": 1}},
-    {"pretrained_cfg": {"architecture": "resnet18"}}, {"auto_magic": True},
-]  # fmt: skip
+    {"model_args": {"layers": [1] * 100_000}},
+    {"model_args": {"layers": "abc"}},
+    {"model_args": {"__class__": 1}},
+    {"pretrained_cfg": {"architecture": "resnet18"}},
+    {"auto_magic": True},
+]
 
 
 @pytest.mark.parametrize("wrong", WRONG_FIELDS, ids=lambda wrong: str(wrong)[:60])
@@ -372,12 +469,26 @@ def test_wrong_field_of_the_config_is_an_error_of_ours(wrong: dict[str, Any], fo
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"mean": [0.1]}, {"std": [0, 1, 1]}, {"std": [-1, 1, 1]}, {"mean": ["a", 1, 1]}, {"mean": None}, {"crop_pct": 0},
-        {"crop_pct": "a"}, {"crop_pct": 1e9}, {"interpolation": "cubic"}, {"interpolation": ["bicubic"]}, {"crop_mode": 1},
-        {"padding": -1}, {"padding": 1.5}, {"value_range": [0]}, {"channel_order": "GBR"}, {"extra": 1}, {"std": [True] * 3},
+        {"mean": [0.1]},
+        {"std": [0, 1, 1]},
+        {"std": [-1, 1, 1]},
+        {"mean": ["a", 1, 1]},
+        {"mean": None},
+        {"crop_pct": 0},
+        {"crop_pct": "a"},
+        {"crop_pct": 1e9},
+        {"interpolation": "cubic"},
+        {"interpolation": ["bicubic"]},
+        {"crop_mode": 1},
+        {"padding": -1},
+        {"padding": 1.5},
+        {"value_range": [0]},
+        {"channel_order": "GBR"},
+        {"extra": 1},
+        {"std": [True] * 3},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_wrong_entry_of_preprocess_is_refused_before_an_image_meets_it(wrong: dict[str, Any], folder: Path) -> None:
     block = json.loads((folder / "config.json").read_text())["preprocess"]
     edit(folder, preprocess={**block, **wrong})
@@ -386,11 +497,15 @@ def test_wrong_entry_of_preprocess_is_refused_before_an_image_meets_it(wrong: di
 
 
 HUGE = [
-    ("vit_tiny_patch16_224", {"embed_dim": 10**9}), ("vit_tiny_patch16_224", {"depth": 10**6}),
-    ("vit_tiny_patch16_224", {"embed_dim": 3 * 2**20, "depth": 2**20}), ("test_resnet", {"base_width": 10**8}),
-    ("test_resnet", {"layers": [10**5] * 4}), ("test_resnet", {"channels": [2**28] * 4}),
-    ("vit_tiny_patch16_224", {"reg_tokens": 2**30}), ("vit_tiny_patch16_224", {"mlp_ratio": 1e300}),
-]  # fmt: skip
+    ("vit_tiny_patch16_224", {"embed_dim": 10**9}),
+    ("vit_tiny_patch16_224", {"depth": 10**6}),
+    ("vit_tiny_patch16_224", {"embed_dim": 3 * 2**20, "depth": 2**20}),
+    ("test_resnet", {"base_width": 10**8}),
+    ("test_resnet", {"layers": [10**5] * 4}),
+    ("test_resnet", {"channels": [2**28] * 4}),
+    ("vit_tiny_patch16_224", {"reg_tokens": 2**30}),
+    ("vit_tiny_patch16_224", {"mlp_ratio": 1e300}),
+]
 
 
 @pytest.mark.parametrize(("architecture", "model_args"), HUGE, ids=str)
@@ -466,7 +581,9 @@ def test_weights_that_do_not_fit_are_listed(change: Any, says: str, folder: Path
     assert len(str(caught.value)) < 2000
 
 
-@pytest.mark.parametrize("name", ["../head.safetensors", "/etc/passwd", "head.bin", "", "a/head.safetensors", 3, None, ".."])
+@pytest.mark.parametrize(
+    "name", ["../head.safetensors", "/etc/passwd", "head.bin", "", "a/head.safetensors", 3, None, ".."]
+)
 def test_index_that_names_other_places(name: Any, folder: Path) -> None:
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     mapped = {key: name if key.startswith("head.") else file for key, file in index["weight_map"].items()}
@@ -481,15 +598,21 @@ def test_index_that_names_other_places(name: Any, folder: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"fingerprint_version": 2}, {"outputs": []}, {"outputs": {}}, {"outputs": {"": {}}}, {"outputs": {"": 3}},
+        {"fingerprint_version": 2},
+        {"outputs": []},
+        {"outputs": {}},
+        {"outputs": {"": {}}},
+        {"outputs": {"": 3}},
         {"outputs": {"": {"shape": [1, 8], "dtype": "torch.float32", "sha256": "0", "values": ["a"]}}},
         {"outputs": {"": {"shape": [1, 8], "dtype": "torch.float32", "sha256": "0", "values": [1.0, 2.0, 3.0]}}},
         {"outputs": {"": {"shape": [1, 8], "dtype": "torch.float32", "sha256": "0", "values": [None] * 8}}},
         {"outputs": {"": {"shape": [1, 8], "dtype": "torch.float32", "sha256": "0", "values": []}}},
-        {"weights": 3}, {"made_with": ["torch"]}, {"made_with": None},
+        {"weights": 3},
+        {"made_with": ["torch"]},
+        {"made_with": None},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_malformed_fingerprint_is_an_error_of_ours_and_never_says_close(change: dict[str, Any], folder: Path) -> None:
     edit(folder, "fingerprint.json", **change)
     with pytest.raises(TowerError):
@@ -552,7 +675,9 @@ def test_saving_where_nobody_may_write_is_refused(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["a" * 300, "nul\0l", ""])
-def test_saving_under_an_impossible_name_is_refused(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_under_an_impossible_name_is_refused(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FolderError):
         TimmModel("test_resnet", embed_dim=8).save_pretrained(target)
@@ -570,10 +695,14 @@ def test_impossible_shard_size_is_refused(size: Any, tmp_path: Path) -> None:
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
-)  # fmt: skip
+)
 FIELDS = sorted(name for name in TimmTowerConfig.__annotations__ if name not in ("attribute_map", "format_version"))
 
 

@@ -183,7 +183,7 @@ def test_head_of_another_class_under_the_same_registered_name_is_refused(
     del registered_names["tests/same-name"]
     other = type("First", (NotTraceable,), {"forward": lambda self, x: 3 * self.linear(x)})
     register_head("tests/same-name")(other)
-    with pytest.raises(HeadError, match="First|tests/same-name"):
+    with pytest.raises(HeadError, match=r"First|tests/same-name"):
         TimmModel.from_pretrained(tmp_path / "t")
 
 

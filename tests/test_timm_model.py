@@ -329,7 +329,12 @@ def test_custom_head_in_every_form_is_the_same_tower(image: torch.Tensor) -> Non
         torch.manual_seed(3)
         return TimmModel("test_resnet", dim, custom_head=head)
 
-    for head in (nn.Linear, lambda width, dim: nn.Linear(width, dim), nn.Linear(96, 8), functools.partial(nn.Linear, bias=True)):
+    for head in (
+        nn.Linear,
+        lambda width, dim: nn.Linear(width, dim),
+        nn.Linear(96, 8),
+        functools.partial(nn.Linear, bias=True),
+    ):
         tower = build(head)
         assert type(tower.head) is nn.Linear
         assert tower.config.embed_dim == 8
@@ -507,7 +512,9 @@ def test_subclass_argument_that_is_not_json_is_refused_at_save(tmp_path: Path) -
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_saved_in_a_precision_comes_back_in_it(dtype: torch.dtype, tmp_path: Path, image: torch.Tensor) -> None:
-    tower = TimmModel("test_vit4", 8, custom_head=lambda w, d: nn.Sequential(nn.Linear(w, d), nn.LayerNorm(d))).to(dtype)
+    tower = TimmModel("test_vit4", 8, custom_head=lambda w, d: nn.Sequential(nn.Linear(w, d), nn.LayerNorm(d))).to(
+        dtype
+    )
     again = round_trip(tower, tmp_path / "t", image.to(dtype), verify=True)
     assert {parameter.dtype for parameter in again.parameters()} == {dtype}
 
@@ -595,7 +602,9 @@ def test_lazy_layer_as_head_learns_its_width(tmp_path: Path, image: torch.Tensor
 
 
 def test_config_of_a_tower_is_json_and_says_what_the_tower_is(tmp_path: Path) -> None:
-    TimmModel("test_vit", 8, image_size=96, pool="avg", model_kwargs={"act_layer": nn.SiLU}).save_pretrained(tmp_path / "t")
+    TimmModel("test_vit", 8, image_size=96, pool="avg", model_kwargs={"act_layer": nn.SiLU}).save_pretrained(
+        tmp_path / "t"
+    )
     config = json.loads((tmp_path / "t" / "config.json").read_text())
     assert config["model_type"] == "timm_tower"
     assert "pretrained_cfg" not in config

@@ -7,7 +7,7 @@ that made them. The probe is a closed formula of whole numbers, so that every ma
 import hashlib
 import platform
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -19,7 +19,6 @@ from .open_folder import OpenFolder, read_folder
 from .staging import staged_folder
 from .trunk import native_size
 
-
 # A config may ask for somewhat more than its weight files hold (buffers, tables); not for another order of size.
 _BUDGET_FACTOR, _BUDGET_SLACK = 4, 2**30
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm import layers as timm_layers
+from timm.layers import norm as timm_norm
+from timm.layers.drop import DropPath
+from timm.layers.layer_scale import LayerScale
 from torch import nn
 
 from .errors import GraphError
@@ -42,6 +44,11 @@ def _attribute(name: str) -> Reader:
 
 def _has(name: str) -> Reader:
     return lambda module: getattr(module, name) is not None
+
+
+def _first_size(module: nn.Module) -> Any:
+    shape: Any = module.normalized_shape
+    return shape[0]
 
 
 def _length(name: str) -> Reader:
@@ -160,17 +167,15 @@ def _make_table() -> dict[str, Layer]:
         _stack_readers(enable_nested_tensor=_attribute("enable_nested_tensor"), mask_check=_attribute("mask_check")),
     )
     table["TransformerDecoder"] = Layer(nn.TransformerDecoder, _stack_readers())
-    table["timm.DropPath"] = _plain(timm_layers.DropPath, "drop_prob scale_by_keep")
-    table["timm.LayerScale"] = Layer(
-        timm_layers.LayerScale, {"dim": _length("gamma"), "inplace": _attribute("inplace")}
-    )
+    table["timm.DropPath"] = _plain(DropPath, "drop_prob scale_by_keep")
+    table["timm.LayerScale"] = Layer(LayerScale, {"dim": _length("gamma"), "inplace": _attribute("inplace")})
     for name in ("LayerNorm", "LayerNorm2d", "RmsNorm", "RmsNorm2d"):
-        cls = getattr(timm_layers, name, None)
+        cls = getattr(timm_norm, name, None)
         if cls is not None:
             table[f"timm.{name}"] = Layer(
                 cls,
                 {
-                    "num_channels" if "Layer" in name else "channels": lambda m: m.normalized_shape[0],
+                    "num_channels" if "Layer" in name else "channels": _first_size,
                     "eps": _attribute("eps"),
                     "affine": _attribute("elementwise_affine"),
                 },
@@ -264,16 +269,19 @@ def _check_sizes(name: str, values: Mapping[str, Any]) -> None:
 
 
 def _build_stack(name: str, values: dict[str, Any]) -> nn.Module:
-    single = {"TransformerEncoder": nn.TransformerEncoderLayer, "TransformerDecoder": nn.TransformerDecoderLayer}[name]
-    if not isinstance(values["layer"], single):
+    single: Any = {"TransformerEncoder": nn.TransformerEncoderLayer, "TransformerDecoder": nn.TransformerDecoderLayer}[
+        name
+    ]
+    layer: Any = values["layer"]
+    if not isinstance(layer, single):
         raise GraphError(f"layer {name}: expected a {single.__name__} to stack")
     if values["norm"] is not None and not isinstance(values["norm"], (nn.LayerNorm, nn.RMSNorm)):
         raise GraphError(f"layer {name}: the final norm must be LayerNorm or RMSNorm")
     try:
         if name == "TransformerDecoder":
-            return nn.TransformerDecoder(values["layer"], values["num_layers"], values["norm"])
+            return nn.TransformerDecoder(layer, values["num_layers"], values["norm"])
         return nn.TransformerEncoder(
-            values["layer"],
+            layer,
             values["num_layers"],
             values["norm"],
             enable_nested_tensor=values["enable_nested_tensor"],

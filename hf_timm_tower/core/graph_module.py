@@ -54,7 +54,7 @@ class GraphHead(nn.Module):
         self.__graph = graph
         self.__constants = list(graph.constants)
         if graph.ties or graph.layouts:
-            self.register_load_state_dict_post_hook(_settle_after_load)
+            self.register_load_state_dict_post_hook(_settle_after_load)  # type: ignore[no-untyped-call]
 
     def forward(self, x: torch.Tensor) -> Any:
         """Input [B, ...] of the recorded shape; the output is the original head's, nested containers included."""
@@ -114,7 +114,7 @@ class GraphHead(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "GraphHead":
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for index, constant in enumerate(self.__constants):
             # Only the device is taken from `fn`: constants keep dtype and values, whatever `.half()` or `.to_empty()`
             # do to weights, just as a tensor that the original held outside its buffers would.

@@ -6,7 +6,7 @@ token counts show whether the head minds the size at all.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +133,7 @@ def _dtypes_that_follow(runs: _Runs, example: torch.Tensor, base: Trace) -> list
     )
     if not same:
         return None
-    sources = {}
+    sources: dict[str, str] = {}
     for name, parameter in runs.head.named_parameters():
         sources.setdefault(DTYPE_NAMES[parameter.dtype], f"${name}")
     sources[DTYPE_NAMES[example.dtype]] = "input"
@@ -173,7 +173,12 @@ def _free_dimensions(runs: _Runs, example: torch.Tensor, base: Trace) -> frozens
     dims = {3: (1,), 4: (2, 3)}.get(example.dim(), ())
     if not dims:
         return frozenset()
-    for change in (lambda size, step: size + step, lambda size, _: 2 * size, lambda size, _: max(1, size // 2)):
+    changes: tuple[Callable[[int, int], int], ...] = (
+        lambda size, step: size + step,
+        lambda size, _: 2 * size,
+        lambda size, _: max(1, size // 2),
+    )
+    for change in changes:
         shape = [_BATCHES[0], *example.shape[1:]]
         for step, dim in enumerate(dims, 1):
             shape[dim] = change(shape[dim], step)

@@ -210,7 +210,7 @@ class _Recorder(TorchFunctionMode):
 def _storage(tensor: torch.Tensor) -> int:
     with torch._C.DisableTorchFunction():
         try:
-            return tensor.untyped_storage()._cdata
+            return int(tensor.untyped_storage()._cdata)
         except (NotImplementedError, RuntimeError) as error:
             raise GraphError(f"a tensor without memory of its own (vmap, sparse...) is not data: {error}") from None
 
@@ -344,9 +344,10 @@ def _watched(recorder: _Recorder) -> Iterator[None]:
     """
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        bound: Any = native_apply.__get__(None, cls)
         if recorder.suspended:
-            return native_apply.__get__(None, cls)(*args, **kwargs)
-        return recorder.call_function(cls, native_apply.__get__(None, cls), args, kwargs)
+            return bound(*args, **kwargs)
+        return recorder.call_function(cls, bound, args, kwargs)
 
     def enter(self: Any) -> Any:
         result = native_enter(self)
@@ -367,11 +368,12 @@ def _watched(recorder: _Recorder) -> Iterator[None]:
             return native_script(self, *args, **kwargs)
         return python(*args, **kwargs)
 
-    native_apply = torch.autograd.Function.__dict__["apply"]
-    native_enter, native_leave = torch.autocast.__enter__, torch.autocast.__exit__
-    native_script = torch.jit.ScriptFunction.__call__
+    native_apply: Any = torch.autograd.Function.__dict__["apply"]
+    native_enter: Any = torch.autocast.__enter__
+    native_leave: Any = torch.autocast.__exit__
+    native_script: Any = torch.jit.ScriptFunction.__call__
     checks = torch.distributions.Distribution._validate_args
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
+    torch.autograd.Function.apply = classmethod(apply)
     torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]
     torch.jit.ScriptFunction.__call__ = run_script  # type: ignore[method-assign]
     # Argument checks of distributions look at values; without them the numbers are the same.
@@ -379,7 +381,7 @@ def _watched(recorder: _Recorder) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.autograd.Function.apply = native_apply  # type: ignore[method-assign, assignment]
+        torch.autograd.Function.apply = native_apply
         torch.autocast.__enter__, torch.autocast.__exit__ = native_enter, native_leave  # type: ignore[method-assign]
         torch.jit.ScriptFunction.__call__ = native_script  # type: ignore[method-assign]
         torch.distributions.Distribution.set_default_validate_args(checks)

@@ -43,7 +43,7 @@ def test_hidden_size_is_embed_dim() -> None:
     with pytest.raises(ConfigError, match=r"hidden_size=8.*embed_dim=7"):
         TimmTowerConfig(embed_dim=7, hidden_size=8)
     for wrong in (0, "a", 2.5, True):
-        with pytest.raises(ConfigError, match="embed_dim|hidden_size"):
+        with pytest.raises(ConfigError, match=r"embed_dim|hidden_size"):
             TimmTowerConfig(hidden_size=wrong)
 
 

@@ -130,9 +130,12 @@ def test_storing_a_head_leaves_it_as_it_was() -> None:
 
 @pytest.mark.parametrize(
     ("proj", "keys"),
-    [("linear", {"proj.weight", "proj.bias"}), ("mlp", {"mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"}),
-     ("none", set())],
-)  # fmt: skip
+    [
+        ("linear", {"proj.weight", "proj.bias"}),
+        ("mlp", {"mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"}),
+        ("none", set()),
+    ],
+)
 def test_built_in_heads_have_open_clip_s_keys(proj: str, keys: set[str]) -> None:
     head = builtin_head(TimmTowerConfig(proj=proj, proj_bias=True, embed_dim=3, num_features=6))
     assert set(head.state_dict()) == keys

@@ -37,7 +37,7 @@ def without_weights(architecture: str, **arguments: Any) -> tuple[TimmTowerConfi
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_transform_is_timm_s_own(architecture: str, photographs: list[Image.Image]) -> None:
-    config, trunk = without_weights(architecture)
+    config, _ = without_weights(architecture)
     reference = create_transform(**resolve_model_data_config(timm.create_model(architecture)))
     for made in (make_transform(config), make_transform(TimmTowerConfig.from_dict(config.to_dict()))):
         assert str(made) == str(reference)

@@ -14,11 +14,17 @@ from hf_timm_tower.core.errors import ConfigError
 from hf_timm_tower.core.model_args import FORBIDDEN, allowed_classes, check_names, decode, encode
 
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**31) + 1, 2**31 - 1) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=4).map(tuple)
-    | st.dictionaries(st.text().filter(lambda key: key != "class"), inner, max_size=4),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**31) + 1, 2**31 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=4).map(tuple)
+        | st.dictionaries(st.text().filter(lambda key: key != "class"), inner, max_size=4)
+    ),
     max_leaves=8,
-)  # fmt: skip
+)
 
 
 @given(value=plain)
@@ -27,13 +33,15 @@ def test_plain_values_come_back_through_json(value: Any) -> None:
     try:
         stored = json.loads(json.dumps(encode(value, "x")))
     except ConfigError as error:
-        assert "deeper" in str(error)
+        assert "deeper" in str(error)  # noqa: PT017
         return
     assert decode(stored, "x") == value
     assert encode(decode(stored, "x"), "x") == stored
 
 
-@pytest.mark.parametrize("cls", [nn.SiLU, nn.LayerNorm, timm.layers.SwiGLU, timm.layers.LayerNorm2d, timm.layers.GluMlp])
+@pytest.mark.parametrize(
+    "cls", [nn.SiLU, nn.LayerNorm, timm.layers.SwiGLU, timm.layers.LayerNorm2d, timm.layers.GluMlp]
+)
 def test_classes_come_back_as_themselves(cls: type) -> None:
     stored = json.loads(json.dumps(encode(cls, "x")))
     assert set(stored) == {"class"}
@@ -48,7 +56,9 @@ def test_a_partial_keeps_its_class_and_keywords() -> None:
     assert nested.keywords["norm_layer"].keywords == {"eps": 1.0}
 
 
-@given(name=st.text() | st.sampled_from(["os.system", "torch.nn.init", "torch.nn.Module.__init__", "timm.layers.helpers"]))
+@given(
+    name=st.text() | st.sampled_from(["os.system", "torch.nn.init", "torch.nn.Module.__init__", "timm.layers.helpers"])
+)
 @settings(deadline=None)
 def test_a_name_off_the_list_is_never_a_class(name: str) -> None:
     if name in allowed_classes():

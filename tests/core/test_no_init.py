@@ -40,7 +40,7 @@ def test_the_random_state_is_as_before_also_after_an_error() -> None:
         timm.create_model("test_resnet")
         torch.rand(3)
     assert torch.equal(torch.get_rng_state(), before)
-    with pytest.raises(ZeroDivisionError), no_init():
+    with pytest.raises(ZeroDivisionError), no_init():  # noqa: PT012
         torch.rand(3)
         _ = 1 / 0
     assert torch.equal(torch.get_rng_state(), before)
@@ -54,6 +54,6 @@ def test_a_budget_refuses_before_memory_is_taken() -> None:
         nn.Linear(2**24, 2**20)
     with no_init(budget=2**20):
         nn.Linear(16, 16)
-    with pytest.raises(ConfigError, match="GiB"), no_init(budget=2**20):
+    with pytest.raises(ConfigError, match="GiB"), no_init(budget=2**20):  # noqa: PT012
         for _ in range(10**5):
             nn.Linear(1, 1)

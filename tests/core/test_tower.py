@@ -27,13 +27,17 @@ def test_a_map_is_handed_on_channels_first_and_contiguous() -> None:
     [("test_resnet", "avg", 96, None), ("test_vit", "token_avg", 128, None), ("test_mambaout", "avg", 256, None),
      ("test_convnext", "none", 64, [5, 5])],
 )  # fmt: skip
-def test_a_config_is_completed_by_what_the_trunk_is(name: str, pool: str, width: int, feat_size: list[int] | None) -> None:
+def test_a_config_is_completed_by_what_the_trunk_is(
+    name: str, pool: str, width: int, feat_size: list[int] | None
+) -> None:
     given = TimmTowerConfig(architecture=name, pool=pool, embed_dim=8)
     before = given.to_dict()
     done, _ = complete(given, create_trunk(given, initialise=False))
     assert given.to_dict() == before
     assert (done.num_features, done.feat_size, done.image_size) == (width, feat_size, [160, 160])
-    assert complete(done, create_trunk(done, initialise=False))[0].to_dict() == done.to_dict(), "completing is done once"
+    assert complete(done, create_trunk(done, initialise=False))[0].to_dict() == done.to_dict(), (
+        "completing is done once"
+    )
 
 
 def test_the_example_has_the_sizes_that_the_head_will_meet() -> None:

@@ -28,7 +28,12 @@ def test_output_is_what_a_real_run_gives(name: str, pool: str, layout: str) -> N
     said = trunk_output(trunk, 3, size)
     with torch.no_grad():
         real = trunk(torch.zeros(2, 3, *size))
-    order = {"NC": (said.width,), "NLC": (*said.size, said.width), "NCHW": (said.width, *said.size), "NHWC": (*said.size, said.width)}
+    order = {
+        "NC": (said.width,),
+        "NLC": (*said.size, said.width),
+        "NCHW": (said.width, *said.size),
+        "NHWC": (*said.size, said.width),
+    }
     assert said.layout == layout
     assert tuple(real.shape[1:]) == order[layout]
 
@@ -70,7 +75,11 @@ def test_every_offered_pool_builds_and_no_other(name: str) -> None:
 def test_a_model_is_described_so_that_it_is_made_again(name: str, kwargs: dict[str, Any]) -> None:
     model = timm.create_model(name, **kwargs)
     described = describe_trunk(model)
-    made = create_trunk(TimmTowerConfig(**described, pool="default", proj=None, embed_dim=kwargs.get("num_classes", 1000), classifier="reset"))
+    made = create_trunk(
+        TimmTowerConfig(
+            **described, pool="default", proj=None, embed_dim=kwargs.get("num_classes", 1000), classifier="reset"
+        )
+    )
     again = timm.create_model(name, **kwargs)
     assert describe_trunk(again) == described
     assert {k: v.shape for k, v in made.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
@@ -86,14 +95,14 @@ def test_a_model_that_timm_did_not_make_is_refused() -> None:
 def test_an_argument_that_the_model_does_not_take_is_named() -> None:
     with pytest.raises(ArgumentError, match=r"model_kwargs\['reg_tokens'\].*test_resnet"):
         create_trunk(config("test_resnet", model_args={"reg_tokens": 4}))
-    with pytest.raises(ConfigError, match="num_heads|head"):
+    with pytest.raises(ConfigError, match="head"):
         create_trunk(config("test_vit", model_args={"num_heads": 7}))
 
 
 def test_eval_mode_gives_every_module_its_own_mode_back_also_after_an_error() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.BatchNorm1d(2)).train()
     module[1].eval()
-    with pytest.raises(ZeroDivisionError), eval_mode(module):
+    with pytest.raises(ZeroDivisionError), eval_mode(module):  # noqa: PT012
         assert not any(part.training for part in module.modules())
         _ = 1 / 0
     assert [part.training for part in module.modules()] == [True, True, False, True]
