@@ -13,6 +13,7 @@ from .core.assign import assign_weights
 from .core.config import TimmTowerConfig
 from .core.errors import ArgumentError, ConfigError, HeadError
 from .core.folder import read_tower
+from .core.graph_module import GraphHead
 from .core.head import LIVE, SUBCLASS, CustomHead, builtin_head, store_head
 from .core.no_init import no_init
 from .core.tower import check_embedding, head_example
@@ -36,17 +37,17 @@ def storable_config(tower: "TimmModel", base: type["TimmModel"]) -> TimmTowerCon
     """
     cls = type(tower)
     stored = copy.deepcopy(tower.config)
-    if stored.head is None and repr(tower.head) != repr(builtin_head(stored)):
+    if stored.head is None and not _is_builtin(tower.head, stored):
         # somebody put another head in its place, or other layers into it
-        stored.head, stored.proj, stored.embed_dim = {"form": LIVE}, "none", None
-        stored.embed_dim = check_embedding(stored, tower.head, head_example(stored, tower.trunk))
-    if stored.head is not None and overrides(cls, "_create_head"):
-        stored.head = {"form": SUBCLASS, "class": type(tower.head).__name__}
-    elif stored.head is not None:
-        name = stored.head.get("class") or type(tower.head).__name__
-        head = _on_cpu(tower.head)
-        stored.head = store_head(head, head_example(stored, tower.trunk).to(_float_dtype(head)))
-        stored.head["class"] = name
+        stored.head, stored.proj = {"form": LIVE}, "none"
+    if stored.head is not None:
+        name = stored.head.get("class") if isinstance(tower.head, GraphHead) else None
+        head, example = _on_cpu(tower.head), head_example(stored, tower.trunk)
+        stored.embed_dim = None
+        stored.embed_dim = check_embedding(stored, head, example)
+        own = overrides(cls, "_create_head")
+        stored.head = {"form": SUBCLASS} if own else store_head(head, example)
+        stored.head["class"] = name or type(tower.head).__name__
     stored.tower_class = cls.__name__ if any(overrides(cls, step) for step in STEPS) else None
     stored.tower_kwargs = added_arguments(tower, base) or None
     return stored
@@ -79,7 +80,7 @@ def load_tower(
     with no_init(budget=files.budget()):
         tower = rebuild(cls, files.config, custom_head)
     weights = files.weights if strict else _without_strangers(files.weights, tower, folder)
-    assign_weights(tower, weights, source=str(folder), dtype=_as_dtype(dtype), device=device)
+    assign_weights(tower, weights, source=str(folder), dtype=as_dtype(dtype), device=device)
     tower._fingerprint = files.fingerprint
     return tower.eval()
 
@@ -91,12 +92,16 @@ def check_given_head(tower: "TimmModel") -> None:
         HeadError: it gives other numbers than the head that was saved.
     """
     if tower._fingerprint is None:
-        return
+        raise HeadError(
+            "custom_head: the folder has no fingerprint.json to check it against. Load the tower without it and set "
+            "tower.head."
+        )
     found = tower.verify()
     if found.status == "different":
         raise HeadError(
-            f"custom_head={type(tower.head).__name__} takes the stored weights but gives other numbers than the saved "
-            f"head ({found}). To change the head on purpose, load the tower and set tower.head."
+            f"the head {type(tower.head).__name__} takes the stored weights but gives other numbers than the saved "
+            f"{(tower.config.head or {}).get('class', 'head')} ({found}). To change the head on purpose, load the tower "
+            "and set tower.head."
         )
 
 
@@ -128,15 +133,35 @@ def _on_cpu(head: nn.Module) -> nn.Module:
     return copy.deepcopy(head).to("cpu")
 
 
-def _float_dtype(module: nn.Module) -> torch.dtype:
-    dtypes = {parameter.dtype for parameter in module.parameters() if parameter.dtype.is_floating_point}
-    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+def _is_builtin(head: nn.Module, config: TimmTowerConfig) -> bool:
+    with no_init():
+        made = builtin_head(config)
+    return repr(head) == repr(made) and [type(m) for m in head.modules()] == [type(m) for m in made.modules()]
 
 
-def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if not isinstance(dtype, str):
-        return dtype
-    found = getattr(torch, dtype.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise ArgumentError(f"dtype={dtype!r} is not the name of a torch dtype")
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating-point dtype, given as such or by name.
+
+    Raises:
+        ArgumentError: not one.
+    """
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if found is None and dtype is None:
+        return None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ArgumentError(f"dtype={dtype!r} is not a floating-point dtype of torch or the name of one")
     return found
+
+
+def check_device(device: str | torch.device | None) -> None:
+    """Refuse a device that this torch does not have.
+
+    Raises:
+        ArgumentError: names it.
+    """
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
+        raise ArgumentError(f"device={device!r} cannot be used: {error}") from error

@@ -13,11 +13,12 @@ import torch.nn as nn
 from huggingface_hub import PyTorchModelHubMixin
 
 from .core.config import TimmTowerConfig, check_size
-from .core.errors import ArgumentError, ConfigError, FolderError, TowerError
+from .core.errors import ArgumentError, ConfigError, FolderError, HeadError, TowerError
 from .core.fingerprint import Verification, compare, run_probe
 from .core.folder import save_tower
 from .core.head import LIVE, SUBCLASS, CustomHead, make_custom_head, rebuild_head
 from .core.image_processing import make_transform
+from .core.model_args import check_names
 from .core.pools import PoolRefused
 from .core.tower import (
     arrange,
@@ -28,10 +29,17 @@ from .core.tower import (
     run_head,
     with_offers,
 )
-from .core.trunk import BUILD_ERRORS, check_made_again, create_trunk, describe_trunk, remove_classifier
+from .core.trunk import (
+    BUILD_ERRORS,
+    check_made_again,
+    create_trunk,
+    describe_trunk,
+    float_dtype,
+    remove_classifier,
+)
 from .finetuning import keeps_statistics, lock_trunk, summary_table
 from .hub import fetch_tower
-from .persistence import check_given_head, load_tower, storable_config
+from .persistence import as_dtype, check_device, check_given_head, load_tower, storable_config
 from .rebuilding import REBUILDING, overrides, rebuild
 
 
@@ -86,14 +94,14 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
         super().__init__()
         stored = REBUILDING.get()
         if stored is not None:
+            REBUILDING.set(None)  # a tower that a subclass builds inside its own constructor is another one
             self._assemble(stored.config, stored.custom_head)
             return
-        custom = custom_head is not None or overrides(type(self), "_create_head")
-        if custom_head is not None and proj not in ("linear", "none", None, ""):
-            raise ArgumentError(f"proj={proj!r} and a custom head contradict each other: the custom head projects")
-        model_args = dict(model_kwargs or {})
+        model_args = _checked_arguments(model_kwargs)
         in_chans = model_args.pop("in_chans", 3)
         for name, rate in (("drop_path_rate", drop_path), ("patch_drop_rate", patch_drop)):
+            if rate is not None and not (_is_number(rate) and 0 <= rate < 1):
+                raise ConfigError(f"{name}={rate!r}: expected a rate, 0 <= rate < 1")
             if rate is not None and model_args.setdefault(name, rate) != rate:
                 raise ArgumentError(f"{name} is given twice, as {rate} and in model_kwargs as {model_args[name]}")
         config = TimmTowerConfig(
@@ -101,12 +109,7 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
             model_args=model_args,
             image_size=list(image_size) if isinstance(image_size, Sequence) else image_size,
             in_chans=in_chans,
-            pool={None: "none", "": "none" if custom else "default"}.get(pool, pool),
-            proj="none" if custom_head is not None else proj,
-            proj_bias=proj_bias,
-            drop=drop,
-            embed_dim=embed_dim,
-            head={"form": LIVE} if custom else None,
+            **_head_fields(type(self), embed_dim, pool, proj, proj_bias, drop, custom_head),
         )
         self._assemble(config, custom_head, pretrained=pretrained)
 
@@ -132,6 +135,9 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
         self._custom_head = custom_head
         self.head = self._create_head(self.config.num_features, self.config.embed_dim)
         del self._custom_head
+        if fresh and not isinstance(custom_head, nn.Module):
+            anchor = next(trunk.parameters())
+            self.head.to(device=anchor.device, dtype=float_dtype(trunk))
         if self.config.head is not None and example is not None:
             self.config.embed_dim = check_embedding(self.config, self.head, example)
         if self.config.head is not None:
@@ -157,7 +163,10 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
         """
         if self._custom_head is not None:
             return make_custom_head(self._custom_head, in_features, embed_dim)
-        if self.config.head is not None and self.config.head["form"] not in (LIVE, SUBCLASS):
+        form = None if self.config.head is None else self.config.head.get("form")
+        if form == LIVE or (form == SUBCLASS and not overrides(type(self), "_create_head")):
+            raise HeadError("the config says that there is a custom head, but not which: pass custom_head=...")
+        if self.config.head is not None and form != SUBCLASS:
             return rebuild_head(self.config.head)
         head, self.config.embed_dim = make_builtin(self.config)
         return head
@@ -204,18 +213,9 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
         Raises:
             ConfigError: timm cannot tell how the model was made, or building it again gives other weights.
         """
-        custom = custom_head is not None or overrides(cls, "_create_head")
         described = describe_trunk(trunk)
-        config = TimmTowerConfig(
-            **described,
-            pool={None: "none", "": "none" if custom else "default"}.get(pool, pool),
-            proj="none" if custom_head is not None else proj,
-            proj_bias=proj_bias,
-            drop=drop,
-            embed_dim=embed_dim,
-            head={"form": LIVE} if custom else None,
-            classifier="reset",
-        )
+        fields = _head_fields(cls, embed_dim, pool, proj, proj_bias, drop, custom_head)
+        config = TimmTowerConfig(**described, **fields, classifier="reset")
         check_made_again(trunk, config)
         tower = cls.__new__(cls)
         nn.Module.__init__(tower)
@@ -231,10 +231,12 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
 
     def forward(self, x: torch.Tensor) -> Any:
         """Images `[B, in_chans, H, W]` -> the embedding `[B, embed_dim]`, or whatever a custom head returns."""
+        self._keep_statistics()
         return run_head(self.head, self._arrangement, self.trunk(x))
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images `[B, in_chans, H, W]` -> the trunk's unpooled features, in the trunk's own layout."""
+        self._keep_statistics()
         return self.trunk.forward_features(x)  # type: ignore[operator,no-any-return]
 
     def forward_head(self, features: torch.Tensor) -> Any:
@@ -271,6 +273,7 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
         """
         if not hasattr(self.trunk, "forward_intermediates"):
             raise ConfigError(f"{type(self.trunk).__name__} has no forward_intermediates in timm {timm.__version__}")
+        self._keep_statistics()
         extra = {"return_prefix_tokens": True} if output_extra_tokens else {}
         output = self.trunk.forward_intermediates(  # type: ignore[operator]
             x,
@@ -306,19 +309,34 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
         Raises:
             ConfigError: the trunk does not run at this size. The tower is as before where timm's own method refuses.
         """
-        size = check_size("image_size", image_size if isinstance(image_size, int) else list(image_size))
+        size = check_size("image_size", image_size)
+        # on a copy first: timm changes some trunks before it refuses a size
+        config = self._resized(copy.deepcopy(self.trunk), size)
+        self._resized(self.trunk, size)
+        self.config = config
+        self._arrangement = arrange(self.config, self.trunk)
+
+    def _resized(self, trunk: nn.Module, size: list[int]) -> TimmTowerConfig:
+        """Resize a trunk and say what the config then is; the head must still fit."""
         config = copy.deepcopy(self.config)
         config.image_size = size
-        if hasattr(self.trunk, "set_input_size"):
+        if hasattr(trunk, "set_input_size"):
             try:
-                self.trunk.set_input_size(img_size=tuple(size))  # type: ignore[operator]
+                trunk.set_input_size(img_size=tuple(size))  # type: ignore[operator]
             except BUILD_ERRORS as error:
                 raise ConfigError(f"{config.architecture} cannot take image_size={size}: {error}") from error
-            now = describe_trunk(self.trunk)["model_args"]
+            now = describe_trunk(trunk)["model_args"]
             kept = {key: now[key] for key in now if key not in ("num_classes", "global_pool")}
             config.model_args = {**(config.model_args or {}), **kept}
-        self.config, _ = complete(config, self.trunk)
-        self._arrangement = arrange(self.config, self.trunk)
+        config, output = complete(config, trunk)
+        if config.pool == "abs_attn" and config.feat_size != self.config.feat_size:
+            raise ConfigError(
+                f"image_size={size}: pool='abs_attn' has a position for every place of a {self.config.feat_size} map, "
+                f"which would become {config.feat_size}; pool='rot_attn' takes any size"
+            )
+        if config.head is not None:
+            check_embedding(config, self.head, head_input(config, trunk, output))
+        return config
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass instead of keeping them.
@@ -351,9 +369,13 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`, except that statistics frozen by `lock` stay in eval mode."""
         super().train(mode)
-        for name in self._frozen_statistics:
-            self.trunk.get_submodule(name).eval()
+        self._keep_statistics()
         return self
+
+    def _keep_statistics(self) -> None:
+        # again before every forward: a part may have been put into train mode by itself
+        for name in self._frozen_statistics:
+            self.trunk.get_submodule(name).training = False
 
     def summary(self) -> str:
         """A table of the parts with their parameters; print it."""
@@ -452,6 +474,9 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
         Raises:
             FolderError, FormatError, WeightsError, ConfigError, HeadError: by what is wrong with the folder.
         """
+        for place in (device, map_location):
+            check_device(place)
+        cast = as_dtype(dtype)
         if device is not None and map_location is not None and torch.device(device) != torch.device(map_location):
             raise ArgumentError(f"device={device} and map_location={map_location} contradict each other")
         folder = fetch_tower(
@@ -464,9 +489,14 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
             subfolder=subfolder,
         )
         target = device if device is not None else map_location
-        tower = load_tower(cls, folder, custom_head=custom_head, strict=strict, dtype=dtype, device=target)
-        if custom_head is not None and dtype is None:
-            check_given_head(tower)
+        load = partial(load_tower, cls, folder, custom_head=custom_head, strict=strict, device=target)
+        tower = load()
+        head = tower.config.head or {}
+        by_code = head.get("form") == "registered" or tower.config.tower_class is not None
+        if custom_head is not None or (by_code and tower._fingerprint is not None):
+            check_given_head(tower)  # code of this process made a part: the numbers must be those of the save
+        if cast is not None:
+            tower = load(dtype=cast)
         if verify:
             found = tower.verify()
             if found.status == "different":
@@ -486,4 +516,49 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
         if self._fingerprint is None:
             raise FolderError("this tower has no fingerprint: it was neither saved nor loaded, or its folder has none")
         size: list[int] = list(self.config.image_size)  # type: ignore[arg-type]
-        return compare(self._fingerprint, self, run_probe(self, self.config.in_chans, size))
+        outputs = run_probe(self, self.config.in_chans, size)
+        return compare(self._fingerprint, self, outputs, self.config.in_chans, size)
+
+
+def _checked_arguments(model_kwargs: Any) -> dict[str, Any]:
+    if model_kwargs is None:
+        return {}
+    if not isinstance(model_kwargs, dict):
+        raise ArgumentError(f"model_kwargs={model_kwargs!r}: expected a dict of arguments of timm.create_model")
+    check_names(model_kwargs, from_trunk=False)
+    return dict(model_kwargs)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _head_fields(
+    cls: type[TimmModel],
+    embed_dim: int | None,
+    pool: str | None,
+    proj: str | None,
+    proj_bias: bool,
+    drop: float,
+    custom_head: CustomHead | None,
+) -> dict[str, Any]:
+    """The fields of the config that say what comes after the trunk."""
+    if pool is not None and not isinstance(pool, str):
+        raise ConfigError(f"pool={pool!r}: expected the name of a pool, or None")
+    own_head = custom_head is not None or overrides(cls, "_create_head")
+    if custom_head is not None:
+        given = {"proj": (proj, ("linear", "none", None, "")), "proj_bias": (proj_bias, (False,)), "drop": (drop, (0,))}
+        for name, (value, neutral) in given.items():
+            if value not in neutral:
+                raise ArgumentError(f"{name}={value!r} is for the built-in projection; the custom head has its own")
+        proj = "none"
+    if pool is None or (pool == "" and own_head):
+        pool = "none"
+    return {
+        "embed_dim": embed_dim,
+        "pool": pool or "default",
+        "proj": proj,
+        "proj_bias": proj_bias,
+        "drop": drop,
+        "head": {"form": LIVE if custom_head is not None else SUBCLASS} if own_head else None,
+    }

@@ -340,7 +340,7 @@ def _bytes_from(size: int | str) -> int:
         match = re.fullmatch(r"\s*(\d{1,15})\s*([A-Za-z]*)\s*", size)
         if match and match[2].upper() in _UNITS:
             number = int(match[1]) * _UNITS[match[2].upper()]
-    elif not isinstance(size, bool):
+    elif isinstance(size, int) and not isinstance(size, bool):
         number = size
     if number is None or number <= 0:
         raise ConfigError(f"max_shard_size must be a positive number of bytes or a text such as '5GB', found {size!r}")

@@ -216,6 +216,8 @@ def _check(config: TimmTowerConfig) -> None:
     for key, value in config.model_args.items():
         decode(value, f"model_args.{key}")
     config.drop = float(config.drop)
+    if config.tower_kwargs and config.tower_class is None:
+        raise ConfigError(f"tower_kwargs={_short(config.tower_kwargs)}: only a subclass (tower_class) has any")
 
 
 def _check_int(name: str, value: Any, most: int) -> None:

@@ -92,7 +92,15 @@ def run_probe(tower: nn.Module, in_chans: int, image_size: list[int]) -> dict[st
     anchor = next(tower.parameters())
     image = probe_image(in_chans, image_size).to(anchor.device, anchor.dtype)
     with torch.no_grad(), eval_mode(tower), fixed_seed():
-        output = tower(image)
+        try:
+            output = tower(image)
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            if isinstance(error, TowerError):
+                raise
+            raise TowerError(
+                f"the tower does not run on the image that its config describes, {in_chans} x {image_size[0]} x "
+                f"{image_size[1]} (C, H, W): {error}"
+            ) from error
     flat: dict[str, torch.Tensor] = {}
     _flatten(output, "", flat)
     return flat
@@ -176,13 +184,17 @@ def surroundings(tower: nn.Module) -> dict[str, str]:
     }
 
 
-def compare(saved: Mapping[str, Any], tower: nn.Module, outputs: dict[str, torch.Tensor]) -> Verification:
+def compare(
+    saved: Mapping[str, Any], tower: nn.Module, outputs: dict[str, torch.Tensor], in_chans: int, image_size: list[int]
+) -> Verification:
     """A saved fingerprint against the outputs of now.
 
     Args:
         saved: The JSON of `fingerprint.json`.
         tower: For its weights and device.
         outputs: From `run_probe`.
+        in_chans: Of the probe that made the outputs.
+        image_size: Of the probe that made the outputs.
 
     Raises:
         FormatError: the fingerprint is malformed or of an unknown version.
@@ -190,6 +202,9 @@ def compare(saved: Mapping[str, Any], tower: nn.Module, outputs: dict[str, torch
     try:
         version, then = saved["fingerprint_version"], saved["outputs"]
         changed = _changes(saved, tower)
+        probe = [1, in_chans, *image_size]
+        if saved["probe"] != probe:
+            changed["probe"] = (saved["probe"], probe)
         if version != FINGERPRINT_VERSION:
             raise FormatError(f"fingerprint.json has version {version!r}, this package reads {FINGERPRINT_VERSION}")
         shapes = {path: (entry["shape"], entry["dtype"]) for path, entry in then.items()}
@@ -199,7 +214,9 @@ def compare(saved: Mapping[str, Any], tower: nn.Module, outputs: dict[str, torch
         if all(entry["sha256"] == hashlib.sha256(_raw(outputs[path])).hexdigest() for path, entry in then.items()):
             return Verification("equal", 0.0, 0.0, 0.0, changed)
         return _distance(then, outputs, changed)
-    except (KeyError, TypeError, AttributeError) as error:
+    except FormatError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise FormatError(f"fingerprint.json is malformed: {error!r}") from error
 
 
@@ -211,6 +228,8 @@ def _distance(
     for path, entry in then.items():
         old = torch.tensor([float(value) for value in entry["values"]], dtype=torch.float64)
         new = _sample(outputs[path])
+        if old.shape != new.shape:
+            raise ValueError(f"{old.numel()} values at {path or 'the embedding'}, expected {new.numel()}")
         difference = torch.where(old.eq(new) | (old.isnan() & new.isnan()), 0.0, (old - new).abs())
         difference = difference.nan_to_num(nan=float("inf"))
         here = difference.max().item() if difference.numel() else 0.0

@@ -21,6 +21,7 @@ from .config import TimmTowerConfig
 from .errors import ArgumentError, ConfigError, HeadError
 from .head_graph import construct, describe
 from .head_verify import verify_head
+from .no_init import no_init
 
 HeadFactory = Callable[..., nn.Module]
 CustomHead = nn.Module | HeadFactory | str
@@ -240,7 +241,8 @@ def store_head(head: nn.Module, example: torch.Tensor) -> dict[str, Any]:
     reasons = []
     try:
         graph = json.loads(json.dumps(describe(head, example)))
-        rebuilt = construct(graph)
+        with no_init():
+            rebuilt = construct(graph)
         _copy_weights(head, rebuilt)
         verify_head(head, rebuilt, example)
     except HeadError as error:
@@ -249,7 +251,8 @@ def store_head(head: nn.Module, example: torch.Tensor) -> dict[str, Any]:
         return {"form": "graph", "graph": graph}
     try:
         spec = _registered_spec(head)
-        rebuilt = rebuild_head(spec)
+        with no_init():
+            rebuilt = rebuild_head(spec)
         _copy_weights(head, rebuilt)
         verify_head(head, rebuilt, example)
     except HeadError as error:
@@ -277,6 +280,25 @@ def _registered_spec(head: nn.Module) -> dict[str, Any]:
     if any(key.startswith("*") for key in plain):
         raise HeadError(f"{name!r} was made with positional-only or *args arguments, which have no names to store")
     return {"form": "registered", "name": name, "kwargs": plain}
+
+
+def check_stored(spec: Any, tower_class: str | None) -> None:
+    """Refuse a `head` entry of a file that no save writes.
+
+    Args:
+        spec: `config.head`.
+        tower_class: `config.tower_class`.
+
+    Raises:
+        HeadError: names the form.
+    """
+    if spec is None:
+        return
+    form = spec.get("form")
+    if form not in ("graph", "registered", SUBCLASS) or (form == SUBCLASS and tower_class is None):
+        raise HeadError(
+            f"config.head: form {form!r} is not one of a saved tower (graph, registered, or subclass with tower_class)"
+        )
 
 
 def rebuild_head(spec: dict[str, Any]) -> nn.Module:

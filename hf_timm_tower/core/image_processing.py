@@ -17,7 +17,6 @@ from .errors import ArgumentError, ConfigError
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
 CROP_MODES = ("center", "squash", "border")
-CHANNEL_ORDERS = ("RGB", "BGR")
 
 
 def preprocess_from_timm(pretrained_cfg: dict[str, Any], in_chans: int) -> dict[str, Any]:
@@ -55,25 +54,24 @@ def check_preprocess(block: dict[str, Any], in_chans: int) -> None:
         raise ConfigError(
             f"preprocess: missing {sorted(expected - set(block))}, unknown {sorted(set(block) - expected)}"
         )
-    for key, choices in (
-        ("interpolation", INTERPOLATIONS),
-        ("crop_mode", CROP_MODES),
-        ("channel_order", CHANNEL_ORDERS),
-    ):
+    for key, choices in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
         if block[key] not in choices:
             raise ConfigError(f"preprocess.{key}={block[key]!r}: expected one of {', '.join(choices)}")
     crop = block["crop_pct"]
     if not _is_number(crop) or not 0.05 <= crop <= 2:
         raise ConfigError(f"preprocess.crop_pct={crop!r}: expected a number from 0.05 to 2")
-    for key, length in (("mean", in_chans), ("std", in_chans), ("value_range", 2)):
+    for key, length in (("mean", in_chans), ("std", in_chans)):
         values = block[key]
         if not isinstance(values, list) or len(values) != length or not all(_is_number(value) for value in values):
             raise ConfigError(f"preprocess.{key}={values!r}: expected {length} numbers")
     if not all(value > 0 for value in block["std"]):
         raise ConfigError(f"preprocess.std={block['std']!r}: expected positive numbers")
-    padding = block["padding"]
-    if padding is not None and not (isinstance(padding, int) and 0 <= padding <= 255):
-        raise ConfigError(f"preprocess.padding={padding!r}: expected None or a grey value from 0 to 255")
+    for key, only in (("padding", None), ("channel_order", "RGB"), ("value_range", [0.0, 1.0])):
+        if block[key] != only:
+            raise ConfigError(
+                f"preprocess.{key}={block[key]!r}: this version preprocesses with {only!r} only; it would prepare other "
+                "pixels than the tower was made for"
+            )
 
 
 def _is_number(value: Any) -> bool:

@@ -6,6 +6,7 @@ allow-list, the public classes of `torch.nn` and `timm.layers`; nothing is ever 
 so that what was built first is what is rebuilt later.
 """
 
+import math
 from functools import lru_cache, partial
 from typing import Any
 
@@ -82,6 +83,8 @@ def encode(value: Any, where: str, depth: int = 0) -> Any:
     """
     if depth > MAX_DEPTH:
         raise ConfigError(f"{where}: nested deeper than {MAX_DEPTH} levels")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}={value}: expected a finite number")
     if value is None or isinstance(value, (bool, str, float)):
         return value
     if isinstance(value, int):
@@ -158,5 +161,7 @@ def check_names(model_args: dict[str, Any], *, from_trunk: bool) -> None:
     for name in model_args:
         if not isinstance(name, str) or not name.isidentifier():
             raise ConfigError(f"model_args: {name!r} is not the name of an argument")
+        if model_args[name] is None:
+            raise ConfigError(f"model_args: {name}=None is dropped by timm, whose default then holds; leave it out")
         if name in FORBIDDEN and not (from_trunk and name in FROM_TRUNK):
             raise ConfigError(f"model_args: {name!r} is not accepted here: {FORBIDDEN[name]}.")

@@ -21,7 +21,7 @@ _FACTORIES = {
     torch.arange, torch.linspace, torch.tensor,
 }  # fmt: skip
 # One tensor costs Python time even if it is tiny, so that a config with a million layers ends as well.
-_LEAST_CHARGE = 4096
+_LEAST_CHARGE = 2**16
 
 
 class _SkipInit(TorchFunctionMode):

@@ -54,7 +54,12 @@ def staged_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         FolderError: `target` is a file, cannot be written, or the disk is full.
     """
-    real = Path(os.path.realpath(target))
+    if not os.fspath(target):
+        raise FolderError("the folder to save into has an empty name; say '.' for the current one")
+    try:
+        real = Path(os.path.realpath(target))
+    except ValueError as error:
+        raise FolderError(f"{os.fspath(target)!r} cannot be the name of a folder: {error}") from error
     made: list[Path] = []
     try:
         _require_writable(real)

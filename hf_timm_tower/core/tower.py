@@ -12,7 +12,7 @@ from .errors import ConfigError, HeadError
 from .head import builtin_head, output_of, width_of
 from .image_processing import check_preprocess, preprocess_from_timm
 from .pools import PoolRefused, class_and_patch_tokens, own_pool
-from .trunk import TrunkOutput, check_pool, native_size, offered_pools, trunk_output
+from .trunk import TrunkOutput, check_pool, float_dtype, native_size, offered_pools, trunk_output
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def with_offers(error: PoolRefused, config: TimmTowerConfig) -> ConfigError:
 
 
 def head_example(config: TimmTowerConfig, trunk: nn.Module) -> torch.Tensor:
-    """An input for the head of a completed config, of the sizes that the trunk really gives: `[2, ...]`, float32."""
+    """An input for the head of a completed config, of the sizes and dtype that the trunk gives: `[2, ...]`."""
     output = trunk_output(trunk, config.in_chans, native_size(config))
     return head_input(config, trunk, output)
 
@@ -113,7 +113,7 @@ def head_input(config: TimmTowerConfig, trunk: nn.Module, output: TrunkOutput) -
         "NHWC": (2, *output.size, output.width),
     }[output.layout]
     generator = torch.Generator().manual_seed(0)
-    return arrange(config, trunk)(torch.randn(shape, generator=generator))
+    return arrange(config, trunk)(torch.randn(shape, generator=generator).to(float_dtype(trunk)))
 
 
 def check_embedding(config: TimmTowerConfig, head: nn.Module, example: torch.Tensor) -> int | None:

@@ -171,7 +171,7 @@ def trunk_output(trunk: nn.Module, in_chans: int, image_size: list[int]) -> Trun
     twin = _meta_twin(trunk)
     try:
         with torch.no_grad():
-            features = twin(torch.empty(shape, device="meta"))
+            features = twin(torch.empty(shape, device="meta", dtype=float_dtype(trunk)))
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError):
         # Not every model runs on meta (constants made on the CPU); whether it runs at all is settled for real.
         features = _run_for_real(trunk, shape)
@@ -195,6 +195,11 @@ def describe_output(trunk: nn.Module, shape: torch.Size | tuple[int, ...]) -> Tr
             return TrunkOutput("NHWC", rest[2], (rest[0], rest[1]))
         return TrunkOutput("NCHW", rest[0], (rest[1], rest[2]))
     raise ConfigError(f"{type(trunk).__name__} gives features of shape {tuple(shape)}: a tower takes rank 2 to 4")
+
+
+def float_dtype(trunk: nn.Module) -> torch.dtype:
+    """dtype of the images that the trunk takes: that of its first floating-point parameter."""
+    return next((tensor.dtype for tensor in trunk.parameters() if tensor.is_floating_point()), torch.float32)
 
 
 def _meta_twin(trunk: nn.Module) -> nn.Module:
@@ -295,7 +300,9 @@ def describe_trunk(trunk: nn.Module) -> dict[str, Any]:
         )
     args = timm.models.get_model_args(trunk)
     # timm leaves the drop rates out, they matter only in training; a tower goes on training
-    args |= {key: value for key, value in getattr(trunk, "_model_args", {}).items() if key.endswith("drop_rate")}
+    made = getattr(trunk, "_model_args", {})
+    args |= {key: value for key, value in made.items() if "drop" in key and key.endswith("_rate")}
+    args = {key: value for key, value in args.items() if value is not None}
     traits = timm.models.get_model_traits(trunk)
     size = args.pop("img_size", None) or cfg["input_size"][1:]
     in_chans = args.pop("in_chans", None) or traits.get("in_chans") or cfg["input_size"][0]
