@@ -93,15 +93,15 @@ def check_given_head(tower: "TimmModel") -> None:
     """
     if tower._fingerprint is None:
         raise HeadError(
-            "custom_head: the folder has no fingerprint.json to check it against. Load the tower without it and set "
-            "tower.head."
+            f"custom_head={type(tower.head).__name__}: the folder has no fingerprint.json to check it against. Load "
+            "the tower without it and set tower.head."
         )
     found = tower.verify()
     if found.status == "different":
         raise HeadError(
             f"the head {type(tower.head).__name__} takes the stored weights but gives other numbers than the saved "
-            f"{(tower.config.head or {}).get('class', 'head')} ({found}). To change the head on purpose, load the tower "
-            "and set tower.head."
+            f"{(tower.config.head or {}).get('class', 'head')} ({found}). To change the head on purpose, load the "
+            "tower and set tower.head."
         )
 
 

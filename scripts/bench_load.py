@@ -172,11 +172,9 @@ def compare(name: str, repeat: int) -> None:
         folder = Path(scratch)
         size = prepare(name, folder)
         runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-        for turn in range(repeat + 1):
+        for _ in range(repeat):  # the files were just written: they are in the page cache
             for way in WAYS:
-                result = run_child(way, name, folder)
-                if turn:  # the first round warms the page cache
-                    runs[way].append(result)
+                runs[way].append(run_child(way, name, folder))
     sums = {way: runs[way][0]["checksum"] for way in WAYS if way != "floor"}
     if max(sums.values()) - min(sums.values()) > 1e-9 * max(sums.values()):
         raise SystemExit(f"{name}: not all ways loaded the same weights: {sums}")
@@ -187,10 +185,8 @@ def compare(name: str, repeat: int) -> None:
     for way in WAYS:
         seconds = [run["seconds"] for run in runs[way]]
         peak = statistics.median(run["peak"] for run in runs[way])
-        middle = statistics.median(seconds)
-        print(
-            f"| {way} | {middle:.3f} ({min(seconds):.3f} - {max(seconds):.3f}) | {middle / floor:.2f} | {peak / size:.2f} |"
-        )
+        middle, least, most = statistics.median(seconds), min(seconds), max(seconds)
+        print(f"| {way} | {middle:.3f} ({least:.3f} - {most:.3f}) | {middle / floor:.2f} | {peak / size:.2f} |")
 
 
 def main() -> None:

@@ -218,6 +218,9 @@ def test_wrong_embed_dim_in_the_file_is_an_error(folder: Path, tmp_path: Path) -
         TimmModel.from_pretrained(folder)
     TimmModel("test_resnet", embed_dim=8).save_pretrained(tmp_path / "linear")
     edit_config(tmp_path / "linear", embed_dim=9)
+    with pytest.raises(ConfigError, match="embed_dim"):
+        TimmModel.from_pretrained(tmp_path / "linear")
+    (tmp_path / "linear" / "fingerprint.json").unlink()
     with pytest.raises(WeightsError, match=r"head\.proj\.weight"):
         TimmModel.from_pretrained(tmp_path / "linear")
 
@@ -278,6 +281,9 @@ def test_image_size_changes_the_trunk_and_not_only_the_record() -> None:
 def test_image_size_changed_by_hand_in_the_file_of_a_fixed_trunk_is_refused(tmp_path: Path) -> None:
     TimmModel("test_vit", embed_dim=8).save_pretrained(tmp_path / "t")
     edit_config(tmp_path / "t", image_size=[96, 96])
+    with pytest.raises(ConfigError, match="image_size"):
+        TimmModel.from_pretrained(tmp_path / "t")
+    (tmp_path / "t" / "fingerprint.json").unlink()
     with pytest.raises(WeightsError, match="pos_embed"):
         TimmModel.from_pretrained(tmp_path / "t")
 

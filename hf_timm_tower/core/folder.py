@@ -75,10 +75,15 @@ def _check_against_fingerprint(config: TimmTowerConfig, fingerprint: dict[str, A
     probe, outputs = fingerprint.get("probe"), fingerprint.get("outputs")
     described = [1, config.in_chans, *native_size(config)]
     if probe is not None and probe != described:
-        raise ConfigError(f"config.json describes images {described}, fingerprint.json was made with {probe}")
+        raise ConfigError(
+            f"image_size and in_chans of config.json describe images {described}, fingerprint.json was made with {probe}: "
+            "one of them was edited. Another size is taken with from_pretrained(..., image_size=...)."
+        )
     shape = outputs[""].get("shape") if isinstance(outputs, dict) and isinstance(outputs.get(""), dict) else None
     if isinstance(shape, list) and len(shape) == 2 and config.embed_dim is not None and shape[1] != config.embed_dim:
-        raise ConfigError(f"embed_dim={config.embed_dim}, but fingerprint.json holds an embedding of width {shape[1]}")
+        raise ConfigError(
+            f"embed_dim={config.embed_dim}, but fingerprint.json holds an embedding of width {shape[1]}: one was edited"
+        )
 
 
 def _read(files: OpenFolder) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any] | None]:
@@ -152,8 +157,8 @@ def _compare_behaviour(tower: nn.Module, again: nn.Module) -> None:
         ours, theirs = _rates(module), _rates(twin)
         if ours != theirs:
             raise TowerError(
-                f"the tower was not saved: trunk.{name} ({type(module).__name__}) has {ours}, but built from the config "
-                f"it has {theirs}. Give the value when the tower is built (drop_path=..., model_kwargs={{...}})."
+                f"the tower was not saved: trunk.{name} ({type(module).__name__}) has {ours}, but built from the "
+                f"config it has {theirs}. Give the value when the tower is built (drop_path=..., model_kwargs={{...}})."
             )
 
 

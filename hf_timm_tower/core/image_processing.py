@@ -69,8 +69,8 @@ def check_preprocess(block: dict[str, Any], in_chans: int) -> None:
     for key, only in (("padding", None), ("channel_order", "RGB"), ("value_range", [0.0, 1.0])):
         if block[key] != only:
             raise ConfigError(
-                f"preprocess.{key}={block[key]!r}: this version preprocesses with {only!r} only; it would prepare other "
-                "pixels than the tower was made for"
+                f"preprocess.{key}={block[key]!r}: this version preprocesses with {only!r} only; it would prepare "
+                "other pixels than the tower was made for"
             )
 
 

@@ -16,10 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import ConfigError
 
-_FACTORIES = {
-    torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye,
-    torch.arange, torch.linspace, torch.tensor,
-}  # fmt: skip
+# These reserve memory without touching it, so that they may be counted after the fact; the others write at once.
+_LAZY = {torch.empty, torch.zeros}
+_EAGER = {torch.ones, torch.full, torch.rand, torch.randn, torch.eye, torch.arange, torch.linspace}
 # One tensor costs Python time even if it is tiny, so that a config with a million layers ends as well.
 _LEAST_CHARGE = 2**16
 
@@ -40,17 +39,18 @@ class _SkipInit(TorchFunctionMode):
             name = getattr(func, "__name__", "")
             if name.endswith("_") and not name.endswith("__") and name != "requires_grad_":
                 return target
-        if self.budget is not None and func in _FACTORIES:
-            self._charge(func, args, kwargs)
+        if self.budget is None:
+            return func(*args, **kwargs)
+        if func in _LAZY:
+            made = func(*args, **kwargs)
+            self._charge(made)
+            return made
+        if func in _EAGER:
+            self._charge(func(*args, **{**kwargs, "device": "meta"}))
         return func(*args, **kwargs)
 
-    def _charge(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if func is torch.tensor:
-            size = 0
-        else:
-            shape_only = func(*args, **{**kwargs, "device": "meta"})
-            size = shape_only.numel() * shape_only.element_size()
-        self.spent += max(size, _LEAST_CHARGE)
+    def _charge(self, made: torch.Tensor) -> None:
+        self.spent += max(made.numel() * made.element_size(), _LEAST_CHARGE)
         if self.budget is not None and self.spent > self.budget:
             raise ConfigError(
                 f"the config asks for a model of more than {self.budget / 2**30:.2f} GiB, which its weight files do "
