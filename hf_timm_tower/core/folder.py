@@ -76,8 +76,8 @@ def _check_against_fingerprint(config: TimmTowerConfig, fingerprint: dict[str, A
     described = [1, config.in_chans, *native_size(config)]
     if probe is not None and probe != described:
         raise ConfigError(
-            f"image_size and in_chans of config.json describe images {described}, fingerprint.json was made with {probe}: "
-            "one of them was edited. Another size is taken with from_pretrained(..., image_size=...)."
+            f"image_size and in_chans of config.json describe images {described}, fingerprint.json was made with "
+            f"{probe}: one of them was edited. Another size is taken with from_pretrained(..., image_size=...)."
         )
     shape = outputs[""].get("shape") if isinstance(outputs, dict) and isinstance(outputs.get(""), dict) else None
     if isinstance(shape, list) and len(shape) == 2 and config.embed_dim is not None and shape[1] != config.embed_dim:
