@@ -76,7 +76,7 @@ def test_equal_to_open_clip_wherever_open_clip_works(name: str) -> None:
         assert torch.equal(features["image_features"], intermediates["image_features"]), (pool, proj)
         equal.append((pool, proj))
     print(f"{name}: {len(equal)} equal, open_clip itself fails on {not_theirs}")
-    assert ("avg", "linear") in equal or ("map", "none") in equal
+    assert ("avg", "none") in equal
 
 
 @pytest.mark.parametrize(
