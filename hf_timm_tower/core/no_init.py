@@ -42,7 +42,11 @@ class _SkipInit(TorchFunctionMode):
         if self.budget is None:
             return func(*args, **kwargs)
         if func in _LAZY:
-            made = func(*args, **kwargs)
+            try:
+                made = func(*args, **kwargs)
+            except RuntimeError:
+                self._charge(func(*args, **{**kwargs, "device": "meta"}))  # more than the machine has
+                raise
             self._charge(made)
             return made
         if func in _EAGER:
