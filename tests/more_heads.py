@@ -801,7 +801,6 @@ STORABLE: list[tuple[Any, tuple[Any, ...], str]] = [
     (MomentumTwin, (96,), "vector"),
     (RenormedPrototypes, (96,), "vector"),
     (WarmUp, (96,), "vector"),
-    (Checkpointed, (96, False), "vector"),
     (Checkpointed, (96, True), "vector"),
     (TiedAutoencoder, (96,), "vector"),
     (FrozenNorm, (96,), "vector"),
@@ -842,3 +841,6 @@ CODE: list[tuple[Any, tuple[Any, ...], str]] = [
     (HugeConstant, (96,), "vector"),
     (Uncopyable, (96,), "vector"),
 ]
+
+# In older torch this kind of checkpointing is an autograd function with state in Python: refused there, as code is.
+(CODE if hasattr(torch.utils.checkpoint, "_NoopSaveInputs") else STORABLE).append((Checkpointed, (96, False), "vector"))

@@ -168,6 +168,10 @@ def trunk_output(trunk: nn.Module, in_chans: int, image_size: list[int]) -> Trun
         ConfigError: it does not run at this size, or does not give one tensor.
     """
     shape = (2, in_chans, *image_size)
+    grid = getattr(getattr(trunk, "patch_embed", None), "grid_size", None)
+    if isinstance(grid, tuple) and 0 in grid:
+        # older torch runs this on meta without a word
+        raise ConfigError(f"image_size={image_size}: smaller than one patch of {type(trunk).__name__}")
     twin = _meta_twin(trunk)
     try:
         with torch.no_grad():
