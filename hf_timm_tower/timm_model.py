@@ -12,13 +12,13 @@ import torch
 import torch.nn as nn
 from huggingface_hub import PyTorchModelHubMixin
 
+from .arguments import add_rates, checked_arguments, head_fields
 from .core.config import TimmTowerConfig, check_size
 from .core.errors import ArgumentError, ConfigError, FolderError, HeadError, TowerError
 from .core.fingerprint import Verification, compare, run_probe
 from .core.folder import save_tower
 from .core.head import LIVE, SUBCLASS, CustomHead, make_custom_head, rebuild_head
 from .core.image_processing import make_transform
-from .core.model_args import check_names
 from .core.pools import PoolRefused
 from .core.tower import (
     arrange,
@@ -97,19 +97,15 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
             REBUILDING.set(None)  # a tower that a subclass builds inside its own constructor is another one
             self._assemble(stored.config, stored.custom_head)
             return
-        model_args = _checked_arguments(model_kwargs)
+        model_args = checked_arguments(model_kwargs)
         in_chans = model_args.pop("in_chans", 3)
-        for name, rate in (("drop_path_rate", drop_path), ("patch_drop_rate", patch_drop)):
-            if rate is not None and not (_is_number(rate) and 0 <= rate < 1):
-                raise ConfigError(f"{name}={rate!r}: expected a rate, 0 <= rate < 1")
-            if rate is not None and model_args.setdefault(name, rate) != rate:
-                raise ArgumentError(f"{name} is given twice, as {rate} and in model_kwargs as {model_args[name]}")
+        add_rates(model_args, drop_path, patch_drop)
         config = TimmTowerConfig(
             architecture=model_name,
             model_args=model_args,
             image_size=list(image_size) if isinstance(image_size, Sequence) else image_size,
             in_chans=in_chans,
-            **_head_fields(type(self), embed_dim, pool, proj, proj_bias, drop, custom_head),
+            **head_fields(type(self), embed_dim, pool, proj, proj_bias, drop, custom_head),
         )
         self._assemble(config, custom_head, pretrained=pretrained)
 
@@ -214,7 +210,7 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
             ConfigError: timm cannot tell how the model was made, or building it again gives other weights.
         """
         described = describe_trunk(trunk)
-        fields = _head_fields(cls, embed_dim, pool, proj, proj_bias, drop, custom_head)
+        fields = head_fields(cls, embed_dim, pool, proj, proj_bias, drop, custom_head)
         config = TimmTowerConfig(**described, **fields, classifier="reset")
         check_made_again(trunk, config)
         tower = cls.__new__(cls)
@@ -518,47 +514,3 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
         size: list[int] = list(self.config.image_size)  # type: ignore[arg-type]
         outputs = run_probe(self, self.config.in_chans, size)
         return compare(self._fingerprint, self, outputs, self.config.in_chans, size)
-
-
-def _checked_arguments(model_kwargs: Any) -> dict[str, Any]:
-    if model_kwargs is None:
-        return {}
-    if not isinstance(model_kwargs, dict):
-        raise ArgumentError(f"model_kwargs={model_kwargs!r}: expected a dict of arguments of timm.create_model")
-    check_names(model_kwargs, from_trunk=False)
-    return dict(model_kwargs)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _head_fields(
-    cls: type[TimmModel],
-    embed_dim: int | None,
-    pool: str | None,
-    proj: str | None,
-    proj_bias: bool,
-    drop: float,
-    custom_head: CustomHead | None,
-) -> dict[str, Any]:
-    """The fields of the config that say what comes after the trunk."""
-    if pool is not None and not isinstance(pool, str):
-        raise ConfigError(f"pool={pool!r}: expected the name of a pool, or None")
-    own_head = custom_head is not None or overrides(cls, "_create_head")
-    if custom_head is not None:
-        given = {"proj": (proj, ("linear", "none", None, "")), "proj_bias": (proj_bias, (False,)), "drop": (drop, (0,))}
-        for name, (value, neutral) in given.items():
-            if value not in neutral:
-                raise ArgumentError(f"{name}={value!r} is for the built-in projection; the custom head has its own")
-        proj = "none"
-    if pool is None or (pool == "" and own_head):
-        pool = "none"
-    return {
-        "embed_dim": embed_dim,
-        "pool": pool or "default",
-        "proj": proj,
-        "proj_bias": proj_bias,
-        "drop": drop,
-        "head": {"form": LIVE if custom_head is not None else SUBCLASS} if own_head else None,
-    }
