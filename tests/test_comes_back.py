@@ -9,7 +9,7 @@ import torch
 from hf_timm_tower import TimmModel
 from hf_timm_tower.core.config import TimmTowerConfig
 from hf_timm_tower.core.pools import ALL_POOLS
-from hf_timm_tower.core.trunk import offered_pools
+from hf_timm_tower.core.trunk import native_cfg, offered_pools
 
 from .fresh import outputs_in_fresh_process
 from .timm_classes import find_smallest, smallest_of_each_class
@@ -47,13 +47,20 @@ def pools_of(architecture: str) -> list[tuple[str, str | None]]:
     return [(pool, "linear") for pool in with_proj] + [(pool, "none") for pool in without]
 
 
+def size_to_test(architecture: str) -> int | None:
+    """None for the native size, or 256 pixels where that is 512 and more: minutes for every forward on one thread."""
+    return 256 if max(native_cfg(architecture)["input_size"][1:]) >= 512 else None
+
+
 def check_comes_back(architecture: str, folder: Path) -> int:
     """Every pool of one architecture: saved here, loaded in a fresh process, equal outputs. Returns how many."""
     pools = pools_of(architecture)
     assert pools, f"{architecture} offers no pool at all"
-    image, expected, size = None, {}, 0
+    image, expected, size, image_size = None, {}, 0, size_to_test(architecture)
     for number, (pool, proj) in enumerate(pools, start=1):
-        tower = TimmModel(architecture, embed_dim=24 if proj == "linear" else None, pool=pool, proj=proj)
+        tower = TimmModel(
+            architecture, embed_dim=24 if proj == "linear" else None, pool=pool, proj=proj, image_size=image_size
+        )
         randomise(tower)
         if image is None:
             shape = (2, tower.config.in_chans, *tower.config.image_size)
