@@ -26,8 +26,8 @@ def randomise(module: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            if not tensor.is_floating_point():
-                continue
+            if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+                continue  # clipping limits of infinity stay what they are
             noise = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
             if name.endswith("running_var"):
                 tensor.mul_(1 + 0.1 * noise.abs())
