@@ -17,7 +17,7 @@ from .timm_classes import find_smallest, smallest_of_each_class
 # One of each kind of trunk: maps in both orders, tokens, attention pool, non-persistent buffers, wide heads.
 QUICK = ("test_resnet", "test_vit", "test_mambaout", "test_coatnet", "mobilenetv3_small_050", "efficientvim_m1")
 
-# Classes whose smallest variant has 294 to 485 million parameters: too slow for every pool on one thread, not swept yet.
+# Classes whose smallest variant has 294 to 485 million parameters: too slow for every pool on one thread, not swept.
 NOT_SWEPT = ("mobilenetv5.MobileNetV5Encoder", "deepseek_vit.DeepseekVitClassifier", "deepseek_vit.DeepseekVitEncoder")
 
 # Towers wait on disk for one fresh process to load them all, up to this many bytes.
