@@ -17,9 +17,6 @@ from .timm_classes import find_smallest, smallest_of_each_class
 # One of each kind of trunk: maps in both orders, tokens, attention pool, non-persistent buffers, wide heads.
 QUICK = ("test_resnet", "test_vit", "test_mambaout", "test_coatnet", "mobilenetv3_small_050", "efficientvim_m1")
 
-# Classes whose smallest variant has 294 to 485 million parameters: too slow for every pool on one thread, not swept.
-NOT_SWEPT = ("mobilenetv5.MobileNetV5Encoder", "deepseek_vit.DeepseekVitClassifier", "deepseek_vit.DeepseekVitEncoder")
-
 # Towers wait on disk for one fresh process to load them all, up to this many bytes.
 MOST_ON_DISK = 2**30
 
@@ -101,7 +98,7 @@ def test_tower_comes_back_bit_for_bit_with_every_pool(architecture: str, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in smallest_of_each_class() if name not in NOT_SWEPT])
+@pytest.mark.parametrize("name", list(smallest_of_each_class()))
 def test_every_timm_class_comes_back_with_every_pool(name: str, tmp_path: Path) -> None:
     architecture = smallest_of_each_class()[name]
     count = check_comes_back(architecture, tmp_path)

@@ -85,6 +85,8 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         feat_size: Height and width of the feature map, for attention pools; completed when the tower is built.
         tower_class: Name of the subclass of TimmModel that is needed to rebuild the tower, None for TimmModel itself.
         tower_kwargs: Arguments that such a subclass adds to the constructor.
+        frozen: What `lock` froze (`finetuning.py`), None where everything trains.
+        trunk_source: Where the trunk's weights lie, where not beside the head: repository, commit and digests.
         timm_version: The timm that the tower was built with.
         format_version: Version of this format.
 
@@ -113,6 +115,8 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     feat_size: list[int] | tuple[int, ...] | None = None
     tower_class: str | None = None
     tower_kwargs: dict[str, Any] | None = None
+    frozen: dict[str, Any] | None = None
+    trunk_source: dict[str, Any] | None = None
     timm_version: str | None = None
     format_version: int = FORMAT_VERSION
 
