@@ -20,6 +20,7 @@ _HOME = {
     "FormatError": ".core.errors",
     "GraphError": ".core.errors",
     "HeadError": ".core.errors",
+    "HubError": ".core.errors",
     "WeightsError": ".core.errors",
 }
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         FormatError,
         GraphError,
         HeadError,
+        HubError,
         TowerError,
         WeightsError,
     )
@@ -46,6 +48,7 @@ __all__ = [
     "FormatError",
     "GraphError",
     "HeadError",
+    "HubError",
     "TimmModel",
     "TimmTowerConfig",
     "TowerError",

@@ -1,75 +1,122 @@
-"""A repository's id or a folder -> one folder, at one commit. Past this file there is no network."""
+"""A saved tower's folder -> one commit of a repository. (Loading is in `core/fetch.py`, which travels with towers.)
+
+The commit is made on top of the very commit that was looked at (`parent_commit`). Without that, huggingface_hub leaves
+out files that were unchanged a moment ago, and a push of somebody else in between gives a mix of two towers.
+"""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
-from .core.errors import FolderError
+from .core.checkpoint import CARD_NAME, is_own_file
+from .core.download import Access, download_files, hub_errors
+from .core.errors import HubError
 
-# All that loading reads: JSON and safetensors, never a pickle.
-_READ = ("config.json", "fingerprint.json", "*.safetensors", "*.safetensors.index.json")
+# Pushes that meet on one branch take turns; each attempt makes its commit on top of the newest one.
+_ATTEMPTS = 8
+_CONFLICT = 412
 
 
-def fetch_tower(
-    name_or_path: str | os.PathLike[str],
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    make_card: Callable[[str | None], str],
     *,
-    revision: str | None = None,
+    commit_message: str,
+    private: bool | None = None,
     token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    force_download: bool = False,
-    local_files_only: bool = False,
-    subfolder: str | None = None,
-) -> Path:
-    """Where a tower's files are on this machine.
+    branch: str | None = None,
+    create_pr: bool | None = None,
+    allow_patterns: list[str] | str | None = None,
+    ignore_patterns: list[str] | str | None = None,
+    delete_patterns: list[str] | str | None = None,
+) -> str:
+    """Push a tower's folder in one commit; files that an earlier tower left and this one lacks go in the same commit.
 
     Args:
-        name_or_path: A folder, or the id of a repository, whose files are then downloaded at one commit.
-        revision: Branch, tag or commit.
-        token: For private and gated repositories.
-        cache_dir: Where downloads are kept.
-        force_download: Download again.
-        local_files_only: Do not go to the network.
-        subfolder: Folder inside the folder or repository.
+        folder: What to push; its card is written here.
+        repo_id: From `create_repository`.
+        make_card: The card as it is on the Hub (None where there is none) -> the card to push.
+        commit_message: The commit's first line.
+        private: Of the repository, where it is made by this call.
+        token: With the right to write.
+        branch: Made where it does not exist; None for the main one.
+        create_pr: Open a pull request instead of committing.
+        allow_patterns: Push only files that match.
+        ignore_patterns: Do not push files that match.
+        delete_patterns: Delete further files of the repository that match.
+
+    Returns:
+        The commit's address.
 
     Raises:
-        FolderError: there is neither such a folder nor such a repository or revision.
+        HubError: the repository cannot be written; nothing was committed.
     """
-    parts = Path(subfolder or "").parts
-    if any(part == ".." or part.startswith(("/", "\\")) for part in parts):
-        raise FolderError(f"subfolder={subfolder!r} leads out of {name_or_path}")
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path, *parts)
-    if Path(name_or_path).exists():
-        raise FolderError(f"{name_or_path} is a file; a tower is a folder with config.json and safetensors files")
-    prefix = "".join(f"{part}/" for part in parts)
+    api = HfApi(token=token)
+    with hub_errors("cannot be pushed to", repo_id, branch):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    for _ in range(_ATTEMPTS):
+        with hub_errors("cannot be pushed to", repo_id, branch):
+            parent, remote = _state(api, repo_id, branch)
+        (folder / CARD_NAME).write_text(make_card(_card(repo_id, parent, remote, token)), encoding="utf-8")
+        local = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        pushed = list(filter_repo_objects(local, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        stale = _stale(remote, pushed, delete_patterns)
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in pushed),
+            *(CommitOperationDelete(path_in_repo=name, is_folder=False) for name in stale),
+        ]
+        with hub_errors("cannot be pushed to", repo_id, branch):
+            try:
+                done = api.create_commit(
+                    repo_id,
+                    operations,
+                    commit_message=commit_message,
+                    revision=branch,
+                    create_pr=create_pr,
+                    parent_commit=parent,
+                )
+            except HfHubHTTPError as error:
+                if error.response.status_code != _CONFLICT:
+                    raise
+                continue
+        return str(done.pr_url if create_pr and done.pr_url else done.commit_url)
+    raise HubError(
+        f"{repo_id} cannot be pushed to: in each of {_ATTEMPTS} attempts somebody else pushed first; try again"
+    )
+
+
+def _state(api: HfApi, repo_id: str, branch: str | None) -> tuple[str | None, list[str]]:
+    """Newest commit of the branch, which is made where it is missing, and the files at that commit."""
     try:
-        root = snapshot_download(
-            str(name_or_path),
-            revision=revision,
-            token=token,
-            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-            force_download=force_download,
-            local_files_only=local_files_only,
-            allow_patterns=[prefix + pattern for pattern in _READ],
-        )
-    except HFValidationError as error:
-        raise FolderError(f"{name_or_path}: no such folder, and not the id of a repository ({error})") from error
-    except RevisionNotFoundError as error:
-        raise FolderError(f"{name_or_path} has no revision {revision!r}: {error}") from error
-    except RepositoryNotFoundError as error:
-        raise FolderError(
-            f"{name_or_path}: no such folder, and no such repository (or it is private: pass token=...): {error}"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise FolderError(
-            f"{name_or_path}: no such folder, and the repository is not in the cache while the network is off or "
-            f"out of reach: {error}"
-        ) from error
-    return Path(root, *parts)
+        info = api.model_info(repo_id, revision=branch)
+    except RevisionNotFoundError:
+        if branch is None or branch.startswith("refs/"):
+            raise
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
+        info = api.model_info(repo_id, revision=branch)
+    return info.sha, [sibling.rfilename for sibling in info.siblings or ()]
+
+
+def _card(repo_id: str, commit: str | None, remote: list[str], token: str | bool | None) -> str | None:
+    if CARD_NAME not in remote:
+        return None
+    root = download_files(repo_id, [CARD_NAME], commit, Access(token=token))
+    return (root / CARD_NAME).read_text(encoding="utf-8")
+
+
+def _stale(remote: list[str], pushed: list[str], delete_patterns: list[str] | str | None) -> list[str]:
+    """What an earlier tower left in the repository, and what the caller wants deleted."""
+    gone = [name for name in remote if is_own_file(name, remote)]
+    if delete_patterns is not None:
+        gone += list(filter_repo_objects(remote, allow_patterns=delete_patterns))
+    return sorted(set(gone) - set(pushed) - {".gitattributes"})
+
+
+def default_repo_id(folder: str | os.PathLike[str]) -> str:
+    """The name of a folder, as transformers and the mixin take it for a repository's."""
+    return Path(folder).resolve().name

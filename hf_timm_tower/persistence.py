@@ -11,6 +11,7 @@ import torch.nn as nn
 
 from .core.assign import assign_weights
 from .core.config import TimmTowerConfig
+from .core.download import Access
 from .core.errors import ArgumentError, ConfigError, HeadError
 from .core.folder import read_tower
 from .core.graph_module import GraphHead
@@ -20,17 +21,17 @@ from .core.tower import check_embedding, head_example
 from .rebuilding import STEPS, added_arguments, overrides, rebuild
 
 if TYPE_CHECKING:
-    from .timm_model import TimmModel
+    from .hub_mixin import TowerHubMixin
 
-T = TypeVar("T", bound="TimmModel")
+T = TypeVar("T", bound="TowerHubMixin")
 
 
-def storable_config(tower: "TimmModel", base: type["TimmModel"]) -> TimmTowerConfig:
+def storable_config(tower: "TowerHubMixin", include_code: bool | None = None) -> TimmTowerConfig:
     """The tower's config with its head in the form in which it comes back, verified.
 
     Args:
         tower: The tower; it is not changed.
-        base: TimmModel.
+        include_code: True: a head that comes back in no other form is stored as code.
 
     Raises:
         HeadError: no form works.
@@ -49,7 +50,7 @@ def storable_config(tower: "TimmModel", base: type["TimmModel"]) -> TimmTowerCon
         stored.head = {"form": SUBCLASS} if own else store_head(head, example)
         stored.head["class"] = name or type(tower.head).__name__
     stored.tower_class = cls.__name__ if any(overrides(cls, step) for step in STEPS) else None
-    stored.tower_kwargs = added_arguments(tower, base) or None
+    stored.tower_kwargs = added_arguments(tower) or None
     return stored
 
 
@@ -61,6 +62,7 @@ def load_tower(
     strict: bool = True,
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
+    access: Access | None = None,
 ) -> T:
     """A folder -> a tower in eval mode. Parameters are the mapped files themselves, nothing is initialised.
 
@@ -71,11 +73,12 @@ def load_tower(
         strict: False ignores weights that the tower has no place for, with a warning.
         dtype: Cast floating-point weights.
         device: Where the weights go.
+        access: How to reach the repository of a trunk that lies elsewhere.
 
     Raises:
         TowerError: by what is wrong with the folder.
     """
-    files = read_tower(folder)
+    files = read_tower(folder, access)
     _check_class(cls, files.config, folder)
     with no_init(budget=files.budget()):
         tower = rebuild(cls, files.config, custom_head)
@@ -85,7 +88,7 @@ def load_tower(
     return tower.eval()
 
 
-def check_given_head(tower: "TimmModel") -> None:
+def check_given_head(tower: "TowerHubMixin") -> None:
     """A head of another class may have the same weights; the fingerprint tells them apart.
 
     Raises:
@@ -105,7 +108,7 @@ def check_given_head(tower: "TimmModel") -> None:
         )
 
 
-def _check_class(cls: type["TimmModel"], config: TimmTowerConfig, folder: str | os.PathLike[str]) -> None:
+def _check_class(cls: type["TowerHubMixin"], config: TimmTowerConfig, folder: str | os.PathLike[str]) -> None:
     if config.tower_class is not None and not any(base.__name__ == config.tower_class for base in cls.__mro__):
         raise ConfigError(
             f"{folder}: this tower was saved by {config.tower_class}, a subclass of TimmModel that changes how it is "

@@ -13,9 +13,9 @@ from .core.errors import ArgumentError, HeadError
 from .core.head import CustomHead
 
 if TYPE_CHECKING:
-    from .timm_model import TimmModel
+    from .hub_mixin import TowerHubMixin
 
-T = TypeVar("T", bound="TimmModel")
+T = TypeVar("T", bound="TowerHubMixin")
 
 # Steps of a tower that a subclass may replace; the stored tower then needs that subclass.
 STEPS = ("_create_trunk", "_create_head", "forward", "forward_features", "forward_head", "__init__")
@@ -32,12 +32,12 @@ class Stored:
 REBUILDING: ContextVar[Stored | None] = ContextVar("rebuilding", default=None)
 
 
-def overrides(cls: type["TimmModel"], name: str) -> bool:
+def overrides(cls: type["TowerHubMixin"], name: str) -> bool:
     """Whether a subclass replaces one of TimmModel's steps."""
     return any(name in base.__dict__ for base in cls.__mro__[: _depth(cls)])
 
 
-def _depth(cls: type["TimmModel"]) -> int:
+def _depth(cls: type["TowerHubMixin"]) -> int:
     return next(index for index, base in enumerate(cls.__mro__) if base.__module__ == f"{__package__}.timm_model")
 
 
@@ -64,17 +64,17 @@ def rebuild(cls: type[T], config: TimmTowerConfig, custom_head: CustomHead | Non
         REBUILDING.reset(token)
 
 
-def added_arguments(tower: "TimmModel", base: type["TimmModel"]) -> dict[str, Any]:
+def added_arguments(tower: "TowerHubMixin") -> dict[str, Any]:
     """Arguments that a subclass adds to the constructor, as it was called.
 
     Args:
         tower: of the subclass.
-        base: TimmModel.
 
     Raises:
         HeadError: one is not JSON.
     """
-    own = inspect.signature(base.__init__).parameters
+    base = type(tower).__mro__[_depth(type(tower))]
+    own = inspect.signature(base.__init__).parameters  # type: ignore[misc]  # TimmModel's own
     given: dict[str, Any] = dict(tower._hub_mixin_config or {})  # type: ignore[arg-type]  # a dict for towers
     added: dict[str, Any] = {}
     for name, parameter in inspect.signature(type(tower).__init__).parameters.items():

@@ -1,22 +1,16 @@
 """`TimmModel`: any timm trunk plus any head, with open_clip's signature and weight keys."""
 
 import copy
-import os
 from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import timm
 import torch
 import torch.nn as nn
-from huggingface_hub import PyTorchModelHubMixin
 
 from .arguments import add_rates, checked_arguments, head_fields
 from .core.config import TimmTowerConfig, check_size
-from .core.errors import ArgumentError, ConfigError, FolderError, HeadError, TowerError
-from .core.fingerprint import Verification, compare, run_probe
-from .core.folder import save_tower
+from .core.errors import ArgumentError, ConfigError, HeadError
 from .core.head import LIVE, SUBCLASS, CustomHead, make_custom_head, rebuild_head
 from .core.image_processing import make_transform
 from .core.pools import PoolRefused
@@ -38,12 +32,11 @@ from .core.trunk import (
     remove_classifier,
 )
 from .finetuning import keeps_statistics, lock_trunk, summary_table
-from .hub import fetch_tower
-from .persistence import as_dtype, check_device, check_given_head, load_tower, storable_config
+from .hub_mixin import TowerHubMixin
 from .rebuilding import REBUILDING, overrides, rebuild
 
 
-class TimmModel(nn.Module, PyTorchModelHubMixin):
+class TimmModel(TowerHubMixin):
     """A timm trunk and a head as one model: image `[B, in_chans, H, W]` in, embedding `[B, embed_dim]` out.
 
     Args:
@@ -70,10 +63,6 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
         ArgumentError: arguments that contradict each other, or that timm does not take.
         HeadError: the custom head does not fit what the pool leaves, or gives another width than `embed_dim`.
     """
-
-    config: TimmTowerConfig
-    trunk: nn.Module
-    head: nn.Module
 
     def __init__(
         self,
@@ -381,136 +370,3 @@ class TimmModel(nn.Module, PyTorchModelHubMixin):
             f"{type(self).__name__}: {self.config.architecture}, pool={self.config.pool}, head={head}, "
             f"image {self.config.in_chans} x {size[0]} x {size[1]} -> {self.config.embed_dim}\n" + summary_table(self)  # type: ignore[index]
         )
-
-    # --- saving and loading
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | os.PathLike[str],
-        *,
-        config: dict[str, Any] | None = None,
-        repo_id: str | None = None,
-        push_to_hub: bool = False,
-        model_card_kwargs: dict[str, Any] | None = None,
-        max_shard_size: int | str = "5GB",
-        **push_to_hub_kwargs: Any,
-    ) -> str | None:
-        """Save config, weights and fingerprint, load them back, compare, and put them in place at once.
-
-        Args:
-            save_directory: A folder, existing or not; files in it that are not the tower's are kept.
-            config: Of the mixin; the tower's own config is saved, another is refused.
-            repo_id: Where to push; the folder's name by default.
-            push_to_hub: Push as well.
-            model_card_kwargs: Of the mixin; this version writes no card, so anything in it is refused.
-            max_shard_size: Largest weight file, in bytes or as `"5GB"`.
-            push_to_hub_kwargs: For `push_to_hub`.
-
-        Returns:
-            The commit's address where pushed, else None.
-
-        Raises:
-            HeadError: the head cannot be stored in any form; nothing was written.
-            FolderError: the folder cannot be written; what was there before is whole.
-        """
-        if push_to_hub_kwargs and not push_to_hub:
-            raise ArgumentError(f"save_pretrained: unknown keyword {', '.join(sorted(push_to_hub_kwargs))}")
-        if config is not None or model_card_kwargs:
-            raise ArgumentError(
-                "save_pretrained: a tower saves its own config and no card; config and card arguments are not taken"
-            )
-        stored = storable_config(self, TimmModel)
-        load = partial(load_tower, type(self))
-        self._fingerprint = save_tower(self, stored, save_directory, load, max_shard_size)
-        if not push_to_hub:
-            return None
-        return str(self.push_to_hub(repo_id or Path(save_directory).resolve().name, **push_to_hub_kwargs))
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        subfolder: str | None = None,
-        device: str | torch.device | None = None,
-        map_location: str | torch.device | None = None,
-        dtype: torch.dtype | str | None = None,
-        strict: bool = True,
-        custom_head: CustomHead | None = None,
-        trust_remote_code: bool = False,
-        verify: bool = False,
-        image_size: int | Sequence[int] | None = None,
-    ) -> Self:
-        """Load a tower from a folder or a repository, in eval mode. Reads JSON and safetensors, runs nobody's code.
-
-        Args:
-            pretrained_model_name_or_path: A folder, or a repository's id.
-            revision: Branch, tag or commit of the repository.
-            token: For private and gated repositories.
-            cache_dir: Where downloads are kept.
-            force_download: Download again.
-            local_files_only: Do not go to the network.
-            subfolder: Folder inside the repository or folder.
-            device: Where the tower goes; `map_location` is another name of it.
-            map_location: See `device`.
-            dtype: Cast floating-point weights; None keeps what was saved.
-            strict: False ignores weights in the files that the tower has no place for, and lists them in a warning.
-                Missing weights are an error in any case.
-            custom_head: Takes the place of the stored head; checked against the weights key by key, and against the
-                fingerprint.
-            trust_remote_code: Reserved for heads stored as code, which this version does not read.
-            verify: Run the probe and raise unless the numbers are those of the saved tower within tolerance.
-            image_size: Change the input size after loading, as `set_input_size`.
-
-        Raises:
-            FolderError, FormatError, WeightsError, ConfigError, HeadError: by what is wrong with the folder.
-        """
-        for place in (device, map_location):
-            check_device(place)
-        cast = as_dtype(dtype)
-        if device is not None and map_location is not None and torch.device(device) != torch.device(map_location):
-            raise ArgumentError(f"device={device} and map_location={map_location} contradict each other")
-        folder = fetch_tower(
-            pretrained_model_name_or_path,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-            subfolder=subfolder,
-        )
-        target = device if device is not None else map_location
-        load = partial(load_tower, cls, folder, custom_head=custom_head, strict=strict, device=target)
-        tower = load()
-        head = tower.config.head or {}
-        by_code = head.get("form") == "registered" or tower.config.tower_class is not None
-        if custom_head is not None or (by_code and tower._fingerprint is not None):
-            check_given_head(tower)  # code of this process made a part: the numbers must be those of the save
-        if cast is not None:
-            tower = load(dtype=cast)
-        if verify:
-            found = tower.verify()
-            if found.status == "different":
-                raise TowerError(
-                    f"{pretrained_model_name_or_path} does not give the numbers it was saved with: {found}"
-                )
-        if image_size is not None:
-            tower.set_input_size(image_size)
-        return tower
-
-    def verify(self) -> Verification:
-        """Whether the tower gives the numbers that it was saved with, on this timm, torch and device.
-
-        Raises:
-            FolderError: it was neither saved nor loaded yet, or its folder has no fingerprint.
-        """
-        if self._fingerprint is None:
-            raise FolderError("this tower has no fingerprint: it was neither saved nor loaded, or its folder has none")
-        size: list[int] = list(self.config.image_size)  # type: ignore[arg-type]
-        outputs = run_probe(self, self.config.in_chans, size)
-        return compare(self._fingerprint, self, outputs, self.config.in_chans, size)

@@ -8,7 +8,7 @@ the names of all files of a tower's folder.
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ __all__ = [
     "OpenFolder",
     "WeightPlan",
     "assign_weights",
+    "is_own_file",
     "is_replaced",
     "plan_weights",
     "read_folder",
@@ -109,8 +110,8 @@ def plan_weights(state: Mapping[str, Tensor], max_shard_size: int | str = "5GB")
             shards[-1].append(key)
             filled += size
         if len(shards) == 1:
-            # An index must name a file: the trunk's is written even if empty.
-            if keys or name == TRUNK_NAME:
+            # An index must name a file: the trunk's is written even if empty, unless it lies in another repository.
+            if keys or not state:
                 files[name] = tuple(keys)
             continue
         stem, suffix = os.path.splitext(name)
@@ -252,6 +253,14 @@ def is_replaced(entry: Path) -> bool:
     if entry.name == CODE_NAME:
         return not entry.is_symlink() and (entry / "checkpoint.py").is_file() and (entry / "modeling.py").is_file()
     return entry.name in (INDEX_NAME, FINGERPRINT_NAME) or _WEIGHT_FILE.fullmatch(entry.name) is not None
+
+
+def is_own_file(name: str, names: Collection[str]) -> bool:
+    """The same for a file of a repository, by its path and the paths of all files."""
+    folder, _, plain = name.rpartition("/")
+    if folder == CODE_NAME:
+        return f"{CODE_NAME}/checkpoint.py" in names and f"{CODE_NAME}/modeling.py" in names
+    return not folder and (plain in (INDEX_NAME, FINGERPRINT_NAME) or _WEIGHT_FILE.fullmatch(plain) is not None)
 
 
 def _read_weights(folder: OpenFolder) -> dict[str, Tensor]:

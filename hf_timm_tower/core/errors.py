@@ -8,6 +8,7 @@ Each also inherits the builtin that fits, so that callers who catch `ValueError`
     +- HeadError        (ValueError)    a custom head cannot be stored, rebuilt or used
     |  +- GraphError                    a head cannot be traced to a graph, or a stored graph is refused
     +- FolderError      (OSError)       a tower's folder cannot be read or written
+    |  +- HubError                      a repository of the Hub cannot be read or written
     +- FormatError      (ValueError)    a file of a tower is damaged, too large, or of an unknown format version
     +- WeightsError     (RuntimeError)  weights do not fit the tower: missing, unexpected or wrongly shaped keys
 
@@ -37,6 +38,10 @@ class GraphError(HeadError):
 
 class FolderError(TowerError, OSError):
     """A tower's folder cannot be read or written."""
+
+
+class HubError(FolderError):
+    """A repository of the Hub cannot be read or written."""
 
 
 class FormatError(TowerError, ValueError):

@@ -12,8 +12,10 @@ import torch
 import torch.nn as nn
 
 from .aligned import same_bits
+from .assign import find_ties
 from .checkpoint import CONFIG_NAME, FINGERPRINT_NAME, read_weights, write_json, write_weights
 from .config import TimmTowerConfig
+from .download import Access
 from .errors import ConfigError, HeadError, TowerError, WeightsError
 from .fingerprint import make_fingerprint, run_probe
 from .head import check_stored
@@ -21,6 +23,7 @@ from .image_processing import check_preprocess
 from .open_folder import OpenFolder, read_folder
 from .staging import staged_folder
 from .trunk import native_size
+from .trunk_source import is_separable, merged, parse_trunk_source, read_trunk
 
 # A config may ask for somewhat more than its weight files hold (buffers, tables); not for another order of size.
 _BUDGET_FACTOR, _BUDGET_SLACK = 4, 2**30
@@ -46,8 +49,12 @@ class TowerFiles:
         return _BUDGET_FACTOR * held + _BUDGET_SLACK
 
 
-def read_tower(folder: str | os.PathLike[str]) -> TowerFiles:
+def read_tower(folder: str | os.PathLike[str], access: Access | None = None) -> TowerFiles:
     """Read a tower's folder: JSON and safetensors, nothing else.
+
+    Args:
+        folder: The folder.
+        access: How to reach the repository of a trunk that lies elsewhere.
 
     Raises:
         FolderError: there is no folder or a file is missing.
@@ -67,6 +74,9 @@ def read_tower(folder: str | os.PathLike[str]) -> TowerFiles:
         raise ConfigError(f"{os.path.join(folder, CONFIG_NAME)}: num_features, layout and image_size must be there")
     check_preprocess(described.preprocess or {}, described.in_chans)
     _check_against_fingerprint(described, fingerprint or {})
+    if described.trunk_source is not None:
+        trunk = read_trunk(parse_trunk_source(described.trunk_source), access or Access())
+        weights = merged(weights, trunk, str(folder))
     return TowerFiles(described, weights, fingerprint)
 
 
@@ -117,7 +127,7 @@ def save_tower(
     size = native_size(config)
     with staged_folder(folder) as staging:
         write_json(staging / CONFIG_NAME, json.loads(config.to_json_string()))
-        write_weights(staging, tower, max_shard_size)
+        _write_weights(staging, tower, config, max_shard_size)
         again = load(staging)
         _compare_weights(tower, again)
         _compare_behaviour(tower, again)
@@ -132,6 +142,22 @@ def save_tower(
         fingerprint = make_fingerprint(outputs, again, config.in_chans, size)
         write_json(staging / FINGERPRINT_NAME, fingerprint)
     return fingerprint
+
+
+def _write_weights(
+    staging: Path, tower: nn.Module, config: TimmTowerConfig, max_shard_size: int | str
+) -> None:
+    if config.trunk_source is None:
+        write_weights(staging, tower, max_shard_size)
+        return
+    state = tower.state_dict(keep_vars=True)
+    ties = find_ties(tower, state)
+    if not is_separable((*ties.tied, *ties.shared)):
+        raise WeightsError("the head shares weights with the trunk, so it cannot be published without it")
+    head = {key: tensor for key, tensor in state.items() if key.startswith("head.")}
+    if not head:
+        raise WeightsError("the head has no weights, so there is nothing to publish beside the trunk")
+    write_weights(staging, tower, max_shard_size, state=head)
 
 
 def _compare_weights(tower: nn.Module, again: nn.Module) -> None:

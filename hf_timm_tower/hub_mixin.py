@@ -1,0 +1,268 @@
+"""Saving, loading and pushing of a tower: the methods of `PyTorchModelHubMixin`, made strict."""
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn as nn
+from huggingface_hub import PyTorchModelHubMixin
+
+from .core.config import TimmTowerConfig
+from .core.download import Access
+from .core.errors import ArgumentError, FolderError, TowerError
+from .core.fetch import fetch_tower
+from .core.fingerprint import Verification, compare, run_probe
+from .core.folder import save_tower
+from .core.head import CustomHead
+from .core.trunk_source import TrunkSource, find_trunk
+from .hub import default_repo_id, push_folder
+from .persistence import as_dtype, check_device, check_given_head, load_tower, storable_config
+
+
+class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
+    """What a tower can do with folders and repositories. `TimmModel` is the only class to inherit from it.
+
+    Attributes:
+        config: The tower's config.
+        trunk: The timm model.
+        head: Pool, projection or custom head.
+    """
+
+    config: TimmTowerConfig
+    trunk: nn.Module
+    head: nn.Module
+    _fingerprint: dict[str, Any] | None
+
+    def set_input_size(self, image_size: int | Sequence[int]) -> None:
+        """Change the input size, an int or (height, width), in pixels."""
+        raise NotImplementedError
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        config: dict[str, Any] | None = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: Mapping[str, Any] | None = None,
+        tags: Sequence[str] = (),
+        license: str | None = None,
+        include_code: bool | None = None,
+        max_shard_size: int | str = "5GB",
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """Save config, weights, fingerprint and card, load them back, compare, and put them in place at once.
+
+        Args:
+            save_directory: A folder, existing or not; files in it that are not the tower's are kept, and so is what
+                a person wrote into the card.
+            config: Of the mixin; the tower's own config is saved, another is refused.
+            repo_id: For the card, and where to push; the folder's name by default.
+            push_to_hub: Push as well.
+            model_card_kwargs: Further metadata for the card (`base_model`, `datasets`, `language`, ...).
+            tags: Further tags for the card.
+            license: For the card; never guessed.
+            include_code: None: the folder carries this package's core, so that stock transformers can load it. True:
+                also the source of the head, where it cannot be stored in another form. False: no code at all.
+            max_shard_size: Largest weight file, in bytes or as `"5GB"`.
+            push_to_hub_kwargs: For `push_to_hub`.
+
+        Returns:
+            The commit's address where pushed, else None.
+
+        Raises:
+            HeadError: the head cannot be stored in any form; nothing was written.
+            FolderError: the folder cannot be written; what was there before is whole.
+            HubError: it was saved, but could not be pushed.
+        """
+        if push_to_hub_kwargs and not push_to_hub:
+            raise ArgumentError(f"save_pretrained: unknown keyword {', '.join(sorted(push_to_hub_kwargs))}")
+        if config is not None:
+            raise ArgumentError("save_pretrained: a tower saves its own config; change tower.config instead")
+        self._save(save_directory, include_code, max_shard_size)
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id or default_repo_id(save_directory), **push_to_hub_kwargs)
+
+    def _save(
+        self,
+        folder: str | os.PathLike[str],
+        include_code: bool | None,
+        max_shard_size: int | str,
+        trunk: TrunkSource | None = None,
+    ) -> None:
+        stored = storable_config(self, include_code)
+        stored.trunk_source = None if trunk is None else trunk.to_json()
+        self._fingerprint = save_tower(self, stored, folder, partial(load_tower, type(self)), max_shard_size)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        config: dict[str, Any] | None = None,
+        commit_message: str = "Push a tower with hf_timm_tower",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        branch: str | None = None,
+        create_pr: bool | None = None,
+        allow_patterns: list[str] | str | None = None,
+        ignore_patterns: list[str] | str | None = None,
+        delete_patterns: list[str] | str | None = None,
+        model_card_kwargs: Mapping[str, Any] | None = None,
+        tags: Sequence[str] = (),
+        license: str | None = None,
+        include_code: bool | None = None,
+        trunk: str | None = None,
+        max_shard_size: int | str = "5GB",
+    ) -> str:
+        """Save the tower, checked as by `save_pretrained`, and push it in one commit.
+
+        What the Hub has already is not sent again: after training the head alone, no byte of the trunk. Of a card
+        that was edited on the Hub only the parts between our markers change.
+
+        Args:
+            repo_id: `name` or `org/name`; made where it does not exist.
+            config: As in `save_pretrained`.
+            commit_message: The commit's first line.
+            private: Of the repository, where this call makes it.
+            token: With the right to write; the one that is logged in by default.
+            branch: Made where it does not exist; the main one by default.
+            create_pr: Open a pull request instead of committing.
+            allow_patterns: Push only files that match.
+            ignore_patterns: Do not push files that match.
+            delete_patterns: Delete further files of the repository that match.
+            model_card_kwargs: As in `save_pretrained`.
+            tags: As in `save_pretrained`.
+            license: As in `save_pretrained`.
+            include_code: As in `save_pretrained`.
+            trunk: `org/name@revision` of a tower or timm repository that has this tower's trunk, bit for bit. Only the
+                head is pushed; loading fetches the trunk from there, at the commit that it has now.
+            max_shard_size: Largest weight file.
+
+        Returns:
+            The commit's address (the pull request's with `create_pr`).
+
+        Raises:
+            HeadError, TowerError: the tower cannot be saved; nothing was sent.
+            WeightsError: the trunk is not the one that `trunk` names.
+            HubError: the repository cannot be written; nothing was committed.
+        """
+        if config is not None:
+            raise ArgumentError("push_to_hub: a tower pushes its own config; change tower.config instead")
+        source = None if trunk is None else find_trunk(trunk, self.state_dict(), Access(token=token))
+        with tempfile.TemporaryDirectory(prefix="hf_timm_tower_push_") as scratch:
+            folder = Path(scratch, "tower")
+            self._save(folder, include_code, max_shard_size, source)
+            return push_folder(
+                folder,
+                repo_id,
+                lambda existing: existing or "",
+                commit_message=commit_message,
+                private=private,
+                token=token,
+                branch=branch,
+                create_pr=create_pr,
+                allow_patterns=allow_patterns,
+                ignore_patterns=ignore_patterns,
+                delete_patterns=delete_patterns,
+            )
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        subfolder: str | None = None,
+        device: str | torch.device | None = None,
+        map_location: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+        strict: bool = True,
+        custom_head: CustomHead | None = None,
+        trust_remote_code: bool = False,
+        verify: bool = False,
+        image_size: int | Sequence[int] | None = None,
+    ) -> Self:
+        """Load a tower from a folder or a repository, in eval mode. Reads JSON and safetensors, runs nobody's code.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or a repository's id.
+            revision: Branch, tag or commit of the repository.
+            token: For private and gated repositories.
+            cache_dir: Where downloads are kept.
+            force_download: Download again.
+            local_files_only: Do not go to the network.
+            subfolder: Folder inside the repository or folder.
+            device: Where the tower goes; `map_location` is another name of it.
+            map_location: See `device`.
+            dtype: Cast floating-point weights; None keeps what was saved.
+            strict: False ignores weights in the files that the tower has no place for, and lists them in a warning.
+                Missing weights are an error in any case.
+            custom_head: Takes the place of the stored head; checked against the weights key by key, and against the
+                fingerprint.
+            trust_remote_code: Run the source of a head that is stored as code. Nothing else ever runs.
+            verify: Run the probe and raise unless the numbers are those of the saved tower within tolerance.
+            image_size: Change the input size after loading, as `set_input_size`.
+
+        Raises:
+            FolderError, FormatError, WeightsError, ConfigError, HeadError: by what is wrong with the folder.
+        """
+        for place in (device, map_location):
+            check_device(place)
+        cast = as_dtype(dtype)
+        if device is not None and map_location is not None and torch.device(device) != torch.device(map_location):
+            raise ArgumentError(f"device={device} and map_location={map_location} contradict each other")
+        access = Access(token, cache_dir, force_download, local_files_only)
+        folder = fetch_tower(
+            pretrained_model_name_or_path,
+            revision=revision,
+            access=access,
+            subfolder=subfolder,
+            trust_remote_code=trust_remote_code,
+        )
+        load = partial(
+            load_tower,
+            cls,
+            folder,
+            custom_head=custom_head,
+            strict=strict,
+            device=device if device is not None else map_location,
+            access=replace(access, force_download=False),
+        )
+        tower = load()
+        head = tower.config.head or {}
+        by_code = head.get("form") == "registered" or tower.config.tower_class is not None
+        if custom_head is not None or (by_code and tower._fingerprint is not None):
+            check_given_head(tower)  # code of this process made a part: the numbers must be those of the save
+        if cast is not None:
+            tower = load(dtype=cast)
+        if verify:
+            found = tower.verify()
+            if found.status == "different":
+                raise TowerError(
+                    f"{pretrained_model_name_or_path} does not give the numbers it was saved with: {found}"
+                )
+        if image_size is not None:
+            tower.set_input_size(image_size)
+        return tower
+
+    def verify(self) -> Verification:
+        """Whether the tower gives the numbers that it was saved with, on this timm, torch and device.
+
+        Raises:
+            FolderError: it was neither saved nor loaded yet, or its folder has no fingerprint.
+        """
+        if self._fingerprint is None:
+            raise FolderError("this tower has no fingerprint: it was neither saved nor loaded, or its folder has none")
+        size: list[int] = list(self.config.image_size)  # type: ignore[arg-type]
+        outputs = run_probe(self, self.config.in_chans, size)
+        return compare(self._fingerprint, self, outputs, self.config.in_chans, size)
