@@ -24,7 +24,7 @@ _CONFLICT = 412
 def push_folder(
     folder: Path,
     repo_id: str,
-    make_card: Callable[[str | None], str],
+    make_card: Callable[[str, str | None], str],
     *,
     commit_message: str,
     private: bool | None = None,
@@ -40,7 +40,7 @@ def push_folder(
     Args:
         folder: What to push; its card is written here.
         repo_id: From `create_repository`.
-        make_card: The card as it is on the Hub (None where there is none) -> the card to push.
+        make_card: The repository's full id, the card as it is there (None where there is none) -> the card to push.
         commit_message: The commit's first line.
         private: Of the repository, where it is made by this call.
         token: With the right to write.
@@ -62,7 +62,8 @@ def push_folder(
     for _ in range(_ATTEMPTS):
         with hub_errors("cannot be pushed to", repo_id, branch):
             parent, remote = _state(api, repo_id, branch)
-        (folder / CARD_NAME).write_text(make_card(_card(repo_id, parent, remote, token)), encoding="utf-8")
+        card = make_card(repo_id, _card(repo_id, parent, remote, token))
+        (folder / CARD_NAME).write_text(card, encoding="utf-8")
         local = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         pushed = list(filter_repo_objects(local, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
         stale = _stale(remote, pushed, delete_patterns)

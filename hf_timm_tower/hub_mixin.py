@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -12,16 +12,46 @@ import torch
 import torch.nn as nn
 from huggingface_hub import PyTorchModelHubMixin
 
+from .core.card import describe_tower, make_card
 from .core.config import TimmTowerConfig
 from .core.download import Access
 from .core.errors import ArgumentError, FolderError, TowerError
 from .core.fetch import fetch_tower
 from .core.fingerprint import Verification, compare, run_probe
-from .core.folder import save_tower
+from .core.folder import Beside, save_tower
 from .core.head import CustomHead
 from .core.trunk_source import TrunkSource, find_trunk
 from .hub import default_repo_id, push_folder
 from .persistence import as_dtype, check_device, check_given_head, load_tower, storable_config
+
+
+@dataclass(frozen=True)
+class CardOptions:
+    """What the caller of a save wants in the card; see `core.card.make_card`."""
+
+    repo_id: str | None
+    tags: tuple[str, ...]
+    license: str | None
+    more: Mapping[str, Any]
+    include_code: bool
+
+    def make(self, tower: nn.Module, stored: TimmTowerConfig, existing: str | None) -> str:
+        """The card of a tower whose config is stored, made anew or out of the existing one."""
+        more = dict(self.more)
+        named: dict[str, Any] = {name: more.pop(name) for name in ("evaluated_on", "evaluated_task") if name in more}
+        if isinstance(more.get("metrics"), Mapping):
+            named["metrics"] = more.pop("metrics")
+        return make_card(
+            stored,
+            describe_tower(tower, stored),
+            existing=existing,
+            repo_id=self.repo_id,
+            tags=self.tags,
+            license=self.license,
+            include_code=self.include_code,
+            model_card_kwargs=more,
+            **named,
+        )
 
 
 class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
@@ -64,7 +94,8 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             config: Of the mixin; the tower's own config is saved, another is refused.
             repo_id: For the card, and where to push; the folder's name by default.
             push_to_hub: Push as well.
-            model_card_kwargs: Further metadata for the card (`base_model`, `datasets`, `language`, ...).
+            model_card_kwargs: Further metadata for the card: `base_model`, `datasets`, `language`, ...; `metrics` as
+                name -> figure, with `evaluated_on` (a data set's id) and `evaluated_task`.
             tags: Further tags for the card.
             license: For the card; never guessed.
             include_code: None: the folder carries this package's core, so that stock transformers can load it. True:
@@ -84,9 +115,18 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             raise ArgumentError(f"save_pretrained: unknown keyword {', '.join(sorted(push_to_hub_kwargs))}")
         if config is not None:
             raise ArgumentError("save_pretrained: a tower saves its own config; change tower.config instead")
-        self._save(save_directory, include_code, max_shard_size)
+        cards = CardOptions(repo_id, tuple(tags), license, model_card_kwargs or {}, include_code is not False)
+        self._save(save_directory, include_code, max_shard_size, cards)
         if not push_to_hub:
             return None
+        push_to_hub_kwargs = {
+            "tags": tags,
+            "license": license,
+            "model_card_kwargs": model_card_kwargs,
+            "include_code": include_code,
+            "max_shard_size": max_shard_size,
+            **push_to_hub_kwargs,
+        }
         return self.push_to_hub(repo_id or default_repo_id(save_directory), **push_to_hub_kwargs)
 
     def _save(
@@ -94,11 +134,16 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         folder: str | os.PathLike[str],
         include_code: bool | None,
         max_shard_size: int | str,
+        cards: CardOptions,
         trunk: TrunkSource | None = None,
-    ) -> None:
-        stored = storable_config(self, include_code)
+        access: Access | None = None,
+    ) -> TimmTowerConfig:
+        stored, sources = storable_config(self, include_code)
         stored.trunk_source = None if trunk is None else trunk.to_json()
-        self._fingerprint = save_tower(self, stored, folder, partial(load_tower, type(self)), max_shard_size)
+        beside = Beside(partial(cards.make, self, stored), include_code is not False, sources)
+        load = partial(load_tower, type(self), trust_remote_code=bool(sources), access=access)
+        self._fingerprint = save_tower(self, stored, folder, load, max_shard_size, beside)
+        return stored
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -154,14 +199,16 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         """
         if config is not None:
             raise ArgumentError("push_to_hub: a tower pushes its own config; change tower.config instead")
-        source = None if trunk is None else find_trunk(trunk, self.state_dict(), Access(token=token))
+        access = Access(token=token)
+        source = None if trunk is None else find_trunk(trunk, self.state_dict(), access)
+        cards = CardOptions(None, tuple(tags), license, model_card_kwargs or {}, include_code is not False)
         with tempfile.TemporaryDirectory(prefix="hf_timm_tower_push_") as scratch:
             folder = Path(scratch, "tower")
-            self._save(folder, include_code, max_shard_size, source)
+            stored = self._save(folder, include_code, max_shard_size, cards, source, access)
             return push_folder(
                 folder,
                 repo_id,
-                lambda existing: existing or "",
+                lambda name, card: replace(cards, repo_id=name).make(self, stored, card),
                 commit_message=commit_message,
                 private=private,
                 token=token,
@@ -235,6 +282,8 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             folder,
             custom_head=custom_head,
             strict=strict,
+            trust_remote_code=trust_remote_code,
+            origin=f"{pretrained_model_name_or_path}" + (f" at revision {revision}" if revision else ""),
             device=device if device is not None else map_location,
             access=replace(access, force_download=False),
         )

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="TowerHubMixin")
 
 
-def storable_config(tower: "TowerHubMixin", include_code: bool | None = None) -> TimmTowerConfig:
-    """The tower's config with its head in the form in which it comes back, verified.
+def storable_config(tower: "TowerHubMixin", include_code: bool | None = None) -> tuple[TimmTowerConfig, dict[str, str]]:
+    """The tower's config with its head in the form in which it comes back, verified, and source files that it needs.
 
     Args:
         tower: The tower; it is not changed.
@@ -51,7 +51,7 @@ def storable_config(tower: "TowerHubMixin", include_code: bool | None = None) ->
         stored.head["class"] = name or type(tower.head).__name__
     stored.tower_class = cls.__name__ if any(overrides(cls, step) for step in STEPS) else None
     stored.tower_kwargs = added_arguments(tower) or None
-    return stored
+    return stored, {}
 
 
 def load_tower(
@@ -63,6 +63,8 @@ def load_tower(
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     access: Access | None = None,
+    trust_remote_code: bool = False,
+    origin: str | None = None,
 ) -> T:
     """A folder -> a tower in eval mode. Parameters are the mapped files themselves, nothing is initialised.
 
@@ -74,6 +76,8 @@ def load_tower(
         dtype: Cast floating-point weights.
         device: Where the weights go.
         access: How to reach the repository of a trunk that lies elsewhere.
+        trust_remote_code: Run the source of a head that is stored as code.
+        origin: Repository and revision that the folder comes from, for messages.
 
     Raises:
         TowerError: by what is wrong with the folder.

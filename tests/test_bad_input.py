@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -53,9 +54,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def copy_of(saved: Path, target: Path) -> Path:
-    target.mkdir()
-    for file in saved.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(saved, target)
     return target
 
 

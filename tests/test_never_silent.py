@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(saved: Path, tmp_path: Path) -> Path:
     """A copy of `saved` that a test may spoil."""
     target = tmp_path / "tower"
-    target.mkdir()
-    for file in saved.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(saved, target)
     return target
 
 
@@ -284,6 +283,9 @@ def test_image_size_changed_by_hand_in_the_file_of_a_fixed_trunk_is_refused(tmp_
     with pytest.raises(ConfigError, match="image_size"):
         TimmModel.from_pretrained(tmp_path / "t")
     (tmp_path / "t" / "fingerprint.json").unlink()
+    with pytest.raises(ConfigError, match=r"preprocessor_config\.json and config\.json disagree: size"):
+        TimmModel.from_pretrained(tmp_path / "t")
+    (tmp_path / "t" / "preprocessor_config.json").unlink()
     with pytest.raises(WeightsError, match="pos_embed"):
         TimmModel.from_pretrained(tmp_path / "t")
 
@@ -754,7 +756,7 @@ def test_load_leaves_the_random_state_alone(saved: Path) -> None:
 
 
 def test_training_a_loaded_tower_does_not_reach_the_file(saved: Path, image: torch.Tensor) -> None:
-    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    before = {file.name: file.read_bytes() for file in saved.iterdir() if file.is_file()}
     tower = TimmModel.from_pretrained(saved).train()
     optimizer = torch.optim.SGD(tower.parameters(), lr=10.0)
     tower(image).square().sum().backward()
@@ -762,7 +764,7 @@ def test_training_a_loaded_tower_does_not_reach_the_file(saved: Path, image: tor
     with torch.no_grad():
         for tensor in tower.state_dict().values():
             tensor.zero_()
-    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+    assert {file.name: file.read_bytes() for file in saved.iterdir() if file.is_file()} == before
     assert TimmModel.from_pretrained(saved).verify().status == "equal"
 
 

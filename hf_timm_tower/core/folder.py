@@ -4,7 +4,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,24 @@ import torch.nn as nn
 
 from .aligned import same_bits
 from .assign import find_ties
-from .checkpoint import CONFIG_NAME, FINGERPRINT_NAME, read_weights, write_json, write_weights
+from .checkpoint import (
+    CARD_NAME,
+    CONFIG_NAME,
+    FINGERPRINT_NAME,
+    PREPROCESSOR_NAME,
+    read_weights,
+    write_json,
+    write_weights,
+)
+from .code_files import AUTO_MAP, write_code
 from .config import TimmTowerConfig
 from .download import Access
-from .errors import ConfigError, HeadError, TowerError, WeightsError
+from .errors import ConfigError, FormatError, HeadError, TowerError, WeightsError
 from .fingerprint import make_fingerprint, run_probe
 from .head import check_stored
 from .image_processing import check_preprocess
 from .open_folder import OpenFolder, read_folder
+from .processor_config import check_processor, processor_dict
 from .staging import staged_folder
 from .trunk import native_size
 from .trunk_source import is_separable, merged, parse_trunk_source, read_trunk
@@ -49,6 +59,21 @@ class TowerFiles:
         return _BUDGET_FACTOR * held + _BUDGET_SLACK
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What is saved beside a tower's config, weights and fingerprint.
+
+    Attributes:
+        card: The card that is there (None where there is none) -> the card to write; None writes none.
+        include_code: The package's own core, so that stock transformers can load the tower.
+        sources: File name -> text, for a head that is stored as code.
+    """
+
+    card: Callable[[str | None], str] | None = None
+    include_code: bool = True
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+
 def read_tower(folder: str | os.PathLike[str], access: Access | None = None) -> TowerFiles:
     """Read a tower's folder: JSON and safetensors, nothing else.
 
@@ -61,19 +86,22 @@ def read_tower(folder: str | os.PathLike[str], access: Access | None = None) -> 
         FormatError: a file is damaged, too large or of a newer version.
         ConfigError: the config does not describe a tower.
     """
-    config, weights, fingerprint = read_folder(folder, _read)
+    config, weights, fingerprint, processor = read_folder(folder, _read)
     kind = config.get("model_type")
     if kind != TimmTowerConfig.model_type:
         raise ConfigError(
             f"{os.path.join(folder, CONFIG_NAME)}: model_type is {kind!r}, not {TimmTowerConfig.model_type!r}: "
             "this is not a tower saved by hf_timm_tower."
         )
+    config.pop("auto_map", None)  # of the files, not of the tower: every save decides on it anew
     described = TimmTowerConfig(**config)
     check_stored(described.head, described.tower_class)
     if described.num_features is None or described.layout is None or described.image_size is None:
         raise ConfigError(f"{os.path.join(folder, CONFIG_NAME)}: num_features, layout and image_size must be there")
     check_preprocess(described.preprocess or {}, described.in_chans)
     _check_against_fingerprint(described, fingerprint or {})
+    if processor is not None:
+        check_processor(processor, described)
     if described.trunk_source is not None:
         trunk = read_trunk(parse_trunk_source(described.trunk_source), access or Access())
         weights = merged(weights, trunk, str(folder))
@@ -96,10 +124,14 @@ def _check_against_fingerprint(config: TimmTowerConfig, fingerprint: dict[str, A
         )
 
 
-def _read(files: OpenFolder) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any] | None]:
+def _read(
+    files: OpenFolder,
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any] | None, dict[str, Any] | None]:
     config = files.read_json(CONFIG_NAME)
-    fingerprint = files.read_json(FINGERPRINT_NAME) if files.has(FINGERPRINT_NAME) else None
-    return config, read_weights(files), fingerprint
+    fingerprint, processor = (
+        files.read_json(name) if files.has(name) else None for name in (FINGERPRINT_NAME, PREPROCESSOR_NAME)
+    )
+    return config, read_weights(files), fingerprint, processor
 
 
 def save_tower(
@@ -107,7 +139,8 @@ def save_tower(
     config: TimmTowerConfig,
     folder: str | os.PathLike[str],
     load: Callable[[Path], nn.Module],
-    max_shard_size: int | str,
+    max_shard_size: int | str = "5GB",
+    beside: Beside | None = None,
 ) -> dict[str, Any]:
     """Write a tower beside the folder, load it back, compare the bits, and only then put it in place.
 
@@ -117,6 +150,7 @@ def save_tower(
         folder: Where the tower goes; what is there before survives an error and a kill.
         load: Loads a tower from a folder onto the CPU, in eval mode.
         max_shard_size: Largest weight file, in bytes or as `"5GB"`.
+        beside: Card and code; None writes no card.
 
     Returns:
         The fingerprint that was written.
@@ -125,8 +159,14 @@ def save_tower(
         TowerError: nothing was written: the folder cannot be written, or what was loaded back is not the same.
     """
     size = native_size(config)
+    beside = beside or Beside()
     with staged_folder(folder) as staging:
-        write_json(staging / CONFIG_NAME, json.loads(config.to_json_string()))
+        write_json(staging / CONFIG_NAME, _written(config, beside.include_code))
+        write_json(staging / PREPROCESSOR_NAME, _processor(config, beside.include_code))
+        for name, source in beside.sources.items():
+            (staging / name).write_text(source, encoding="utf-8")
+        if beside.include_code:
+            write_code(staging)
         _write_weights(staging, tower, config, max_shard_size)
         again = load(staging)
         _compare_weights(tower, again)
@@ -141,7 +181,32 @@ def save_tower(
         _compare_outputs(here, outputs, exact=device.type == "cpu")
         fingerprint = make_fingerprint(outputs, again, config.in_chans, size)
         write_json(staging / FINGERPRINT_NAME, fingerprint)
+        if beside.card is not None:
+            (staging / CARD_NAME).write_text(beside.card(_read_card(Path(folder))), encoding="utf-8")
     return fingerprint
+
+
+def _written(config: TimmTowerConfig, include_code: bool) -> dict[str, Any]:
+    """What `config.json` holds; transformers finds its classes by `architectures` and `auto_map`."""
+    written: dict[str, Any] = json.loads(config.to_json_string())
+    written["architectures"] = written.get("architectures") or ["TimmTowerModel"]
+    written.pop("auto_map", None)
+    return {**written, "auto_map": AUTO_MAP} if include_code else written
+
+
+def _processor(config: TimmTowerConfig, include_code: bool) -> dict[str, Any]:
+    processor = processor_dict(config)
+    if not include_code:
+        del processor["auto_map"]
+    return processor
+
+
+def _read_card(folder: Path) -> str | None:
+    path = folder / CARD_NAME
+    try:
+        return path.read_text(encoding="utf-8") if path.exists() else None
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: not UTF-8 text ({error}); save it as UTF-8, or move it away") from error
 
 
 def _write_weights(

@@ -1,0 +1,155 @@
+"""What client processes of the loopback Hub do (`hub_worker`): build, push, load, and say what they have."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from huggingface_hub import HfApi
+
+from hf_timm_tower import TimmModel
+
+TRUNK = "test_resnet"
+WIDTH = 24
+
+
+class TestHead(nn.Module):
+    """A head as people write them."""
+
+    __test__ = False
+
+    def __init__(self, in_features: int, embed_dim: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(in_features, 32)
+        self.out = nn.Linear(32, embed_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.relu(self.hidden(x)))
+
+
+def make(seed: int, trunk_name: str = TRUNK) -> TimmModel:
+    """A small tower; another seed gives other weights everywhere."""
+    torch.manual_seed(seed)
+    return TimmModel(trunk_name, embed_dim=WIDTH, custom_head=TestHead).eval()
+
+
+def numbers(tower: nn.Module) -> str:
+    """A digest of all weights and of an embedding."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tower.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
+    with torch.no_grad():
+        digest.update(tower(torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def push(repo_id: str, seed: int, trunk_name: str = TRUNK, **kwargs: Any) -> tuple[str, str]:
+    """Push a tower; (the address that push_to_hub gave, the tower's numbers)."""
+    tower = make(seed, trunk_name)
+    return tower.push_to_hub(repo_id, **kwargs), numbers(tower)
+
+
+def load(repo_id: str, **kwargs: Any) -> str:
+    """Load a tower; its numbers."""
+    return numbers(TimmModel.from_pretrained(repo_id, **kwargs))
+
+
+def save(seed: int, folder: str) -> str:
+    """Save a tower; its numbers."""
+    tower = make(seed)
+    tower.save_pretrained(folder)
+    return numbers(tower)
+
+
+def load_with_sockets_blocked(repo_id: str) -> str:
+    """Load a tower where any attempt to reach the network ends the process's attempt with an error."""
+    import socket
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the network was asked for")
+
+    socket.socket.connect = refuse
+    socket.create_connection = refuse
+    return load(repo_id, local_files_only=True)
+
+
+def push_head_on(repo_id: str, base: str, seed: int, **kwargs: Any) -> tuple[str, str]:
+    """Another head on the trunk of a tower of the Hub, pushed without the trunk."""
+    tower = TimmModel.from_pretrained(base)
+    torch.manual_seed(seed)
+    tower.head = TestHead(tower.config.num_features, WIDTH)
+    return tower.push_to_hub(repo_id, trunk=base, **kwargs), numbers(tower)
+
+
+def push_timm(repo_id: str, seed: int) -> None:
+    """A repository as timm itself writes it."""
+    import timm
+
+    torch.manual_seed(seed)
+    timm.models.push_to_hf_hub(timm.create_model(TRUNK), repo_id, safe_serialization=True)
+
+
+def push_head_on_timm(repo_id: str, base: str, seed: int) -> tuple[str, str]:
+    """A head on the trunk of a timm repository, pushed without the trunk."""
+    import timm
+
+    trunk = timm.create_model(f"hf-hub:{base}", pretrained=True)
+    torch.manual_seed(seed)
+    tower = TimmModel.from_trunk(trunk, embed_dim=WIDTH, custom_head=TestHead).eval()
+    return tower.push_to_hub(repo_id, trunk=base), numbers(tower)
+
+
+def load_often(repo_id: str, times: int, cache: str) -> list[str]:
+    """Load a tower several times, each time as it is on the Hub then; its numbers."""
+    return [load(repo_id, cache_dir=cache) for _ in range(times)]
+
+
+def train_head_and_push(repo_id: str, seed: int, **kwargs: Any) -> str:
+    """Load a tower, change its head as training does, push it again; the new numbers."""
+    tower = TimmModel.from_pretrained(repo_id)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in tower.head.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    tower.push_to_hub(repo_id, **kwargs)
+    return numbers(tower)
+
+
+def push_files(repo_id: str, files: dict[str, bytes], **kwargs: Any) -> str:
+    """Make a repository of files as they are; the commit."""
+    api = HfApi()
+    api.create_repo(repo_id, exist_ok=True, private=kwargs.pop("private", None))
+    from huggingface_hub import CommitOperationAdd
+
+    operations = [CommitOperationAdd(name, data) for name, data in files.items()]
+    return str(api.create_commit(repo_id, operations, commit_message="files", **kwargs).oid)
+
+
+def read_files(repo_id: str, names: list[str], revision: str | None = None) -> dict[str, bytes]:
+    """Files of a repository, by the client's own download."""
+    from huggingface_hub import hf_hub_download
+
+    return {name: Path(hf_hub_download(repo_id, name, revision=revision)).read_bytes() for name in names}
+
+
+def list_files(repo_id: str, revision: str | None = None) -> list[str]:
+    """Names of a repository's files."""
+    return sorted(HfApi().list_repo_files(repo_id, revision=revision))
+
+
+def api(method: str, *args: Any, **kwargs: Any) -> Any:
+    """Call a method of HfApi."""
+    return getattr(HfApi(token=kwargs.pop("api_token", None)), method)(*args, **kwargs)
+
+
+def files_of(folder: str) -> dict[str, bytes]:
+    """All files of a folder."""
+    root = Path(folder)
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def cached_blobs(cache: str) -> list[str]:
+    """Names of all blobs in a cache."""
+    return sorted(path.name for path in Path(cache).rglob("blobs/*") if os.path.isfile(path))
