@@ -2,6 +2,9 @@
 
 import hashlib
 import os
+import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,11 @@ def numbers(tower: nn.Module) -> str:
     with torch.no_grad():
         digest.update(tower(torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)).numpy().tobytes())
     return digest.hexdigest()
+
+
+def numbers_of(seed: int) -> str:
+    """The numbers of a tower that nobody pushed yet."""
+    return numbers(make(seed))
 
 
 def push(repo_id: str, seed: int, trunk_name: str = TRUNK, **kwargs: Any) -> tuple[str, str]:
@@ -153,3 +161,100 @@ def files_of(folder: str) -> dict[str, bytes]:
 def cached_blobs(cache: str) -> list[str]:
     """Names of all blobs in a cache."""
     return sorted(path.name for path in Path(cache).rglob("blobs/*") if os.path.isfile(path))
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What loading a repository did.
+
+    Attributes:
+        outcome: The tower's numbers, or the error.
+        verified: Status of `verify()`, where it loaded.
+        harm: Code of the cache that ran, files written outside of it, processes started.
+        seconds: Of this process's CPU.
+        bytes_more: Memory at its peak, less that before.
+    """
+
+    outcome: str | Exception
+    verified: str | None
+    harm: list[str]
+    seconds: float
+    bytes_more: int
+
+
+class Watcher:
+    """An audit hook that notes what loading must not do."""
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = os.path.realpath(cache)
+        self.harm: list[str] = []
+        sys.addaudithook(self._see)
+
+    def _see(self, event: str, args: tuple[Any, ...]) -> None:
+        if event == "exec" and self._is_inside(getattr(args[0], "co_filename", "")):
+            self.harm.append(f"code of the cache: {args[0].co_filename}")
+        elif event == "open":
+            mode, flags = args[1], args[2]
+            for_writing = set(mode) & set("wax+") if isinstance(mode, str) else flags & (os.O_WRONLY | os.O_RDWR)
+            if for_writing:
+                self._written(args[0], -1)
+        elif event in ("os.mkdir", "os.remove", "os.rmdir"):
+            self._written(args[0], args[-1])
+        elif event in ("os.truncate", "shutil.rmtree"):
+            self._written(args[0], -1)
+        elif event in ("os.rename", "os.symlink", "os.link"):
+            self._written(args[1], args[-1])
+        elif event in ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "os.fork"):
+            self.harm.append(f"process: {event} {args!r:.100}")
+
+    def _is_inside(self, path: object) -> bool:
+        return isinstance(path, str) and os.path.realpath(path).startswith(self.cache + os.sep)
+
+    def _written(self, path: object, folder: int) -> None:
+        """Note a path that is changed, relative to an open folder unless that is -1."""
+        if not isinstance(path, (str, bytes, os.PathLike)) or os.fspath(path) == os.devnull:
+            return
+        full = os.path.join(os.readlink(f"/proc/self/fd/{folder}") if folder >= 0 else "", os.fsdecode(path))
+        if not self._is_inside(full) and os.path.realpath(full) != self.cache:
+            self.harm.append(f"written outside: {full}")
+
+
+def load_watched(repo_id: str, cache: str) -> Watched:
+    """Load a repository of a stranger and watch it."""
+    os.makedirs(cache, exist_ok=True)
+    watcher = Watcher(Path(cache))
+    verified = None
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    watcher.harm.clear()
+    before, started = _memory("VmRSS"), time.process_time()
+    outcome: str | Exception
+    try:
+        tower = TimmModel.from_pretrained(repo_id, cache_dir=cache)
+        outcome = numbers(tower)
+        verified = tower.verify().status if tower._fingerprint is not None else None
+    except Exception as error:
+        error.__traceback__ = None
+        outcome = error
+    seconds = time.process_time() - started
+    harm = list(watcher.harm)
+    if "TOWER_TEST_EVIL" in os.environ:
+        harm.append(os.environ["TOWER_TEST_EVIL"])
+    return Watched(outcome, verified, harm, seconds, _memory("VmHWM") - before)
+
+
+def watch_harm(cache: str, outside: str) -> list[str]:
+    """Do what loading must not do, under the watcher."""
+    os.makedirs(cache)
+    watcher = Watcher(Path(cache))
+    Path(cache, "evil.py").write_text("x = 1")
+    exec(compile("x = 1", os.path.join(cache, "evil.py"), "exec"))
+    Path(outside).write_text("x")
+    os.system("true")
+    return watcher.harm
+
+
+def _memory(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {name} in /proc/self/status")

@@ -5,6 +5,7 @@ its own. To pay for the imports once, a worker process imports the package and f
 child starts with an empty state, can be killed, and several run at once.
 """
 
+import contextlib
 import importlib
 import os
 import pickle
@@ -38,10 +39,8 @@ class Job:
 
     def kill(self) -> None:
         """`kill -9`; nothing happens if it has ended already."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.wait_for_end()
 
     def wait_for_end(self, timeout: float = 120) -> int:
@@ -65,15 +64,20 @@ class Job:
 
 
 class HubWorker:
-    """Starts calls of functions of importable modules of tests/ in processes with the given environment."""
+    """Starts calls of functions of importable modules of tests/ in processes of their own.
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    Args:
+        environment: What to add to the environment; None takes a name out.
+    """
+
+    def __init__(self, environment: Mapping[str, str | None]) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="hub_worker_")
         self._count = 0
+        everything: dict[str, str | None] = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.hub_worker"],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+            env={name: value for name, value in everything.items() if value is not None},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

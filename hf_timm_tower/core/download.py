@@ -70,11 +70,11 @@ def download_files(repo_id: str, names: Iterable[str], revision: str | None, acc
             damaged.
     """
     cache = Path(access.cache_dir or constants.HF_HUB_CACHE).expanduser()
+    storage = cache / repo_folder_name(repo_id=repo_id, repo_type="model")
+    before = frozenset() if access.force_download else _blobs(storage)
     with hub_errors(f"cannot be loaded{_at(revision)}", repo_id, revision):
-        blobs = cache / repo_folder_name(repo_id=repo_id, repo_type="model") / "blobs"
-        before = set(os.listdir(blobs)) if blobs.is_dir() and not access.force_download else set()
-        root = Path(
-            snapshot_download(
+        try:
+            root = snapshot_download(
                 repo_id,
                 revision=revision,
                 token=access.token,
@@ -83,25 +83,34 @@ def download_files(repo_id: str, names: Iterable[str], revision: str | None, acc
                 local_files_only=access.local_files_only,
                 allow_patterns=[glob.escape(name) for name in names],
             )
-        )
-        _check_arrived(root, blobs, before, repo_id)
-    return root
-
-
-def _check_arrived(root: Path, blobs: Path, before: set[str], repo_id: str) -> None:
-    """Compare what is new in the cache with its name there, which is the Hub's digest of it."""
-    for link in root.rglob("*"):
-        blob = Path(os.path.realpath(link))
-        if not link.is_symlink() or blob.parent != Path(os.path.realpath(blobs)) or blob.name in before:
-            continue
-        if _is_damaged(blob):
-            blob.unlink(missing_ok=True)
-            link.unlink(missing_ok=True)
+        finally:
+            damaged = _remove_damaged(storage, before)
+        if damaged:
             raise HubError(
-                f"{repo_id}: {link.relative_to(root)} arrived damaged (its digest is not {blob.name[:16]}..., which "
-                "the Hub names); it was removed from the cache. Try again; if it stays so, the file on the Hub is "
-                "damaged: push the tower again."
+                f"{repo_id}: {', '.join(damaged)} arrived damaged (not the digest that the Hub names) and was removed "
+                "from the cache. Try again; if it stays so, the file on the Hub is damaged: push the tower again."
             )
+    return Path(root)
+
+
+def _blobs(storage: Path) -> frozenset[str]:
+    blobs = storage / "blobs"
+    return frozenset(os.listdir(blobs)) if blobs.is_dir() else frozenset()
+
+
+def _remove_damaged(storage: Path, before: frozenset[str]) -> list[str]:
+    """Compare what is new in the cache with its name there, the Hub's digest of it; say which files were damaged."""
+    bad = {name for name in _blobs(storage) - before if _is_damaged(storage / "blobs" / name)}
+    if not bad:
+        return []
+    damaged = []
+    for link in sorted((storage / "snapshots").rglob("*")):
+        if link.is_symlink() and os.path.basename(os.readlink(link)) in bad:
+            link.unlink()
+            damaged.append(link.name)
+    for name in bad:
+        (storage / "blobs" / name).unlink(missing_ok=True)
+    return sorted(set(damaged)) or sorted(bad)
 
 
 def _is_damaged(blob: Path) -> bool:

@@ -19,6 +19,7 @@ from timm.layers.mlp import Mlp
 
 from .config import TimmTowerConfig
 from .errors import ArgumentError, ConfigError, HeadError
+from .graph_dry_run import check_runs
 from .head_graph import construct, describe
 from .head_verify import verify_head
 from .no_init import no_init
@@ -309,7 +310,9 @@ def rebuild_head(spec: dict[str, Any]) -> nn.Module:
     """
     form = spec.get("form")
     if form == "graph":
-        return construct(spec.get("graph"))
+        rebuilt = construct(spec.get("graph"))
+        check_runs(spec.get("graph"))
+        return rebuilt
     if form == "registered":
         name, kwargs = spec.get("name"), spec.get("kwargs", {})
         if not isinstance(name, str) or not isinstance(kwargs, dict):

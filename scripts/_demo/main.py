@@ -1,11 +1,13 @@
-"""The demo: a tower with a head of one's own is trained, saved, and loaded by a process that never heard of the head.
+"""The demo: a tower with a head of one's own is trained, saved, loaded by a process that never heard of the head, and
+published on a Hub.
 
 Run it with `scripts/demo`, which makes the environment first. The exit status is 0 only if everything that the fresh
-process gives is equal, bit for bit, to what the trained tower gave here.
+process gives is equal, bit for bit, to what the trained tower gave here, also by way of the Hub.
 """
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,7 @@ from embed import (
     load_photos,
     prepare,
 )
+from hub import LOCAL_REPO, HubStepFailed, loopback_hub, publish, real_hub
 from safetensors.torch import load_file
 from sheet import Block, Tile, draw_sheet
 from training import Accuracy, Split, fine_tune, measure
@@ -195,34 +198,44 @@ def run(arguments: argparse.Namespace) -> None:
     """The whole demo.
 
     Raises:
-        DemoFailed, TowerError, OSError: by what went wrong.
+        DemoFailed, HubStepFailed, TowerError, OSError: by what went wrong.
     """
     torch.manual_seed(arguments.seed)
     out: Path = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     digits, photos = load_digit_images(), load_photos()
 
-    print("1/5  Build a tower: a timm trunk with random weights, and DemoHead, a class of this script")
+    print("1/6  Build a tower: a timm trunk with random weights, and DemoHead, a class of this script")
     tower = build()
 
-    print("2/5  Fine-tune it on scikit-learn's digits, the first part of the trunk frozen")
+    print("2/6  Fine-tune it on scikit-learn's digits, the first part of the trunk frozen")
     before, after = train(tower, digits, arguments.epochs, 512 if arguments.quick else None)
     # The few steps of --quick show that it runs; how well is left to chance.
     if not arguments.quick and after.classifier <= before.classifier:
         raise DemoFailed(f"training did not help: accuracy {before.classifier:.1%}, then {after.classifier:.1%}")
 
-    print(f"3/5  Save it to {out / 'tower'}")
+    print(f"3/6  Save it to {out / 'tower'}")
     ours = embed_everything(tower, digits, photos)
     tower.save_pretrained(out / "tower")
     for file in sorted((out / "tower").iterdir()):
         print(f"  {file.name:<30} {file.stat().st_size:>10,} bytes")
 
-    print("4/5  Load it in a fresh process, and embed the digits and photographs there")
+    print("4/6  Load it in a fresh process, and embed the digits and photographs there")
     theirs = embed_in_fresh_process(out / "tower")
     compare(ours, theirs)
 
-    print("5/5  Draw what is near to what")
+    print("5/6  Draw what is near to what")
     draw(theirs, digits, photos, out / "nearest.png")
+
+    if arguments.repo_id:
+        print(f"6/6  Publish it on the Hub as {arguments.repo_id}, load it by its id, tune the head, push again")
+        publish(real_hub(), arguments.repo_id, out / "tower", ours)
+    else:
+        print("6/6  Publish it on a loopback Hub, load it by its id, tune the head, push again")
+        shutil.rmtree(out / "hub", ignore_errors=True)
+        with loopback_hub(out / "hub") as hub:
+            publish(hub, LOCAL_REPO, out / "tower", ours)
+
     print(f"\nEvery bit is equal. Contact sheet: {out / 'nearest.png'}")
     print(f'Use the tower: TimmModel.from_pretrained("{out / "tower"}")')
 
@@ -240,11 +253,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and dropout (default 0)")
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "demo", help="folder for what it makes (demo/)")
     parser.add_argument("--quick", action="store_true", help="two passes over 512 images: shows that it runs")
+    parser.add_argument("--repo-id", help="publish here on the real Hub, with your own token, not on a loopback Hub")
     arguments = parser.parse_args()
     arguments.epochs = arguments.epochs or (2 if arguments.quick else 6)
     try:
         run(arguments)
-    except (DemoFailed, TowerError, OSError) as error:
+    except (DemoFailed, HubStepFailed, TowerError, OSError) as error:
         print(f"\nThe demo FAILED: {error}", file=sys.stderr)
         return 1
     return 0
