@@ -63,7 +63,7 @@ def push_folder(
         with hub_errors("cannot be pushed to", repo_id, branch):
             parent, remote = _state(api, repo_id, branch)
         card = make_card(repo_id, _card(repo_id, parent, remote, token))
-        (folder / CARD_NAME).write_text(card, encoding="utf-8")
+        (folder / CARD_NAME).write_bytes(card.encode("utf-8"))
         local = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         pushed = list(filter_repo_objects(local, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
         stale = _stale(remote, pushed, delete_patterns)
@@ -107,7 +107,12 @@ def _card(repo_id: str, commit: str | None, remote: list[str], token: str | bool
     if CARD_NAME not in remote:
         return None
     root = download_files(repo_id, [CARD_NAME], commit, Access(token=token))
-    return (root / CARD_NAME).read_text(encoding="utf-8")
+    try:
+        return (root / CARD_NAME).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise HubError(
+            f"{repo_id} cannot be pushed to: its {CARD_NAME} is not UTF-8 text ({error}); mend it on the Hub first"
+        ) from error
 
 
 def _stale(remote: list[str], pushed: list[str], delete_patterns: list[str] | str | None) -> list[str]:

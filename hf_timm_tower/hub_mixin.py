@@ -19,7 +19,7 @@ from .core.errors import ArgumentError, FolderError, TowerError
 from .core.fetch import fetch_tower
 from .core.fingerprint import Verification, compare, run_probe
 from .core.folder import Beside, save_tower
-from .core.head import CustomHead
+from .core.head import CODE, CustomHead
 from .core.trunk_source import TrunkSource, find_trunk
 from .hub import default_repo_id, push_folder
 from .persistence import as_dtype, check_device, check_given_head, load_tower, storable_config
@@ -283,13 +283,13 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             custom_head=custom_head,
             strict=strict,
             trust_remote_code=trust_remote_code,
-            origin=f"{pretrained_model_name_or_path}" + (f" at revision {revision}" if revision else ""),
+            origin=f"{pretrained_model_name_or_path}" + (f"@{revision}" if revision else ""),
             device=device if device is not None else map_location,
             access=replace(access, force_download=False),
         )
         tower = load()
         head = tower.config.head or {}
-        by_code = head.get("form") == "registered" or tower.config.tower_class is not None
+        by_code = head.get("form") in ("registered", CODE) or tower.config.tower_class is not None
         if custom_head is not None or (by_code and tower._fingerprint is not None):
             check_given_head(tower)  # code of this process made a part: the numbers must be those of the save
         if cast is not None:

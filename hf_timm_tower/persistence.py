@@ -4,18 +4,21 @@ import copy
 import os
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn as nn
 
 from .core.assign import assign_weights
+from .core.checkpoint import HEAD_CODE_NAME
 from .core.config import TimmTowerConfig
 from .core.download import Access
-from .core.errors import ArgumentError, ConfigError, HeadError
+from .core.errors import ArgumentError, ConfigError, FolderError, HeadError
 from .core.folder import read_tower
 from .core.graph_module import GraphHead
-from .core.head import LIVE, SUBCLASS, CustomHead, builtin_head, store_head
+from .core.head import LIVE, SUBCLASS, CustomHead, builtin_head, code_file, known_arguments, store_head
+from .core.head_code import construct_code, describe_code, refuse_code
 from .core.no_init import no_init
 from .core.tower import check_embedding, head_example
 from .rebuilding import STEPS, added_arguments, overrides, rebuild
@@ -37,7 +40,7 @@ def storable_config(tower: "TowerHubMixin", include_code: bool | None = None) ->
         HeadError: no form works.
     """
     cls = type(tower)
-    stored = copy.deepcopy(tower.config)
+    stored, sources = copy.deepcopy(tower.config), dict[str, str]()
     if stored.head is None and not _is_builtin(tower.head, stored):
         # somebody put another head in its place, or other layers into it
         stored.head, stored.proj = {"form": LIVE}, "none"
@@ -47,11 +50,34 @@ def storable_config(tower: "TowerHubMixin", include_code: bool | None = None) ->
         stored.embed_dim = None
         stored.embed_dim = check_embedding(stored, head, example)
         own = overrides(cls, "_create_head")
-        stored.head = {"form": SUBCLASS} if own else store_head(head, example)
+        stored.head, sources = ({"form": SUBCLASS}, {}) if own else _store(head, example, stored, include_code)
         stored.head["class"] = name or type(tower.head).__name__
     stored.tower_class = cls.__name__ if any(overrides(cls, step) for step in STEPS) else None
     stored.tower_kwargs = added_arguments(tower) or None
-    return stored, {}
+    return stored, sources
+
+
+def _store(
+    head: nn.Module, example: torch.Tensor, config: TimmTowerConfig, include_code: bool | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The head's stored form, and the file it needs where that is code."""
+    try:
+        return store_head(head, example), {}
+    except HeadError as refused:
+        if not include_code:
+            raise
+        assert config.num_features is not None
+        try:
+            spec, source = describe_code(
+                head,
+                example,
+                in_features=config.num_features,
+                embed_dim=config.embed_dim,
+                arguments=known_arguments(head),
+            )
+        except HeadError as error:
+            raise HeadError(f"{refused}\nNeither as code: {error}") from error
+        return spec, {HEAD_CODE_NAME: source}
 
 
 def load_tower(
@@ -84,6 +110,14 @@ def load_tower(
     """
     files = read_tower(folder, access)
     _check_class(cls, files.config, folder)
+    if custom_head is None and (file := code_file({"head": files.config.head})):
+        if not trust_remote_code:
+            repo, _, revision = (origin or str(folder)).partition("@")
+            raise refuse_code(files.config.head or {}, repo=repo, revision=revision or None, file=file)
+        if files.head_source is None:
+            raise FolderError(f"{Path(folder, file)} is missing, the source of the tower's head; download it again")
+        with no_init(budget=files.budget()):
+            custom_head = construct_code(files.config.head or {}, files.head_source, where=f"{Path(folder, file)}")
     with no_init(budget=files.budget()):
         tower = rebuild(cls, files.config, custom_head)
     weights = files.weights if strict else _without_strangers(files.weights, tower, folder)

@@ -91,6 +91,34 @@ def push_head_on(repo_id: str, base: str, seed: int, **kwargs: Any) -> tuple[str
     return tower.push_to_hub(repo_id, trunk=base, **kwargs), numbers(tower)
 
 
+class ByValue(nn.Module):
+    """Which way it goes depends on the values: no graph can hold it."""
+
+    def __init__(self, in_features: int, embed_dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, embed_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        return y if y.sum() > 0 else -2 * y
+
+
+def push_code_head(repo_id: str, **kwargs: Any) -> tuple[str, str]:
+    """Push a tower whose head can only be stored as code."""
+    torch.manual_seed(1)
+    tower = TimmModel(TRUNK, embed_dim=WIDTH, custom_head=ByValue).eval()
+    return tower.push_to_hub(repo_id, **kwargs), numbers(tower)
+
+
+def load_in_new_process(repo_id: str, cache: str, **kwargs: Any) -> str:
+    """Load where this module, and so the head's class, cannot be imported."""
+    import sys
+
+    sys.modules.pop("tests.hub_calls")
+    sys.path[:] = [entry for entry in sys.path if not os.path.isdir(os.path.join(entry or ".", "tests"))]
+    return load(repo_id, cache_dir=cache, **kwargs)
+
+
 def push_timm(repo_id: str, seed: int) -> None:
     """A repository as timm itself writes it."""
     import timm

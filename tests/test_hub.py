@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_timm_tower import ArgumentError, ConfigError, HubError, WeightsError
+from hf_timm_tower import ArgumentError, ConfigError, HeadError, HubError, WeightsError
 
 from . import hub_calls as calls
 from .hub_worker import HubWorker
@@ -343,3 +343,28 @@ def test_trunk_whose_bytes_are_not_those_that_were_pinned_is_refused(ann: HubWor
     ann.call(calls.push_files, "ann/pinned-head", {"config.json": json.dumps(config).encode()})
     with pytest.raises(WeightsError, match=r"ann/pinned-base.*SHA-256.*another trunk"):
         ann.call(calls.load, "ann/pinned-head")
+
+
+# --- heads stored as code
+
+
+def test_head_of_code_is_refused_with_its_place_and_runs_only_when_trusted(ann: HubWorker, tmp_path: Path) -> None:
+    with pytest.raises(HeadError, match="include_code=True"):
+        ann.call(calls.push_code_head, "ann/code")
+    url, numbers = ann.call(calls.push_code_head, "ann/code", include_code=True)
+    commit = url.rpartition("/")[2]
+    card = ann.call(calls.read_files, "ann/code", ["README.md"])["README.md"].decode()
+    assert "head_code.py" in card
+    assert "trust_remote_code=True" in card
+    cache = str(tmp_path / "cache")
+    with pytest.raises(HeadError, match=rf"(?s)ann/code at revision {commit}.*head_code\.py.*trust_remote_code=True"):
+        ann.call(calls.load, "ann/code", revision=commit, cache_dir=cache)
+    assert not list((tmp_path / "cache").rglob("*.py")), "code that nobody trusts is not even fetched"
+    assert ann.call(calls.load_in_new_process, "ann/code", cache, trust_remote_code=True) == numbers
+
+
+def test_head_of_code_that_was_changed_on_the_hub_is_not_run(ann: HubWorker) -> None:
+    ann.call(calls.push_code_head, "ann/code-changed", include_code=True)
+    ann.call(calls.push_files, "ann/code-changed", {"head_code.py": b"raise SystemExit('it ran')\n"})
+    with pytest.raises(HeadError, match=r"head_code\.py: not the code that this tower was saved with"):
+        ann.call(calls.load, "ann/code-changed", trust_remote_code=True)

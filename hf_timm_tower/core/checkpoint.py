@@ -23,9 +23,11 @@ from .strict_json import MAX_JSON_BYTES, MAX_JSON_DEPTH, shorten
 
 __all__ = [
     "CARD_NAME",
+    "CLASSIFIER_NAME",
     "CODE_NAME",
     "CONFIG_NAME",
     "FINGERPRINT_NAME",
+    "HEAD_CODE_NAME",
     "HEAD_NAME",
     "INDEX_NAME",
     "PREPROCESSOR_NAME",
@@ -49,14 +51,17 @@ PREPROCESSOR_NAME = "preprocessor_config.json"
 INDEX_NAME = "model.safetensors.index.json"
 TRUNK_NAME = "trunk.safetensors"
 HEAD_NAME = "head.safetensors"
+CLASSIFIER_NAME = "classifier.safetensors"
 SINGLE_NAME = "model.safetensors"
 FINGERPRINT_NAME = "fingerprint.json"
 CARD_NAME = "README.md"
+HEAD_CODE_NAME = "head_code.py"
 CODE_NAME = "core"
 """Folder with this package's own core, which lets stock transformers load the tower."""
 
-_HEAD_PREFIX = "head."
-_WEIGHT_FILE = re.compile(r"(trunk|head|model)(-\d{5,}-of-\d{5,})?\.safetensors")
+# Prefix of keys -> their file; all others are the trunk's.
+_PARTS = {"head.": HEAD_NAME, "classifier.": CLASSIFIER_NAME}
+_WEIGHT_FILE = re.compile(r"(trunk|head|classifier|model)(-\d{5,}-of-\d{5,})?\.safetensors")
 _UNITS = {"": 1, "B": 1} | {
     prefix + tail: base**power
     for power, prefix in enumerate("KMGT", start=1)
@@ -83,10 +88,10 @@ class WeightPlan:
 
 
 def plan_weights(state: Mapping[str, Tensor], max_shard_size: int | str = "5GB") -> WeightPlan:
-    """Decide which file holds which key: `head.*` the head's, everything else the trunk's.
+    """Decide which file holds which key: `head.*` the head's, `classifier.*` its own, everything else the trunk's.
 
     A part that is larger than `max_shard_size` is cut into shards, in the order of its keys; a tensor is never cut,
-    so one larger than the limit gets a file of its own. A head without tensors gets no file.
+    so one larger than the limit gets a file of its own. A head or classifier without tensors gets no file.
 
     Args:
         state: key -> tensor; only shapes and dtypes are looked at.
@@ -97,9 +102,10 @@ def plan_weights(state: Mapping[str, Tensor], max_shard_size: int | str = "5GB")
     """
     limit = _bytes_from(max_shard_size)
     files: dict[str, tuple[str, ...]] = {}
-    head = sorted(key for key in state if key.startswith(_HEAD_PREFIX))
-    trunk = sorted(state.keys() - set(head))
-    for name, keys in ((TRUNK_NAME, trunk), (HEAD_NAME, head)):
+    parts: dict[str, list[str]] = {name: [] for name in (TRUNK_NAME, *_PARTS.values())}
+    for key in sorted(state):
+        parts[next((name for prefix, name in _PARTS.items() if key.startswith(prefix)), TRUNK_NAME)].append(key)
+    for name, keys in parts.items():
         shards: list[list[str]] = [[]]
         filled = 0
         for key in keys:
@@ -252,7 +258,7 @@ def is_replaced(entry: Path) -> bool:
     """
     if entry.name == CODE_NAME:
         return not entry.is_symlink() and (entry / "checkpoint.py").is_file() and (entry / "modeling.py").is_file()
-    return entry.name in (INDEX_NAME, FINGERPRINT_NAME) or _WEIGHT_FILE.fullmatch(entry.name) is not None
+    return _is_own(entry.name)
 
 
 def is_own_file(name: str, names: Collection[str]) -> bool:
@@ -260,7 +266,11 @@ def is_own_file(name: str, names: Collection[str]) -> bool:
     folder, _, plain = name.rpartition("/")
     if folder == CODE_NAME:
         return f"{CODE_NAME}/checkpoint.py" in names and f"{CODE_NAME}/modeling.py" in names
-    return not folder and (plain in (INDEX_NAME, FINGERPRINT_NAME) or _WEIGHT_FILE.fullmatch(plain) is not None)
+    return not folder and _is_own(plain)
+
+
+def _is_own(name: str) -> bool:
+    return name in (INDEX_NAME, FINGERPRINT_NAME, HEAD_CODE_NAME) or _WEIGHT_FILE.fullmatch(name) is not None
 
 
 def _read_weights(folder: OpenFolder) -> dict[str, Tensor]:

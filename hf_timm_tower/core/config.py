@@ -22,6 +22,7 @@ FORMAT_VERSION = 1
 MAX_EMBED_DIM = 2**20
 MAX_IMAGE_SIZE = 2**14
 MAX_IN_CHANS = 2**12
+MAX_LABELS = 2**20
 
 ATTENTION_POOLS = ("abs_attn", "rot_attn")
 OUR_POOLS = ("token_avg", "default", "none")
@@ -57,6 +58,7 @@ _TRANSFORMERS_KEYS = frozenset(
         "is_encoder_decoder",
         "per_layer_config",
         "tie_last_hidden_states",
+        "use_cache",  # Trainer sets it where gradients are checkpointed
         "hidden_size",
     }
 )
@@ -131,6 +133,7 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             self.embed_dim = hidden_size
         kwargs.pop("model_type", None)
         _check(self)
+        _check_labels(kwargs)
         self.timm_version = self.timm_version or timm.__version__
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
@@ -183,6 +186,18 @@ def _unknown_keys(unknown: dict[str, Any]) -> str:
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
         lines.append(f"{key}={_short(value)}{hint}")
     return f"TimmTowerConfig: unknown key{'s' if len(lines) > 1 else ''} {', '.join(lines)}"
+
+
+def _check_labels(kwargs: dict[str, Any]) -> None:
+    """Before transformers writes a name for each label."""
+    count = kwargs.get("num_labels")
+    if count is not None:
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_LABELS:
+            raise ConfigError(f"num_labels={_short(count)}: expected a whole number from 0 to {MAX_LABELS}")
+    for name in ("id2label", "label2id"):
+        labels = kwargs.get(name)
+        if labels is not None and (not isinstance(labels, dict) or len(labels) > MAX_LABELS):
+            raise ConfigError(f"{name}={_short(labels)}: expected an object of at most {MAX_LABELS} labels")
 
 
 def _short(value: Any) -> str:

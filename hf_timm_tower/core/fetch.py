@@ -15,6 +15,7 @@ from .config import TimmTowerConfig
 from .download import Access, download_files, hub_errors
 from .errors import ConfigError, FolderError, FormatError, HubError
 from .foreign import describe_foreign
+from .head import code_file
 from .open_folder import require_plain_name
 
 _JSON = (CONFIG_NAME, INDEX_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME)
@@ -73,22 +74,6 @@ def fetch_tower(
         needed.append(code)
     download_files(repo_id, [prefix + name for name in needed], commit, access)
     return folder
-
-
-def code_file(config: dict[str, Any]) -> str | None:
-    """Name of the source file of a head that is stored as code, None for every other head.
-
-    Raises:
-        FormatError: it is not the plain name of a Python file.
-    """
-    head = config.get("head")
-    if not isinstance(head, dict) or head.get("form") != "code":
-        return None
-    name = head.get("file")
-    if not isinstance(name, str) or not name.endswith(".py"):
-        raise FormatError(f"config.head.file={name!r}: expected the name of a Python file")
-    require_plain_name(name, "config.head.file")
-    return name
 
 
 def _weight_files(folder: Path, config: dict[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ A fixed probe image goes through the tower; the outputs are kept as a digest, so
 that made them. The probe is a closed formula of whole numbers, so that every machine makes the same bits.
 """
 
+import dataclasses
 import hashlib
 import platform
 import random
@@ -115,6 +116,9 @@ def _flatten(value: Any, path: str, into: dict[str, torch.Tensor]) -> None:
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
             _flatten(item, f"{path}.{index}" if path else str(index), into)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            _flatten(getattr(value, field.name), f"{path}.{field.name}" if path else field.name, into)
     elif value is not None:
         raise TowerError(f"the tower gives a {type(value).__name__} at {path or 'the top'}, expected tensors")
 

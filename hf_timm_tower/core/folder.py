@@ -27,7 +27,7 @@ from .config import TimmTowerConfig
 from .download import Access
 from .errors import ConfigError, FormatError, HeadError, TowerError, WeightsError
 from .fingerprint import make_fingerprint, run_probe
-from .head import check_stored
+from .head import check_stored, code_file
 from .image_processing import check_preprocess
 from .open_folder import OpenFolder, read_folder
 from .processor_config import check_processor, processor_dict
@@ -47,11 +47,13 @@ class TowerFiles:
         config: The config, validated.
         weights: Key -> tensor on mapped memory; keys of a tie have one tensor object.
         fingerprint: The JSON of `fingerprint.json`, None where there is none.
+        head_source: The text of a head that is stored as code, None for others and where it is not there.
     """
 
     config: TimmTowerConfig
     weights: Mapping[str, torch.Tensor]
     fingerprint: dict[str, Any] | None
+    head_source: str | None = None
 
     def budget(self) -> int:
         """Most bytes that building the tower may ask for."""
@@ -86,7 +88,7 @@ def read_tower(folder: str | os.PathLike[str], access: Access | None = None) -> 
         FormatError: a file is damaged, too large or of a newer version.
         ConfigError: the config does not describe a tower.
     """
-    config, weights, fingerprint, processor = read_folder(folder, _read)
+    config, weights, fingerprint, processor, source = read_folder(folder, _read)
     kind = config.get("model_type")
     if kind != TimmTowerConfig.model_type:
         raise ConfigError(
@@ -105,7 +107,7 @@ def read_tower(folder: str | os.PathLike[str], access: Access | None = None) -> 
     if described.trunk_source is not None:
         trunk = read_trunk(parse_trunk_source(described.trunk_source), access or Access())
         weights = merged(weights, trunk, str(folder))
-    return TowerFiles(described, weights, fingerprint)
+    return TowerFiles(described, weights, fingerprint, source)
 
 
 def _check_against_fingerprint(config: TimmTowerConfig, fingerprint: dict[str, Any]) -> None:
@@ -126,12 +128,18 @@ def _check_against_fingerprint(config: TimmTowerConfig, fingerprint: dict[str, A
 
 def _read(
     files: OpenFolder,
-) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any] | None, dict[str, Any] | None]:
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any] | None, dict[str, Any] | None, str | None]:
     config = files.read_json(CONFIG_NAME)
     fingerprint, processor = (
         files.read_json(name) if files.has(name) else None for name in (FINGERPRINT_NAME, PREPROCESSOR_NAME)
     )
-    return config, read_weights(files), fingerprint, processor
+    source = None
+    if (name := code_file(config)) and files.has(name):
+        try:
+            source = files.read_bytes(name).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise FormatError(f"{files.path / name}: not UTF-8 text: {error}") from error
+    return config, read_weights(files), fingerprint, processor, source
 
 
 def save_tower(
@@ -164,7 +172,7 @@ def save_tower(
         write_json(staging / CONFIG_NAME, _written(config, beside.include_code))
         write_json(staging / PREPROCESSOR_NAME, _processor(config, beside.include_code))
         for name, source in beside.sources.items():
-            (staging / name).write_text(source, encoding="utf-8")
+            (staging / name).write_bytes(source.encode("utf-8"))
         if beside.include_code:
             write_code(staging)
         _write_weights(staging, tower, config, max_shard_size)
@@ -182,7 +190,7 @@ def save_tower(
         fingerprint = make_fingerprint(outputs, again, config.in_chans, size)
         write_json(staging / FINGERPRINT_NAME, fingerprint)
         if beside.card is not None:
-            (staging / CARD_NAME).write_text(beside.card(_read_card(Path(folder))), encoding="utf-8")
+            (staging / CARD_NAME).write_bytes(beside.card(_read_card(Path(folder))).encode("utf-8"))
     return fingerprint
 
 
@@ -204,7 +212,7 @@ def _processor(config: TimmTowerConfig, include_code: bool) -> dict[str, Any]:
 def _read_card(folder: Path) -> str | None:
     path = folder / CARD_NAME
     try:
-        return path.read_text(encoding="utf-8") if path.exists() else None
+        return path.read_bytes().decode("utf-8") if path.exists() else None
     except UnicodeDecodeError as error:
         raise FormatError(f"{path}: not UTF-8 text ({error}); save it as UTF-8, or move it away") from error
 

@@ -18,11 +18,12 @@ from timm.layers.attention_pool2d import AttentionPool2d, RotAttentionPool2d
 from timm.layers.mlp import Mlp
 
 from .config import TimmTowerConfig
-from .errors import ArgumentError, ConfigError, HeadError
+from .errors import ArgumentError, ConfigError, FormatError, HeadError
 from .graph_dry_run import check_runs
 from .head_graph import construct, describe
 from .head_verify import verify_head
 from .no_init import no_init
+from .open_folder import require_plain_name
 
 HeadFactory = Callable[..., nn.Module]
 CustomHead = nn.Module | HeadFactory | str
@@ -32,6 +33,8 @@ F = TypeVar("F", bound=HeadFactory)
 # and one that a subclass of the tower makes itself.
 LIVE = "live"
 SUBCLASS = "subclass"
+# The source of the head's class lies beside the weights (`core/head_code.py`).
+CODE = "code"
 
 _REGISTRY: dict[str, HeadFactory] = {}
 _STAMP = "_hf_timm_tower_registered"
@@ -260,13 +263,19 @@ def store_head(head: nn.Module, example: torch.Tensor) -> dict[str, Any]:
         reasons.append(f"by registered name: {error}")
     else:
         return spec
-    reasons.append("as code in the repository: this version does not write code")
+    reasons.append("as code in the repository: only with include_code=True, and loading then needs trust")
     raise HeadError(
         f"the head {type(head).__name__} cannot be stored so that it comes back. Nothing was written.\n"
         + "\n".join(f"  - {reason}" for reason in reasons)
         + "\nRemedies: put @register_head('a-name') on its class and make it with JSON arguments; or rewrite its "
         "forward with torch functions only, without branches on values; or replace it before saving."
     )
+
+
+def known_arguments(head: nn.Module) -> dict[str, Any] | None:
+    """Keyword arguments that a registered head was made with, None for others."""
+    stamp = getattr(head, _STAMP, None)
+    return None if stamp is None else dict(stamp[1])
 
 
 def _registered_spec(head: nn.Module) -> dict[str, Any]:
@@ -296,10 +305,27 @@ def check_stored(spec: Any, tower_class: str | None) -> None:
     if spec is None:
         return
     form = spec.get("form")
-    if form not in ("graph", "registered", SUBCLASS) or (form == SUBCLASS and tower_class is None):
+    if form not in ("graph", "registered", CODE, SUBCLASS) or (form == SUBCLASS and tower_class is None):
         raise HeadError(
-            f"config.head: form {form!r} is not one of a saved tower (graph, registered, or subclass with tower_class)"
+            f"config.head: form {form!r} is not one of a saved tower (graph, registered, code, or subclass with "
+            "tower_class)"
         )
+
+
+def code_file(config: dict[str, Any]) -> str | None:
+    """Name of the source file of a head that is stored as code, None for every other head.
+
+    Raises:
+        FormatError: it is not the plain name of a Python file.
+    """
+    head = config.get("head")
+    if not isinstance(head, dict) or head.get("form") != CODE:
+        return None
+    name = head.get("file")
+    if not isinstance(name, str) or not name.endswith(".py"):
+        raise FormatError(f"config.head.file={name!r}: expected the name of a Python file")
+    require_plain_name(name, "config.head.file")
+    return name
 
 
 def rebuild_head(spec: dict[str, Any]) -> nn.Module:
@@ -322,7 +348,9 @@ def rebuild_head(spec: dict[str, Any]) -> nn.Module:
         except TypeError as error:
             raise HeadError(f"the head registered as {name!r} does not take {kwargs}: {error}") from error
         return head
-    raise HeadError(f"config.head: unknown form {form!r}; this version reads 'graph' and 'registered'")
+    if form == CODE:
+        raise HeadError("the head is stored as code, which runs only under trust_remote_code=True")
+    raise HeadError(f"config.head: unknown form {form!r}; this version reads 'graph', 'registered' and 'code'")
 
 
 def _copy_weights(source: nn.Module, target: nn.Module) -> None:

@@ -20,7 +20,7 @@ from .errors import ConfigError
 _LAZY = {torch.empty, torch.zeros}
 _EAGER = {torch.ones, torch.full, torch.rand, torch.randn, torch.eye, torch.arange, torch.linspace}
 # One tensor costs Python time even if it is tiny, so that a config with a million layers ends as well.
-_LEAST_CHARGE = 2**16
+_LEAST_CHARGE = 2**18
 
 
 class _SkipInit(TorchFunctionMode):
