@@ -1,16 +1,21 @@
 """Any timm backbone plus any head as one Hugging Face Hub model.
 
-Names load on first use, so that importing the package costs nothing.
+Names load on first use, so that importing the package costs nothing. transformers' Auto classes then know towers.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from .auto import register
 
 __version__ = "0.1.0.dev0"
 
 _HOME = {
     "TimmModel": ".timm_model",
     "TimmTowerConfig": ".core.config",
+    "TimmTowerForImageClassification": ".core.modeling",
+    "TimmTowerImageProcessor": ".core.image_processor",
+    "TimmTowerModel": ".core.modeling",
     "Verification": ".core.fingerprint",
     "register_head": ".core.head",
     "TowerError": ".core.errors",
@@ -39,6 +44,8 @@ if TYPE_CHECKING:
     )
     from .core.fingerprint import Verification
     from .core.head import register_head
+    from .core.image_processor import TimmTowerImageProcessor
+    from .core.modeling import TimmTowerForImageClassification, TimmTowerModel
     from .timm_model import TimmModel
 
 __all__ = [
@@ -51,6 +58,9 @@ __all__ = [
     "HubError",
     "TimmModel",
     "TimmTowerConfig",
+    "TimmTowerForImageClassification",
+    "TimmTowerImageProcessor",
+    "TimmTowerModel",
     "TowerError",
     "Verification",
     "WeightsError",
@@ -68,3 +78,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register()

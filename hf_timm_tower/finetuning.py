@@ -1,74 +1,155 @@
-"""Freezing: which parameters train, and which normalisation layers keep their running statistics."""
+"""Fine-tuning: parameter groups for an optimizer, and the table of what trains."""
+
+import math
+from collections.abc import Collection
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch.nn as nn
-from timm.models import group_modules, group_parameters
 
-from .core.errors import ArgumentError, ConfigError
+from .core.errors import ArgumentError
+from .core.frozen_statistics import is_held
+from .core.layer_groups import layer_groups
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-def lock_trunk(trunk: nn.Module, unlocked_groups: int) -> set[str]:
-    """Freeze the trunk but for its last `unlocked_groups` layer groups, as timm's `group_matcher` cuts them.
+def param_groups(
+    tower: nn.Module,
+    lr: float,
+    weight_decay: float = 0.05,
+    layer_decay: float | None = None,
+    *,
+    min_scale: float = 0.0,
+    no_decay: Collection[str] = (),
+) -> list[dict[str, Any]]:
+    """Parameter groups for any torch optimizer; frozen parameters are left out.
 
-    The result depends on this call alone: an earlier lock leaves no trace.
+    With `layer_decay` each layer group has its own learning rate: that of the last is `lr`, that of the one before is
+    `lr * layer_decay`, and so on, counted over all groups, frozen or not. Norms, biases, all other parameters of one
+    dimension and what the model itself names (`no_weight_decay`) get no weight decay.
 
     Args:
-        trunk: A timm model.
-        unlocked_groups: Number of groups, counted from the output, that stay trainable.
+        tower: A module with a `trunk` and a `head`.
+        lr: Learning rate of the last layer group.
+        weight_decay: For the parameters that get any.
+        layer_decay: Factor from one layer group to the one before, 0 < layer_decay <= 1; None: the same rate for all.
+        min_scale: Least factor on `lr`.
+        no_decay: Further parameters without weight decay: patterns (fnmatch) for their names.
 
     Returns:
-        Names of the trunk's modules that hold frozen parameters or lie in a frozen group.
+        Groups with `params`, `lr`, `weight_decay`, `name` and `scale`, the factor that is already in `lr`. It is not
+        called `lr_scale`, because timm's schedulers would apply that a second time.
 
     Raises:
-        ArgumentError: not a whole number from 0 to the number of groups.
-        ConfigError: the trunk has no groups and more than 0 were asked for.
+        ArgumentError: a number is out of range, a pattern matches nothing, or everything is frozen.
     """
-    if isinstance(unlocked_groups, bool) or not isinstance(unlocked_groups, int) or unlocked_groups < 0:
-        raise ArgumentError(f"unlocked_groups={unlocked_groups!r}: expected a whole number from 0")
-    if unlocked_groups == 0:
-        trunk.requires_grad_(False)
-        return {name for name, _ in trunk.named_modules()}
-    if not hasattr(trunk, "group_matcher"):
-        raise ConfigError(
-            f"unlocked_groups={unlocked_groups}: {type(trunk).__name__} has no layer groups in timm; only 0 works"
-        )
-    groups = group_parameters(trunk, trunk.group_matcher())  # type: ignore[operator]
-    order = sorted(groups)
-    if unlocked_groups > len(order):
-        raise ArgumentError(f"unlocked_groups={unlocked_groups}: {type(trunk).__name__} has {len(order)} layer groups")
-    open_groups = set(order[len(order) - unlocked_groups :])
-    for index, names in groups.items():
-        for name in names:
-            trunk.get_parameter(name).requires_grad_(index in open_groups)
-    modules = group_modules(trunk, trunk.group_matcher(), reverse=True)  # type: ignore[operator]
-    return {name for name, index in modules.items() if index not in open_groups}
+    _check_number("lr", lr, 0, math.inf)
+    _check_number("weight_decay", weight_decay, 0, math.inf)
+    _check_number("min_scale", min_scale, 0, 1)
+    if layer_decay is not None:
+        _check_number("layer_decay", layer_decay, 0, 1)
+    groups = layer_groups(tower)
+    parameters = dict(tower.named_parameters())
+    undecayed = _undecayed(tower, no_decay)
+    scale_of: dict[str, tuple[str, float]] = {}
+    for index, group in enumerate(groups):
+        depth = len(groups) - 1 - index
+        scale = 1.0 if layer_decay is None else max(min_scale, layer_decay**depth)
+        layer = "all" if layer_decay is None else group.name
+        scale_of |= dict.fromkeys(group.parameters, (layer, scale))
+    made: dict[tuple[str, bool], dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        if not parameter.requires_grad:
+            continue
+        layer, scale = scale_of[name]
+        decays = name not in undecayed
+        key = (layer, decays)
+        if key not in made:
+            made[key] = {
+                "params": [],
+                "lr": lr * scale,
+                "weight_decay": weight_decay if decays else 0.0,
+                "name": layer if decays else f"{layer}, no decay",
+                "scale": scale,
+            }
+        made[key]["params"].append(parameter)
+    if not made:
+        raise ArgumentError("everything is frozen, so there is nothing to optimize; unlock() opens the tower")
+    return list(made.values())
 
 
-def keeps_statistics(module: nn.Module) -> bool:
-    """Whether a module updates running statistics in train mode."""
-    return getattr(module, "running_mean", None) is not None or getattr(module, "running_var", None) is not None
+def no_weight_decay(tower: nn.Module) -> set[str]:
+    """Names of parameters that get no weight decay because their own model says so: position embeddings, tokens, ..."""
+    names: set[str] = set()
+    for part in ("trunk", "head"):
+        module = getattr(tower, part)
+        if hasattr(module, "no_weight_decay"):
+            patterns = [f"{part}.{pattern}" for pattern in module.no_weight_decay()]
+            own = [name for name, _ in tower.named_parameters() if name.startswith(f"{part}.")]
+            names |= {name for name in own if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    return names
 
 
-def summary_table(model: nn.Module) -> str:
-    """A table of the tower's parts: name, module, parameters, trainable parameters."""
-    rows = [("part", "module", "parameters", "trainable")]
-    for root in ("trunk", "head"):
-        part = getattr(model, root)
-        rows.append(_row(root, part))
-        rows += [_row(f"  {name}", child) for name, child in part.named_children()]
-    rows.append(_row("total", model))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = []
-    for index, (name, module, total, trainable) in enumerate(rows):
-        lines.append(
-            f"{name:<{widths[0]}}  {module:<{widths[1]}}  {total:>{widths[2]}}  {trainable:>{widths[3]}}".rstrip()
-        )
-        if index == 0:
-            lines.append("-" * (sum(widths) + 6))
-    return "\n".join(lines)
+def summary_table(tower: nn.Module) -> str:
+    """A table of the layer groups: name, modules, parameters, how many of them train; statistics where some are frozen.
+
+    Args:
+        tower: A module with a `trunk` and a `head`.
+    """
+    parameters = dict(tower.named_parameters())
+    modules = dict(tower.named_modules())
+    rows = [("group", "modules", "parameters", "trainable", "statistics")]
+    totals = [0, 0, 0, 0]
+    for group in layer_groups(tower):
+        sizes = [(parameters[name].numel(), parameters[name].requires_grad) for name in group.parameters]
+        counts = [
+            sum(size for size, _ in sizes),
+            sum(size for size, trains in sizes if trains),
+            len(group.statistics),
+            sum(is_held(modules[name]) for name in group.statistics),
+        ]
+        totals = [total + count for total, count in zip(totals, counts, strict=True)]
+        rows.append((group.name, _short(group.modules), *_cells(counts)))
+    rows.append(("total", "", *_cells(totals)))
+    columns = 5 if totals[3] else 4
+    widths = [max(len(row[column]) for row in rows) for column in range(columns)]
+    lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * columns - 2), *lines[1:]])
 
 
-def _row(name: str, module: nn.Module) -> tuple[str, str, str, str]:
-    parameters = list(module.parameters())
-    total = sum(parameter.numel() for parameter in parameters)
-    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return name, type(module).__name__, f"{total:,}", f"{trainable:,}"
+def _undecayed(tower: nn.Module, no_decay: Collection[str]) -> set[str]:
+    parameters = dict(tower.named_parameters())
+    names = no_weight_decay(tower)
+    names |= {name for name, parameter in parameters.items() if parameter.ndim <= 1 or name.endswith(".bias")}
+    for module_name, module in tower.named_modules():
+        if isinstance(module, _NORMS):
+            names |= {f"{module_name}.{key}" for key, _ in module.named_parameters(recurse=False)}
+    for pattern in no_decay:
+        hits = {name for name in parameters if fnmatchcase(name, pattern)}
+        if not hits:
+            raise ArgumentError(f"no_decay={pattern!r} matches no parameter of the tower")
+        names |= hits
+    return names
+
+
+def _check_number(name: str, value: float, least: float, most: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        expected = f"a number from {least} to {most}" if math.isfinite(most) else f"a number from {least}"
+        raise ArgumentError(f"{name}={value!r}: expected {expected}")
+
+
+def _short(modules: tuple[str, ...]) -> str:
+    return ", ".join(modules if len(modules) <= 3 else [*modules[:2], f"{len(modules) - 2} more"])
+
+
+def _cells(counts: list[int]) -> tuple[str, str, str]:
+    statistics = f"{counts[3]} of {counts[2]} frozen" if counts[3] else ""
+    return f"{counts[0]:,}", f"{counts[1]:,}", statistics
+
+
+def _aligned(row: tuple[str, ...], widths: list[int]) -> list[str]:
+    return [
+        f"{cell:>{width}}" if column in (2, 3) else f"{cell:<{width}}"
+        for column, (cell, width) in enumerate(zip(row, widths, strict=False))
+    ]

@@ -238,6 +238,7 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         trust_remote_code: bool = False,
         verify: bool = False,
         image_size: int | Sequence[int] | None = None,
+        frozen: bool = True,
     ) -> Self:
         """Load a tower from a folder or a repository, in eval mode. Reads JSON and safetensors, runs nobody's code.
 
@@ -259,6 +260,7 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             trust_remote_code: Run the source of a head that is stored as code. Nothing else ever runs.
             verify: Run the probe and raise unless the numbers are those of the saved tower within tolerance.
             image_size: Change the input size after loading, as `set_input_size`.
+            frozen: Freeze what was frozen when the tower was saved; False: everything trains.
 
         Raises:
             FolderError, FormatError, WeightsError, ConfigError, HeadError: by what is wrong with the folder.
@@ -286,6 +288,7 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             origin=f"{pretrained_model_name_or_path}" + (f"@{revision}" if revision else ""),
             device=device if device is not None else map_location,
             access=replace(access, force_download=False),
+            frozen=frozen,
         )
         tower = load()
         head = tower.config.head or {}

@@ -16,6 +16,7 @@ from .core.config import TimmTowerConfig
 from .core.download import Access
 from .core.errors import ArgumentError, ConfigError, FolderError, HeadError
 from .core.folder import read_tower
+from .core.freezing import describe_frozen, head_without_lock, restore_frozen
 from .core.graph_module import GraphHead
 from .core.head import LIVE, SUBCLASS, CustomHead, builtin_head, code_file, known_arguments, store_head
 from .core.head_code import construct_code, describe_code, refuse_code
@@ -46,12 +47,14 @@ def storable_config(tower: "TowerHubMixin", include_code: bool | None = None) ->
         stored.head, stored.proj = {"form": LIVE}, "none"
     if stored.head is not None:
         name = stored.head.get("class") if isinstance(tower.head, GraphHead) else None
-        head, example = _on_cpu(tower.head), head_example(stored, tower.trunk)
-        stored.embed_dim = None
-        stored.embed_dim = check_embedding(stored, head, example)
         own = overrides(cls, "_create_head")
-        stored.head, sources = ({"form": SUBCLASS}, {}) if own else _store(head, example, stored, include_code)
+        with head_without_lock(tower):
+            head, example = _on_cpu(tower.head), head_example(stored, tower.trunk)
+            stored.embed_dim = None
+            stored.embed_dim = check_embedding(stored, head, example)
+            stored.head, sources = ({"form": SUBCLASS}, {}) if own else _store(head, example, stored, include_code)
         stored.head["class"] = name or type(tower.head).__name__
+    stored.frozen = describe_frozen(tower)
     stored.tower_class = cls.__name__ if any(overrides(cls, step) for step in STEPS) else None
     stored.tower_kwargs = added_arguments(tower) or None
     return stored, sources
@@ -91,6 +94,7 @@ def load_tower(
     access: Access | None = None,
     trust_remote_code: bool = False,
     origin: str | None = None,
+    frozen: bool = True,
 ) -> T:
     """A folder -> a tower in eval mode. Parameters are the mapped files themselves, nothing is initialised.
 
@@ -104,6 +108,7 @@ def load_tower(
         access: How to reach the repository of a trunk that lies elsewhere.
         trust_remote_code: Run the source of a head that is stored as code.
         origin: Repository and revision that the folder comes from, for messages.
+        frozen: Freeze what was frozen when the tower was saved.
 
     Raises:
         TowerError: by what is wrong with the folder.
@@ -122,6 +127,10 @@ def load_tower(
         tower = rebuild(cls, files.config, custom_head)
     weights = files.weights if strict else _without_strangers(files.weights, tower, folder)
     assign_weights(tower, weights, source=str(folder), dtype=as_dtype(dtype), device=device)
+    if frozen:
+        restore_frozen(tower, files.config.frozen)
+    else:
+        tower.config.frozen = None
     tower._fingerprint = files.fingerprint
     return tower.eval()
 

@@ -1,7 +1,7 @@
 """`TimmModel`: any timm trunk plus any head, with open_clip's signature and weight keys."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, Self
 
 import timm
@@ -11,8 +11,12 @@ import torch.nn as nn
 from .arguments import add_rates, checked_arguments, head_fields
 from .core.config import TimmTowerConfig, check_size
 from .core.errors import ArgumentError, ConfigError, HeadError
+from .core.freezing import describe_frozen, frozen_context, note_fixed
+from .core.frozen_statistics import keep_statistics
 from .core.head import LIVE, SUBCLASS, CustomHead, make_custom_head, rebuild_head
 from .core.image_processing import make_transform
+from .core.layer_groups import LayerGroup, layer_groups
+from .core.locking import Patterns, lock, unlock
 from .core.pools import PoolRefused
 from .core.tower import (
     arrange,
@@ -31,12 +35,13 @@ from .core.trunk import (
     float_dtype,
     remove_classifier,
 )
-from .finetuning import keeps_statistics, lock_trunk, summary_table
+from .finetuning import no_weight_decay, param_groups, summary_table
 from .hub_mixin import TowerHubMixin
+from .interop.mixin import InterchangeMixin
 from .rebuilding import REBUILDING, overrides, rebuild
 
 
-class TimmModel(TowerHubMixin):
+class TimmModel(InterchangeMixin, TowerHubMixin):
     """A timm trunk and a head as one model: image `[B, in_chans, H, W]` in, embedding `[B, embed_dim]` out.
 
     Args:
@@ -128,7 +133,7 @@ class TimmModel(TowerHubMixin):
         if self.config.head is not None:
             self.config.head.setdefault("class", type(self.head).__name__)
         self._arrangement = arrange(self.config, trunk)
-        self._frozen_statistics: frozenset[str] = frozenset()
+        note_fixed(self)
         self._fingerprint: dict[str, Any] | None = None
 
     def _create_trunk(self, pretrained: bool = False) -> nn.Module:
@@ -216,17 +221,20 @@ class TimmModel(TowerHubMixin):
 
     def forward(self, x: torch.Tensor) -> Any:
         """Images `[B, in_chans, H, W]` -> the embedding `[B, embed_dim]`, or whatever a custom head returns."""
-        self._keep_statistics()
-        return run_head(self.head, self._arrangement, self.trunk(x))
+        with frozen_context(self.trunk, x):
+            features = self.trunk(x)
+        return run_head(self.head, self._arrangement, features)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images `[B, in_chans, H, W]` -> the trunk's unpooled features, in the trunk's own layout."""
-        self._keep_statistics()
-        return self.trunk.forward_features(x)  # type: ignore[operator,no-any-return]
+        with frozen_context(self.trunk, x):
+            return self.trunk.forward_features(x)  # type: ignore[operator,no-any-return]
 
     def forward_head(self, features: torch.Tensor) -> Any:
         """Features of `forward_features` -> what `forward` gives."""
-        return run_head(self.head, self._arrangement, self.trunk.forward_head(features))  # type: ignore[operator]
+        with frozen_context(self.trunk, features):
+            pooled = self.trunk.forward_head(features)  # type: ignore[operator]
+        return run_head(self.head, self._arrangement, pooled)
 
     def forward_intermediates(
         self,
@@ -258,17 +266,17 @@ class TimmModel(TowerHubMixin):
         """
         if not hasattr(self.trunk, "forward_intermediates"):
             raise ConfigError(f"{type(self.trunk).__name__} has no forward_intermediates in timm {timm.__version__}")
-        self._keep_statistics()
         extra = {"return_prefix_tokens": True} if output_extra_tokens else {}
-        output = self.trunk.forward_intermediates(  # type: ignore[operator]
-            x,
-            indices=indices,
-            intermediates_only=intermediates_only,
-            norm=normalize_intermediates,
-            stop_early=stop_early,
-            output_fmt=output_fmt,
-            **extra,
-        )
+        with frozen_context(self.trunk, x):
+            output = self.trunk.forward_intermediates(  # type: ignore[operator]
+                x,
+                indices=indices,
+                intermediates_only=intermediates_only,
+                norm=normalize_intermediates,
+                stop_early=stop_early,
+                output_fmt=output_fmt,
+                **extra,
+            )
         found: dict[str, Any] = {}
         intermediates = output if intermediates_only else output[1]
         if output_extra_tokens and intermediates and isinstance(intermediates[0], tuple):
@@ -336,31 +344,83 @@ class TimmModel(TowerHubMixin):
                 f"{type(self.trunk).__name__} does not support gradient checkpointing: {error}"
             ) from error
 
-    def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
-        """Freeze the trunk; the head stays trainable.
+    def layer_groups(self) -> list[LayerGroup]:
+        """The tower's layer groups from input to output, each parameter in one of them. See `core/layer_groups.py`."""
+        return layer_groups(self)
+
+    def lock(
+        self,
+        unlocked_groups: int = 0,
+        freeze_bn_stats: bool = False,
+        *,
+        head: bool = False,
+        until: str | None = None,
+        only: Patterns | None = None,
+        except_: Patterns | None = None,
+    ) -> None:
+        """Freeze the trunk, or what the selectors name; all else trains. Depends on this call alone.
 
         Args:
             unlocked_groups: Layer groups of the trunk, counted from the output, that stay trainable.
             freeze_bn_stats: Keep the running statistics of the frozen part, also through later `.train()` calls.
+            head: Freeze the head as well.
+            until: Freeze from the input up to and including this group (or module), such as `blocks.9`.
+            only: Freeze just what matches: patterns (fnmatch) for names of groups or parameters.
+            except_: Patterns for what stays trainable of what the other arguments freeze.
 
         Raises:
-            ArgumentError: more groups than the trunk has.
+            ArgumentError: a selector matches nothing, or there are fewer groups.
         """
-        frozen = lock_trunk(self.trunk, unlocked_groups)
-        names = [name for name, module in self.trunk.named_modules() if name in frozen and keeps_statistics(module)]
-        self._frozen_statistics = frozenset(names if freeze_bn_stats else ())
-        self.train(self.training)
+        lock(self, unlocked_groups, freeze_bn_stats, head=head, until=until, only=only, except_=except_)
+        self.config.frozen = describe_frozen(self)
+
+    def unlock(
+        self,
+        unlocked_groups: int | None = None,
+        freeze_bn_stats: bool = True,
+        *,
+        head: bool = True,
+        until: str | None = None,
+        only: Patterns | None = None,
+        except_: Patterns | None = None,
+    ) -> None:
+        """Open everything, or the head and what the selectors name; all else is frozen. Depends on this call alone.
+
+        Args:
+            unlocked_groups: Open this many layer groups of the trunk, counted from the output.
+            freeze_bn_stats: Keep the running statistics of what stays frozen.
+            head: Open the head as well.
+            until: Open from the output down to and including this group (or module), such as `blocks.9`.
+            only: Open, beside the head, just what matches: patterns (fnmatch) for names of groups or parameters.
+            except_: Patterns for what stays frozen of what the other arguments open.
+
+        Raises:
+            ArgumentError: as `lock`.
+        """
+        unlock(self, unlocked_groups, freeze_bn_stats, head=head, until=until, only=only, except_=except_)
+        self.config.frozen = describe_frozen(self)
 
     def train(self, mode: bool = True) -> Self:
-        """As `nn.Module.train`, except that statistics frozen by `lock` stay in eval mode."""
+        """As `nn.Module.train`, except that modules with frozen statistics stay in eval mode."""
         super().train(mode)
-        self._keep_statistics()
+        keep_statistics(self)
         return self
 
-    def _keep_statistics(self) -> None:
-        # again before every forward: a part may have been put into train mode by itself
-        for name in self._frozen_statistics:
-            self.trunk.get_submodule(name).training = False
+    def param_groups(
+        self,
+        lr: float,
+        weight_decay: float = 0.05,
+        layer_decay: float | None = None,
+        *,
+        min_scale: float = 0.0,
+        no_decay: Collection[str] = (),
+    ) -> list[dict[str, Any]]:
+        """Parameter groups for any optimizer, on request with layer-wise rates. See `finetuning.param_groups`."""
+        return param_groups(self, lr, weight_decay, layer_decay, min_scale=min_scale, no_decay=no_decay)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that get no weight decay because trunk or head say so."""
+        return no_weight_decay(self)
 
     def summary(self) -> str:
         """A table of the parts with their parameters; print it."""

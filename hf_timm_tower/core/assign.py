@@ -95,7 +95,8 @@ def assign_weights(
         for prefix, part in parts
         for name, tensor in _persistent(part)
     }
-    is_plain = all(map(_loads_plainly, {type(part): part for _, part in parts}.values())) and not any(
+    kinds = {type(part): part for _, part in parts}.values()
+    is_plain = all(_loads_plainly(part, is_root=part is module) for part in kinds) and not any(
         part._load_state_dict_pre_hooks or part._state_dict_hooks or part._state_dict_pre_hooks for _, part in parts
     )
     state: Mapping[str, Any] = (
@@ -172,15 +173,19 @@ def _tensor_at(slot: _Slot) -> Tensor | None:
     return slot.owner._buffers.get(slot.name) if found is None else found
 
 
-def _loads_plainly(part: nn.Module) -> bool:
+def _loads_plainly(part: nn.Module, is_root: bool) -> bool:
     """Whether the class leaves it to `nn.Module` what its state dict is."""
     kind = type(part)
+    loads = kind._load_from_state_dict
     return (
         kind.state_dict is nn.Module.state_dict
         and kind.load_state_dict is nn.Module.load_state_dict
         and kind._save_to_state_dict is nn.Module._save_to_state_dict
         # BatchNorm's only makes up a counter that files from before 2018 lack.
-        and kind._load_from_state_dict in (nn.Module._load_from_state_dict, nn.BatchNorm2d._load_from_state_dict)
+        and (
+            loads in (nn.Module._load_from_state_dict, nn.BatchNorm2d._load_from_state_dict)
+            or (is_root and getattr(loads, "is_plain_at_the_root", False))
+        )
         and kind.get_extra_state is nn.Module.get_extra_state
     )
 

@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from .errors import ConfigError, FormatError
+from .freezing import check_frozen
 from .model_args import check_names, decode, encode
 
 FORMAT_VERSION = 1
@@ -87,7 +88,7 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         feat_size: Height and width of the feature map, for attention pools; completed when the tower is built.
         tower_class: Name of the subclass of TimmModel that is needed to rebuild the tower, None for TimmModel itself.
         tower_kwargs: Arguments that such a subclass adds to the constructor.
-        frozen: What `lock` froze (`finetuning.py`), None where everything trains.
+        frozen: What of the tower is frozen (`core/freezing.py`), None where everything trains.
         trunk_source: Where the trunk's weights lie, where not beside the head: repository, commit and digests.
         timm_version: The timm that the tower was built with.
         format_version: Version of this format.
@@ -235,6 +236,7 @@ def _check(config: TimmTowerConfig) -> None:
     for key, value in config.model_args.items():
         decode(value, f"model_args.{key}")
     config.drop = float(config.drop)
+    check_frozen(config.frozen)
     if config.tower_kwargs and config.tower_class is None:
         raise ConfigError(f"tower_kwargs={_short(config.tower_kwargs)}: only a subclass (tower_class) has any")
 

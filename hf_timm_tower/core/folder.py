@@ -30,7 +30,7 @@ from .fingerprint import make_fingerprint, run_probe
 from .head import check_stored, code_file
 from .image_processing import check_preprocess
 from .open_folder import OpenFolder, read_folder
-from .processor_config import check_processor, processor_dict
+from .processor_config import check_processor, facts_in_tower, processor_dict
 from .staging import staged_folder
 from .trunk import native_size
 from .trunk_source import is_separable, merged, parse_trunk_source, read_trunk
@@ -170,7 +170,7 @@ def save_tower(
     beside = beside or Beside()
     with staged_folder(folder) as staging:
         write_json(staging / CONFIG_NAME, _written(config, beside.include_code))
-        write_json(staging / PREPROCESSOR_NAME, _processor(config, beside.include_code))
+        write_json(staging / PREPROCESSOR_NAME, facts_in_tower(processor_dict(config)))
         for name, source in beside.sources.items():
             (staging / name).write_bytes(source.encode("utf-8"))
         if beside.include_code:
@@ -200,13 +200,6 @@ def _written(config: TimmTowerConfig, include_code: bool) -> dict[str, Any]:
     written["architectures"] = written.get("architectures") or ["TimmTowerModel"]
     written.pop("auto_map", None)
     return {**written, "auto_map": AUTO_MAP} if include_code else written
-
-
-def _processor(config: TimmTowerConfig, include_code: bool) -> dict[str, Any]:
-    processor = processor_dict(config)
-    if not include_code:
-        del processor["auto_map"]
-    return processor
 
 
 def _read_card(folder: Path) -> str | None:

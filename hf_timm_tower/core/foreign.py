@@ -19,8 +19,8 @@ def describe_foreign(names: Collection[str], config: Mapping[str, Any] | None, p
     kind = config.get("model_type")
     if "open_clip_config.json" in names:
         return (
-            f"It seems to be an open_clip model: open_clip.create_model_and_transforms('hf-hub:{place}') loads the "
-            "whole of it."
+            f"It seems to be an open_clip model: TimmModel.from_open_clip('{place}') takes its image tower if that is "
+            f"timm's, open_clip.create_model_and_transforms('hf-hub:{place}') loads the whole of it."
         )
     if "adapter_config.json" in names:
         return f"It seems to be a peft adapter: peft.PeftModel.from_pretrained(base_model, '{place}') loads it."

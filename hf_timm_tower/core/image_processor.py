@@ -11,6 +11,7 @@ In a file of its own: importing transformers' image processing is not free, and 
 """
 
 import difflib
+import json
 import os
 import shutil
 import warnings
@@ -28,13 +29,17 @@ from transformers.image_utils import load_image
 
 from .config import TimmTowerConfig
 from .errors import ArgumentError, ConfigError
+from .freezing import check_frozen as _check_frozen  # noqa: F401  # see below
+from .frozen_statistics import hold as _hold  # noqa: F401
 from .image_processing import transform_of
-from .model_args import check_names as _check_names  # noqa: F401  # see below
+from .layer_groups import layer_groups as _layer_groups  # noqa: F401
+from .model_args import check_names as _check_names  # noqa: F401
 from .processor_config import (
     PROCESSOR_AUTO_MAP,
     PROCESSOR_FACTS,
     PROCESSOR_FOREIGN_KEYS,
     block_of,
+    facts_in_tower,
     facts_of,
     processor_dict,
 )
@@ -131,7 +136,12 @@ class TimmTowerImageProcessor(BaseImageProcessor):
             code.mkdir(parents=True)
             for file in {__file__, *get_relative_import_files(__file__)}:
                 shutil.copyfile(file, code / Path(file).name)
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        saved = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        path, config = (Path(save_directory, name) for name in ("preprocessor_config.json", "config.json"))
+        if config.is_file() and json.loads(config.read_text()).get("model_type") == TimmTowerConfig.model_type:
+            facts = facts_in_tower(json.loads(path.read_text()))  # as the tower itself writes it
+            path.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+        return saved
 
     def preprocess(
         self,

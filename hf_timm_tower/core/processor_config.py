@@ -83,6 +83,15 @@ def processor_dict(config: TimmTowerConfig) -> dict[str, Any]:
     }
 
 
+def facts_in_tower(processor: dict[str, Any]) -> dict[str, Any]:
+    """What `preprocessor_config.json` holds beside a tower's `config.json`, which names the class.
+
+    Here the class's name and `auto_map` would make transformers look for a video processor too, and ask every user of a
+    pipeline whether to trust the code, although the class is registered.
+    """
+    return {name: value for name, value in processor.items() if name not in ("image_processor_type", "auto_map")}
+
+
 def check_processor(found: Mapping[str, Any], config: TimmTowerConfig) -> None:
     """Refuse a `preprocessor_config.json` that would prepare other pixels than the tower's config says.
 
@@ -94,8 +103,8 @@ def check_processor(found: Mapping[str, Any], config: TimmTowerConfig) -> None:
         ConfigError: names every fact that differs, with both values.
     """
     expected = processor_dict(config)
-    kind = found.get("image_processor_type")
-    if kind != PROCESSOR_TYPE:
+    kind = found.get("image_processor_type")  # not beside a tower, but whoever saved the processor alone wrote it
+    if kind not in (None, PROCESSOR_TYPE):
         raise ConfigError(
             f"preprocessor_config.json: image_processor_type is {kind!r}, not {PROCESSOR_TYPE!r}: it would prepare "
             "other pixels than this tower was made for. Save the tower again to write its own."

@@ -353,7 +353,8 @@ def test_file_that_disagrees_with_the_config_is_refused(edit: dict[str, Any], re
     with pytest.raises(ConfigError, match=reason):
         check_processor({**processor_dict(config), **edit}, config)
     missing = {key: value for key, value in processor_dict(config).items() if key not in edit}
-    if len(missing) < len(processor_dict(config)):
+    # Beside a tower the class's name is in config.json.
+    if len(missing) < len(processor_dict(config)) and "image_processor_type" not in edit:
         with pytest.raises(ConfigError, match=next(iter(edit))):
             check_processor(missing, config)
 

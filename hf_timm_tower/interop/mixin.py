@@ -1,0 +1,153 @@
+"""The methods of `TimmModel` by which it comes from open_clip and checkpoints, and lives inside open_clip."""
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ..core.config import TimmTowerConfig
+from ..core.download import Access
+from ..persistence import as_dtype, check_device
+from .checkpoints import TrunkReport, load_trunk
+from .open_clip import tower_from_open_clip
+from .open_clip_config import preprocess_entries
+from .to_open_clip import fit_inside_open_clip
+
+if TYPE_CHECKING:
+    from ..timm_model import TimmModel
+
+
+class InterchangeMixin(nn.Module):
+    """What a tower can do with other libraries' models. `TimmModel` is the only class to inherit from it."""
+
+    config: TimmTowerConfig
+
+    @classmethod
+    def from_open_clip(
+        cls,
+        source: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module,
+        *,
+        model_config: str | Mapping[str, Any] | None = None,
+        preprocess_cfg: Mapping[str, Any] | None = None,
+        image_size: int | Sequence[int] | None = None,
+        allow_pickle: bool = False,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> Self:
+        """The vision tower of an open_clip model, in eval mode, with its preprocessing. The text tower is not read.
+
+        Args:
+            source: A repository's id (`hf-hub:` before it or not), a folder, a file of weights, a state dict, or a
+                model of open_clip in memory, which is copied.
+            model_config: For a file or a state dict: open_clip's `model_cfg`, the whole of an `open_clip_config.json`,
+                or the name of a config that open_clip brings.
+            preprocess_cfg: open_clip's; goes over what the source says. `{}` where the source says nothing and
+                open_clip's own defaults are meant.
+            image_size: Change the input size after loading, as open_clip's `force_image_size`.
+            allow_pickle: Read pickled weights where there are no others, with `weights_only=True`.
+            device: Where the weights go.
+            dtype: Cast floating-point weights; None keeps what was saved (open_clip itself casts to float32).
+            revision: Branch, tag or commit of the repository.
+            token: For private and gated repositories.
+            cache_dir: Where downloads are kept.
+            force_download: Download again.
+            local_files_only: Do not go to the network.
+
+        Raises:
+            ConfigError: no timm tower inside, or one that cannot be built.
+            WeightsError: weights and config do not fit.
+            FolderError, HubError, FormatError: the source cannot be read.
+            ArgumentError: `model_config` or `preprocess_cfg` is missing or has no meaning here.
+        """
+        check_device(device)
+        tower = tower_from_open_clip(
+            cast("type[TimmModel]", cls),
+            source,
+            model_config=model_config,
+            preprocess_cfg=preprocess_cfg,
+            image_size=image_size,
+            allow_pickle=allow_pickle,
+            device=device,
+            dtype=as_dtype(dtype),
+            revision=revision,
+            access=Access(token, cache_dir, force_download, local_files_only),
+        )
+        return cast("Self", tower)
+
+    def load_trunk(
+        self,
+        source: str | os.PathLike[str] | Mapping[str, Any],
+        *,
+        prefix: str | None = None,
+        remap: Mapping[str, str] | None = None,
+        ignore: Collection[str] = (),
+        keep: Collection[str] = (),
+        resample: bool = False,
+        timm_filter: bool = False,
+        allow_pickle: bool = False,
+    ) -> TrunkReport:
+        """Put the weights of a checkpoint into the trunk, whatever its keys are called; see `interop.checkpoints`.
+
+        Args:
+            source: A `.safetensors` file, a file of `torch.save`, or a state dict, also inside of dictionaries.
+            prefix: What stands before the trunk's keys; None finds it among the usual ones.
+            remap: Key, or beginning of keys that ends in a dot -> what the trunk calls it; after the prefix is off.
+            ignore: Patterns (`*` and `?`) of keys of the checkpoint that may be left over, with or without the prefix.
+            keep: Patterns of keys of the trunk that the checkpoint may lack: they stay as they are.
+            resample: Resample position embeddings that are made for another size, by timm.
+            timm_filter: Have the checkpoint converted by timm's own `checkpoint_filter_fn` for this architecture.
+            allow_pickle: Read a file of `torch.save`, with `weights_only=True`.
+
+        Returns:
+            What matched, what was left over, what is missing, what was resampled; print it for a table.
+
+        Raises:
+            WeightsError: something does not fit or is not accounted for; lists all of it. Nothing was loaded.
+            ArgumentError: an entry of `remap` that fits no key, or a filter that timm does not have.
+            FolderError, FormatError: the file cannot be read.
+        """
+        return load_trunk(
+            cast("TimmModel", self),
+            source,
+            prefix=prefix,
+            remap=remap,
+            ignore=ignore,
+            keep=keep,
+            resample=resample,
+            timm_filter=timm_filter,
+            allow_pickle=allow_pickle,
+        )
+
+    # --- inside open_clip, which reads and sets these
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the input in pixels; open_clip makes its transforms for it."""
+        height, width = self.config.image_size  # type: ignore[misc]
+        return height, width
+
+    @property
+    def preprocess_cfg(self) -> dict[str, Any]:
+        """open_clip's preprocessing of the model in which this tower stands; empty outside of open_clip."""
+        return self.__dict__.get("_preprocess_cfg") or {}
+
+    @preprocess_cfg.setter
+    def preprocess_cfg(self, preprocess_cfg: dict[str, Any]) -> None:
+        entries = preprocess_entries(preprocess_cfg, "open_clip")
+        self.config.preprocess = {**(self.config.preprocess or {}), **entries}
+        self.__dict__["_preprocess_cfg"] = preprocess_cfg
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        fit_inside_open_clip(cast("TimmModel", self), state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    # It acts on a part of another model only: at the root, a tower leaves its state dict to nn.Module.
+    _load_from_state_dict.is_plain_at_the_root = True  # type: ignore[attr-defined]

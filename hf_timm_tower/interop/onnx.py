@@ -1,0 +1,111 @@
+"""A tower -> ONNX, by torch's own exporter, checked with onnxruntime. Needs the extra `onnx`."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from ..core.aligned import folder_error
+from ..core.errors import ConfigError, FolderError
+from ..core.trunk import float_dtype
+from .onnxruntime import Session
+from .torch_export import (
+    PREPROCESS_NAME,
+    EvalTower,
+    Exported,
+    ExportError,
+    check_output,
+    reasons,
+    required_suffix,
+    trace,
+)
+
+INPUT_NAME, OUTPUT_NAME = "images", "embedding"
+
+
+def export_onnx(tower: nn.Module, path: str | os.PathLike[str], *, check: bool = True) -> Exported:
+    """Write a tower as ONNX: input `images` `[batch, in_chans, H, W]`, output `embedding`, the batch size free.
+
+    What the images must have gone through is in the model's metadata, as JSON under `preprocess.json`. Weights of more
+    than about 2 GB lie beside the file, in `<name>.onnx.data`.
+
+    Args:
+        tower: A tower in float32 or float16; it is not changed.
+        path: The file, ending in `.onnx`; it appears complete or not at all.
+        check: Run the file in onnxruntime and compare its output with the tower's.
+
+    Returns:
+        The file and how far its output is from the tower's.
+
+    Raises:
+        ExportError: torch cannot export this tower; or its output differs by more than 1e-4.
+        ConfigError: another ending, or a dtype that onnxruntime does not run.
+        FolderError: the file cannot be written.
+    """
+    path = required_suffix(path, ".onnx")
+    model = EvalTower(tower)
+    dtype = float_dtype(model.trunk)
+    if dtype not in (torch.float32, torch.float16):
+        raise ConfigError(f"the tower is in {dtype}, which onnxruntime does not run on the CPU: tower.float() first")
+    with _plain_attention(model):
+        program = trace(model)
+    try:
+        with reasons("torch.onnx", model):
+            converted = torch.onnx.export(
+                program, input_names=[INPUT_NAME], output_names=_output_names(model), dynamo=True, verbose=False
+            )
+    except ImportError as error:  # onnx and onnxscript, which torch imports when it is called
+        raise ExportError(f'torch.onnx: {error}: pip install "hf_timm_tower[onnx]"') from error
+    assert converted is not None
+    converted.model.metadata_props[PREPROCESS_NAME] = model.preprocess()
+    difference = None
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as staging:
+            partial = Path(staging, path.name)
+            converted.save(partial)
+            if check:
+                difference = check_output(model, Session(partial), f"{path.name} (onnxruntime)")
+            _move(partial, path)
+    except OSError as error:
+        if isinstance(error, FolderError):
+            raise
+        raise folder_error(f"{path}: cannot be written", error) from error
+    return Exported(path, difference)
+
+
+@contextmanager
+def _plain_attention(model: nn.Module) -> Iterator[None]:
+    """timm's attention layers in their written-out form for a while.
+
+    torch's exporter takes the fused operator apart into others that lay out their result differently in memory, and
+    then fails on the reshape that follows it (test_vit_relpos).
+    """
+    fused = [part for part in model.modules() if getattr(part, "fused_attn", None) is True]
+    for part in fused:
+        vars(part)["fused_attn"] = False
+    try:
+        yield
+    finally:
+        for part in fused:
+            vars(part)["fused_attn"] = True
+
+
+def _move(partial: Path, path: Path) -> None:
+    """Into place: never a model beside another one's weights."""
+    data, old = partial.with_name(f"{partial.name}.data"), path.with_name(f"{path.name}.data")
+    if data.exists() or old.exists():
+        path.unlink(missing_ok=True)
+        old.unlink(missing_ok=True)
+        if data.exists():
+            shutil.move(data, old)
+    os.replace(partial, path)
+
+
+def _output_names(model: EvalTower) -> list[str] | None:
+    """One tensor is the embedding; the parts of a tuple or a dict keep the exporter's names."""
+    return [OUTPUT_NAME] if model.config.embed_dim is not None else None

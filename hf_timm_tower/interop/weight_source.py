@@ -1,0 +1,191 @@
+"""Weights under somebody else's keys: what is there is known at once, values are read key by key when asked for.
+
+So that of a checkpoint which also holds a text tower, an optimizer or a teacher, only the wanted part is in memory.
+"""
+
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.aligned import folder_error
+from ..core.errors import FolderError, FormatError
+from ..core.safetensors_header import ALIGNMENT, MAX_HEADER_BYTES, Entry, parse_header
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".tar", ".pkl", ".th", ".pyth")
+
+_MAX_DEPTH = 16
+_MAX_PIECE = 2**30
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Weights that are not in memory yet.
+
+    Attributes:
+        where: Where they come from, for messages.
+        specs: Key -> a tensor on meta, with the shape and dtype of the stored one. Dictionaries inside dictionaries
+            are one key with dots.
+        others: Keys of entries that are no tensors (an epoch, a learning rate).
+        read: Keys -> their tensors on the CPU, contiguous, 64-byte aligned, on memory of their own.
+    """
+
+    where: str
+    specs: Mapping[str, Tensor]
+    others: tuple[str, ...]
+    read: Callable[[Collection[str]], dict[str, Tensor]]
+
+
+def open_weights(path: str | os.PathLike[str], allow_pickle: bool = False) -> WeightSource:
+    """A file of weights.
+
+    Args:
+        path: `.safetensors`, or a file of `torch.save`.
+        allow_pickle: Read a file of `torch.save`, by `torch.load(weights_only=True)`.
+
+    Raises:
+        FolderError: it is missing or cannot be read.
+        FormatError: it is damaged, of an unknown kind, pickled without permission, or holds more than weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FolderError(f"{path}: {'a folder, expected a file of weights' if path.is_dir() else 'no such file'}")
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    if path.suffix not in PICKLED:
+        raise FormatError(f"{path}: expected a .safetensors file, or one of torch.save ({', '.join(PICKLED)})")
+    if not allow_pickle:
+        raise FormatError(
+            f"{path} is a pickle, which can run code when it is read: it is not read unless asked for. Pass "
+            "allow_pickle=True (it is then read with weights_only=True), or convert it to .safetensors."
+        )
+    return from_mapping(_load_pickle(path), str(path))
+
+
+def from_mapping(state: Mapping[Any, Any], where: str) -> WeightSource:
+    """A state dict in memory, or a checkpoint's dictionary that has some inside.
+
+    Args:
+        state: Key -> tensor, or further mappings. It is not changed and nothing of it is kept in what is read.
+        where: For messages.
+
+    Raises:
+        FormatError: one key has two meanings, or it is nested too deep.
+    """
+    tensors: dict[str, Tensor] = {}
+    others: list[str] = []
+    _flatten(state, "", tensors, others, where, 0)
+    specs = {
+        key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for key, tensor in tensors.items()
+    }
+
+    def read(keys: Collection[str]) -> dict[str, Tensor]:
+        return {key: _own_copy(tensors[key], f"{where}: {key}") for key in keys}
+
+    return WeightSource(where, specs, tuple(others), read)
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Key -> shape."""
+    return {key: tuple(tensor.shape) for key, tensor in state.items()}
+
+
+def _flatten(
+    state: Mapping[Any, Any], prefix: str, tensors: dict[str, Tensor], others: list[str], where: str, depth: int
+) -> None:
+    if depth > _MAX_DEPTH:
+        raise FormatError(f"{where}: dictionaries nested more than {_MAX_DEPTH} deep")
+    for name, value in state.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            _flatten(value, f"{key}.", tensors, others, where, depth + 1)
+        elif not isinstance(value, Tensor):
+            others.append(key)
+        elif key in tensors:
+            raise FormatError(f"{where}: {key} is there twice, as a key with dots and in a dictionary of its own")
+        else:
+            tensors[key] = value
+
+
+def _own_copy(tensor: Tensor, where: str) -> Tensor:
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise FormatError(f"{where} has no plain values (layout {tensor.layout}, device {tensor.device})")
+    copied = _aligned(tensor.numel() * tensor.element_size()).view(tensor.dtype).view(tensor.shape)
+    return copied.copy_(tensor.detach())
+
+
+def _load_pickle(path: Path) -> Mapping[Any, Any]:
+    try:
+        # Mapped where the format allows it, so that what is not asked for does not come into memory.
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise FormatError(
+            f"{path} holds more than tensors, which could run code when it is read: {_first_line(error)} Save the "
+            "weights alone, best as .safetensors."
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
+        raise FormatError(f"{path}: torch cannot read it: {_first_line(error)}") from error
+    except OSError as error:
+        raise folder_error(f"{path}: cannot be read", error) from error
+    if not isinstance(found, Mapping):
+        raise FormatError(f"{path} holds a {type(found).__name__}, expected a dictionary of weights")
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0] if len(lines[0]) < 300 else lines[0][:300] + "..."
+
+
+def _open_safetensors(path: Path) -> WeightSource:
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+                raise FormatError(f"{path}: {size} bytes that do not begin like a safetensors file; it was cut off?")
+            entries = {entry.key: entry for entry in parse_header(file.read(length), size - 8 - length, str(path))}
+    except OSError as error:
+        raise folder_error(f"{path}: cannot be read", error) from error
+    specs = {key: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for key, entry in entries.items()}
+
+    def read(keys: Collection[str]) -> dict[str, Tensor]:
+        try:
+            # Read, not mapped: pages of a mapping would count beside the aligned copies made of them.
+            with open(path, "rb", buffering=0) as file:
+                if os.fstat(file.fileno()).st_size != size:
+                    raise FormatError(f"{path}: changed while it was read")
+                return {key: _read_entry(file, entries[key], 8 + length, path) for key in keys}
+        except OSError as error:
+            raise folder_error(f"{path}: cannot be read", error) from error
+
+    return WeightSource(str(path), specs, (), read)
+
+
+def _read_entry(file: Any, entry: Entry, start: int, path: Path) -> Tensor:
+    raw = _aligned(entry.end - entry.begin)
+    file.seek(start + entry.begin)
+    target = raw.numpy().data if raw.numel() else memoryview(b"")
+    while target:
+        got = file.readinto(target[:_MAX_PIECE])
+        if not got:
+            raise FormatError(f"{path}: ends inside of {entry.key}; it was cut off while it was read")
+        target = target[got:]
+    return raw.view(entry.dtype).view(entry.shape)
+
+
+def _aligned(size: int) -> Tensor:
+    """uint8 `[size]`, uninitialised, at a multiple of 64: unaligned weights may give other last bits."""
+    raw = torch.empty(size, dtype=torch.uint8)
+    if raw.data_ptr() % ALIGNMENT == 0:
+        return raw
+    raw = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+    skip = -raw.data_ptr() % ALIGNMENT
+    return raw[skip : skip + size]
