@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 from huggingface_hub import PyTorchModelHubMixin
 
+from .core.build import as_dtype
 from .core.card import describe_tower, make_card
 from .core.config import TimmTowerConfig
 from .core.download import Access
@@ -22,7 +23,7 @@ from .core.folder import Beside, save_tower
 from .core.head import CODE, CustomHead
 from .core.trunk_source import TrunkSource, find_trunk
 from .hub import default_repo_id, push_folder
-from .persistence import as_dtype, check_device, check_given_head, load_tower, storable_config
+from .persistence import check_device, check_given_head, load_tower, storable_config
 
 
 @dataclass(frozen=True)

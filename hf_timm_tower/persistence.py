@@ -1,27 +1,25 @@
 """A tower's own way to a folder and back: which config is stored, and how a stored one becomes a tower."""
 
-import copy
 import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn as nn
 
+from .core import build
 from .core.assign import assign_weights
-from .core.checkpoint import HEAD_CODE_NAME
+from .core.build import as_dtype, match_buffers
 from .core.config import TimmTowerConfig
 from .core.download import Access
 from .core.errors import ArgumentError, ConfigError, FolderError, HeadError
 from .core.folder import read_tower
-from .core.freezing import describe_frozen, head_without_lock, restore_frozen
-from .core.graph_module import GraphHead
-from .core.head import LIVE, SUBCLASS, CustomHead, builtin_head, code_file, known_arguments, store_head
-from .core.head_code import construct_code, describe_code, refuse_code
+from .core.freezing import restore_frozen
+from .core.head import CustomHead, code_file
+from .core.head_code import construct_code, refuse_code
 from .core.no_init import no_init
-from .core.tower import check_embedding, head_example
 from .rebuilding import STEPS, added_arguments, overrides, rebuild
 
 if TYPE_CHECKING:
@@ -41,46 +39,12 @@ def storable_config(tower: "TowerHubMixin", include_code: bool | None = None) ->
         HeadError: no form works.
     """
     cls = type(tower)
-    stored, sources = copy.deepcopy(tower.config), dict[str, str]()
-    if stored.head is None and not _is_builtin(tower.head, stored):
-        # somebody put another head in its place, or other layers into it
-        stored.head, stored.proj = {"form": LIVE}, "none"
-    if stored.head is not None:
-        name = stored.head.get("class") if isinstance(tower.head, GraphHead) else None
-        own = overrides(cls, "_create_head")
-        with head_without_lock(tower):
-            head, example = _on_cpu(tower.head), head_example(stored, tower.trunk)
-            stored.embed_dim = None
-            stored.embed_dim = check_embedding(stored, head, example)
-            stored.head, sources = ({"form": SUBCLASS}, {}) if own else _store(head, example, stored, include_code)
-        stored.head["class"] = name or type(tower.head).__name__
-    stored.frozen = describe_frozen(tower)
+    stored, sources = build.storable_config(
+        tower, own_head=overrides(cls, "_create_head"), include_code=include_code
+    )
     stored.tower_class = cls.__name__ if any(overrides(cls, step) for step in STEPS) else None
     stored.tower_kwargs = added_arguments(tower) or None
     return stored, sources
-
-
-def _store(
-    head: nn.Module, example: torch.Tensor, config: TimmTowerConfig, include_code: bool | None
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """The head's stored form, and the file it needs where that is code."""
-    try:
-        return store_head(head, example), {}
-    except HeadError as refused:
-        if not include_code:
-            raise
-        assert config.num_features is not None
-        try:
-            spec, source = describe_code(
-                head,
-                example,
-                in_features=config.num_features,
-                embed_dim=config.embed_dim,
-                arguments=known_arguments(head),
-            )
-        except HeadError as error:
-            raise HeadError(f"{refused}\nNeither as code: {error}") from error
-        return spec, {HEAD_CODE_NAME: source}
 
 
 def load_tower(
@@ -125,8 +89,14 @@ def load_tower(
             custom_head = construct_code(files.config.head or {}, files.head_source, where=f"{Path(folder, file)}")
     with no_init(budget=files.budget()):
         tower = rebuild(cls, files.config, custom_head)
-    weights = files.weights if strict else _without_strangers(files.weights, tower, folder)
+    weights = _without_classifier(files.weights, folder)
+    if len(weights) < len(files.weights):
+        tower.config.architectures = None
+    if not strict:
+        weights = _without_strangers(weights, tower, folder)
     assign_weights(tower, weights, source=str(folder), dtype=as_dtype(dtype), device=device)
+    if dtype is None:
+        match_buffers(tower.trunk)
     if frozen:
         restore_frozen(tower, files.config.frozen)
     else:
@@ -163,6 +133,20 @@ def _check_class(cls: type["TowerHubMixin"], config: TimmTowerConfig, folder: st
         )
 
 
+def _without_classifier(
+    weights: Mapping[str, torch.Tensor], folder: str | os.PathLike[str]
+) -> Mapping[str, torch.Tensor]:
+    """The same but for the classifier of a `TimmTowerForImageClassification`, which a tower has no place for."""
+    if not build.has_classifier(weights):
+        return weights
+    warnings.warn(
+        f"{folder} holds a classifier on top of the tower, which is left out: this is the tower alone, its output the "
+        "embedding. TimmTowerForImageClassification.from_pretrained loads both.",
+        stacklevel=4,
+    )
+    return {key: tensor for key, tensor in weights.items() if not key.startswith(f"{build.CLASSIFIER}.")}
+
+
 def _without_strangers(
     weights: Mapping[str, torch.Tensor], tower: nn.Module, folder: str | os.PathLike[str]
 ) -> dict[str, torch.Tensor]:
@@ -175,32 +159,6 @@ def _without_strangers(
             stacklevel=4,
         )
     return {key: tensor for key, tensor in weights.items() if key in places}
-
-
-def _on_cpu(head: nn.Module) -> nn.Module:
-    if all(tensor.device.type == "cpu" for tensor in (*head.parameters(), *head.buffers())):
-        return head
-    return copy.deepcopy(head).to("cpu")
-
-
-def _is_builtin(head: nn.Module, config: TimmTowerConfig) -> bool:
-    with no_init():
-        made = builtin_head(config)
-    return repr(head) == repr(made) and [type(m) for m in head.modules()] == [type(m) for m in made.modules()]
-
-
-def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A floating-point dtype, given as such or by name.
-
-    Raises:
-        ArgumentError: not one.
-    """
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if found is None and dtype is None:
-        return None
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ArgumentError(f"dtype={dtype!r} is not a floating-point dtype of torch or the name of one")
-    return found
 
 
 def check_device(device: str | torch.device | None) -> None:

@@ -13,7 +13,7 @@ from .assign import assign_weights
 from .checkpoint import HEAD_CODE_NAME
 from .config import TimmTowerConfig
 from .errors import ArgumentError, ConfigError, HeadError
-from .folder import read_tower
+from .folder import building_budget, read_tower
 from .freezing import describe_frozen, head_without_lock
 from .graph_module import GraphHead
 from .head import LIVE, SUBCLASS, builtin_head, known_arguments, rebuild_head, store_head
@@ -189,7 +189,7 @@ _STEPS_WITH_SWITCHES = {
 def budget_of(folder: str | os.PathLike[str]) -> int:
     """Most bytes that building the tower of a folder may ask for, from the sizes of its weight files."""
     held = sum(entry.stat().st_size for entry in os.scandir(folder) if entry.name.endswith(".safetensors"))
-    return 4 * held + 2**30  # as `TowerFiles.budget`
+    return building_budget(held)
 
 
 def storable_config(

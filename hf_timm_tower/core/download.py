@@ -70,9 +70,9 @@ def download_files(repo_id: str, names: Iterable[str], revision: str | None, acc
             damaged.
     """
     cache = Path(access.cache_dir or constants.HF_HUB_CACHE).expanduser()
-    storage = cache / repo_folder_name(repo_id=repo_id, repo_type="model")
-    before = frozenset() if access.force_download else _blobs(storage)
     with hub_errors(f"cannot be loaded{_at(revision)}", repo_id, revision):
+        storage = cache / repo_folder_name(repo_id=repo_id, repo_type="model")
+        before = frozenset() if access.force_download else _blobs(storage)
         try:
             root = snapshot_download(
                 repo_id,

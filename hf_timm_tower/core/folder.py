@@ -39,6 +39,11 @@ from .trunk_source import is_separable, merged, parse_trunk_source, read_trunk
 _BUDGET_FACTOR, _BUDGET_SLACK = 4, 2**30
 
 
+def building_budget(held: int) -> int:
+    """Most bytes that building a tower may ask for, whose weight files hold so many."""
+    return _BUDGET_FACTOR * held + _BUDGET_SLACK
+
+
 @dataclass(frozen=True)
 class TowerFiles:
     """What a tower's folder holds, read at one moment.
@@ -58,7 +63,7 @@ class TowerFiles:
     def budget(self) -> int:
         """Most bytes that building the tower may ask for."""
         held = sum(tensor.numel() * tensor.element_size() for tensor in self.weights.values())
-        return _BUDGET_FACTOR * held + _BUDGET_SLACK
+        return building_budget(held)
 
 
 @dataclass(frozen=True)

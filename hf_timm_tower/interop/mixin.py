@@ -8,9 +8,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..core.build import as_dtype
 from ..core.config import TimmTowerConfig
 from ..core.download import Access
-from ..persistence import as_dtype, check_device
+from ..persistence import check_device
 from .checkpoints import TrunkReport, load_trunk
 from .open_clip import tower_from_open_clip
 from .open_clip_config import preprocess_entries

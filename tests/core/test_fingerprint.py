@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -75,9 +76,7 @@ def test_threads_and_versions_that_changed_are_named(saved: Path, tmp_path: Path
     assert found.changed["threads"] == (str(threads), str(threads + 1))
     assert found.status in ("equal", "close")
     target = tmp_path / "t"
-    target.mkdir()
-    for file in saved.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(saved, target)
     fingerprint = json.loads((target / "fingerprint.json").read_text())
     fingerprint["made_with"]["timm"] = "0.0.1"
     (target / "fingerprint.json").write_text(json.dumps(fingerprint))
@@ -98,9 +97,7 @@ def test_another_input_size_is_different_and_named(saved: Path) -> None:
 
 def test_verify_true_raises_on_other_numbers(saved: Path, tmp_path: Path) -> None:
     target = tmp_path / "t"
-    target.mkdir()
-    for file in saved.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(saved, target)
     TimmModel.from_pretrained(target, verify=True)
     config = json.loads((target / "config.json").read_text())
     config["pool"] = "max"
