@@ -177,7 +177,7 @@ def test_a_head_without_its_trunk_says_where_the_trunk_lies() -> None:
 
 def test_names_from_a_foreign_config_are_text_and_nothing_else() -> None:
     name = "A`|<!-- hf_timm_tower: end about -->\n\n# [x](http://x)"
-    fields = {"head": {"form": "code", "class": name, "file": name}, "frozen": {name: name}}
+    fields = {"head": {"form": "code", "class": name, "file": name}, "frozen": {"parameters": [name], "statistics": []}}
     text = make_card(config(**fields), replace(FACTS, trunk=name), repo_id=f"me/{name}")
     assert text.count("<!-- hf_timm_tower: end about") == 1
     assert snippets(text)["package"].count(r"\x3c!-- hf_timm_tower: end about -->") == 1
