@@ -38,6 +38,8 @@ from .core.trunk import (
 from .finetuning import no_weight_decay, param_groups, summary_table
 from .hub_mixin import TowerHubMixin
 from .interop.mixin import InterchangeMixin
+from .interop.timm_repo import is_timm_source, open_timm_source
+from .interop.timm_weights import fill_trunk
 from .rebuilding import REBUILDING, overrides, rebuild
 
 
@@ -45,7 +47,9 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
     """A timm trunk and a head as one model: image `[B, in_chans, H, W]` in, embedding `[B, embed_dim]` out.
 
     Args:
-        model_name: A name of timm's registry, with or without a pretrained tag.
+        model_name: A name of timm's registry, with or without a pretrained tag; or `hf-hub:org/name[@revision]` or
+            `local-dir:path`, as timm spells a repository and a folder: their architecture, arguments, input size and
+            preprocessing then hold where nothing else is given (the config stores these, not the spelling).
         embed_dim: Width of the embedding; None where it follows (`proj="none"`, a custom head).
         image_size: Height and width in pixels, an int for a square, None for the trunk's native size. The trunk is
             built for it where it has a fixed size (position embeddings are resampled from pretrained weights).
@@ -57,7 +61,7 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
         drop: Dropout probability of the projection.
         drop_path: Stochastic depth rate of the trunk.
         patch_drop: Patch dropout rate of the trunk.
-        pretrained: Fetch timm's pretrained weights for the trunk.
+        pretrained: Fetch timm's pretrained weights for the trunk, or load those of the repository or folder.
         custom_head: A module, or a class, callable or registered name that is called with `(in_features,
             embed_dim)`. It gets what the pool leaves: `[B, C]`, `[B, N, C]` or `[B, C, H, W]`, and may return a
             tensor, a tuple or a dict.
@@ -92,8 +96,15 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
             self._assemble(stored.config, stored.custom_head)
             return
         model_args = checked_arguments(model_kwargs)
-        in_chans = model_args.pop("in_chans", 3)
         add_rates(model_args, drop_path, patch_drop)
+        if is_timm_source(model_name):
+            source = open_timm_source(model_name, with_weights=pretrained)
+            fields = head_fields(type(self), embed_dim, pool, proj, proj_bias, drop, custom_head)
+            self._assemble(source.config(fields, image_size=image_size, model_args=model_args), custom_head)
+            if pretrained:
+                fill_trunk(self.trunk, self.config, source)
+            return
+        in_chans = model_args.pop("in_chans", 3)
         config = TimmTowerConfig(
             architecture=model_name,
             model_args=model_args,

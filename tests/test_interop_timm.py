@@ -234,6 +234,26 @@ def test_a_towers_own_folder_is_not_taken_for_timms(tmp_path: Path) -> None:
         tower_from_timm(TimmModel, tmp_path)
 
 
+def test_the_constructor_takes_timms_spelling(tmp_path: Path) -> None:
+    theirs = timm_folder(tmp_path, "test_vit", num_classes=7, global_pool="avg")
+    tower = TimmModel(f"local-dir:{tmp_path}", 8, pretrained=True).eval()
+    images = images_for(tower)
+    with torch.no_grad():
+        pooled = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
+        assert torch.equal(tower.trunk(images), pooled)
+        fresh = TimmModel(f"local-dir:{tmp_path}", 8)
+        assert fresh.config.to_dict() == tower.config.to_dict()
+        assert not torch.equal(fresh.eval().trunk(images), pooled)
+    assert str(tmp_path) not in tower.config.to_json_string(), "a stored config names no place"
+    tower.save_pretrained(tmp_path / "tower")
+    with torch.no_grad():
+        assert torch.equal(TimmModel.from_pretrained(tmp_path / "tower")(images), tower(images))
+        assert torch.equal(TimmModel.from_timm(tmp_path)(images), pooled)
+    tower.export_timm(tmp_path / "timm")
+    with torch.no_grad():
+        assert torch.equal(TimmModel.from_timm(tmp_path / "timm", proj=None)(images), tower(images))
+
+
 def test_of_two_stored_sizes_one_must_be_chosen(tmp_path: Path) -> None:
     timm_folder(tmp_path, "test_vit", img_size=96, num_classes=0)  # of dynamic size; timm shows it 160 pixels
     theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
 import torch.nn as nn
@@ -11,10 +11,13 @@ from torch import Tensor
 from ..core.build import as_dtype
 from ..core.config import TimmTowerConfig
 from ..core.download import Access
+from ..core.head import CustomHead
 from ..persistence import check_device
 from .checkpoints import TrunkReport, load_trunk
 from .open_clip import tower_from_open_clip
 from .open_clip_config import preprocess_entries
+from .timm_export import TimmExport, export_timm
+from .timm_weights import tower_from_timm
 from .to_open_clip import fit_inside_open_clip
 
 if TYPE_CHECKING:
@@ -82,6 +85,60 @@ class InterchangeMixin(nn.Module):
             access=Access(token, cache_dir, force_download, local_files_only),
         )
         return cast("Self", tower)
+
+    @classmethod
+    def from_timm(
+        cls,
+        source: str | os.PathLike[str],
+        embed_dim: int | None = None,
+        image_size: int | Sequence[int] | None = None,
+        pool: str | None = "default",
+        proj: str | None = "none",
+        proj_bias: bool = False,
+        drop: float = 0.0,
+        custom_head: CustomHead | None = None,
+        *,
+        model_kwargs: dict[str, Any] | None = None,
+        allow_pickle: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> Self:
+        """A tower on a timm repository or folder, or on a folder of transformers' `TimmWrapperModel`, in eval mode.
+
+        See `interop.timm_weights.tower_from_timm` for arguments and errors.
+        """
+        tower = tower_from_timm(
+            cast("type[TimmModel]", cls),
+            source,
+            embed_dim,
+            image_size,
+            pool,
+            proj,
+            proj_bias,
+            drop,
+            custom_head,
+            model_kwargs=model_kwargs,
+            allow_pickle=allow_pickle,
+            revision=revision,
+            access=Access(token, cache_dir, force_download, local_files_only),
+        )
+        return cast("Self", tower)
+
+    def export_timm(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        head: Literal["fold", "drop"] = "fold",
+        preprocess: Literal["exact", "nearest"] = "exact",
+    ) -> TimmExport:
+        """Write a folder that stock timm loads, and stock transformers as `TimmWrapperModel`.
+
+        See `interop.timm_export.export_timm` for arguments and errors.
+        """
+        return export_timm(self, folder, head=head, preprocess=preprocess)
 
     def load_trunk(
         self,
