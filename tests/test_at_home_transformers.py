@@ -302,7 +302,7 @@ def test_auto_model_equals_timm_model(architecture: str, tmp_path: Path) -> None
     check_auto_model(architecture, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 @pytest.mark.parametrize("name", list(smallest_of_each_class()))
 def test_auto_model_equals_timm_model_for_every_timm_class(name: str, tmp_path: Path) -> None:
     check_auto_model(smallest_of_each_class()[name], tmp_path)

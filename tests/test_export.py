@@ -160,7 +160,7 @@ def test_the_scripts_help_does_not_pay_for_torch(fresh_process: Callable[..., st
     assert "--format" in fresh_process(code)
 
 
-@pytest.mark.export
+@pytest.mark.wide
 @pytest.mark.parametrize("how", FORMATS)
 @pytest.mark.parametrize("name", smallest_of_each_class().values(), ids=smallest_of_each_class().keys())
 def test_a_model_class_is_exported(how: str, name: str, tmp_path: Path) -> None:

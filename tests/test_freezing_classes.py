@@ -131,7 +131,7 @@ def test_groups_are_a_partition_in_the_order_in_which_they_run(architecture: str
     check_class(name, architecture)
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 @pytest.mark.parametrize("name", list(smallest_of_each_class()))
 def test_every_timm_class_has_groups_that_lock_as_counted(name: str) -> None:
     print(f"{name}: {check_class(name, smallest_of_each_class()[name])} groups")

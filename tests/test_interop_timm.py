@@ -409,7 +409,7 @@ def test_an_export_replaces_only_an_earlier_export(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "exported").iterdir()) == ["config.json", "model.safetensors"]
 
 
-@pytest.mark.export
+@pytest.mark.wide
 @pytest.mark.parametrize("name", smallest_of_each_class().values(), ids=smallest_of_each_class().keys())
 def test_every_model_class_is_exported(name: str, tmp_path: Path) -> None:
     with torch.device("meta"):
