@@ -1,6 +1,7 @@
 """`TimmModel`: any timm trunk plus any head, with open_clip's signature and weight keys."""
 
 import copy
+import os
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, Self
 
@@ -35,6 +36,7 @@ from .core.trunk import (
     float_dtype,
     remove_classifier,
 )
+from .feature_cache import CachedFeatures, cache_features, forward_from_cache
 from .finetuning import no_weight_decay, param_groups, summary_table
 from .hub_mixin import TowerHubMixin
 from .interop.mixin import InterchangeMixin
@@ -432,6 +434,37 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that get no weight decay because trunk or head say so."""
         return no_weight_decay(self)
+
+    def cache_features(
+        self,
+        dataset: Any,
+        path: str | os.PathLike[str],
+        *,
+        batch_size: int = 64,
+        repeats: int = 1,
+        num_workers: int = 0,
+        transform: Callable[[Any], Any] | None = None,
+        dtype: torch.dtype | None = None,
+        columns: tuple[str, str] = ("image", "label"),
+        progress: bool = True,
+    ) -> CachedFeatures:
+        """Run every image once through the frozen trunk and keep what the head takes. See `feature_cache.py`."""
+        return cache_features(
+            self,
+            dataset,
+            path,
+            batch_size=batch_size,
+            repeats=repeats,
+            num_workers=num_workers,
+            transform=transform,
+            dtype=dtype,
+            columns=columns,
+            progress=progress,
+        )
+
+    def forward_from_cache(self, features: torch.Tensor) -> Any:
+        """Features `[B, ...]` of `cache_features`, on the head's device -> what `forward` gives, by the head alone."""
+        return forward_from_cache(self, features)
 
     def summary(self) -> str:
         """A table of the parts with their parameters; print it."""

@@ -92,13 +92,17 @@ def test_unknown_pretrained_tag_lists_the_tags_that_there_are() -> None:
         TimmModel("resnet18.b9_in1k", embed_dim=8)
 
 
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/b", "resnet18/..", "hf-hubs:a/b"])
+def test_architecture_that_is_a_path_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="architecture"):
+        TimmModel(name, embed_dim=8)
+
+
 @pytest.mark.parametrize(
     "name",
     ["hf-hub:timm/resnet18.a1_in1k", "hf_hub:a/b", "local-dir:/etc", "../x", "/etc/passwd", "a/b", "resnet18/.."],
 )
-def test_architecture_that_names_a_place_is_refused(name: str, folder: Path) -> None:
-    with pytest.raises(ConfigError, match="architecture"):
-        TimmModel(name, embed_dim=8)
+def test_stored_architecture_that_names_a_place_is_refused(name: str, folder: Path) -> None:
     edit(folder, architecture=name)
     with pytest.raises(ConfigError, match="architecture"):
         TimmModel.from_pretrained(folder)

@@ -98,6 +98,11 @@ def vision_arguments(model_cfg: Mapping[str, Any], where: str) -> VisionArgument
     found = {key: vision.get(key, default) for key, default in _TIMM_DEFAULTS.items()}
     if not isinstance(name, str):
         raise ConfigError(f"{where}: timm_model_name={name!r}: expected the name of a timm model")
+    if ":" in name:
+        raise ConfigError(
+            f"{where}: timm_model_name={name!r}: expected the name of a timm model without a scheme; what lies behind "
+            "a scheme may change, and a config must rebuild the tower without a network"
+        )
     patch_dropout = found["patch_dropout"]
     if isinstance(patch_dropout, bool) or not isinstance(patch_dropout, (int, float)):
         raise ConfigError(f"{where}: patch_dropout={patch_dropout!r}: expected a rate")

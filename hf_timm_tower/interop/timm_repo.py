@@ -119,9 +119,9 @@ class TimmSource:
         )
 
 
-def is_timm_source(name: str) -> bool:
+def is_timm_source(name: object) -> bool:
     """Whether a name is spelled as timm spells a repository or a folder: `hf-hub:org/name`, `local-dir:path`."""
-    return name.lower().startswith((*HUB_SCHEMES, FOLDER_SCHEME))
+    return isinstance(name, str) and name.lower().startswith((*HUB_SCHEMES, FOLDER_SCHEME))
 
 
 def open_timm_source(
