@@ -110,7 +110,8 @@ def main() -> int:
             for loaded, python in enumerate(pythons):
                 table = json.loads(run(python, CHECK, Path(scratch, str(saved))).splitlines()[-1])
                 for name, (status, relative, same) in table.items():
-                    print(f"{saved:5}  {loaded:6}  {name:<22}  {status:<13}  {relative:<8}  {'equal' if same else 'NOT'}")
+                    agree = "equal" if same else "NOT equal"
+                    print(f"{saved:5}  {loaded:6}  {name:<22}  {status:<13}  {relative:<8}  {agree}")
                     failed |= status not in ("equal", "close") or not same
     return int(failed)
 
