@@ -21,6 +21,7 @@ _HOME = {
     "TowerError": ".core.errors",
     "ArgumentError": ".core.errors",
     "ConfigError": ".core.errors",
+    "ExportError": ".core.errors",
     "FolderError": ".core.errors",
     "FormatError": ".core.errors",
     "GraphError": ".core.errors",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .core.errors import (
         ArgumentError,
         ConfigError,
+        ExportError,
         FolderError,
         FormatError,
         GraphError,
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ArgumentError",
     "ConfigError",
+    "ExportError",
     "FolderError",
     "FormatError",
     "GraphError",

@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +13,8 @@ import torch.nn as nn
 from huggingface_hub import PyTorchModelHubMixin
 
 from .core.build import as_dtype
-from .core.card import describe_tower, make_card
+from .core.card import TowerFacts, describe_tower
+from .core.card_options import CardOptions, as_tags
 from .core.config import TimmTowerConfig
 from .core.download import Access
 from .core.errors import ArgumentError, FolderError, TowerError
@@ -21,38 +22,9 @@ from .core.fetch import fetch_tower
 from .core.fingerprint import Verification, compare, run_probe
 from .core.folder import Beside, save_tower
 from .core.head import CODE, CustomHead
+from .core.push import COMMIT_MESSAGE, default_repo_id, push_folder
 from .core.trunk_source import TrunkSource, find_trunk
-from .hub import default_repo_id, push_folder
 from .persistence import check_device, check_given_head, load_tower, storable_config
-
-
-@dataclass(frozen=True)
-class CardOptions:
-    """What the caller of a save wants in the card; see `core.card.make_card`."""
-
-    repo_id: str | None
-    tags: tuple[str, ...]
-    license: str | None
-    more: Mapping[str, Any]
-    include_code: bool
-
-    def make(self, tower: nn.Module, stored: TimmTowerConfig, existing: str | None) -> str:
-        """The card of a tower whose config is stored, made anew or out of the existing one."""
-        more = dict(self.more)
-        named: dict[str, Any] = {name: more.pop(name) for name in ("evaluated_on", "evaluated_task") if name in more}
-        if isinstance(more.get("metrics"), Mapping):
-            named["metrics"] = more.pop("metrics")
-        return make_card(
-            stored,
-            describe_tower(tower, stored),
-            existing=existing,
-            repo_id=self.repo_id,
-            tags=self.tags,
-            license=self.license,
-            include_code=self.include_code,
-            model_card_kwargs=more,
-            **named,
-        )
 
 
 class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
@@ -81,8 +53,10 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         repo_id: str | None = None,
         push_to_hub: bool = False,
         model_card_kwargs: Mapping[str, Any] | None = None,
-        tags: Sequence[str] = (),
+        tags: str | Sequence[str] = (),
         license: str | None = None,
+        metrics: Mapping[str, float] | None = None,
+        evaluated_on: str | None = None,
         include_code: bool | None = None,
         max_shard_size: int | str = "5GB",
         **push_to_hub_kwargs: Any,
@@ -99,6 +73,8 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
                 name -> figure, with `evaluated_on` (a data set's id) and `evaluated_task`.
             tags: Further tags for the card.
             license: For the card; never guessed.
+            metrics: Name -> figure, for the card's table and its `model-index`.
+            evaluated_on: Id of the data set that they were measured on.
             include_code: None: the folder carries this package's core, so that stock transformers can load it. True:
                 also the source of the head, where it cannot be stored in another form. False: no code at all.
             max_shard_size: Largest weight file, in bytes or as `"5GB"`.
@@ -116,7 +92,9 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             raise ArgumentError(f"save_pretrained: unknown keyword {', '.join(sorted(push_to_hub_kwargs))}")
         if config is not None:
             raise ArgumentError("save_pretrained: a tower saves its own config; change tower.config instead")
-        cards = CardOptions(repo_id, tuple(tags), license, model_card_kwargs or {}, include_code is not False)
+        cards = CardOptions(
+            as_tags(tags), license, model_card_kwargs or {}, metrics, evaluated_on, include_code is not False, repo_id
+        )
         self._save(save_directory, include_code, max_shard_size, cards)
         if not push_to_hub:
             return None
@@ -124,6 +102,8 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             "tags": tags,
             "license": license,
             "model_card_kwargs": model_card_kwargs,
+            "metrics": metrics,
+            "evaluated_on": evaluated_on,
             "include_code": include_code,
             "max_shard_size": max_shard_size,
             **push_to_hub_kwargs,
@@ -138,20 +118,21 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         cards: CardOptions,
         trunk: TrunkSource | None = None,
         access: Access | None = None,
-    ) -> TimmTowerConfig:
+    ) -> tuple[TowerFacts, TimmTowerConfig]:
         stored, sources = storable_config(self, include_code)
         stored.trunk_source = None if trunk is None else trunk.to_json()
-        beside = Beside(partial(cards.make, self, stored), include_code is not False, sources)
+        facts = describe_tower(self, stored)
+        beside = Beside(partial(cards.make, facts, stored), include_code is not False, sources)
         load = partial(load_tower, type(self), trust_remote_code=bool(sources), access=access)
         self._fingerprint = save_tower(self, stored, folder, load, max_shard_size, beside)
-        return stored
+        return facts, stored
 
     def push_to_hub(  # type: ignore[override]
         self,
         repo_id: str,
         *,
         config: dict[str, Any] | None = None,
-        commit_message: str = "Push a tower with hf_timm_tower",
+        commit_message: str = COMMIT_MESSAGE,
         private: bool | None = None,
         token: str | bool | None = None,
         branch: str | None = None,
@@ -160,8 +141,10 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         ignore_patterns: list[str] | str | None = None,
         delete_patterns: list[str] | str | None = None,
         model_card_kwargs: Mapping[str, Any] | None = None,
-        tags: Sequence[str] = (),
+        tags: str | Sequence[str] = (),
         license: str | None = None,
+        metrics: Mapping[str, float] | None = None,
+        evaluated_on: str | None = None,
         include_code: bool | None = None,
         trunk: str | None = None,
         max_shard_size: int | str = "5GB",
@@ -185,6 +168,8 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             model_card_kwargs: As in `save_pretrained`.
             tags: As in `save_pretrained`.
             license: As in `save_pretrained`.
+            metrics: As in `save_pretrained`.
+            evaluated_on: As in `save_pretrained`.
             include_code: As in `save_pretrained`.
             trunk: `org/name@revision` of a tower or timm repository that has this tower's trunk, bit for bit. Only the
                 head is pushed; loading fetches the trunk from there, at the commit that it has now.
@@ -202,14 +187,16 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             raise ArgumentError("push_to_hub: a tower pushes its own config; change tower.config instead")
         access = Access(token=token)
         source = None if trunk is None else find_trunk(trunk, self.state_dict(), access)
-        cards = CardOptions(None, tuple(tags), license, model_card_kwargs or {}, include_code is not False)
+        cards = CardOptions(
+            as_tags(tags), license, model_card_kwargs or {}, metrics, evaluated_on, include_code is not False
+        )
         with tempfile.TemporaryDirectory(prefix="hf_timm_tower_push_") as scratch:
             folder = Path(scratch, "tower")
-            stored = self._save(folder, include_code, max_shard_size, cards, source, access)
+            facts, stored = self._save(folder, include_code, max_shard_size, cards, source, access)
             return push_folder(
                 folder,
                 repo_id,
-                lambda name, card: replace(cards, repo_id=name).make(self, stored, card),
+                lambda name, card: replace(cards, repo_id=name).make(facts, stored, card),
                 commit_message=commit_message,
                 private=private,
                 token=token,

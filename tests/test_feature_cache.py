@@ -115,7 +115,7 @@ def test_outputs_and_gradients_are_those_of_the_whole_tower(form: str, tmp_path:
         arguments = {**arguments, "model_kwargs": {"depths": (1, 1, 1, 1), "embed_dim": 48}, "image_size": 64}
         arguments["model_kwargs"]["window_size"] = 2
     tower, dataset = locked(name, **arguments), Pictures(6)
-    cached = cache_features(tower, dataset, tmp_path / "cache", batch_size=3, progress=False)
+    cached = tower.cache_features(dataset, tmp_path / "cache", batch_size=3, progress=False)
     images = inputs_of(tower, dataset)
     tower.trunk.eval()
     assert cached[0][0].ndim == rank
@@ -123,7 +123,7 @@ def test_outputs_and_gradients_are_those_of_the_whole_tower(form: str, tmp_path:
         state = {key: value.clone() for key, value in tower.state_dict().items()}
         outputs, gradients = run(tower, tower(images[3 * at : 3 * at + 3]))
         tower.load_state_dict(state)  # a head may have statistics
-        cached_outputs, cached_gradients = run(tower, forward_from_cache(tower, features))
+        cached_outputs, cached_gradients = run(tower, tower.forward_from_cache(features))
         assert all(map(torch.equal, outputs, cached_outputs))
         assert all(map(torch.equal, gradients, cached_gradients))
         assert labels.tolist() == [dataset[3 * at + row][1] for row in range(3)]
@@ -132,7 +132,7 @@ def test_outputs_and_gradients_are_those_of_the_whole_tower(form: str, tmp_path:
 
 def test_the_trunk_never_runs_again(tmp_path: Path) -> None:
     tower = locked()
-    cached = cache_features(tower, Pictures(), tmp_path / "cache", progress=False)
+    cached = tower.cache_features(Pictures(), tmp_path / "cache", progress=False)
 
     def refuse(module: nn.Module, inputs: Any) -> None:
         raise AssertionError("the trunk was run")
@@ -145,7 +145,7 @@ def test_the_trunk_never_runs_again(tmp_path: Path) -> None:
     before = tower.head.proj.weight.detach().clone()
     for _ in range(2):
         for features, labels in cached.batches(4, shuffle=True):
-            nn.functional.cross_entropy(forward_from_cache(tower, features), labels).backward()
+            nn.functional.cross_entropy(tower.forward_from_cache(features), labels).backward()
             optimizer.step()
     assert not torch.equal(before, tower.head.proj.weight)
 
@@ -155,7 +155,7 @@ def test_caching_leaves_the_tower_and_the_random_state_as_they_were(tmp_path: Pa
     tower.trunk.layer1.eval()
     state = {key: value.clone() for key, value in tower.state_dict().items()}
     modes, random = [module.training for module in tower.modules()], torch.get_rng_state()
-    cache_features(tower, Pictures(), tmp_path / "cache", progress=False)
+    tower.cache_features(Pictures(), tmp_path / "cache", progress=False)
     assert all(torch.equal(value, state[key]) for key, value in tower.state_dict().items())
     assert modes == [module.training for module in tower.modules()]
     assert torch.equal(random, torch.get_rng_state())
@@ -178,7 +178,7 @@ def test_smaller_on_disk_comes_back_in_the_dtype_of_the_trunk(tmp_path: Path) ->
 # --- a data set
 
 def test_data_loaders_give_what_batches_give(tmp_path: Path) -> None:
-    cached = cache_features(locked(), Pictures(), tmp_path / "cache", progress=False)
+    cached = locked().cache_features(Pictures(), tmp_path / "cache", progress=False)
     for workers in (0, 1):
         loader = DataLoader(cached, 4, num_workers=workers)
         for (features, labels), (same, same_labels) in zip(loader, cached.batches(4), strict=True):
@@ -210,15 +210,15 @@ def test_tables_of_datasets_and_tensors(tmp_path: Path) -> None:
         features=datasets.Features({"img": datasets.Image(), "fine": datasets.Value("int64")}),
     )
     with pytest.raises(ArgumentError, match=r"no image, label, it has img, fine"):
-        cache_features(tower, table, tmp_path / "table")
-    of_table = cache_features(tower, table, tmp_path / "table", columns=("img", "fine"), progress=False)
+        tower.cache_features(table, tmp_path / "table")
+    of_table = tower.cache_features(table, tmp_path / "table", columns=("img", "fine"), progress=False)
     ready = TensorDataset(inputs_of(tower, pictures), torch.eye(4))
-    of_tensors = cache_features(tower, ready, tmp_path / "tensors", progress=False)
+    of_tensors = tower.cache_features(ready, tmp_path / "tensors", progress=False)
     assert torch.equal(of_table.take(torch.arange(4))[0], of_tensors.take(torch.arange(4))[0])
     assert torch.equal(of_tensors.take(torch.arange(4))[1], torch.eye(4))
     other = table.add_column("extra", [0] * 4)  # another table to `datasets`, though its images are the same
     with pytest.raises(FolderError, match="dataset fingerprint"):
-        cache_features(tower, other, tmp_path / "table", columns=("img", "fine"))
+        tower.cache_features(other, tmp_path / "table", columns=("img", "fine"))
 
 
 # --- augmentation
@@ -227,7 +227,7 @@ def test_tables_of_datasets_and_tensors(tmp_path: Path) -> None:
 def test_repeats_store_versions_that_come_again_after_a_stop(tmp_path: Path) -> None:
     tower, dataset = locked(), Pictures(5)
     arguments = {"repeats": 3, "transform": tower.transform(is_training=True), "batch_size": 4, "progress": False}
-    cached = cache_features(tower, dataset, tmp_path / "cache", **arguments)
+    cached = tower.cache_features(dataset, tmp_path / "cache", **arguments)
     assert (len(cached), cached.images, cached.repeats) == (15, 5, 3)
     versions = [torch.cat([features for features, _ in cached.batches(5, version=v)]) for v in range(3)]
     assert not any(torch.equal(versions[0][i], versions[v][i]) for i in range(5) for v in (1, 2))
@@ -239,7 +239,7 @@ def test_repeats_store_versions_that_come_again_after_a_stop(tmp_path: Path) -> 
     array.flush()
     torch.manual_seed(1)  # what is drawn hangs on the row, not on what was drawn before
     arguments["num_workers"] = 1
-    again = cache_features(tower, dataset, tmp_path / "cut", **arguments)
+    again = tower.cache_features(dataset, tmp_path / "cut", **arguments)
     assert torch.equal(again.take(torch.arange(15))[0], cached.take(torch.arange(15))[0])
 
 
@@ -257,12 +257,12 @@ def test_random_transforms_and_repeats_go_together_or_not_at_all(tmp_path: Path)
 
 def test_what_would_make_features_stale_is_refused_by_name(tmp_path: Path) -> None:
     tower, dataset, folder = locked(), Pictures(), tmp_path / "cache"
-    cached = cache_features(tower, dataset, folder, progress=False)
+    cached = tower.cache_features(dataset, folder, progress=False)
     held = cached.take(torch.arange(10))[0]
 
     def refused(match: str, tower: TimmModel = tower, dataset: Any = dataset, **arguments: Any) -> None:
         with pytest.raises(FolderError, match=match):
-            cache_features(tower, dataset, folder, progress=False, **arguments)
+            tower.cache_features(dataset, folder, progress=False, **arguments)
         assert torch.equal(held, CachedFeatures(folder).take(torch.arange(10))[0])
 
     other = locked()
@@ -282,8 +282,8 @@ def test_what_would_make_features_stale_is_refused_by_name(tmp_path: Path) -> No
     refused("the trunk with the same weights now gives other features", other)
 
     tower.head.proj.weight.data.add_(1)  # the head may change, and be another
-    cache_features(tower, dataset, folder, progress=False)
-    cache_features(locked(proj="mlp"), dataset, folder, progress=False)
+    tower.cache_features(dataset, folder, progress=False)
+    locked(proj="mlp").cache_features(dataset, folder, progress=False)
 
 
 class _Halved:

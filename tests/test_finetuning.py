@@ -1,5 +1,6 @@
 """Locks as open_clip's, parameter groups as timm's, and training that moves what is open and nothing else."""
 
+import copy
 from pathlib import Path
 
 import open_clip.timm_model
@@ -9,11 +10,13 @@ import torch
 import torch.nn as nn
 from timm.models import group_parameters
 
-from hf_timm_tower import ArgumentError, TimmModel, TowerError
+from hf_timm_tower import ArgumentError, TimmModel, TimmTowerConfig, TimmTowerModel, TowerError
+from hf_timm_tower.core.freezing import describe_frozen
 from hf_timm_tower.core.layer_groups import layer_groups
 from hf_timm_tower.core.locking import lock, unlock
 from hf_timm_tower.core.no_init import no_init
 from hf_timm_tower.finetuning import no_weight_decay, param_groups, summary_table
+from hf_timm_tower.interop.peft import add_lora, lora_config, merge_lora
 
 # One of each way in which timm cuts its models into groups.
 CUTS = (
@@ -52,8 +55,10 @@ def test_unlocked_groups_are_those_of_open_clip(name: str) -> None:
         ours = TimmModel(name, 8)
         theirs = open_clip.timm_model.TimmModel(name, 8, pretrained=False)
     count = len(group_parameters(ours.trunk, ours.trunk.group_matcher()))
+    opened = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
     for unlocked in range(count + 1):
-        theirs.requires_grad_(True)  # its lock only ever closes
+        for parameter in opened:  # its lock only ever closes
+            parameter.requires_grad_(True)
         theirs.lock(unlocked)
         lock(ours, unlocked)
         assert trainable(ours) == trainable(theirs), unlocked
@@ -185,6 +190,89 @@ def test_adapters_of_peft_train_in_a_locked_tower() -> None:
     groups = layer_groups(tower)
     assert [group.name for group in groups] == ["stem", *(f"blocks.{index}" for index in range(6)), "head"]
     assert all("lora" in " ".join(group.parameters) for group in groups[1:7])
+
+
+def locked(face: str, architecture: str) -> nn.Module:
+    """Two groups open, statistics of the rest frozen, in train mode."""
+    config = TimmTowerConfig(architecture=architecture, embed_dim=8, image_size=64)
+    tower = TimmModel.from_config(config) if face == "TimmModel" else TimmTowerModel(config)
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    lock(tower, 2, freeze_bn_stats=True)
+    return tower.train()
+
+
+def three_steps(model: nn.Module, images: torch.Tensor) -> None:
+    """Of an optimizer that has every parameter."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        output = model(images)
+        (output if isinstance(output, torch.Tensor) else output.pooler_output).square().mean().backward()
+        optimizer.step()
+
+
+def closed(tower: nn.Module) -> dict[str, torch.Tensor]:
+    """What a lock by two groups leaves as it is: parameters, and statistics of their modules."""
+    groups = [group for group in layer_groups(tower) if group.part == "trunk"][:-2]
+    names = {name for group in groups for name in group.parameters}
+    names |= {f"{name}.{key}" for group in groups for name in group.statistics
+              for key, _ in tower.get_submodule(name).named_buffers()}  # fmt: skip
+    return {name: value.clone() for name, value in tower.state_dict().items() if name in names}
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+PAIRS = [("test_resnet", "TimmModel"), ("test_vit", "transformers")]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "face", "backend"),
+    [*((*pair, "aot_eager") for pair in PAIRS), pytest.param(*PAIRS[0], "inductor", marks=pytest.mark.slow)],
+)
+def test_a_partly_locked_tower_trains_compiled_as_it_does_uncompiled(
+    architecture: str, face: str, backend: str
+) -> None:
+    torch.compiler.reset()
+    images = torch.randn(4, 3, 64, 64)
+    tower = locked(face, architecture)
+    twin = copy.deepcopy(tower)
+    before, started = closed(twin), copy.deepcopy(twin.state_dict())
+    three_steps(tower, images)
+    three_steps(torch.compile(twin, backend=backend, fullgraph=True), images)
+    assert before
+    assert same(closed(tower), before)
+    assert same(closed(twin), before)
+    for (name, ours), theirs in zip(tower.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5), name
+        assert torch.equal(theirs, started[name]) == (name in before), name
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("architecture", "face"), PAIRS)
+def test_lora_trains_in_a_partly_locked_tower_and_nothing_else_does(
+    architecture: str, face: str, compiled: bool
+) -> None:
+    torch.compiler.reset()
+    images = torch.randn(4, 3, 64, 64)
+    tower = locked(face, architecture)
+    opened, whole = trainable(tower), copy.deepcopy(tower.state_dict())
+    tower.config.frozen = describe_frozen(tower)
+    model = add_lora(tower, lora_config(tower, 2, init_lora_weights=False)).train()
+    before = copy.deepcopy(model.state_dict())
+    three_steps(torch.compile(model, backend="aot_eager") if compiled else model, images)
+    after = model.state_dict()
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert moved == trainable(model)
+    assert moved == {name for name in after if "lora_" in name or "modules_to_save" in name}
+    merged = merge_lora(model)
+    assert trainable(merged) == opened, "what is locked is what was"
+    statistics = {name for name in whole if "running" in name or "num_batches" in name}
+    assert all(torch.equal(merged.state_dict()[name], whole[name]) for name in statistics)
+    assert merged.state_dict().keys() == whole.keys()
 
 
 # --- parameter groups

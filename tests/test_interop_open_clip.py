@@ -35,6 +35,8 @@ from hf_timm_tower.interop.open_clip import tower_from_open_clip
 from hf_timm_tower.interop.open_clip_config import preprocess_entries, vision_arguments
 from hf_timm_tower.interop.to_open_clip import to_open_clip_config, to_open_clip_state_dict
 
+from .open_clip_calls import SIGLIP, TEXT, TINY
+
 CONFIGS = {
     name: config
     for name in open_clip.list_models()
@@ -64,14 +66,6 @@ SMALLEST = (
     "vit_medium_patch16_gap_256",
     "vit_relpos_medium_patch16_cls_224",
 )
-TEXT = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 1, "layers": 1}
-TINY = {
-    "embed_dim": 16,
-    "vision_cfg": {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear", "image_size": 160},
-    "text_cfg": TEXT,
-    "custom_text": True,
-}
-SIGLIP = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic", "resize_mode": "squash"}
 
 
 def their_tower(config: dict[str, Any]) -> torch.nn.Module:

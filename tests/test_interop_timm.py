@@ -43,7 +43,7 @@ from .timm_classes import smallest_of_each_class
 
 def shake(model: nn.Module) -> nn.Module:
     """Random statistics and scales too, which a fresh model has at 0 and 1, and eval mode."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and name.endswith(("running_mean", "bias", "gamma", "_token")):
             nn.init.normal_(tensor.data, std=0.1)
         elif name.endswith("running_var"):
@@ -145,15 +145,15 @@ def test_transformers_timm_wrapper_folder_gives_what_transformers_gives(kind: st
         assert torch.equal(tower(images), expected)
 
 
-def test_timm_repository_is_read_by_its_id_and_revision(
+def test_repositories_of_timm_and_of_transformers_wrapper_are_read_by_id_and_revision(
     tmp_path: Path, fresh_process: Callable[..., str]
 ) -> None:
     code = """
         import sys, timm, torch
         from huggingface_hub import HfApi
         from timm.models import save_for_hf
-        from hf_timm_tower import TimmModel
-        from hf_timm_tower.interop.timm_weights import tower_from_timm
+        from transformers import TimmWrapperConfig, TimmWrapperModel
+        from hf_timm_tower import HubError, TimmModel
 
         api, folder, commits, models = HfApi(), sys.argv[1], [], []
         api.create_repo("ann/timm")
@@ -163,19 +163,42 @@ def test_timm_repository_is_read_by_its_id_and_revision(
             save_for_hf(models[-1], folder, safe_serialization=True)
             commits.append(api.upload_folder(repo_id="ann/timm", folder_path=folder).oid)
         images = torch.randn(2, 3, 160, 160)
+
+        def assert_same(tower, number, place):
+            with torch.no_grad():
+                theirs = models[number].forward_head(models[number].forward_features(images), pre_logits=True)
+                assert torch.equal(tower.eval().trunk(images), theirs), place
+            stored = tower.config.to_json_string()
+            assert "hf-hub" not in stored and "ann/timm" not in stored, "a stored config names no place"
+
         places = {("ann/timm", None): 1, ("hf-hub:ann/timm", None): 1, ("ann/timm", commits[0]): 0,
                   (f"hf-hub:ann/timm@{commits[0]}", None): 0}
         for (place, revision), number in places.items():
-            tower = tower_from_timm(TimmModel, place, revision=revision)
-            with torch.no_grad():
-                theirs = models[number].forward_head(models[number].forward_features(images), pre_logits=True)
-                assert torch.equal(tower(images), theirs), place
-            assert "hf-hub" not in tower.config.to_json_string()
-        print("equal", len(places))
+            assert_same(TimmModel.from_timm(place, revision=revision), number, place)
+        for place, number in {"hf-hub:ann/timm": 1, f"hf_hub:ann/timm@{commits[0]}": 0}.items():
+            tower = TimmModel(place, 8, pretrained=True)
+            assert_same(tower, number, place)
+            tower.save_pretrained(sys.argv[2])
+            assert_same(TimmModel.from_pretrained(sys.argv[2]), number, place)
+        with_classifier = TimmModel.from_timm("ann/timm", proj=None)
+        with torch.no_grad():
+            assert torch.equal(with_classifier(images), models[1](images))
+
+        wrapped = TimmWrapperModel(TimmWrapperConfig(architecture="test_convnext.r160_in1k")).eval()
+        wrapped.push_to_hub("ann/wrapped")
+        with torch.no_grad():
+            expected = wrapped(images).pooler_output
+            assert torch.equal(TimmModel.from_timm("ann/wrapped")(images), expected)
+            assert torch.equal(TimmModel("hf-hub:ann/wrapped", 8, pretrained=True).eval().trunk(images), expected)
+        try:
+            TimmModel.from_timm("ann/timm", revision="v9")
+        except HubError as error:
+            assert "no revision 'v9'" in str(error)
+            print("done")
     """
     with LocalHub(tmp_path / "hub") as hub:
-        told = fresh_process(code, tmp_path / "model", env=hub.env(tmp_path / "cache"))
-    assert told.strip().endswith("equal 4")
+        told = fresh_process(code, tmp_path / "model", tmp_path / "tower", env=hub.env(tmp_path / "cache"))
+    assert told.strip().endswith("done")
 
 
 def test_pickled_weights_are_read_only_when_asked_for(tmp_path: Path) -> None:
@@ -409,8 +432,31 @@ def test_an_export_replaces_only_an_earlier_export(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "exported").iterdir()) == ["config.json", "model.safetensors"]
 
 
-@pytest.mark.wide
-@pytest.mark.parametrize("name", smallest_of_each_class().values(), ids=smallest_of_each_class().keys())
+# What CI runs: the classes that cost least, by measurement (together half a minute). The rest is for `-m wide`.
+CHEAPEST = (
+    "byobnet.ByobNet efficientnet.EfficientNet resnet.ResNet vision_transformer.VisionTransformer mambaout.MambaOut "
+    "maxxvit.MaxxVit nfnet.NormFreeNet convnext.ConvNeXt starnet.StarNet "
+    "vision_transformer_relpos.VisionTransformerRelPos mobilenetv3.MobileNetV3 cpubone.CPUBone "
+    "efficientvit_mit.EfficientVit vovnet.VovNet edgenext.EdgeNeXt cspnext.CspNext regnet.RegNet cspnet.CspNet "
+    "ghostnet.GhostNet repghost.RepGhostNet fasternet.FasterNet dla.DLA lcnetv2.LCNetV2 pit.PoolingVisionTransformer "
+    "inception_next.MetaNeXt pvt_v2.PyramidVisionTransformerV2 hgnet.HighPerfGpuNet levit.LevitDistilled "
+    "swiftformer.SwiftFormer iformer.IFormer rexnet.RexNet efficientformer_v2.EfficientFormerV2 "
+    "deit.VisionTransformerDistilled resnetv2.ResNetV2 visformer.Visformer senet.SENet fastvit.FastVit dpn.DPN "
+    "efficientvit_msra.EfficientVitMsra lowformer.LowFormer "
+).split()
+
+
+def test_twenty_classes_and_more_are_exported_where_ci_runs_the_slow_tests() -> None:
+    assert len(set(CHEAPEST) & smallest_of_each_class().keys()) >= 24
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, id=key, marks=pytest.mark.slow if key in CHEAPEST else pytest.mark.wide)
+        for key, name in smallest_of_each_class().items()
+    ],
+)
 def test_every_model_class_is_exported(name: str, tmp_path: Path) -> None:
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in timm.create_model(name).parameters())

@@ -1,8 +1,10 @@
 """A tower opens by epoch under transformers' Trainer: what is closed stays as it is, what has opened trains."""
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,7 @@ def run(
     epochs: int = 3,
     resume: str | None = None,
     optimizers: tuple[Any, Any] = (None, None),
+    callbacks: Sequence[TrainerCallback] = (),
     **arguments: Any,
 ) -> Watch:
     options: dict[str, Any] = {
@@ -81,7 +84,7 @@ def run(
         model,
         TrainingArguments(**{**options, **arguments}),
         train_dataset=images(),  # type: ignore[arg-type]
-        callbacks=[schedule, watch],
+        callbacks=[schedule, watch, *callbacks],
         optimizers=optimizers,
     )
     trainer.train(resume_from_checkpoint=resume)
@@ -185,6 +188,39 @@ def test_a_run_that_goes_on_in_the_middle_of_a_schedule_is_the_run_that_was_not_
         assert again.states[0].keys() == whole.states[step].keys()
         for ours, theirs in zip(again.states, whole.states[step:], strict=True):
             assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+KILLED = """
+import os, signal, sys, torch
+from tests.test_unfreezing import *
+torch.set_num_threads(1)
+
+class Kill(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+run(Path(sys.argv[1]), UnfreezeSchedule(SCHEDULE), make_model(), callbacks=[Kill()], **EVERY_STEP)
+"""
+SCHEDULE = "0:0,1:1,2:3"
+EVERY_STEP: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
+
+
+def test_a_run_killed_in_the_middle_of_a_schedule_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed")]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+    checkpoint = tmp_path / "killed" / "checkpoint-3"  # half of epoch 1
+    whole = run(tmp_path / "whole", UnfreezeSchedule(SCHEDULE), make_model(), **EVERY_STEP)
+    loaded = TimmTowerForImageClassification.from_pretrained(checkpoint)
+    assert {name for name, parameter in loaded.named_parameters() if parameter.requires_grad} == whole.open[2]
+    again = run(tmp_path / "killed", UnfreezeSchedule(SCHEDULE), loaded, resume=str(checkpoint), **EVERY_STEP)
+    assert again.open == whole.open[3:]
+    assert len({frozenset(each) for each in again.open}) == 2, "one more stage began"
+    for ours, theirs in zip(again.states, whole.states[3:], strict=True):
+        assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 
 
 def test_an_optimizer_without_what_opens_later_is_refused(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ import torch.nn as nn
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
+from .build import CLASSIFIER
 from .card_merge import MODEL_INDEX, Wanted, merge_card, new_card, recorded_repo
-from .card_snippets import PIPELINE_TAG, image_size, use_section
+from .card_snippets import CLASSIFICATION_TAG, PIPELINE_TAG, image_size, use_section
 from .config import TimmTowerConfig
 from .errors import ArgumentError
 
@@ -46,6 +47,8 @@ _HUB_KEYS = frozenset(
     }
 )
 _DATA_KEYS = frozenset(inspect.signature(ModelCardData).parameters) - {"ignore_metadata_errors", "kwargs"}
+# Of the labels, a card lists the first ones.
+_MOST_LABELS, _MOST_LETTERS = 10, 160
 _PLAIN = re.compile(r"[\w./@+:,;=()\[\]{} %-]+")
 
 
@@ -58,9 +61,10 @@ class TowerFacts:
         head: The head in words, Markdown.
         trunk_parameters: Number of parameters of the trunk.
         head_parameters: Number of parameters of the head.
-        parameters: Number of parameters of both, shared ones counted once.
+        parameters: Number of parameters of all, shared ones counted once.
         trainable: How many of them take a gradient.
         dtype: Dtype of the parameters; all of them, the most frequent first, where there are several.
+        classifier_parameters: Number of parameters of the classifier on top; None where there is none.
     """
 
     trunk: str
@@ -70,13 +74,14 @@ class TowerFacts:
     parameters: int
     trainable: int
     dtype: str
+    classifier_parameters: int | None = None
 
 
 def describe_tower(tower: nn.Module, config: TimmTowerConfig) -> TowerFacts:
     """The facts of a tower.
 
     Args:
-        tower: has `trunk` and `head`.
+        tower: has `trunk` and `head`, and may have `classifier`.
         config: Its config, with the head in its stored form.
     """
     parameters = list(tower.parameters())
@@ -85,15 +90,21 @@ def describe_tower(tower: nn.Module, config: TimmTowerConfig) -> TowerFacts:
         dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
     order = sorted(dtypes, key=lambda name: (-dtypes[name], name))
     trunk, head = tower.get_submodule("trunk"), tower.get_submodule("head")
+    classifier: nn.Module | None = getattr(tower, CLASSIFIER, None)
     return TowerFacts(
         trunk=type(trunk).__name__,
         head=_head_in_words(config),
-        trunk_parameters=sum(parameter.numel() for parameter in trunk.parameters()),
-        head_parameters=sum(parameter.numel() for parameter in head.parameters()),
+        trunk_parameters=_count(trunk),
+        head_parameters=_count(head),
         parameters=sum(parameter.numel() for parameter in parameters),
         trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         dtype=", ".join(order) or "none",
+        classifier_parameters=None if classifier is None else _count(classifier),
     )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def make_card(
@@ -108,7 +119,7 @@ def make_card(
     datasets: Sequence[str] = (),
     metrics: Mapping[str, float] | None = None,
     evaluated_on: str | None = None,
-    evaluated_task: str = PIPELINE_TAG,
+    evaluated_task: str | None = None,
     include_code: bool = True,
     model_card_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
@@ -126,7 +137,7 @@ def make_card(
         datasets: Ids of the data sets it was trained on.
         metrics: Name of a metric -> figure, for a table and for `model-index`.
         evaluated_on: Id of the data set that the metrics were measured on.
-        evaluated_task: The Hub's name of the task that they measure.
+        evaluated_task: The Hub's name of the task that they measure; by default what the tower is for.
         include_code: Whether `core/` travels with the tower, so that transformers can load it without this package.
         model_card_kwargs: Further metadata, as the Hub names it, and `repo_url`, `paper_url`, `docs_url`.
 
@@ -135,6 +146,8 @@ def make_card(
     """
     if repo_id is None and existing is not None:
         repo_id = recorded_repo(existing)
+    classifies = facts.classifier_parameters is not None
+    task = CLASSIFICATION_TAG if classifies else PIPELINE_TAG
     name = repo_id.rstrip("/").rpartition("/")[2] if repo_id else config.architecture
     given: dict[str, Any] = {
         "tags": _words("tags", tags),
@@ -145,7 +158,7 @@ def make_card(
     }
     results = [
         EvalResult(
-            task_type=evaluated_task,
+            task_type=evaluated_task or task,
             # As other libraries write it: the Hub wants a data set with every figure.
             dataset_type=evaluated_on or "unknown",
             dataset_name=evaluated_on or "Unknown",
@@ -155,7 +168,7 @@ def make_card(
         for metric, value in _checked_metrics(metrics or {}).items()
     ]
     links = _take_kwargs(given, results, dict(model_card_kwargs or {}), name)
-    sections = {"about": _about(config, facts), "use": use_section(config, repo_id, include_code)}
+    sections = {"about": _about(config, facts), "use": use_section(config, repo_id, include_code, classifies)}
     if links:
         sections["links"] = "## Links\n\n" + "\n".join(f"- {what}: {link}" for what, link in links.items())
     if metrics:
@@ -163,7 +176,7 @@ def make_card(
     wanted = Wanted(
         own={
             "library_name": LIBRARY_NAME,
-            "pipeline_tag": PIPELINE_TAG,
+            "pipeline_tag": task,
             "tags": ["timm_tower", "timm", config.architecture.partition(".")[0]],
         },
         given={key: value for key, value in given.items() if value not in (None, [], ())},
@@ -234,10 +247,13 @@ def _link(key: str, target: Any) -> str:
 def _about(config: TimmTowerConfig, facts: TowerFacts) -> str:
     height, width = image_size(config)
     width_in_words = f"an embedding of width {config.embed_dim}" if config.embed_dim else "what its head returns"
-    lines = [
-        f"An image tower: the timm trunk {_code(config.architecture)} and a head, from an image to {width_in_words}. "
-        "Made with `hf_timm_tower`."
-    ]
+    what = f"An image tower: the timm trunk {_code(config.architecture)} and a head, from an image to {width_in_words}"
+    if facts.classifier_parameters is not None:
+        what = (
+            f"An image classifier of {config.num_labels:,} labels: the timm trunk {_code(config.architecture)}, a head "
+            f"that gives {width_in_words}, and a linear classifier on it"
+        )
+    lines = [f"{what}. Made with `hf_timm_tower`."]
     lines += _warnings(config)
     block = config.preprocess or {}
     mean, std = block.get("mean"), block.get("std")
@@ -247,10 +263,8 @@ def _about(config: TimmTowerConfig, facts: TowerFacts) -> str:
         ("Pool", _code(config.pool or "none")),
         ("Head", facts.head),
         ("Embedding", f"`embed_dim` {config.embed_dim}" if config.embed_dim else "a structure of its head's own"),
-        (
-            "Parameters",
-            f"{facts.parameters:,} (trunk {facts.trunk_parameters:,}, head {facts.head_parameters:,})",
-        ),
+        *_labels(config, facts),
+        ("Parameters", f"{facts.parameters:,} ({_shares(facts)})"),
         ("Dtype", facts.dtype),
         ("Input", f"{channels}, {height} x {width} pixels"),
         (
@@ -261,6 +275,24 @@ def _about(config: TimmTowerConfig, facts: TowerFacts) -> str:
         ("Frozen", _frozen(config, facts)),
     ]
     return "\n\n".join(lines) + "\n\n" + _table(("", ""), rows)
+
+
+def _labels(config: TimmTowerConfig, facts: TowerFacts) -> list[tuple[str, str]]:
+    if facts.classifier_parameters is None:
+        return []
+    names = [_text(_shortened(str(name), 60)) for _, name in sorted((config.id2label or {}).items())]
+    listed = names[:_MOST_LABELS]
+    while len(listed) > 1 and len(", ".join(listed)) > _MOST_LETTERS:
+        listed.pop()
+    rest = f", ... (all in `id2label` of `config.json`: {len(names):,})" if len(listed) < len(names) else ""
+    rows = [("Labels", ", ".join(listed) + rest)]
+    return [*rows, ("Problem", _code(config.problem_type))] if config.problem_type else rows
+
+
+def _shares(facts: TowerFacts) -> str:
+    shares = f"trunk {facts.trunk_parameters:,}, head {facts.head_parameters:,}"
+    more = facts.classifier_parameters
+    return shares if more is None else f"{shares}, classifier {more:,}"
 
 
 def _warnings(config: TimmTowerConfig) -> list[str]:
@@ -317,7 +349,7 @@ def _frozen(config: TimmTowerConfig, facts: TowerFacts) -> str:
         return share if facts.trainable < facts.parameters else "nothing"
     text = json.dumps(config.frozen, sort_keys=True)
     words = text[1:-1].replace('"', "")
-    return f"{share} ({_text(words if len(words) <= 160 else words[:157] + '...')})"
+    return f"{share} ({_text(_shortened(words, 160))})"
 
 
 def _results(metrics: Mapping[str, float], evaluated_on: str | None) -> str:
@@ -337,6 +369,10 @@ def _text(value: object) -> str:
     """A text from outside as Markdown that is nothing but this text: one line, no markup, no end of a table's cell."""
     words = html.escape(" ".join(str(value).split()), quote=False).encode(errors="replace").decode()
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", words)
+
+
+def _shortened(words: str, most: int) -> str:
+    return words if len(words) <= most else words[: most - 3] + "..."
 
 
 def _code(value: object) -> str:

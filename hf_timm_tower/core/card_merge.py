@@ -133,6 +133,8 @@ def merge_card(existing: str, wanted: Wanted) -> str:
         # A repository made on the website has a card of nothing but a license.
         body = _new_body(wanted).replace("\n", newline)
     source = edit_yaml(source, data, merged, newline)
+    if block is None and not source:
+        return f"{bom}{body}"
     opening, closing = (block[1], block[3]) if block else (f"---{newline}", f"{newline}---{newline}{newline}")
     return f"{bom}{opening}{source}{closing}{body}"
 

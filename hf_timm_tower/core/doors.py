@@ -16,6 +16,11 @@ import torch
 from .aligned import write_aligned
 from .assign import Ties
 from .build import Tower
+from .card import TowerFacts
+from .card_merge import Wanted
+from .card_options import CardOptions
+from .card_snippets import snippets
+from .card_yaml import edit_yaml
 from .checkpoint import WeightPlan
 from .code_files import code_files
 from .config import TimmTowerConfig
@@ -55,12 +60,15 @@ from .model_building import build_for_transformers
 from .model_loading import Loading
 from .modeling import TimmTowerForImageClassification, TimmTowerModel
 from .modeling_base import TimmTowerPreTrainedModel
+from .modeling_saving import SavesAsTower
 from .no_init import no_init
 from .open_folder import OpenFolder
 from .pools import PoolRefused
 from .processor_config import facts_of
+from .push import push_folder
 from .recovery import Plan
 from .safetensors_header import Entry
+from .sentence_files import sentence_files
 from .staging import staged_folder
 from .strict_json import parse_json
 from .tensor_transform import transform_tensor

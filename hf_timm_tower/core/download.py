@@ -9,7 +9,7 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 
-from .errors import HubError
+from .errors import HubError, TowerError
 
 # The base of the client's HTTP library, whichever its version uses: connection refused, cut, timed out.
 _HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -53,7 +53,9 @@ class Access:
     local_files_only: bool = False
 
 
-def download_files(repo_id: str, names: Iterable[str], revision: str | None, access: Access) -> Path:
+def download_files(
+    repo_id: str, names: Collection[str], revision: str | None, access: Access, *, whole: bool = False
+) -> Path:
     """Those of the named files that the repository has at a revision, in the cache.
 
     Args:
@@ -61,13 +63,14 @@ def download_files(repo_id: str, names: Iterable[str], revision: str | None, acc
         names: Paths inside the repository.
         revision: Branch, tag, commit or `refs/pr/N`, resolved once; None for the main branch.
         access: Token, cache and so on.
+        whole: All of the files must be there.
 
     Returns:
         The snapshot's folder; its name is the commit.
 
     Raises:
-        HubError: there is no such repository or revision, it may not be read, the network fails, or a file arrived
-            damaged.
+        HubError: there is no such repository or revision, it may not be read, the network fails, a file arrived
+            damaged, or not all are there that must be.
     """
     cache = Path(access.cache_dir or constants.HF_HUB_CACHE).expanduser()
     with hub_errors(f"cannot be loaded{_at(revision)}", repo_id, revision):
@@ -90,6 +93,13 @@ def download_files(repo_id: str, names: Iterable[str], revision: str | None, acc
                 f"{repo_id}: {', '.join(damaged)} arrived damaged (not the digest that the Hub names) and was removed "
                 "from the cache. Try again; if it stays so, the file on the Hub is damaged: push the tower again."
             )
+    # Where the Hub does not answer, older clients (1.5) give the cached part of a snapshot for the whole of it.
+    if whole and (lacking := [name for name in names if not Path(root, name).exists()]):
+        raise HubError(
+            f"{repo_id} cannot be loaded at commit {Path(root).name}: {', '.join(lacking)} is missing. Either the Hub "
+            "could not be reached, and the cache has only a part: try again; or the repository is incomplete: push "
+            "the tower again."
+        )
     return Path(root)
 
 
@@ -184,8 +194,8 @@ def hub_errors(what: str, repo_id: str, revision: str | None = None) -> Iterator
         raise HubError(f"{where}: the Hub answered {status}; {remedy}: {_said(error)}") from error
     except _HTTPError as error:
         raise HubError(f"{where}: the connection to {constants.ENDPOINT} failed; try again: {_said(error)}") from error
-    except OSError as error:
-        if isinstance(error, HubError):
+    except (OSError, RuntimeError) as error:  # RuntimeError: an upload of the client's ended before its time
+        if isinstance(error, TowerError):
             raise
         raise HubError(f"{where}: {_said(error)}") from error
 

@@ -11,6 +11,7 @@ Each also inherits the builtin that fits, so that callers who catch `ValueError`
     |  +- HubError                      a repository of the Hub cannot be read or written
     +- FormatError      (ValueError)    a file of a tower is damaged, too large, or of an unknown format version
     +- WeightsError     (RuntimeError)  weights do not fit the tower: missing, unexpected or wrongly shaped keys
+    +- ExportError      (RuntimeError)  an exporter cannot write the tower, or what it wrote gives another output
 
 Messages say what was found, what was expected, where, and what to do.
 """
@@ -50,3 +51,7 @@ class FormatError(TowerError, ValueError):
 
 class WeightsError(TowerError, RuntimeError):
     """Weights do not fit the tower: missing, unexpected or wrongly shaped keys."""
+
+
+class ExportError(TowerError, RuntimeError):
+    """An exporter (ONNX, `torch.export`) cannot write the tower, or what it wrote gives another output."""

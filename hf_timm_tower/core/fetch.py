@@ -72,7 +72,8 @@ def fetch_tower(
     needed = _weight_files(folder, config)
     if trust_remote_code and (code := code_file(config)):
         needed.append(code)
-    download_files(repo_id, [prefix + name for name in needed], commit, access)
+    whole = (folder / INDEX_NAME).exists()  # else reading says what may be there in place of the one file
+    download_files(repo_id, [prefix + name for name in needed], commit, access, whole=whole)
     return folder
 
 

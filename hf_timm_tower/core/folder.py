@@ -31,6 +31,7 @@ from .head import check_stored, code_file
 from .image_processing import check_preprocess
 from .open_folder import OpenFolder, read_folder
 from .processor_config import check_processor, facts_in_tower, processor_dict
+from .sentence_files import write_sentence_files
 from .staging import staged_folder
 from .trunk import native_size
 from .trunk_source import is_separable, merged, parse_trunk_source, read_trunk
@@ -194,6 +195,7 @@ def save_tower(
         _compare_outputs(here, outputs, exact=device.type == "cpu")
         fingerprint = make_fingerprint(outputs, again, config.in_chans, size)
         write_json(staging / FINGERPRINT_NAME, fingerprint)
+        write_sentence_files(staging, Path(folder), outputs)
         if beside.card is not None:
             (staging / CARD_NAME).write_bytes(beside.card(_read_card(Path(folder))).encode("utf-8"))
     return fingerprint

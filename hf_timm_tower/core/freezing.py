@@ -1,10 +1,11 @@
 """What of a tower is frozen, as a config keeps it, and what a frozen trunk need not compute.
 
 A parameter is frozen by `requires_grad`, running statistics by a hook (`frozen_statistics`). A custom head may have
-parameters that it was made with as not trainable; they are part of the head, not of the frozen state, and no lock or
-unlock touches them.
+parameters that it was made with as not trainable, and timm shuts some that only a classifier needs (EfficientViM's
+`weights`); they are part of head and trunk, not of the frozen state, and no lock or unlock touches them.
 """
 
+import copy
 import difflib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,10 +31,12 @@ def freeze(tower: nn.Module, frozen: Collection[str], statistics: Collection[str
 
 
 def note_fixed(tower: nn.Module) -> None:
-    """Remember which parameters of the head it was made with as not trainable; to be called when it is made."""
-    tower._fixed_in_head = frozenset(  # type: ignore[assignment]
+    """Remember which parameters head and trunk were made with as not trainable; to be called when they are made."""
+    in_head = {
         name for name, parameter in tower.named_parameters() if name.startswith("head.") and not parameter.requires_grad
-    )
+    }
+    in_trunk = {f"trunk.{name}" for name in _shut_by_timm(tower.trunk)}  # type: ignore[arg-type]
+    tower._fixed_in_head = frozenset(in_head | in_trunk)  # type: ignore[assignment]
 
 
 def describe_frozen(tower: nn.Module) -> dict[str, list[str]] | None:
@@ -167,6 +170,19 @@ def needs_graph(module: nn.Module, *inputs: Any) -> bool:
 def _fixed(tower: nn.Module) -> set[str]:
     noted: frozenset[str] = getattr(tower, "_fixed_in_head", frozenset())
     return {name for name, parameter in tower.named_parameters() if name in noted and not parameter.requires_grad}
+
+
+def _shut_by_timm(trunk: nn.Module) -> list[str]:
+    """Names of parameters that timm itself shuts, whatever else somebody has frozen in this trunk."""
+    if all(parameter.requires_grad for parameter in trunk.parameters()) or not hasattr(trunk, "reset_classifier"):
+        return []
+    # timm shuts them in `reset_classifier`, so ask a copy, of no memory, that is open
+    memo: dict[int, Any] = {id(each): nn.Parameter(each.to("meta"), each.requires_grad) for each in trunk.parameters()}
+    twin: Any = copy.deepcopy(trunk, memo | {id(each): each.to("meta") for each in trunk.buffers()})
+    for parameter in twin.parameters():
+        _set_grad(parameter, True)
+    twin.reset_classifier(twin.num_classes)
+    return [name for name, parameter in twin.named_parameters() if _can_train(parameter) != parameter.requires_grad]
 
 
 def _keepers(tower: nn.Module) -> list[str]:

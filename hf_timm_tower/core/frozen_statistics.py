@@ -11,10 +11,17 @@ import torch.nn as nn
 
 
 def keeps_statistics(module: nn.Module) -> bool:
-    """Whether the module itself has state that moves in train mode: running statistics, or spectral norm's vectors."""
-    if any(getattr(module, name, None) is not None for name in ("running_mean", "running_var")):
-        return True
-    return any(name.endswith("_u") and f"{name[:-1]}v" in module._buffers for name in module._buffers)
+    """Whether the module itself has state that moves in train mode: running statistics, or spectral norm's vectors.
+
+    Running statistics are buffers called `running_...` (`running_mean`; `running_std` in a BatchRenorm of somebody's
+    own), as in torch and timm, or `moving_...`, as elsewhere. State under other names, such as a queue, is not known.
+    """
+    buffers = module._buffers
+    return any(
+        buffer is not None
+        and (name.startswith(("running_", "moving_")) or (name.endswith("_u") and f"{name[:-1]}v" in buffers))
+        for name, buffer in buffers.items()
+    )
 
 
 def hold_at_call(module: nn.Module, inputs: Any) -> None:

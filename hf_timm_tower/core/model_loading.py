@@ -12,9 +12,10 @@ from transformers.utils.hub import cached_file
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from .build import Tower
+from .checkpoint import INDEX_NAME, SINGLE_NAME
 from .config import OUR_FIELDS, TimmTowerConfig
 from .download import Access
-from .errors import ConfigError, HeadError, WeightsError
+from .errors import ConfigError, FormatError, HeadError, WeightsError
 from .fingerprint import compare, run_probe
 from .head import code_file
 from .head_code import construct_code, refuse_code
@@ -59,6 +60,23 @@ class Loading:
             raise refuse_code(spec, repo=self.place, revision=self.download.get("revision"), file=file)
         path = Path(cached_file(self.place, file, **self.download) or file)
         return construct_code(spec, path.read_text(encoding="utf-8"), where=str(path))
+
+    def refuse_stale(self, files: list[str]) -> None:
+        """Refuse a `model.safetensors` that an index of other files lies beside, as a folder with both is refused.
+
+        transformers takes the former and does not fetch the latter. `Trainer` makes such repositories: it uploads a
+        tower over an older model and takes nothing away.
+
+        Raises:
+            FormatError: there are both.
+        """
+        if Path(files[0]).name != SINGLE_NAME:
+            return
+        if cached_file(self.place, INDEX_NAME, _raise_exceptions_for_missing_entries=False, **self.download):
+            raise FormatError(
+                f"{self.place}: holds both {SINGLE_NAME} and {INDEX_NAME} of other files; transformers would load the "
+                f"first. Remove the stale one; push_to_hub of a tower removes an old {SINGLE_NAME} by itself."
+            )
 
     def access(self) -> Access:
         """How to reach another repository, where the trunk lies in one."""

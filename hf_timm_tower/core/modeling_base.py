@@ -1,4 +1,4 @@
-"""What the transformers models of a tower share: building on the meta device, loading strictly, saving as a tower.
+"""What the transformers models of a tower share: building on the meta device and loading strictly.
 
 `from_pretrained` is transformers' own, with all it takes (revisions, device maps, quantization, adapters). Two steps
 of it are ours: how a model is built under it, and how tensors get in.
@@ -13,7 +13,6 @@ model, so that it works nested in another model's `from_pretrained` too.
 """
 
 import os
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,20 +25,17 @@ from transformers import PreTrainedModel
 from .assign import assign_weights
 from .build import (
     CLASSIFIER,
-    Tower,
     as_dtype,
     budget_of,
     has_classifier,
     init_classifier,
-    load,
     match_buffers,
     runs_in_steps,
-    storable_config,
 )
 from .config import TimmTowerConfig
-from .errors import ArgumentError, ConfigError, WeightsError
-from .folder import Beside, read_tower, save_tower
-from .freezing import describe_frozen, note_fixed, restore_frozen
+from .errors import ArgumentError, ConfigError
+from .folder import read_tower
+from .freezing import note_fixed, restore_frozen
 from .head import CODE
 from .model_building import (
     align,
@@ -59,13 +55,13 @@ from .model_loading import (
     refuse_misfits,
     warn_of_changes,
 )
-from .no_init import no_init
+from .modeling_saving import TAGS, SavesAsTower
 from .trunk import native_size
 
 __all__ = ["TimmTowerPreTrainedModel"]
 
 
-class TimmTowerPreTrainedModel(PreTrainedModel):
+class TimmTowerPreTrainedModel(SavesAsTower):
     """A tower as a transformers model; see `modeling.py` for those to use.
 
     Args:
@@ -76,16 +72,11 @@ class TimmTowerPreTrainedModel(PreTrainedModel):
     """
 
     config_class = TimmTowerConfig
-    config: TimmTowerConfig
     main_input_name = "pixel_values"
     input_modalities = ["image"]  # noqa: RUF012  # transformers wants lists here
-    model_tags = ["timm"]  # noqa: RUF012
     accepts_loss_kwargs = False
     _supports_sdpa = True
-    _has_classifier = False
 
-    trunk: nn.Module
-    head: nn.Module
     runs_in_steps: bool
     supports_gradient_checkpointing: bool
 
@@ -102,6 +93,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):
             config, with_classifier=self._has_classifier, budget=budget, make_head=make_head
         )
         super().__init__(tower.config)
+        self.model_tags = list(TAGS)  # its own: `add_model_tags` appends to it
         self._arrangement = tower.arrangement
         for name, part in tower.named_children():
             self.add_module(name, part)
@@ -254,7 +246,9 @@ class TimmTowerPreTrainedModel(PreTrainedModel):
         warn_of_changes(name, info, loading)
         if loading.fingerprint is not None and (model.config.head or {}).get("form") == "registered":
             check_registered_head(model._bare(model), loading.fingerprint)
-        restore_frozen(model._bare(model), model.config.frozen)
+        bare = model._bare(model)
+        restore_frozen(bare, model.config.frozen)
+        model._held_statistics = getattr(bare, "_held_statistics", ())
         return (model, info) if output_loading_info else model
 
     @staticmethod
@@ -264,6 +258,8 @@ class TimmTowerPreTrainedModel(PreTrainedModel):
         """A step of `PreTrainedModel.from_pretrained`: the files are found, the model is on meta."""
         stock = PreTrainedModel._load_pretrained_model
         loading = LOADING.get()
+        if loading is not None and state_dict is None and checkpoint_files:
+            loading.refuse_stale(checkpoint_files)
         devices = {str(place) for place in (load_config.device_map or {"": "cpu"}).values()}
         if state_dict is not None or not checkpoint_files or "disk" in devices or loading is None:
             return stock(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
@@ -289,85 +285,3 @@ class TimmTowerPreTrainedModel(PreTrainedModel):
         for key, tensor in model.state_dict(keep_vars=True).items():
             tensor._is_hf_initialized = key in weights
         return loading_report(missing_keys=set(loading.fresh)), None
-
-    # --- saving
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        state_dict: Mapping[str, torch.Tensor] | None = None,
-        push_to_hub: bool = False,
-        max_shard_size: int | str = "5GB",
-        variant: str | None = None,
-        token: str | bool | None = None,
-        save_peft_format: bool = True,
-        save_original_format: bool = True,
-        *,
-        repo_id: str | None = None,
-        include_code: bool | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Save as `TimmModel.save_pretrained` does: the same files, loaded back and compared before they are in place.
-
-        Args:
-            save_directory: A folder, existing or not; files in it that are not the tower's are kept.
-            is_main_process: False saves nothing: another process does.
-            state_dict: The weights, where they had to be gathered from several processes.
-            push_to_hub: Push as well.
-            max_shard_size: Largest weight file, in bytes or as `"5GB"`.
-            variant: Refused: a tower has one set of weights.
-            token: For pushing.
-            save_peft_format: For a model with an adapter, of which only the adapter is saved.
-            save_original_format: Of transformers; a tower has one format.
-            repo_id: Where to push; the folder's name by default.
-            include_code: None: the folder carries `core/`, so that it loads where this package is not installed.
-                True: also the source of the head, where it cannot be stored in another form. False: no code at all.
-            kwargs: For `push_to_hub`.
-
-        Raises:
-            HeadError: the head cannot be stored in any form; nothing was written.
-            FolderError: the folder cannot be written; what was there before is whole.
-        """
-        if getattr(self, "_hf_peft_config_loaded", False):
-            stock: Any = super().save_pretrained
-            stock(save_directory, is_main_process, state_dict, push_to_hub, token=token,
-                  save_peft_format=save_peft_format, **kwargs)  # fmt: skip
-            return
-        if variant is not None or (kwargs and not push_to_hub):
-            raise ArgumentError(f"save_pretrained: {', '.join(sorted(kwargs)) or 'variant'} cannot be honoured")
-        if getattr(self, "hf_quantizer", None) is not None:
-            raise WeightsError("a quantized tower is not saved: save it as it was before, and quantize when loading")
-        if not is_main_process:
-            return
-        tower = self._whole(state_dict)
-        stored, sources = storable_config(self._bare(tower), include_code=include_code)
-        stored.frozen = describe_frozen(self._bare(self))
-        stored.architectures = [type(self).__name__]
-        stored.dtype = None
-        vars(stored).pop("use_cache", None)  # of Trainer, not of the tower
-        beside = Beside(include_code=include_code is not False, sources=sources)
-        again = partial(load, trust_head_code=bool(sources))
-        save_tower(tower, stored, save_directory, again, max_shard_size, beside)
-        if push_to_hub:
-            push: Any = self.push_to_hub
-            push(repo_id or Path(save_directory).resolve().name, token=token, **kwargs)
-
-    def _bare(self, tower: nn.Module) -> Tower:
-        """A tower's trunk and head alone: what its config speaks of."""
-        bare = Tower(self.config, tower.trunk, tower.head)  # type: ignore[arg-type]
-        bare._fixed_in_head = self._fixed_in_head
-        return bare
-
-    def _whole(self, state_dict: Mapping[str, torch.Tensor] | None) -> Tower:
-        """The tower inside this model; with other weights, where they were gathered, in a copy."""
-        parts = (self.trunk, self.head, getattr(self, CLASSIFIER, None))
-        own = self.state_dict(keep_vars=True)
-        if state_dict is None or all(
-            key in state_dict and state_dict[key].data_ptr() == tensor.data_ptr() for key, tensor in own.items()
-        ):
-            return Tower(self.config, *parts)
-        with no_init():
-            twin = build_for_transformers(self.config, with_classifier=self._has_classifier)
-        assign_weights(twin, state_dict, source="state_dict", device="cpu")
-        return twin

@@ -11,19 +11,10 @@ import torch
 import torch.nn as nn
 
 from ..core.aligned import folder_error
-from ..core.errors import ConfigError, FolderError
+from ..core.errors import ConfigError, ExportError, FolderError
 from ..core.trunk import float_dtype
 from .onnxruntime import Session
-from .torch_export import (
-    PREPROCESS_NAME,
-    EvalTower,
-    Exported,
-    ExportError,
-    check_output,
-    reasons,
-    required_suffix,
-    trace,
-)
+from .torch_export import PREPROCESS_NAME, EvalTower, Exported, check_output, reasons, required_suffix, trace
 
 INPUT_NAME, OUTPUT_NAME = "images", "embedding"
 

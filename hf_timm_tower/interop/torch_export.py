@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..core.aligned import folder_error
 from ..core.config import TimmTowerConfig
-from ..core.errors import ArgumentError, ConfigError, TowerError
+from ..core.errors import ArgumentError, ConfigError, ExportError, TowerError
 from ..core.tower import arrange, run_head
 from ..core.trunk import BUILD_ERRORS, eval_mode, float_dtype
 
@@ -29,10 +29,6 @@ PREPROCESS_NAME = "preprocess.json"
 """Text stored in the file: what the images must have gone through (`config.preprocess` and the image size)."""
 
 _TRACED_BATCH, CHECKED_BATCHES = 2, (1, 3)
-
-
-class ExportError(TowerError, RuntimeError):
-    """torch's exporter cannot export this tower, or the exported program gives another output."""
 
 
 @dataclass(frozen=True)

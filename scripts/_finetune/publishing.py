@@ -3,15 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from hf_timm_tower import TimmTowerConfig, TimmTowerForImageClassification
-from hf_timm_tower.core.card import describe_tower, make_card
-from hf_timm_tower.core.checkpoint import CARD_NAME
-from hf_timm_tower.hub import push_folder
+from hf_timm_tower import TimmTowerForImageClassification
 
 from .arguments import FinetuneArguments
 from .data import Data
-
-_TASK = "image-classification"
 
 
 class Publication:
@@ -30,38 +25,23 @@ class Publication:
         self.model, self.folder, self.metrics, self.data = model, folder, metrics, data
 
     def save(self) -> None:
-        """Save the tower, then its card. What somebody wrote into the card since an earlier save is kept."""
-        self.model.save_pretrained(self.folder)
-        card = self.folder / CARD_NAME
-        text = self.card(str(self.folder), card.read_text(encoding="utf-8") if card.exists() else None)
-        card.write_text(text, encoding="utf-8")
+        """Save the tower with its card. What somebody wrote into the card since an earlier save is kept."""
+        self.model.save_pretrained(
+            self.folder, repo_id=str(self.folder), metrics=self.metrics, evaluated_on=self.data.name
+        )
 
     def push(self, repo_id: str, arguments: FinetuneArguments) -> str:
-        """Push the saved folder in one commit; its address.
+        """Push the tower in one commit; its address.
 
         Raises:
             HubError: the repository cannot be written.
         """
-        return push_folder(
-            self.folder,
+        return self.model.push_to_hub(
             repo_id,
-            self.card,
             commit_message="Fine-tuned tower",
             private=arguments.hub_private_repo,
             token=arguments.hub_token,
-            branch=arguments.hub_revision,
-        )
-
-    def card(self, repo_id: str, existing: str | None) -> str:
-        """The card, made anew or out of the existing one."""
-        config = TimmTowerConfig.from_pretrained(self.folder)
-        return make_card(
-            config,
-            describe_tower(self.model, config),
-            existing=existing,
-            repo_id=repo_id,
+            revision=arguments.hub_revision,
             metrics=self.metrics,
             evaluated_on=self.data.name,
-            evaluated_task=_TASK,
-            model_card_kwargs={"pipeline_tag": _TASK},
         )

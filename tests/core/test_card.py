@@ -186,6 +186,65 @@ def test_names_from_a_foreign_config_are_text_and_nothing_else() -> None:
     assert make_card(config(**fields), replace(FACTS, trunk=name), existing=text, repo_id=f"me/{name}") == text
 
 
+# A classifier
+
+CLASSIFIES = replace(FACTS, classifier_parameters=99)
+
+
+@pytest.mark.parametrize(
+    ("fields", "answer"),
+    [
+        ({"id2label": {0: "cat", 1: "dog"}}, "label = "),
+        ({"num_labels": 2, "problem_type": "single_label_classification"}, "label = "),
+        ({"num_labels": 2, "problem_type": "multi_label_classification"}, "scores = "),
+        ({"num_labels": 2, "problem_type": "regression"}, "values = "),
+        ({"num_labels": 1}, "values = "),
+        ({"num_labels": 2, "in_chans": 5}, "label = "),
+    ],
+)
+def test_a_classifier_shows_what_its_numbers_are(fields: dict[str, Any], answer: str) -> None:
+    made = make_card(config(**fields), CLASSIFIES, repo_id="me/eyes")
+    assert ModelCard(made).data.pipeline_tag == "image-classification"
+    shown = snippets(made)
+    pictures = {"pipeline"} if fields.get("in_chans", 3) == 3 else set()
+    assert set(shown) == {"package", "transformers", "remote_code", "embedding", *pictures}
+    for name, code in shown.items():
+        ast.parse(code)
+        assert code.count("me/eyes") == 1, name
+    for name in ("package", "transformers", "remote_code"):
+        assert answer in shown[name]
+        assert f"[1, {config(**fields).num_labels}]" in shown[name]
+    assert ('function_to_apply="none"' in made) == (answer == "values = "), "else the pipeline squashes it"
+
+
+def test_labels_are_listed_shortly_and_as_text() -> None:
+    names = {index: f"label {index}" for index in range(1000)}
+    made = make_card(config(id2label=names), CLASSIFIES)
+    assert re.search(r"^\| Labels \| label 0, label 1, .*label 9, \.\.\. \(.* 1,000\) \|$", made, re.MULTILINE)
+    names = {0: "a|b\n# <!-- hf_timm_tower: end about -->", 1: "x" * 5000, 2: "y" * 5000, 3: "z" * 5000}
+    made = make_card(config(id2label=names), CLASSIFIES)
+    [row] = re.findall(r"^\| Labels .*$", made, re.MULTILINE)
+    assert len(row) < 400
+    assert re.search(r"[^\\]\|", row[2:-1].split("Labels |", 1)[1]) is None
+    assert made.count("hf_timm_tower: end about -->") == 1
+    assert make_card(config(id2label=names), CLASSIFIES, existing=made) == made
+
+
+def test_a_card_follows_when_the_classifier_goes_and_comes() -> None:
+    plain, labelled = config(), config(num_labels=3)
+    made = make_card(plain, FACTS, repo_id="me/eyes")
+    both = make_card(labelled, CLASSIFIES, existing=made)
+    assert both == make_card(labelled, CLASSIFIES, repo_id="me/eyes")
+    assert make_card(plain, FACTS, existing=both) == made
+
+
+def test_metrics_of_a_classifier_are_of_its_task() -> None:
+    made = make_card(config(num_labels=3), CLASSIFIES, metrics={"accuracy": 0.5})
+    assert ModelCard(made).data.eval_results[0].task_type == "image-classification"
+    made = make_card(config(num_labels=3), CLASSIFIES, metrics={"accuracy": 0.5}, evaluated_task="other")
+    assert ModelCard(made).data.eval_results[0].task_type == "other"
+
+
 # What people wrote
 
 

@@ -1,10 +1,11 @@
-"""Layer groups, locks by them, statistics that stay, the state that a config keeps, and trunks that keep no graph."""
+"""Layer groups, locks by them, statistics that stay, and the state that a config keeps."""
 
 import copy
 import itertools
 import json
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,55 +18,19 @@ from hf_timm_tower.core.errors import ArgumentError, ConfigError
 from hf_timm_tower.core.freezing import (
     check_frozen,
     describe_frozen,
-    frozen_context,
     head_without_lock,
-    note_fixed,
     restore_frozen,
 )
-from hf_timm_tower.core.frozen_statistics import keep_statistics
+from hf_timm_tower.core.frozen_statistics import keep_statistics, keeps_statistics
 from hf_timm_tower.core.layer_groups import layer_groups, smallest_cover
 from hf_timm_tower.core.locking import lock, unlock
 
-
-class Tower(nn.Module):
-    """The least that is a tower; its forward is that of both faces."""
-
-    def __init__(self, architecture: str, head: nn.Module | None = None, **kwargs: Any) -> None:
-        super().__init__()
-        self.trunk = timm.create_model(architecture, num_classes=0, **kwargs)
-        self.head = nn.Linear(self.trunk.num_features, 8) if head is None else head
-        note_fixed(self)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with frozen_context(self.trunk, x):
-            features = self.trunk(x)
-        return self.head(features)
+from .bare_towers import Tower, everything, moved, statistics, trainable, under
 
 
 @pytest.fixture
 def image() -> torch.Tensor:
     return torch.randn(4, 3, 64, 64)
-
-
-def trainable(tower: nn.Module) -> set[str]:
-    return {name for name, parameter in tower.named_parameters() if parameter.requires_grad}
-
-
-def everything(tower: nn.Module) -> set[str]:
-    return {name for name, _ in tower.named_parameters()}
-
-
-def statistics(tower: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: buffer.clone() for name, buffer in tower.named_buffers()}
-
-
-def moved(tower: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
-    now = dict(tower.named_buffers())
-    return {name for name, value in before.items() if not torch.equal(now[name], value)}
-
-
-def under(names: set[str], *prefixes: str) -> set[str]:
-    return {name for name in names if name.startswith(tuple(f"{prefix}." for prefix in prefixes)) or name in prefixes}
 
 
 # --- groups
@@ -274,6 +239,19 @@ def test_frozen_statistics_stay_and_the_others_move(through: str, image: torch.T
     assert moved(tower, before) == set(before)
 
 
+class Renorm(nn.Module):
+    """A norm of somebody's own, with running state under names of its own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("running_std", torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.running_std.lerp_(x.detach().std(0), 0.1)
+        return x / self.running_std
+
+
 @pytest.mark.parametrize(
     "norm",
     [
@@ -283,10 +261,11 @@ def test_frozen_statistics_stay_and_the_others_move(through: str, image: torch.T
         nn.Sequential(nn.Unflatten(1, (12, 8)), nn.InstanceNorm1d(12, track_running_stats=True), nn.Flatten()),
         nn.Sequential(nn.Unflatten(1, (96, 1, 1)), timm.layers.BatchNormAct2d(96), nn.Flatten()),
         nn.Sequential(nn.Unflatten(1, (96, 1, 1)), timm.layers.EvoNorm2dB0(96), nn.Flatten()),
+        Renorm(96),
         spectral_norm(nn.Linear(96, 96)),
         nn.utils.spectral_norm(nn.Linear(96, 96)),
     ],
-    ids=["batch", "no_affine", "sync", "instance", "timm_act", "evo", "spectral", "old_spectral"],
+    ids=["batch", "no_affine", "sync", "instance", "timm_act", "evo", "own", "spectral", "old_spectral"],
 )
 def test_every_kind_of_running_state_can_be_frozen(norm: nn.Module, image: torch.Tensor) -> None:
     tower = Tower("test_resnet", nn.Sequential(norm, nn.Linear(96, 8)))
@@ -300,6 +279,45 @@ def test_every_kind_of_running_state_can_be_frozen(norm: nn.Module, image: torch
     before = statistics(tower)
     tower(image)
     assert moved(tower, before) == set()
+
+
+TRUNK_NORMS: dict[str, Any] = {
+    "BatchNorm2d": nn.BatchNorm2d,
+    "BatchNormAct2d": timm.layers.BatchNormAct2d,
+    "SyncBatchNorm": nn.SyncBatchNorm,
+    "SyncBatchNormAct": timm.layers.SyncBatchNormAct,
+    "SplitBatchNorm2d": partial(timm.layers.SplitBatchNorm2d, num_splits=2),
+    "InstanceNorm2d": partial(nn.InstanceNorm2d, affine=True, track_running_stats=True),
+    "EvoNorm2dB0": timm.layers.EvoNorm2dB0,
+    "EvoNorm2dB1": timm.layers.EvoNorm2dB1,
+    "EvoNorm2dB2": timm.layers.EvoNorm2dB2,
+}
+
+
+@pytest.mark.parametrize("norm", TRUNK_NORMS)
+def test_every_kind_of_norm_in_a_trunk_stays_below_the_lock_and_moves_above(norm: str, image: torch.Tensor) -> None:
+    tower = Tower("test_resnet", norm_layer=TRUNK_NORMS[norm]).train()
+    keys = list(tower.state_dict())
+    before = statistics(tower)
+    tower(image)
+    moving = moved(tower, before)  # not InstanceNorm's number of batches
+    assert len({name.rpartition(".")[0] for name in before}) == len({name.rpartition(".")[0] for name in moving})
+    lock(tower, 2, freeze_bn_stats=True)
+    for again in (tower, copy.deepcopy(tower), pickle.loads(pickle.dumps(tower))):
+        again.train()
+        again.trunk.train()
+        before = statistics(again)
+        again(image)
+        assert moved(again, before) == under(moving, "trunk.layer3", "trunk.layer4") != set()
+        assert list(again.state_dict()) == keys
+
+
+def test_statistics_of_inplace_abn_count_too() -> None:
+    """Its forward needs a package for CUDA, so it does not run here."""
+    norm = timm.layers.InplaceAbn(4)
+    assert keeps_statistics(norm)
+    without = (nn.LayerNorm(4), timm.layers.GroupNorm1(4), nn.BatchNorm1d(4, track_running_stats=False))
+    assert not any(map(keeps_statistics, without))
 
 
 def test_statistics_are_frozen_where_all_parameters_of_their_module_are() -> None:
@@ -388,137 +406,3 @@ def test_a_lock_is_no_part_of_the_head(image: torch.Tensor) -> None:
         assert all(module.training and not module._forward_pre_hooks for module in head.modules())
     assert describe_frozen(tower) == before
     assert [module.training for module in tower.modules()] == modes
-
-
-# --- graph
-
-
-def saved_bytes(tower: nn.Module, image: torch.Tensor) -> int:
-    """Bytes that a forward in train mode keeps for backward, parameters and input left out."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*tower.parameters(), *tower.buffers(), image)}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = tower(image)
-    assert output.requires_grad
-    return sum(kept.values())
-
-
-@pytest.mark.parametrize("architecture", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet"])
-def test_a_frozen_trunk_keeps_nothing_and_gives_the_same(architecture: str) -> None:
-    tower = Tower(architecture)
-    image = torch.randn(4, 3, 160, 160)
-    tower.eval()
-    expected = tower(image)
-    expected.square().sum().backward()
-    gradients = {name: parameter.grad for name, parameter in tower.head.named_parameters()}
-    for parameter in tower.parameters():
-        parameter.grad = None
-    lock(tower)
-    with torch.no_grad():
-        features = tower.trunk(image)
-    assert saved_bytes(tower, image) <= features.untyped_storage().nbytes()
-    output = tower(image)
-    assert torch.equal(output, expected)
-    output.square().sum().backward()
-    assert all(torch.equal(gradients[name], parameter.grad) for name, parameter in tower.head.named_parameters())
-    assert all(parameter.grad is None for parameter in tower.trunk.parameters())
-
-
-@pytest.mark.parametrize("architecture", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet"])
-def test_a_partly_frozen_trunk_keeps_nothing_below_its_first_open_group(architecture: str) -> None:
-    tower = Tower(architecture).train()
-    image = torch.randn(4, 3, 160, 160)
-    trunk = [group for group in layer_groups(tower) if group.part == "trunk"]
-    kept = []
-    in_graph: list[bool] = []
-    for count in range(len(trunk) + 1):
-        lock(tower, count)
-        handles = [
-            tower.get_submodule(name.rpartition(".")[0]).register_forward_hook(
-                lambda module, inputs, output: in_graph.append(output.requires_grad)
-            )
-            for group in trunk[: len(trunk) - count]
-            for name in group.parameters
-            if name.count(".") > 1
-        ]
-        kept.append(saved_bytes(tower, image))
-        for handle in handles:
-            handle.remove()
-    assert in_graph, "layers ran"
-    assert not any(in_graph), "no layer of a frozen group is in the graph"
-    assert kept == sorted(kept)
-    assert kept[0] * 10 < kept[-1]
-
-
-def test_a_frozen_trunk_runs_with_gradients_off_and_an_open_one_with_them_on(image: torch.Tensor) -> None:
-    tower = Tower("test_resnet")
-    modes: list[bool] = []
-    forward = type(tower.trunk).forward_features
-    type(tower.trunk).forward_features = lambda self, x: modes.append(torch.is_grad_enabled()) or forward(self, x)
-    try:
-        for call in (lock, unlock, lambda tower: lock(tower, 1)):
-            call(tower)
-            assert tower(image).requires_grad
-    finally:
-        type(tower.trunk).forward_features = forward
-    assert modes == [False, True, True]
-
-
-def test_a_frozen_trunk_still_carries_gradients_that_somebody_needs(image: torch.Tensor) -> None:
-    tower = Tower("test_vit", img_size=64)
-    lock(tower)
-    wanted = image.clone().requires_grad_()
-    tower(wanted).sum().backward()
-    assert wanted.grad is not None
-    assert wanted.grad.abs().sum() > 0
-    # a prompt that a hook adds, held outside the trunk
-    tower.prompt = nn.Parameter(torch.zeros(1, 1, 64))
-    handle = tower.trunk.blocks[0].register_forward_pre_hook(lambda module, args: (args[0] + tower.prompt,))
-    tower(image).sum().backward()
-    assert tower.prompt.grad is not None
-    handle.remove()
-    # an adapter inside it
-    tower.trunk.blocks[2].mlp.adapter = nn.Linear(1, 1)
-    assert tower.trunk.blocks[2].mlp.adapter.weight.requires_grad
-    with frozen_context(tower.trunk, image):
-        assert torch.is_grad_enabled()
-
-
-@pytest.mark.parametrize("count", [0, 2])
-def test_gradient_checkpointing_gives_the_same_gradients_on_a_locked_tower(count: int, image: torch.Tensor) -> None:
-    tower = Tower("test_vit", img_size=64).train()
-    lock(tower, count)
-    tower(image).square().sum().backward()
-    expected = {name: parameter.grad for name, parameter in tower.named_parameters()}
-    for parameter in tower.parameters():
-        parameter.grad = None
-    tower.trunk.set_grad_checkpointing()
-    tower(image).square().sum().backward()
-    for name, parameter in tower.named_parameters():
-        assert (parameter.grad is None) == (expected[name] is None) == (name not in trainable(tower))
-        if parameter.grad is not None:
-            assert torch.allclose(parameter.grad, expected[name], rtol=1e-4, atol=1e-6), name
-
-
-@pytest.mark.parametrize("count", [0, 1])
-def test_a_locked_tower_compiles_whole(count: int, image: torch.Tensor) -> None:
-    tower = Tower("test_resnet").train()
-    lock(tower, count, freeze_bn_stats=True)
-    tower.train()
-    other = copy.deepcopy(tower)
-    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
-    before = statistics(other)
-    for model in (tower, compiled):
-        model(image).square().sum().backward()
-    assert moved(tower, before) == moved(other, before) == (under(set(before), "trunk.layer4") if count else set())
-    for (name, ours), (_, theirs) in zip(tower.named_parameters(), other.named_parameters(), strict=True):
-        assert (ours.grad is None) == (theirs.grad is None) == (name not in trainable(tower))
-        if ours.grad is not None:
-            assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5), name

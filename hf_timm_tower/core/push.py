@@ -1,4 +1,4 @@
-"""A saved tower's folder -> one commit of a repository. (Loading is in `core/fetch.py`, which travels with towers.)
+"""A saved tower's folder -> one commit of a repository. (The way back is in `fetch.py`.)
 
 The commit is made on top of the very commit that was looked at (`parent_commit`). Without that, huggingface_hub leaves
 out files that were unchanged a moment ago, and a push of somebody else in between gives a mix of two towers.
@@ -12,9 +12,12 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
-from .core.checkpoint import CARD_NAME, is_own_file
-from .core.download import Access, download_files, hub_errors
-from .core.errors import HubError
+from .checkpoint import CARD_NAME, is_own_file
+from .download import Access, download_files, hub_errors
+from .errors import HubError
+from .sentence_files import MODULES_NAME, SENTENCE_NAME, are_edited
+
+COMMIT_MESSAGE = "Push a tower with hf_timm_tower"
 
 # Pushes that meet on one branch take turns; each attempt makes its commit on top of the newest one.
 _ATTEMPTS = 8
@@ -27,6 +30,7 @@ def push_folder(
     make_card: Callable[[str, str | None], str],
     *,
     commit_message: str,
+    commit_description: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
     branch: str | None = None,
@@ -42,6 +46,7 @@ def push_folder(
         repo_id: From `create_repository`.
         make_card: The repository's full id, the card as it is there (None where there is none) -> the card to push.
         commit_message: The commit's first line.
+        commit_description: What stands under it.
         private: Of the repository, where it is made by this call.
         token: With the right to write.
         branch: Made where it does not exist; None for the main one.
@@ -66,6 +71,8 @@ def push_folder(
         (folder / CARD_NAME).write_bytes(card.encode("utf-8"))
         local = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         pushed = list(filter_repo_objects(local, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        kept = _kept(repo_id, parent, remote, token)
+        pushed = [name for name in pushed if name not in kept]
         stale = _stale(remote, pushed, delete_patterns)
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in pushed),
@@ -77,6 +84,7 @@ def push_folder(
                     repo_id,
                     operations,
                     commit_message=commit_message,
+                    commit_description=commit_description,
                     revision=branch,
                     create_pr=create_pr,
                     parent_commit=parent,
@@ -106,13 +114,23 @@ def _state(api: HfApi, repo_id: str, branch: str | None) -> tuple[str | None, li
 def _card(repo_id: str, commit: str | None, remote: list[str], token: str | bool | None) -> str | None:
     if CARD_NAME not in remote:
         return None
-    root = download_files(repo_id, [CARD_NAME], commit, Access(token=token))
+    root = download_files(repo_id, [CARD_NAME], commit, Access(token=token), whole=True)
     try:
         return (root / CARD_NAME).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise HubError(
             f"{repo_id} cannot be pushed to: its {CARD_NAME} is not UTF-8 text ({error}); mend it on the Hub first"
         ) from error
+
+
+def _kept(repo_id: str, commit: str | None, remote: list[str], token: str | bool | None) -> frozenset[str]:
+    """The files for sentence-transformers, if somebody edited them on the Hub."""
+    names = frozenset({MODULES_NAME, SENTENCE_NAME})
+    present = sorted(names.intersection(remote))
+    if not present:
+        return frozenset()
+    root = download_files(repo_id, present, commit, Access(token=token), whole=True)
+    return names if are_edited({name: (root / name).read_bytes() for name in present}) else frozenset()
 
 
 def _stale(remote: list[str], pushed: list[str], delete_patterns: list[str] | str | None) -> list[str]:
