@@ -312,11 +312,15 @@ def test_a_connection_that_breaks_is_noticed(client: Run, hub: LocalHub, folder:
     client(
         """
         api.create_repo("ann/cut")
-        try:
-            api.upload_folder(repo_id="ann/cut", folder_path=sys.argv[1])
-        except RuntimeError:  # older clients (1.5) do not try again by themselves
-            api.upload_folder(repo_id="ann/cut", folder_path=sys.argv[1])
-        same(sys.argv[1], snapshot_download("ann/cut"))
+        def done(call):
+            try:
+                return call()
+            except Exception as error:  # older clients (1.5) do not try again by themselves
+                cause = error.__cause__ or error
+                assert type(cause).__name__ == "RemoteProtocolError", cause
+                return call()
+        done(lambda: api.upload_folder(repo_id="ann/cut", folder_path=sys.argv[1]))
+        same(sys.argv[1], done(lambda: snapshot_download("ann/cut")))
         """,
         folder,
     )

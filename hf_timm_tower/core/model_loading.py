@@ -88,12 +88,13 @@ LOADING: ContextVar[Loading | None] = ContextVar("loading", default=None)
 
 
 def refuse_changed(stored: TimmTowerConfig, given: TimmTowerConfig, folder: Path) -> None:
-    """Refuse a config that is not the folder's own.
+    """Refuse a config that is not the folder's own; only what was frozen may be left out of it.
 
     Raises:
         ConfigError: names the fields.
     """
-    odd = [name for name in OUR_FIELDS if getattr(stored, name) != getattr(given, name)]
+    opened = {"frozen"} if given.frozen is None else set()
+    odd = [name for name in OUR_FIELDS if getattr(stored, name) != getattr(given, name) and name not in opened]
     if odd:
         changes = ", ".join(f"{name}={getattr(given, name)!r} (stored {getattr(stored, name)!r})" for name in odd[:4])
         raise ConfigError(

@@ -197,6 +197,7 @@ class TimmTowerPreTrainedModel(SavesAsTower):
         torch_dtype: torch.dtype | str | None = None,
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
+        frozen: bool | None = True,
         **kwargs: Any,
     ) -> Any:
         """Load a tower from a folder or a repository, in eval mode; reads what `TimmModel.from_pretrained` reads.
@@ -210,6 +211,8 @@ class TimmTowerPreTrainedModel(SavesAsTower):
             ignore_mismatched_sizes: Weights that are missing, unexpected or of another shape are no error: they get
                 fresh values or are left out, and a warning lists them.
             output_loading_info: Return `(model, info)`, info with the lists of such keys.
+            frozen: Freeze what was frozen when the tower was saved; False or None: everything trains. `AutoModel`
+                takes None alone, since it reads this into the config first.
             kwargs: As `PreTrainedModel.from_pretrained`: `revision`, `token`, `cache_dir`, `force_download`,
                 `local_files_only`, `subfolder`, `device_map`, `attn_implementation`, `quantization_config`, ...
 
@@ -247,7 +250,10 @@ class TimmTowerPreTrainedModel(SavesAsTower):
         if loading.fingerprint is not None and (model.config.head or {}).get("form") == "registered":
             check_registered_head(model._bare(model), loading.fingerprint)
         bare = model._bare(model)
-        restore_frozen(bare, model.config.frozen)
+        if frozen:
+            restore_frozen(bare, model.config.frozen)
+        else:
+            model.config.frozen = None
         model._held_statistics = getattr(bare, "_held_statistics", ())
         return (model, info) if output_loading_info else model
 

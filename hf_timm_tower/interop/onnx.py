@@ -1,5 +1,6 @@
 """A tower -> ONNX, by torch's own exporter, checked with onnxruntime. Needs the extra `onnx`."""
 
+import inspect
 import os
 import shutil
 import tempfile
@@ -34,7 +35,7 @@ def export_onnx(tower: nn.Module, path: str | os.PathLike[str], *, check: bool =
         The file and how far its output is from the tower's.
 
     Raises:
-        ExportError: torch cannot export this tower; or its output differs by more than 1e-4.
+        ExportError: torch is too old, or cannot export this tower; or its output differs by more than 1e-4.
         ConfigError: another ending, or a dtype that onnxruntime does not run.
         FolderError: the file cannot be written.
     """
@@ -43,6 +44,11 @@ def export_onnx(tower: nn.Module, path: str | os.PathLike[str], *, check: bool =
     dtype = float_dtype(model.trunk)
     if dtype not in (torch.float32, torch.float16):
         raise ConfigError(f"the tower is in {dtype}, which onnxruntime does not run on the CPU: tower.float() first")
+    if "dynamic_shapes" not in inspect.signature(torch.onnx.export).parameters:  # its new exporter came with it
+        raise ExportError(
+            f"torch {torch.__version__}: its torch.onnx cannot write ONNX from a program; a newer torch "
+            "can. The tower's folder loads there as it is."
+        )
     with _plain_attention(model):
         program = trace(model)
     try:

@@ -465,6 +465,13 @@ def test_what_is_frozen_stays_frozen(tmp_path: Path) -> None:
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     model.save_pretrained(tmp_path / "again")
     assert same_files(tmp_path / "again", tmp_path / "tower")
+    for opened in (
+        TimmTowerModel.from_pretrained(tmp_path / "tower", frozen=False),
+        AutoModel.from_pretrained(tmp_path / "tower", frozen=None),
+    ):
+        assert all(parameter.requires_grad for parameter in opened.parameters())
+        assert opened.train().trunk.bn1.training
+        assert opened.config.frozen is None
     with pytest.warns(UserWarning, match="fresh"):
         labelled = TimmTowerForImageClassification.from_pretrained(tmp_path / "tower", num_labels=2)
     assert labelled.classifier.weight.requires_grad
