@@ -4,7 +4,7 @@ import copy
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn as nn
@@ -31,6 +31,8 @@ from .tower import (
     with_offers,
 )
 from .trunk import create_trunk, float_dtype
+
+Steps = Literal["features", "features, head", "whole"]
 
 CLASSIFIER = "classifier"
 """Name of the classifier that an image classification model has on top of its tower, in modules and weight keys."""
@@ -164,16 +166,19 @@ def has_classifier(weights: Mapping[str, torch.Tensor]) -> bool:
     return any(key.startswith(f"{CLASSIFIER}.") for key in weights)
 
 
-def runs_in_steps(trunk: nn.Module) -> bool:
-    """Whether the trunk's forward is `forward_head(forward_features(x))` and nothing else, for a tensor x.
+def steps_of(trunk: nn.Module) -> Steps:
+    """What the trunk's forward is made of, for a tensor x: `forward_head(forward_features(x))` and nothing else
+    (`features, head`), `forward_features(x)` alone (`features`), or something that is not known (`whole`).
 
-    Told from the names that the code of its class uses: one that this does not know is not taken for such.
+    Told from the names that the code of its class uses: one that this does not know is not taken for steps.
     """
     code = getattr(type(trunk).forward, "__code__", None)
-    if code is None or not hasattr(trunk, "forward_head"):
-        return False
-    more = set(code.co_names) - {"forward_features", "forward_head"}
-    return not more or (type(trunk).__name__, *sorted(more)) in _STEPS_WITH_SWITCHES
+    names = set(code.co_names) if code is not None else set()
+    if names == {"forward_features"}:
+        return "features"
+    more = tuple(sorted(names - {"forward_features", "forward_head"}))
+    known = not more or (type(trunk).__name__, *more) in _STEPS_WITH_SWITCHES
+    return "features, head" if known and {"forward_features", "forward_head"} <= names else "whole"
 
 
 # Classes of timm whose forward has switches that a tower never turns: features of inner layers (CoaT, FastViT), a

@@ -152,8 +152,11 @@ def _run(
         inner = tuple(found)
     else:
         features = trunk.forward_features(images)
-    # Where the trunk's forward is more than these two steps, it runs whole: the embedding is what it gives.
-    pooled = trunk.forward_head(features) if model.runs_in_steps else trunk(images)
+    if model.steps == "features":
+        pooled = features
+    else:
+        # Where the trunk's forward is more than these two steps, it runs whole: the embedding is what it gives.
+        pooled = trunk.forward_head(features) if model.steps == "features, head" else trunk(images)
     return features, run_head(model.head, model._arrangement, pooled), inner
 
 

@@ -25,12 +25,13 @@ from transformers import PreTrainedModel
 from .assign import assign_weights
 from .build import (
     CLASSIFIER,
+    Steps,
     as_dtype,
     budget_of,
     has_classifier,
     init_classifier,
     match_buffers,
-    runs_in_steps,
+    steps_of,
 )
 from .config import TimmTowerConfig
 from .errors import ArgumentError, ConfigError
@@ -77,7 +78,7 @@ class TimmTowerPreTrainedModel(SavesAsTower):
     accepts_loss_kwargs = False
     _supports_sdpa = True
 
-    runs_in_steps: bool
+    steps: Steps
     supports_gradient_checkpointing: bool
 
     def __init__(self, config: TimmTowerConfig) -> None:
@@ -105,7 +106,7 @@ class TimmTowerPreTrainedModel(SavesAsTower):
             self._computed = take_computed_buffers(self)
             self._buffers_to = torch.get_default_dtype()
             move_to_meta(self)
-        self.runs_in_steps = runs_in_steps(self.trunk)
+        self.steps = steps_of(self.trunk)
         self._no_split_modules = [type(self.trunk).__name__]
         self._checkpoints = False
         self.supports_gradient_checkpointing = can_checkpoint(self.trunk)
