@@ -9,7 +9,9 @@ Steps (forward, loss, backward, SGD with momentum; trunk in train mode):
 
 - `by hand`: the trunk under `torch.no_grad()`, then the head: what a frozen tower cannot beat. All ratios are to it;
 - `trunk only`: the trunk's forward under `torch.no_grad()`, no head, no step;
-- `frozen`, `partly`, `full`: `lock()`, `lock(n)` and no lock, by this package and by open_clip's `TimmModel`.
+- `frozen`, `partly`, `full`: `lock()`, `lock(n)` and no lock, by this package and by open_clip's `TimmModel`. These
+  pairs are also run in one process, step about (ours, theirs, theirs, ours): the ratio of their times is taken there,
+  because two processes differ by more than the two packages do.
 
 Epochs, over all images, the head's batches four times as large:
 
@@ -50,6 +52,7 @@ from hf_timm_tower.timm_model import TimmModel
 MODELS = ("vit_tiny_patch16_224", "resnet18")
 ALIKE = (("by hand", "frozen", "frozen, open_clip"), ("partly", "partly, open_clip"), ("full", "full, open_clip"))
 STEPS = ("by hand", "trunk only", *ALIKE[0][1:], *ALIKE[1], *ALIKE[2])
+PAIRED = ", paired"
 EPOCHS = ("head only", "cached", "first", "uncached")
 EMBED_DIM = 512
 PRELOADED = ["__main__", "open_clip.timm_model", "hf_timm_tower.feature_cache", "hf_timm_tower.timm_model"]
@@ -208,11 +211,27 @@ def measure_epoch(way: str, args: argparse.Namespace, name: str, folder: Path) -
     }
 
 
+def measure_pair(way: str, args: argparse.Namespace, name: str, folder: Path) -> dict[str, float]:
+    """CPU time of this package's steps over that of open_clip's, in turns; median and quartiles."""
+    steps = [make_step(each, make_tower(each, args, name, folder)) for each in (way, f"{way}, open_clip")]
+    batch = images(args, args.batch)[:]
+    for step in steps:
+        step(*batch)
+    ratios = []
+    for _ in range(args.pairs):
+        ours, theirs, theirs_again, ours_again = (
+            timed(lambda who=who: steps[who](*batch))[0] for who in (0, 1, 1, 0)
+        )
+        ratios.append((ours + ours_again) / (theirs + theirs_again))
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {"low": low, "median": middle, "high": high}
+
+
 def child(way: str, args: argparse.Namespace, name: str, folder: Path, answer: Path) -> None:
     """One measurement, in its own process."""
     torch.set_num_threads(1)
-    measure = measure_epoch if way in EPOCHS else measure_step
-    answer.write_text(json.dumps(measure(way, args, name, folder)))
+    measure = measure_epoch if way in EPOCHS else measure_pair if way.endswith(PAIRED) else measure_step
+    answer.write_text(json.dumps(measure(way.removesuffix(PAIRED), args, name, folder)))
 
 
 def run_child(way: str, args: argparse.Namespace, name: str, folder: Path) -> dict[str, float]:
@@ -251,6 +270,8 @@ def compare(name: str, args: argparse.Namespace) -> None:
         for _ in range(args.repeat):
             for way in ways:
                 runs[way].append(run_child(way, args, name, folder))
+        for way in ("frozen", "partly", "full"):
+            runs[f"{way}{PAIRED}"] = [run_child(f"{way}{PAIRED}", args, name, folder)]
     check_losses(name, runs)
     print(f"\n{name}, {args.size} px, batches of {args.batch}, partly: {args.unlocked} groups of the trunk open\n")
     print("| step | CPU time / by hand (min - max) | clock / by hand | GFLOP | kept, MiB | peak, MiB |")
@@ -265,12 +286,13 @@ def compare(name: str, args: argparse.Namespace) -> None:
             f"| {way} | {span(cpu)} | {statistics.median(clock):.2f} | {median(runs[way], 'flop') / 1e9:.2f} | "
             f"{median(runs[way], 'kept') / 2**20:.2f} | {median(runs[way], 'peak') / 2**20:.0f} |"
         )
-    print("\nThis package / open_clip: CPU time (min - max), kept, peak (min - max)\n")
+    print(f"\nThis package / open_clip: CPU time of {args.pairs} pairs (quartiles), kept, peak (min - max)\n")
     for way in ("frozen", "partly", "full"):
+        paired = runs[f"{way}{PAIRED}"][0]
         pairs = list(zip(runs[way], runs[f"{way}, open_clip"], strict=True))
-        cpu, peak = ([ours[key] / theirs[key] for ours, theirs in pairs] for key in ("cpu", "peak"))
+        peak = [ours["peak"] / theirs["peak"] for ours, theirs in pairs]
         kept = median(runs[way], "kept") / median(runs[f"{way}, open_clip"], "kept")
-        print(f"- {way}: {span(cpu)}, {kept:.4f}, {span(peak)}")
+        print(f"- {way}: {paired['median']:.3f} ({paired['low']:.3f} - {paired['high']:.3f}), {kept:.4f}, {span(peak)}")
     print(f"\n{name}, epochs of {args.images} images; cached and head only in batches of {args.batch * 4}\n")
     print("| epoch | CPU seconds | head only / it (min - max) | uncached / it |")
     print("|---|---|---|---|")
@@ -307,6 +329,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="steps of one measurement")
     parser.add_argument("--epochs", type=int, default=400, help="epochs of one measurement of the fast ways")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=12, help="pairs of steps of this package and open_clip")
     args = parser.parse_args()
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     torch.set_num_threads(1)
