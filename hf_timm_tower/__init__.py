@@ -17,6 +17,7 @@ _HOME = {
     "TimmTowerImageProcessor": ".core.image_processor",
     "TimmTowerModel": ".core.modeling",
     "Verification": ".core.fingerprint",
+    "make_self_contained": ".core.dual_encoder",
     "register_head": ".core.head",
     "TowerError": ".core.errors",
     "ArgumentError": ".core.errors",
@@ -32,6 +33,7 @@ _HOME = {
 
 if TYPE_CHECKING:
     from .core.config import TimmTowerConfig
+    from .core.dual_encoder import make_self_contained
     from .core.errors import (
         ArgumentError,
         ConfigError,
@@ -68,6 +70,7 @@ __all__ = [
     "Verification",
     "WeightsError",
     "__version__",
+    "make_self_contained",
     "register_head",
 ]
 

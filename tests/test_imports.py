@@ -29,6 +29,7 @@ PUBLIC = {
     "TimmTowerModel",
     "Verification",
     "__version__",
+    "make_self_contained",
     "register_head",
 }
 

@@ -26,6 +26,7 @@ from .code_files import code_files
 from .config import TimmTowerConfig
 from .disk import locked_folder
 from .download import Access
+from .dual_encoder import TowerTextConfig, TowerTextModel
 from .errors import TowerError
 from .fingerprint import probe_image
 from .folder import TowerFiles

@@ -7,6 +7,6 @@ towers.py      two towers as one module that gives embeddings, scale and bias
 training.py    the loop, on one process or several
 with_text.py   tower and text model: collating, zero-shot accuracy, saving, and that the pipeline gives the same scores
 with_pairs.py  two image towers: the same
-publishing.py  aligned weights, model card, push
+publishing.py  model card, push
 main.py        these in their order
 """

@@ -1,24 +1,12 @@
-"""What a result becomes outside: aligned weights, a model card, one commit."""
+"""What a result becomes outside: a model card, one commit."""
 
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from safetensors.torch import load_file
-
-from hf_timm_tower.core.aligned import write_aligned
 
 
 class NotTheSame(Exception):
     """What was loaded does not give the numbers of what was trained."""
-
-
-def align_weights(folder: Path) -> None:
-    """Write the folder's weight files anew, in the layout in which mapped tensors are aligned.
-
-    transformers maps a checkpoint as it is, and kernels may give other last bits for weights at odd addresses.
-    """
-    for path in sorted(folder.glob("*.safetensors")):
-        write_aligned(path, load_file(path))
 
 
 def write_card(folder: Path, title: str, text: str, tags: list[str], pipeline_tag: str) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from transformers import VisionTextDualEncoderProcessor, pipeline
 
-from hf_timm_tower import TimmModel, TimmTowerImageProcessor
+from hf_timm_tower import TimmModel, TimmTowerImageProcessor, make_self_contained
 
 from .data import Data, Examples
 from .options import Options
-from .publishing import NotTheSame, align_weights, write_card
+from .publishing import NotTheSame, write_card
 from .text import load_text_model, make_text_model, make_vocabulary
 from .towers import ImageAndText, make_tower
 from .training import batches_of, on_device_of
@@ -30,7 +30,8 @@ classify = pipeline("zero-shot-image-classification", "{name}")
 classify(image, candidate_labels=[...], hypothesis_template="{template}")
 ```
 
-transformers warns that it has no such model on this pipeline's list; the pipeline works all the same.
+transformers warns that it has no such model on this pipeline's list; the pipeline works all the same. Where
+`hf_timm_tower` is not installed, leave out its import and pass `trust_remote_code=True`: the code lies in `core/`.
 
 The image tower by itself: `hf_timm_tower.TimmModel.from_pretrained("{name}", subfolder="vision")`.
 """
@@ -95,7 +96,7 @@ class WithText:
             # The model has no parameter for it. Softmax over labels does not need it; for sigmoid it is here.
             model.config.logit_bias = bias.item()
         model.save_pretrained(folder)
-        align_weights(folder)
+        make_self_contained(folder)
         VisionTextDualEncoderProcessor(self.image_processor, self.tokenizer).save_pretrained(folder)
         model.vision_model.save_pretrained(folder / TOWER)
         about = {
