@@ -50,6 +50,7 @@ from .head import builtin_head
 from .head_code import describe_code
 from .head_copy import copy_head
 from .head_graph import describe
+from .head_operators import known_operators
 from .head_source import gather_source
 from .head_statements import is_installed
 from .head_verify import verify_head

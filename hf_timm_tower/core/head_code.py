@@ -23,6 +23,7 @@ from torch import nn
 
 from .errors import HeadError
 from .head_copy import keep_random_state
+from .head_operators import known_operators
 from .head_source import gather_source
 from .head_statements import is_installed
 from .head_verify import verify_head
@@ -187,7 +188,8 @@ def _run_alone(source: str, where: str) -> ModuleType:
     sys.modules[name] = module
     linecache.cache[where] = (len(source), None, [f"{line}\n" for line in source.split("\n")], where)
     try:
-        exec(compile(source, where, "exec", dont_inherit=True), vars(module))
+        with known_operators():
+            exec(compile(source, where, "exec", dont_inherit=True), vars(module))
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         missing = f". It needs the package {error.name!r}" if isinstance(error, ModuleNotFoundError) else ""

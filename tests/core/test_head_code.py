@@ -131,6 +131,56 @@ def test_every_code_head_of_the_corpus_comes_back_where_it_is_unknown(
         assert not different, entry.name
 
 
+OPERATOR_HEAD = """
+    import torch
+    from torch import nn
+
+    @torch.library.custom_op("{name}::scale", mutates_args=())
+    def scale(x: torch.Tensor) -> torch.Tensor:
+        return x * {factor}
+
+    @scale.register_fake
+    def _(x):
+        return torch.empty_like(x)
+
+    scale.register_autograd(lambda ctx, grad: grad * {factor})
+
+    class Scaled(nn.Module):
+        def __init__(self, in_features, embed_dim):
+            super().__init__()
+            self.linear = nn.Linear(in_features, embed_dim)
+
+        def forward(self, x):
+            return scale(self.linear(x))
+"""
+
+
+def test_an_operator_that_is_in_use_stays_whole_when_its_head_is_stored(users_module: Any) -> None:
+    # torch destroys an operator when one of its name is registered again: numbers of freed memory, or a crash
+    head = users_module(of_a_user=OPERATOR_HEAD.format(name="stays_whole", factor=3)).Scaled(8, 4)
+    operator = torch.ops.stays_whole.scale.default
+    image = torch.randn(2, 8)
+    spec, source = store(head, (2, 8))
+    assert torch.ops.stays_whole.scale.default is operator
+    again = construct_code(spec, source, where="head_code.py")
+    again.load_state_dict(head.state_dict())
+    assert torch.equal(again(image), head(image))
+    assert torch.equal(head(image), head.linear(image) * 3)
+    gradients = torch.autograd.grad(head(image).sum(), head.linear.weight)
+    assert torch.equal(gradients[0], torch.autograd.grad((head.linear(image) * 3).sum(), head.linear.weight)[0])
+
+
+def test_two_operators_of_one_name_are_refused_and_the_first_stays(users_module: Any) -> None:
+    head = users_module(of_another=OPERATOR_HEAD.format(name="of_one_name", factor=3)).Scaled(8, 4)
+    spec, source = store(head, (2, 8))
+    other = source.replace("x * 3", "x * 5")
+    spec = {**spec, "sha256": hashlib.sha256(other.encode()).hexdigest()} if "sha256" in spec else spec
+    with pytest.raises(HeadError, match=r"operator 'of_one_name::scale'.*another"):
+        construct_code(spec, other, where="head_code.py")
+    image = torch.randn(2, 8)
+    assert torch.equal(head(image), head.linear(image) * 3)
+
+
 USERS_HEAD = """
     from __future__ import annotations
     import json
