@@ -12,29 +12,30 @@ __version__ = "0.1.0.dev0"
 
 _HOME = {
     "TimmModel": ".timm_model",
-    "TimmTowerConfig": ".core.config",
-    "TimmTowerForImageClassification": ".core.modeling",
-    "TimmTowerImageProcessor": ".core.image_processor",
-    "TimmTowerModel": ".core.modeling",
-    "Verification": ".core.fingerprint",
-    "make_self_contained": ".core.dual_encoder",
-    "register_head": ".core.head",
-    "TowerError": ".core.errors",
-    "ArgumentError": ".core.errors",
-    "ConfigError": ".core.errors",
-    "ExportError": ".core.errors",
-    "FolderError": ".core.errors",
-    "FormatError": ".core.errors",
-    "GraphError": ".core.errors",
-    "HeadError": ".core.errors",
-    "HubError": ".core.errors",
-    "WeightsError": ".core.errors",
+    "TimmTowerConfig": ".reader.config",
+    "TimmTowerForImageClassification": ".reader.modeling",
+    "TimmTowerImageProcessor": ".reader.image_processor",
+    "TimmTowerModel": ".reader.modeling",
+    "Verification": ".files.fingerprint",
+    "make_self_contained": ".hub.dual_encoder",
+    "register_head": ".reader.head",
+    "TowerError": ".reader.errors",
+    "ArgumentError": ".reader.errors",
+    "ConfigError": ".reader.errors",
+    "ExportError": ".reader.errors",
+    "FolderError": ".reader.errors",
+    "FormatError": ".reader.errors",
+    "GraphError": ".reader.errors",
+    "HeadError": ".reader.errors",
+    "HubError": ".reader.errors",
+    "WeightsError": ".reader.errors",
 }
 
 if TYPE_CHECKING:
-    from .core.config import TimmTowerConfig
-    from .core.dual_encoder import make_self_contained
-    from .core.errors import (
+    from .files.fingerprint import Verification
+    from .hub.dual_encoder import make_self_contained
+    from .reader.config import TimmTowerConfig
+    from .reader.errors import (
         ArgumentError,
         ConfigError,
         ExportError,
@@ -46,10 +47,9 @@ if TYPE_CHECKING:
         TowerError,
         WeightsError,
     )
-    from .core.fingerprint import Verification
-    from .core.head import register_head
-    from .core.image_processor import TimmTowerImageProcessor
-    from .core.modeling import TimmTowerForImageClassification, TimmTowerModel
+    from .reader.head import register_head
+    from .reader.image_processor import TimmTowerImageProcessor
+    from .reader.modeling import TimmTowerForImageClassification, TimmTowerModel
     from .timm_model import TimmModel
 
 __all__ = [

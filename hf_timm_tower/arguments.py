@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .core.errors import ArgumentError, ConfigError
-from .core.head import LIVE, SUBCLASS, CustomHead
-from .core.model_args import check_names
-from .rebuilding import overrides
+from .reader.errors import ArgumentError, ConfigError
+from .reader.head import LIVE, SUBCLASS, CustomHead
+from .reader.model_args import check_names
+from .subclassing import overrides
 
 if TYPE_CHECKING:
     from .timm_model import TimmModel

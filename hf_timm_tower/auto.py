@@ -15,16 +15,16 @@ from importlib.util import find_spec
 from types import ModuleType
 
 _AUTO = "transformers.models.auto"
-_CORE = f"{__package__}.core"
+_READER = f"{__package__}.reader"
 
 
 def _register_config() -> None:
-    auto, own = importlib.import_module(f"{_AUTO}.configuration_auto"), importlib.import_module(f"{_CORE}.config")
+    auto, own = importlib.import_module(f"{_AUTO}.configuration_auto"), importlib.import_module(f"{_READER}.config")
     auto.AutoConfig.register(own.TimmTowerConfig.model_type, own.TimmTowerConfig)
 
 
 def _register_models() -> None:
-    auto, own = importlib.import_module(f"{_AUTO}.modeling_auto"), importlib.import_module(f"{_CORE}.modeling")
+    auto, own = importlib.import_module(f"{_AUTO}.modeling_auto"), importlib.import_module(f"{_READER}.modeling")
     auto.AutoModel.register(own.TimmTowerModel.config_class, own.TimmTowerModel)
     face = own.TimmTowerForImageClassification
     auto.AutoModelForImageClassification.register(face.config_class, face)
@@ -32,8 +32,8 @@ def _register_models() -> None:
 
 def _register_image_processor() -> None:
     auto = importlib.import_module(f"{_AUTO}.image_processing_auto")
-    own = importlib.import_module(f"{_CORE}.image_processor")
-    config = importlib.import_module(f"{_CORE}.config").TimmTowerConfig
+    own = importlib.import_module(f"{_READER}.image_processor")
+    config = importlib.import_module(f"{_READER}.config").TimmTowerConfig
     # One class for both backends: it is exact in either environment.
     classes = dict.fromkeys(("pil", "torchvision"), own.TimmTowerImageProcessor)
     auto.AutoImageProcessor.register(config, image_processor_classes=classes)
@@ -56,15 +56,15 @@ class _Registration:
 
 _PENDING = [
     _Registration(
-        f"{_AUTO}.configuration_auto", ("transformers.configuration_utils", f"{_CORE}.config"), _register_config
+        f"{_AUTO}.configuration_auto", ("transformers.configuration_utils", f"{_READER}.config"), _register_config
     ),
     _Registration(
-        f"{_AUTO}.modeling_auto", ("transformers.modeling_utils", f"{_CORE}.config", f"{_CORE}.modeling"),
+        f"{_AUTO}.modeling_auto", ("transformers.modeling_utils", f"{_READER}.config", f"{_READER}.modeling"),
         _register_models,
     ),
     _Registration(
         f"{_AUTO}.image_processing_auto",
-        ("transformers.image_processing_utils", f"{_CORE}.config", f"{_CORE}.image_processor"),
+        ("transformers.image_processing_utils", f"{_READER}.config", f"{_READER}.image_processor"),
         _register_image_processor,
     ),
 ]  # fmt: skip

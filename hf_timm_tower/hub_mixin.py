@@ -12,19 +12,19 @@ import torch
 import torch.nn as nn
 from huggingface_hub import PyTorchModelHubMixin
 
-from .core.build import as_dtype
-from .core.card import TowerFacts, describe_tower
-from .core.card_options import CardOptions, as_tags
-from .core.config import TimmTowerConfig
-from .core.download import Access
-from .core.errors import ArgumentError, FolderError, TowerError
-from .core.fetch import fetch_tower
-from .core.fingerprint import Verification, compare, run_probe
-from .core.folder import Beside, save_tower
-from .core.head import CODE, CustomHead
-from .core.push import COMMIT_MESSAGE, default_repo_id, push_folder
-from .core.trunk_source import TrunkSource, find_trunk
-from .persistence import check_device, check_given_head, load_tower, storable_config
+from .files.fingerprint import Verification, compare, run_probe
+from .files.folder import Beside, save_tower
+from .hub.card import TowerFacts, describe_tower
+from .hub.card_options import CardOptions, as_tags
+from .hub.download import Access
+from .hub.fetch import fetch_tower
+from .hub.push import COMMIT_MESSAGE, default_repo_id, push_folder
+from .hub.trunk_source import TrunkSource, find_trunk
+from .load import check_device, check_given_head, load_tower, storable_config
+from .reader.build import as_dtype
+from .reader.config import TimmTowerConfig
+from .reader.errors import ArgumentError, FolderError, TowerError
+from .reader.head import CODE, CustomHead
 
 
 class TowerHubMixin(nn.Module, PyTorchModelHubMixin):

@@ -10,16 +10,18 @@ import torch
 import torch.nn as nn
 
 from .arguments import add_rates, checked_arguments, head_fields
-from .core.config import TimmTowerConfig, check_size
-from .core.errors import ArgumentError, ConfigError, HeadError
-from .core.freezing import describe_frozen, frozen_context, note_fixed
-from .core.frozen_statistics import keep_statistics
-from .core.head import LIVE, SUBCLASS, CustomHead, make_custom_head, rebuild_head
-from .core.image_processing import make_transform
-from .core.layer_groups import LayerGroup, layer_groups
-from .core.locking import Patterns, lock, unlock
-from .core.pools import PoolRefused
-from .core.tower import (
+from .hub_mixin import TowerHubMixin
+from .interop.mixin import InterchangeMixin
+from .interop.timm_repo import is_timm_source, open_timm_source
+from .interop.timm_weights import fill_trunk
+from .reader.config import TimmTowerConfig, check_size
+from .reader.errors import ArgumentError, ConfigError, HeadError
+from .reader.freezing import describe_frozen, frozen_context, note_fixed
+from .reader.frozen_statistics import keep_statistics
+from .reader.head import LIVE, SUBCLASS, CustomHead, make_custom_head, rebuild_head
+from .reader.image_processing import make_transform
+from .reader.pools import PoolRefused
+from .reader.tower import (
     arrange,
     check_embedding,
     complete,
@@ -28,7 +30,7 @@ from .core.tower import (
     run_head,
     with_offers,
 )
-from .core.trunk import (
+from .reader.trunk import (
     BUILD_ERRORS,
     check_made_again,
     create_trunk,
@@ -36,13 +38,11 @@ from .core.trunk import (
     float_dtype,
     remove_classifier,
 )
-from .feature_cache import CachedFeatures, cache_features, forward_from_cache
-from .finetuning import no_weight_decay, param_groups, summary_table
-from .hub_mixin import TowerHubMixin
-from .interop.mixin import InterchangeMixin
-from .interop.timm_repo import is_timm_source, open_timm_source
-from .interop.timm_weights import fill_trunk
-from .rebuilding import REBUILDING, overrides, rebuild
+from .subclassing import REBUILDING, overrides, rebuild
+from .training.feature_cache import CachedFeatures, cache_features, forward_from_cache
+from .training.layer_groups import LayerGroup, layer_groups
+from .training.lock import Patterns, lock, unlock
+from .training.param_groups import no_weight_decay, param_groups, summary_table
 
 
 class TimmModel(InterchangeMixin, TowerHubMixin):
@@ -301,7 +301,7 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
         return found
 
     def transform(self, is_training: bool = False, **kwargs: Any) -> Callable[[Any], Any]:
-        """timm's own transform for this tower: PIL image -> `[in_chans, H, W]`. See `core/image_processing.py`."""
+        """timm's own transform for this tower: PIL image -> `[in_chans, H, W]`. See `reader/image_processing.py`."""
         return make_transform(self.config, is_training, **kwargs)
 
     # --- changing
@@ -358,7 +358,7 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
             ) from error
 
     def layer_groups(self) -> list[LayerGroup]:
-        """The tower's layer groups from input to output, each parameter in one of them. See `core/layer_groups.py`."""
+        """The tower's layer groups from input to output, each parameter in one of them. See `training/layer_groups.py`."""
         return layer_groups(self)
 
     def lock(

@@ -46,8 +46,8 @@ import torch.nn as nn
 from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_timm_tower.feature_cache import CachedFeatures, cache_features, forward_from_cache
 from hf_timm_tower.timm_model import TimmModel
+from hf_timm_tower.training.feature_cache import CachedFeatures, cache_features, forward_from_cache
 
 MODELS = ("vit_tiny_patch16_224", "resnet18")
 ALIKE = (("by hand", "frozen", "frozen, open_clip"), ("partly", "partly, open_clip"), ("full", "full, open_clip"))
@@ -55,7 +55,7 @@ STEPS = ("by hand", "trunk only", *ALIKE[0][1:], *ALIKE[1], *ALIKE[2])
 PAIRED = ", paired"
 EPOCHS = ("head only", "cached", "first", "uncached")
 EMBED_DIM = 512
-PRELOADED = ["__main__", "open_clip.timm_model", "hf_timm_tower.feature_cache", "hf_timm_tower.timm_model"]
+PRELOADED = ["__main__", "open_clip.timm_model", "hf_timm_tower.training.feature_cache", "hf_timm_tower.timm_model"]
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 

@@ -38,7 +38,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import load_file, save_file
 from transformers import TimmWrapperConfig, TimmWrapperModel
 
-from hf_timm_tower.core.no_init import no_init
+from hf_timm_tower.reader.skip_init import no_init
 from hf_timm_tower.timm_model import TimmModel
 
 MODELS = ("vit_base_patch16_224", "convnext_base", "resnet50")

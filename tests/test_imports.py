@@ -1,4 +1,4 @@
-"""Who may import whom. `core/` travels alone with every saved tower, so what it imports is part of the format."""
+"""Who may import whom. """
 
 import ast
 import importlib
@@ -11,16 +11,15 @@ from types import ModuleType
 
 import pytest
 from packaging.version import Version
-from transformers.dynamic_module_utils import get_relative_imports
 
 import hf_timm_tower
 
 PACKAGE = Path(__file__).resolve().parents[1] / "hf_timm_tower"
-CORE = PACKAGE / "core"
+READER = PACKAGE / "reader"
 # The last three come with timm and transformers.
 TRAVEL_WITH = {"torch", "timm", "huggingface_hub", "safetensors", "transformers", "numpy", "PIL", "torchvision"}
 
-# The public face, apart from the errors, which are read off core/errors.py.
+# The public face, apart from the errors, which are read off reader/errors.py.
 PUBLIC = {
     "TimmModel",
     "TimmTowerConfig",
@@ -70,70 +69,6 @@ def _walk(parent: ast.AST, *, top: bool, typing_only: bool) -> Iterator[Import]:
                 yield from _walk(ast.Module([child], []), top=False, typing_only=typing_only)
         else:
             yield from _walk(node, top=False, typing_only=typing_only)
-
-
-def faults_of_core_file(path: Path) -> list[str]:
-    """What would keep this file from travelling, one line each; its companions are the files beside it."""
-    faults = []
-    companions = set()
-    for found in imports_of(path):
-        where = f"{path.name}:{found.line}"
-        if found.level == 0:
-            if found.root not in TRAVEL_WITH | sys.stdlib_module_names:
-                allowed = f"core may use the standard library and {sorted(TRAVEL_WITH)}"
-                faults.append(f"{where}: imports {found.module}; {allowed}")
-            elif found.root in TRAVEL_WITH and not found.top:
-                faults.append(f"{where}: imports {found.module} below module level")
-            continue
-        companions.add(found.module)
-        if not found.top:
-            faults.append(f"{where}: a relative import below module level")
-        if found.level != 1 or not found.module.isidentifier():
-            faults.append(f"{where}: {'.' * found.level}{found.module} is not of the form `from .name import thing`")
-        elif not path.with_name(f"{found.module}.py").is_file():
-            faults.append(f"{where}: there is no {found.module}.py beside it")
-        if "*" in found.names:
-            faults.append(f"{where}: a star import")
-    # transformers finds the files that it must fetch by searching the text, docstrings and comments included.
-    seen_by_transformers = set(get_relative_imports(path))
-    if seen_by_transformers != companions:
-        faults.append(f"{path.name}: transformers sees {sorted(seen_by_transformers)}, Python {sorted(companions)}")
-    return faults
-
-
-@pytest.mark.parametrize("path", sorted(CORE.rglob("*.py")), ids=lambda path: path.name)
-def test_every_core_file_can_travel(path: Path) -> None:
-    assert path.parent == CORE, "core is one flat folder: transformers opens name.py beside the file"
-    assert faults_of_core_file(path) == []
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "from . import there",
-        "from .. import hub",
-        "from .missing import thing",
-        "from .there.deeper import thing",
-        "from .there import *",
-        "def f():\n    from .there import thing",
-        "if TYPE_CHECKING:\n    from .there import thing",
-        "try:\n    from .there import thing\nexcept ImportError:\n    thing = None",
-        "import hf_timm_tower.hub",
-        "import einops",
-        "import scipy",
-        "def f():\n    import einops",
-        "def f():\n    import torch",
-        '"""Use it so:\n\n    from .there import thing\n"""',
-        '"""\nimport .there\n"""',
-    ],
-)
-def test_the_walk_sees_what_cannot_travel(source: str, tmp_path: Path) -> None:
-    (tmp_path / "there.py").touch()
-    file = tmp_path / "file.py"
-    file.write_text("import json\nimport torch.nn as nn\nfrom .there import (\n    one,\n    two,\n)\n")
-    assert faults_of_core_file(file) == []
-    file.write_text(source)
-    assert len(faults_of_core_file(file)) >= 1
 
 
 def test_an_optional_peer_is_imported_only_by_its_own_file() -> None:
@@ -194,14 +129,14 @@ def cycle_in(graph: dict[str, set[str]]) -> list[str]:
 
 def test_imports_never_run_in_a_circle() -> None:
     graph = import_graph()
-    assert "hf_timm_tower.core.errors" in graph["hf_timm_tower.core.config"], "the walk sees a known import"
+    assert "hf_timm_tower.reader.errors" in graph["hf_timm_tower.reader.config"], "the walk sees a known import"
     assert cycle_in(graph) == []
-    graph["hf_timm_tower.core.errors"].add("hf_timm_tower.core.config")
+    graph["hf_timm_tower.reader.errors"].add("hf_timm_tower.reader.config")
     assert cycle_in(graph) != [], "the search sees a circle where there is one"
 
 
 def error_names() -> set[str]:
-    tree = ast.parse((CORE / "errors.py").read_text(encoding="utf-8"))
+    tree = ast.parse((READER / "errors.py").read_text(encoding="utf-8"))
     return {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
@@ -223,7 +158,7 @@ def test_the_public_face_is_exact() -> None:
 def test_every_error_is_ours_and_the_same_class_from_both_doors(name: str) -> None:
     error = getattr(hf_timm_tower, name)
     assert issubclass(error, hf_timm_tower.TowerError)
-    assert error is getattr(importlib.import_module("hf_timm_tower.core.errors"), name)
+    assert error is getattr(importlib.import_module("hf_timm_tower.reader.errors"), name)
 
 
 def test_the_version_stands_in_one_place() -> None:

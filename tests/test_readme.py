@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hf_timm_tower.core.config import OUR_FIELDS
+from hf_timm_tower.reader.config import OUR_FIELDS
 
 from .local_hub import LocalHub
 

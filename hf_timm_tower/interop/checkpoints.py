@@ -16,10 +16,10 @@ import torch.nn as nn
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
-from ..core.aligned import same_bits
-from ..core.assign import find_ties
-from ..core.errors import ArgumentError, WeightsError
-from ..core.trunk import BUILD_ERRORS
+from ..files.aligned import same_bits
+from ..files.assign import find_ties
+from ..reader.errors import ArgumentError, WeightsError
+from ..reader.trunk import BUILD_ERRORS
 from .weight_source import WeightSource, from_mapping, open_weights, shapes_of
 
 if TYPE_CHECKING:

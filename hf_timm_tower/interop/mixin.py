@@ -8,11 +8,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..core.build import as_dtype
-from ..core.config import TimmTowerConfig
-from ..core.download import Access
-from ..core.head import CustomHead
-from ..persistence import check_device
+from ..hub.download import Access
+from ..load import check_device
+from ..reader.build import as_dtype
+from ..reader.config import TimmTowerConfig
+from ..reader.head import CustomHead
 from .checkpoints import TrunkReport, load_trunk
 from .open_clip import tower_from_open_clip
 from .open_clip_config import preprocess_entries

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from ..core.aligned import folder_error
-from ..core.errors import ConfigError, ExportError, FolderError
-from ..core.trunk import float_dtype
+from ..files.aligned import folder_error
+from ..reader.errors import ConfigError, ExportError, FolderError
+from ..reader.trunk import float_dtype
 from .onnxruntime import Session
 from .torch_export import PREPROCESS_NAME, EvalTower, Exported, check_output, reasons, required_suffix, trace
 

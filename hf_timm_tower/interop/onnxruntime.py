@@ -13,7 +13,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import (
     RuntimeException,
 )
 
-from ..core.errors import ExportError
+from ..reader.errors import ExportError
 
 # What onnxruntime raises for a model that it cannot run; they have no base class of their own.
 _ERRORS = (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NotImplemented, RuntimeException)

@@ -17,16 +17,16 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..core.assign import assign_weights
-from ..core.checkpoint import read_json
-from ..core.config import TimmTowerConfig, check_size
-from ..core.download import Access, download_files
-from ..core.errors import ArgumentError, ConfigError, FolderError, FormatError, HubError, WeightsError
-from ..core.image_processing import check_preprocess
-from ..core.no_init import no_init
-from ..core.pools import own_pool
-from ..core.strict_json import shorten
-from ..core.trunk import describe_trunk, eval_mode, native_cfg, takes_img_size
+from ..files.assign import assign_weights
+from ..files.checkpoint import read_json
+from ..files.strict_json import shorten
+from ..hub.download import Access, download_files
+from ..reader.config import TimmTowerConfig, check_size
+from ..reader.errors import ArgumentError, ConfigError, FolderError, FormatError, HubError, WeightsError
+from ..reader.image_processing import check_preprocess
+from ..reader.pools import own_pool
+from ..reader.skip_init import no_init
+from ..reader.trunk import describe_trunk, eval_mode, native_cfg, takes_img_size
 from .open_clip_config import VISION_PREFIX, VisionArguments, preprocess_entries, vision_arguments
 from .weight_source import WeightSource, from_mapping, open_weights, shapes_of
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.config import ATTENTION_POOLS, TimmTowerConfig, check_size
-from ..core.errors import ConfigError
-from ..core.trunk import native_cfg, takes_img_size
+from ..reader.config import ATTENTION_POOLS, TimmTowerConfig, check_size
+from ..reader.errors import ConfigError
+from ..reader.trunk import native_cfg, takes_img_size
 
 VISION_PREFIX = "visual."
 """What stands before the vision tower's keys in the state dict of an open_clip model."""

@@ -17,10 +17,10 @@ import torch.nn as nn
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from ..core.errors import ArgumentError, ConfigError, WeightsError
-from ..core.freezing import freeze, restore_frozen
-from ..core.frozen_statistics import hold, keeps_statistics
-from ..core.trunk import native_size
+from ..reader.errors import ArgumentError, ConfigError, WeightsError
+from ..reader.freezing import freeze, restore_frozen
+from ..reader.frozen_statistics import hold, keeps_statistics
+from ..reader.trunk import native_size
 
 _MISSING = "Found missing adapter keys"
 # What peft puts into the names of parameters of a module that it copies.

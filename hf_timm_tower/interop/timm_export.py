@@ -22,15 +22,15 @@ from timm.layers.create_norm import get_norm_layer
 from timm.models import get_model_args, get_model_traits
 from torch import Tensor
 
-from ..core.aligned import read_aligned, same_bits, write_aligned
-from ..core.checkpoint import CONFIG_NAME, SINGLE_NAME, write_json
-from ..core.config import ATTENTION_POOLS, TimmTowerConfig
-from ..core.errors import ArgumentError, ConfigError, FolderError, HeadError, WeightsError
-from ..core.model_args import encode
-from ..core.no_init import no_init
-from ..core.staging import staged_folder
-from ..core.tower import arrange, run_head
-from ..core.trunk import BUILD_ERRORS, eval_mode, float_dtype, native_cfg, split_tag
+from ..files.aligned import read_aligned, same_bits, write_aligned
+from ..files.checkpoint import CONFIG_NAME, SINGLE_NAME, write_json
+from ..files.staging import staged_folder
+from ..reader.config import ATTENTION_POOLS, TimmTowerConfig
+from ..reader.errors import ArgumentError, ConfigError, FolderError, HeadError, WeightsError
+from ..reader.model_args import encode
+from ..reader.skip_init import no_init
+from ..reader.tower import arrange, run_head
+from ..reader.trunk import BUILD_ERRORS, eval_mode, float_dtype, native_cfg, split_tag
 
 # The classifier may be a convolution, or have a bias of zeros where the projection has none: kernels round otherwise.
 FOLDED_TOLERANCE = 1e-5

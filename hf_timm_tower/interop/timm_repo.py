@@ -18,16 +18,16 @@ import torch
 import torch.nn as nn
 from timm.models import PretrainedCfg
 
-from ..core.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
-from ..core.config import TimmTowerConfig, check_architecture, check_size
-from ..core.download import Access, download_files
-from ..core.errors import ConfigError, FolderError, FormatError, WeightsError
-from ..core.foreign import describe_foreign
-from ..core.image_processing import preprocess_from_timm
-from ..core.model_args import check_names, decode, encode
-from ..core.no_init import no_init
-from ..core.open_folder import OpenFolder, require_plain_name
-from ..core.trunk import BUILD_ERRORS, native_cfg, takes_img_size
+from ..files.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from ..files.open_folder import OpenFolder, require_plain_name
+from ..hub.download import Access, download_files
+from ..hub.identify import describe_foreign
+from ..reader.config import TimmTowerConfig, check_architecture, check_size
+from ..reader.errors import ConfigError, FolderError, FormatError, WeightsError
+from ..reader.image_processing import preprocess_from_timm
+from ..reader.model_args import check_names, decode, encode
+from ..reader.skip_init import no_init
+from ..reader.trunk import BUILD_ERRORS, native_cfg, takes_img_size
 from .weight_source import open_weights
 
 PICKLE_NAME = "pytorch_model.bin"

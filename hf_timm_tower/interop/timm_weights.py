@@ -9,12 +9,12 @@ import torch.nn as nn
 from torch.overrides import TorchFunctionMode
 
 from ..arguments import checked_arguments, head_fields
-from ..core.assign import assign_weights
-from ..core.config import TimmTowerConfig
-from ..core.download import Access
-from ..core.errors import WeightsError
-from ..core.head import CustomHead
-from ..core.trunk import native_cfg, remove_classifier
+from ..files.assign import assign_weights
+from ..hub.download import Access
+from ..reader.config import TimmTowerConfig
+from ..reader.errors import WeightsError
+from ..reader.head import CustomHead
+from ..reader.trunk import native_cfg, remove_classifier
 from .timm_repo import TimmSource, create_model, open_timm_source
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..core.errors import ConfigError
-from ..core.no_init import no_init
-from ..core.trunk import create_trunk, describe_trunk
-from ..rebuilding import STEPS, overrides
+from ..reader.errors import ConfigError
+from ..reader.skip_init import no_init
+from ..reader.trunk import create_trunk, describe_trunk
+from ..subclassing import STEPS, overrides
 from .open_clip_config import VISION_PREFIX, model_cfg_of, preprocess_cfg_of, vision_arguments
 from .weight_source import shapes_of
 

@@ -16,11 +16,11 @@ import torch.nn as nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from ..core.aligned import folder_error
-from ..core.config import TimmTowerConfig
-from ..core.errors import ArgumentError, ConfigError, ExportError, TowerError
-from ..core.tower import arrange, run_head
-from ..core.trunk import BUILD_ERRORS, eval_mode, float_dtype
+from ..files.aligned import folder_error
+from ..reader.config import TimmTowerConfig
+from ..reader.errors import ArgumentError, ConfigError, ExportError, TowerError
+from ..reader.tower import arrange, run_head
+from ..reader.trunk import BUILD_ERRORS, eval_mode, float_dtype
 
 TOLERANCE = 1e-4
 """Largest difference of an exported program's output to the tower's that is accepted, over the largest output."""

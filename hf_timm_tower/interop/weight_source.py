@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.aligned import folder_error
-from ..core.errors import FolderError, FormatError
-from ..core.safetensors_header import ALIGNMENT, MAX_HEADER_BYTES, Entry, parse_header
+from ..files.aligned import folder_error
+from ..files.safetensors_header import ALIGNMENT, MAX_HEADER_BYTES, Entry, parse_header
+from ..reader.errors import FolderError, FormatError
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".tar", ".pkl", ".th", ".pyth")
 

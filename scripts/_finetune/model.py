@@ -8,8 +8,8 @@ import timm
 from transformers import AutoConfig
 
 from hf_timm_tower import ArgumentError, TimmModel, TimmTowerForImageClassification
-from hf_timm_tower.core.freezing import describe_frozen
-from hf_timm_tower.core.locking import lock, unlock
+from hf_timm_tower.reader.freezing import describe_frozen
+from hf_timm_tower.training.lock import lock, unlock
 
 from .arguments import ModelArguments
 

@@ -11,7 +11,7 @@ from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_timm_tower import ArgumentError
-from hf_timm_tower.finetuning import param_groups
+from hf_timm_tower.training.param_groups import param_groups
 
 from .arguments import FinetuneArguments
 

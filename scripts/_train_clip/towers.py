@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
 from hf_timm_tower import TimmModel, TimmTowerModel
-from hf_timm_tower.core.locking import lock
+from hf_timm_tower.training.lock import lock
 
 from .options import Options
 

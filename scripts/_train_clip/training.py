@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
-from hf_timm_tower.contrastive import gathered_clip_loss, gathered_siglip_loss
-from hf_timm_tower.finetuning import param_groups
+from hf_timm_tower.training.contrastive import gathered_clip_loss, gathered_siglip_loss
+from hf_timm_tower.training.param_groups import param_groups
 
 from .data import Draws
 from .options import Options

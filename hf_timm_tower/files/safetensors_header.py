@@ -1,0 +1,198 @@
+"""The header of a safetensors file: the layout we write, and the strict reading of anybody's. No files here.
+
+The format: 8 bytes with the header's length, the header (JSON: key -> dtype, shape, data_offsets), then the data
+(https://github.com/huggingface/safetensors#format).
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reader.errors import FormatError, WeightsError
+from .strict_json import parse_json, shorten
+
+ALIGNMENT = 64
+"""Bytes; what torch's CPU allocator aligns to, and the width of the widest vector registers."""
+
+MAX_HEADER_BYTES = 32 * 1024**2
+"""Room for some 250,000 tensors. The reference reader takes 100 MB, which costs gigabytes once parsed."""
+
+_MAX_RANK = 64
+_MAX_BYTES = 2**63 - 1
+# safetensors' name -> torch's; some of torch's types are missing in older versions.
+_TORCH_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+}
+_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, torch_name) for name, torch_name in _TORCH_NAMES.items() if hasattr(torch, torch_name)
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: `begin` and `end` are byte offsets from the start of the data section."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A file to be written.
+
+    Attributes:
+        head: the file's first bytes, length and padded header, a multiple of 64 long.
+        order: the keys in the order of their data.
+    """
+
+    head: bytes
+    order: tuple[str, ...]
+
+
+def lay_out(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> Layout:
+    """Order the tensors so that those with a size divisible by 64 lie at offsets divisible by 64.
+
+    Raises:
+        WeightsError: a tensor that no safetensors file can hold, an impossible key, or too many tensors.
+    """
+    sizes: dict[str, int] = {}
+    for key, tensor in tensors.items():
+        _check_storable(key, tensor, where)
+        sizes[key] = tensor.numel() * tensor.dtype.itemsize
+
+    def rank(key: str) -> tuple[int, str]:
+        # By the power of two that divides the size, descending: multiples of 64 first, and each odd-sized tensor
+        # still lies at a multiple of its own elements' size.
+        return -min(sizes[key] & -sizes[key] or ALIGNMENT, ALIGNMENT), key
+
+    order = sorted(tensors, key=rank)
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    for key in order:
+        header[key] = {
+            "dtype": _NAMES[tensors[key].dtype],
+            "shape": list(tensors[key].shape),
+            "data_offsets": [offset, offset + sizes[key]],
+        }
+        offset += sizes[key]
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    if len(text) > MAX_HEADER_BYTES:
+        raise WeightsError(f"{where}: {len(order)} tensors need a header of {len(text)} bytes, over {MAX_HEADER_BYTES}")
+    return Layout(len(text).to_bytes(8, "little") + text, tuple(order))
+
+
+def _check_storable(key: str, tensor: object, where: str) -> None:
+    if not isinstance(key, str) or key == "__metadata__":
+        raise WeightsError(f"{where}: {key!r} cannot be a tensor's key")
+    try:
+        key.encode()
+    except UnicodeEncodeError as error:
+        raise WeightsError(f"{where}: the key {key!r} is not valid Unicode") from error
+    if not isinstance(tensor, Tensor):
+        raise WeightsError(f"{where}: {key} is a {type(tensor).__name__}, only tensors can be stored")
+    reason = None
+    if tensor.dtype not in _NAMES:
+        reason = f"safetensors has no dtype for {tensor.dtype}; convert it first (known: {', '.join(map(str, _NAMES))})"
+    elif tensor.is_meta:
+        reason = "it is on the meta device and has no values; load or initialise it first"
+    elif hasattr(type(tensor), "__tensor_flatten__"):
+        reason = f"it is a {type(tensor).__name__}, which wraps other tensors; gather or dequantize it first"
+    elif tensor.layout != torch.strided:
+        reason = f"its layout is {tensor.layout}; store tensor.to_dense()"
+    elif len(tensor.shape) > _MAX_RANK:
+        reason = f"it has {len(tensor.shape)} dimensions, at most {_MAX_RANK} are read"
+    if reason is not None:
+        raise WeightsError(f"{where}: {key} {list(tensor.shape)} cannot be stored: {reason}")
+
+
+def parse_header(text: bytes, data_size: int, where: str) -> list[Entry]:
+    """Read a header that nobody vouches for.
+
+    Args:
+        text: the header without its length.
+        data_size: bytes that follow it in the file.
+        where: the file, for the error's text.
+
+    Returns:
+        The entries in the order of their data. They lie end to end and fill the data exactly.
+
+    Raises:
+        FormatError: anything else.
+    """
+    if not text.startswith(b"{"):
+        raise FormatError(f"{where}: the header is not a JSON object; not a safetensors file?")
+    header = parse_json(text, f"{where} (header)", max_depth=3)
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+        raise FormatError(f"{where}: __metadata__ must map text to text")
+    entries = [_entry(key, info, where) for key, info in header.items()]
+    entries.sort(key=lambda entry: (entry.begin, entry.end))
+    expected = 0
+    for entry in entries:
+        if entry.begin != expected:
+            what = "overlaps the tensor before it" if entry.begin < expected else "leaves a hole before it"
+            raise FormatError(f"{where}: {shorten(entry.key)} {what} (starts at {entry.begin}, expected {expected})")
+        expected = entry.end
+    if expected != data_size:
+        what = "it was cut off; download or save it again" if expected > data_size else "bytes that nothing describes"
+        raise FormatError(f"{where}: the header describes {expected} bytes of data, the file has {data_size}: {what}")
+    return entries
+
+
+def _entry(key: str, info: Any, where: str) -> Entry:
+    """Check one tensor's description in itself: types, dtype, and that its size is what shape and dtype say."""
+    if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
+        raise FormatError(f"{where}: {shorten(key)} must be described by dtype, shape and data_offsets")
+    name, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    dtype = _DTYPES.get(name) if isinstance(name, str) else None
+    if dtype is None:
+        raise FormatError(
+            f"{where}: {shorten(key)} has the dtype {shorten(name)}, which torch {torch.__version__} cannot read "
+            f"(known: {', '.join(_DTYPES)})"
+        )
+    if not _are_sizes(shape) or len(shape) > _MAX_RANK:
+        raise FormatError(f"{where}: {shorten(key)} has an impossible shape: {shorten(shape)}")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise FormatError(f"{where}: {shorten(key)} has impossible data_offsets: {shorten(offsets)}")
+    size = math.prod(shape) * dtype.itemsize
+    # A zero among huge sizes gives no bytes, but strides that overflow.
+    if math.prod(max(n, 1) for n in shape) * dtype.itemsize > _MAX_BYTES:
+        raise FormatError(f"{where}: {shorten(key)} has an impossible shape: {shorten(shape)}")
+    if size != offsets[1] - offsets[0]:
+        raise FormatError(
+            f"{where}: {shorten(key)} needs {size} bytes ({name} {shape}), data_offsets give {offsets[1] - offsets[0]}"
+        )
+    return Entry(key, dtype, tuple(shape), *offsets)
+
+
+def _are_sizes(values: object) -> bool:
+    # `type(...) is int`: True is an int to isinstance.
+    return isinstance(values, list) and all(type(n) is int and 0 <= n <= _MAX_BYTES for n in values)

@@ -1,0 +1,204 @@
+"""A trunk whose weights lie in another repository: pinned by commit and digest, fetched when the tower is loaded.
+
+For foundation models under a licence that lets a head be shared and the trunk not. `config.trunk_source` holds::
+
+    {"repo_id": "org/name", "commit": "<40 hex digits>", "layout": "tower" | "timm",
+     "files": {"model.safetensors": "<SHA-256>"}, "unused": ["fc.weight", "fc.bias"]}
+
+`layout` says whose keys the files have: a tower's (`trunk.*`, and a head that is left out) or timm's own. `unused` are
+keys of timm's layout that the trunk has no place for (its classifier), so that nothing is left out by chance.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ..files.aligned import same_bits
+from ..files.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, OpenFolder, read_json
+from ..files.open_folder import require_plain_name
+from ..reader.config import TimmTowerConfig
+from ..reader.errors import ConfigError, FolderError, FormatError, HubError, WeightsError
+from .download import Access, download_files, file_sha256
+from .identify import describe_foreign
+
+_PREFIX = "trunk."
+_COMMIT, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
+_FIELDS = {"repo_id", "commit", "layout", "files", "unused"}
+
+
+@dataclass(frozen=True)
+class TrunkSource:
+    """Where a trunk's weights lie.
+
+    Attributes:
+        repo_id: `org/name`.
+        commit: 40 hex digits.
+        layout: Whose keys the files have.
+        files: File name -> SHA-256 of its bytes.
+        unused: Keys that the trunk has no place for.
+    """
+
+    repo_id: str
+    commit: str
+    layout: Literal["tower", "timm"]
+    files: dict[str, str]
+    unused: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """What `config.trunk_source` holds."""
+        return {**asdict(self), "unused": list(self.unused)}
+
+
+def parse_trunk_source(spec: Any) -> TrunkSource:
+    """`config.trunk_source` of a file that nobody vouches for.
+
+    Raises:
+        ConfigError: names what is wrong with it.
+    """
+    if not isinstance(spec, dict) or set(spec) != _FIELDS:
+        raise ConfigError(f"trunk_source: expected an object with {', '.join(sorted(_FIELDS))}, found {spec!r:.200}")
+    repo_id, commit, layout, files, unused = (
+        spec[name] for name in ("repo_id", "commit", "layout", "files", "unused")
+    )
+    if not isinstance(repo_id, str) or not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+        raise ConfigError(f"trunk_source: expected a repository's id and a commit, found {repo_id!r} and {commit!r}")
+    if layout not in ("tower", "timm"):
+        raise ConfigError(f"trunk_source.layout={layout!r}: expected 'tower' or 'timm'")
+    if not isinstance(files, dict) or not files:
+        raise ConfigError("trunk_source.files: expected file names with their SHA-256")
+    for name, digest in files.items():
+        require_plain_name(name, "trunk_source.files")
+        if not name.endswith(".safetensors") or not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+            raise ConfigError(f"trunk_source.files: {name!r}: {digest!r} is not a .safetensors file with its SHA-256")
+    if not isinstance(unused, list) or not all(isinstance(key, str) for key in unused):
+        raise ConfigError("trunk_source.unused: expected a list of keys")
+    return TrunkSource(repo_id, commit, layout, dict(files), tuple(unused))
+
+
+def read_trunk(source: TrunkSource, access: Access) -> dict[str, Tensor]:
+    """Fetch a trunk's weights and check them against their digests.
+
+    Returns:
+        `trunk.*` -> tensor on mapped memory.
+
+    Raises:
+        HubError: the repository may not be read, is gone, or the network is off.
+        WeightsError: it holds other weights than those that were pinned.
+    """
+    try:
+        root = download_files(source.repo_id, source.files, source.commit, access)
+    except HubError as error:
+        raise HubError(
+            f"only the head lies in this repository; its trunk lies in {source.repo_id} at commit {source.commit}, and "
+            f"could not be fetched: {error}"
+        ) from error
+    return _read(root, source)
+
+
+def _read(root: Path, source: TrunkSource) -> dict[str, Tensor]:
+    where = f"the trunk in {source.repo_id} at commit {source.commit}"
+    tensors: dict[str, Tensor] = {}
+    with OpenFolder(root) as folder:
+        for name, digest in source.files.items():
+            if not folder.has(name):
+                raise WeightsError(f"{where}: {name} is gone; the head was trained on it and cannot be used without")
+            if _digest(root / name) != digest:
+                raise WeightsError(
+                    f"{where}: {name} has SHA-256 {_digest(root / name)}, the head was published for {digest}: it is "
+                    "another trunk, and the embedding would be another one"
+                )
+            tensors.update(folder.read_tensors(name))
+    if source.layout == "tower":
+        return {key: tensor for key, tensor in tensors.items() if key.startswith(_PREFIX)}
+    return {_PREFIX + key: tensor for key, tensor in tensors.items() if key not in source.unused}
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file; a blob of the Hub's cache bears it as its name, checked when it was downloaded."""
+    blob = Path(os.path.realpath(path))
+    if path.is_symlink() and blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
+        return blob.name
+    return file_sha256(path)
+
+
+def find_trunk(place: str, state: Mapping[str, Tensor], access: Access) -> TrunkSource:
+    """Pin the trunk of a public tower or a timm repository as the trunk of a tower.
+
+    Args:
+        place: `org/name` or `org/name@revision`.
+        state: The tower's state dict: its `trunk.*` must have the very bits of that repository.
+        access: To read it with.
+
+    Raises:
+        HubError: it cannot be read.
+        ConfigError: it holds neither a tower with weights of its own nor a timm model.
+        WeightsError: its trunk is not this tower's, bit for bit.
+    """
+    repo_id, _, revision = place.partition("@")
+    root = download_files(repo_id, [CONFIG_NAME, INDEX_NAME], revision or None, access)
+    config = read_json(root / CONFIG_NAME) if (root / CONFIG_NAME).exists() else {}
+    layout: Literal["tower", "timm"]
+    names = [SINGLE_NAME]
+    if config.get("model_type") == TimmTowerConfig.model_type:
+        if config.get("trunk_source") is not None:
+            raise ConfigError(f"trunk={place!r}: holds a head only; name the repository that its trunk lies in")
+        layout = "tower"
+        if (root / INDEX_NAME).exists():
+            index = read_json(root / INDEX_NAME).get("weight_map")
+            mapped = index if isinstance(index, dict) else {}
+            names = sorted({str(name) for key, name in mapped.items() if key.startswith(_PREFIX)})
+    elif "architecture" in config:
+        layout = "timm"
+    else:
+        raise ConfigError(
+            f"trunk={place!r}: holds neither a tower nor a timm model. {describe_foreign((), config, repo_id)}".rstrip()
+        )
+    for name in names:
+        require_plain_name(name, f"{repo_id}: {INDEX_NAME}")
+    commit = root.name
+    root = download_files(repo_id, names, commit, access)
+    if lacking := [name for name in names if not (root / name).exists()]:
+        raise FolderError(f"trunk={place!r}: {', '.join(lacking)} is missing; only safetensors files are read")
+    source = TrunkSource(repo_id, commit, layout, {name: _digest(root / name) for name in names})
+    theirs = _read(root, source)
+    ours = {key: tensor for key, tensor in state.items() if key.startswith(_PREFIX)}
+    _require_equal(ours, theirs, f"trunk={place!r} (commit {commit})")
+    spare = sorted(key.removeprefix(_PREFIX) for key in theirs.keys() - ours.keys())
+    return TrunkSource(repo_id, commit, layout, source.files, tuple(spare) if layout == "timm" else ())
+
+
+def _require_equal(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], where: str) -> None:
+    if lacking := sorted(ours.keys() - theirs.keys()):
+        raise WeightsError(
+            f"{where} lacks {len(lacking)} weights of this tower's trunk ({', '.join(lacking[:4])}): it is another "
+            "architecture, or its files have another layout of keys"
+        )
+    other = [key for key, tensor in ours.items() if not same_bits(tensor.detach().cpu(), theirs[key])]
+    if other:
+        raise WeightsError(
+            f"{where} is not this tower's trunk: {len(other)} of {len(ours)} weights differ ({', '.join(other[:4])}). "
+            "The trunk was trained, resized or cast since; push the tower whole, without trunk=..."
+        )
+
+
+def is_separable(ties: tuple[tuple[str, ...], ...]) -> bool:
+    """Whether no weight of the head is one with a weight of the trunk."""
+    return all(len({key.startswith(_PREFIX) for key in group}) == 1 for group in ties)
+
+
+def merged(head: Mapping[str, Tensor], trunk: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Weights of a head and of its trunk as one tower's.
+
+    Raises:
+        FormatError: the head's files hold trunk weights too.
+    """
+    if both := sorted(key for key in head if key.startswith(_PREFIX)):
+        raise FormatError(f"{where}: trunk_source says that the trunk lies elsewhere, yet the files hold {both[0]}")
+    return {**head, **trunk}
+
+

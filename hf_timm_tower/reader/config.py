@@ -1,0 +1,287 @@
+"""`TimmTowerConfig`: everything that rebuilds a tower with no network.
+
+The config is validated once, when it is made: types by huggingface_hub's `@strict` (as transformers' own configs),
+meaning by the checks below. `tower.complete` fills in what only the trunk can tell (its width, its layout, its own
+pool), after which the config is a full description.
+"""
+
+import difflib
+import math
+from typing import Any, ClassVar, Literal
+
+import timm
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+
+from .errors import ConfigError, FormatError
+from .freezing import check_frozen
+from .model_args import check_names, decode, encode
+
+FORMAT_VERSION = 1
+
+MAX_EMBED_DIM = 2**20
+MAX_IMAGE_SIZE = 2**14
+MAX_IN_CHANS = 2**12
+MAX_LABELS = 2**20
+
+ATTENTION_POOLS = ("abs_attn", "rot_attn")
+OUR_POOLS = ("token_avg", "default", "none")
+PROJECTIONS = ("linear", "mlp", "none")
+
+# Keys that transformers itself writes into or expects of any config; everything else that is not a field is refused.
+_TRANSFORMERS_KEYS = frozenset(
+    {
+        "model_type",
+        "transformers_version",
+        "architectures",
+        "auto_map",
+        "custom_pipelines",
+        "dtype",
+        "torch_dtype",
+        "quantization_config",
+        "name_or_path",
+        "_name_or_path",
+        "_commit_hash",
+        "num_labels",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "output_hidden_states",
+        "output_attentions",
+        "return_dict",
+        "use_return_dict",
+        "attn_implementation",
+        "_attn_implementation",
+        "experts_implementation",
+        "_experts_implementation",
+        "chunk_size_feed_forward",
+        "is_encoder_decoder",
+        "per_layer_config",
+        "tie_last_hidden_states",
+        "use_cache",  # Trainer sets it where gradients are checkpointed
+        "hidden_size",
+    }
+)
+
+
+@strict
+class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
+    """What a tower is: trunk, pool, projection or head, input, preprocessing.
+
+    Args:
+        architecture: A name of timm's registry, with or without a pretrained tag (`resnet18`, `resnet18.a1_in1k`).
+        model_args: Arguments of `timm.create_model`; classes by name, see `reader/model_args.py`.
+        image_size: Height and width in pixels; an int means a square, None the trunk's native size.
+        in_chans: Channels of the image.
+        pool: What pools the trunk's features; after building, the resolved name.
+        proj: `linear`, `mlp`, `none`, or None: the trunk's own classifier is the projection.
+        proj_bias: Whether the last layer of the projection has a bias.
+        drop: Dropout probability of the projection.
+        embed_dim: Width of the embedding; None where it follows from the head.
+        head: How the custom head comes back (`reader/head.py`), None for a built-in one.
+        preprocess: size, crop, interpolation, mean, std and so on (`reader/image_processing.py`).
+        classifier: How the trunk loses its own classifier: `construct` builds it without (open_clip's way for
+            `proj="none"` and `proj=None`), `reset` calls `reset_classifier` afterwards (its way for `linear`, `mlp`).
+        num_features: Width of what the trunk hands to the head; completed when the tower is built.
+        layout: Form of what the trunk gives: `NC`, `NLC`, `NCHW` or `NHWC`; completed when the tower is built.
+        feat_size: Height and width of the feature map, for attention pools; completed when the tower is built.
+        tower_class: Name of the subclass of TimmModel that is needed to rebuild the tower, None for TimmModel itself.
+        tower_kwargs: Arguments that such a subclass adds to the constructor.
+        frozen: What of the tower is frozen (`reader/freezing.py`), None where everything trains.
+        trunk_source: Where the trunk's weights lie, where not beside the head: repository, commit and digests.
+        timm_version: The timm that the tower was built with.
+        format_version: Version of this format.
+
+    Raises:
+        ConfigError: with the field's name and value.
+        FormatError: the config was written by a newer format version.
+    """
+
+    model_type = "timm_tower"
+    attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "embed_dim"}
+
+    architecture: str = "resnet50"
+    model_args: dict[str, Any] | None = None
+    image_size: int | list[int] | tuple[int, ...] | None = None
+    in_chans: int = 3
+    pool: str | None = "avg"
+    proj: str | None = "linear"
+    proj_bias: bool = False
+    drop: int | float = 0.0
+    embed_dim: int | None = None
+    head: dict[str, Any] | None = None
+    preprocess: dict[str, Any] | None = None
+    classifier: Literal["construct", "reset"] | None = None
+    num_features: int | None = None
+    layout: Literal["NC", "NLC", "NCHW", "NHWC"] | None = None
+    feat_size: list[int] | tuple[int, ...] | None = None
+    tower_class: str | None = None
+    tower_kwargs: dict[str, Any] | None = None
+    frozen: dict[str, Any] | None = None
+    trunk_source: dict[str, Any] | None = None
+    timm_version: str | None = None
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        unknown = {key: kwargs[key] for key in kwargs if key not in _TRANSFORMERS_KEYS}
+        if unknown:
+            raise ConfigError(_unknown_keys(unknown))
+        if "hidden_size" in kwargs:
+            hidden_size = kwargs.pop("hidden_size")
+            if self.embed_dim is not None and hidden_size != self.embed_dim:
+                raise ConfigError(f"hidden_size={hidden_size!r} is another name of embed_dim={self.embed_dim}")
+            self.embed_dim = hidden_size
+        kwargs.pop("model_type", None)
+        _check(self)
+        _check_labels(kwargs)
+        self.timm_version = self.timm_version or timm.__version__
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What `config.json` holds: every field of ours, and of transformers' fields those that were set."""
+        written: dict[str, Any] = super().to_diff_dict()
+        everything = self.to_dict()
+        for name in OUR_FIELDS:
+            written[name] = everything[name]
+        return written
+
+
+OUR_FIELDS = tuple(name for name in TimmTowerConfig.__annotations__ if name != "attribute_map")
+
+
+def _catch_strict_errors() -> None:
+    """Let the constructor raise `ConfigError` where `@strict` would raise an error of its own."""
+    validated = TimmTowerConfig.__init__
+
+    def __init__(self: TimmTowerConfig, **kwargs: Any) -> None:
+        _check_version(kwargs)
+        try:
+            validated(self, **kwargs)
+        except StrictDataclassError as error:
+            cause = str(error.__cause__ or error).replace("\n", " ").strip()
+            raise ConfigError(f"TimmTowerConfig: {cause}") from error
+
+    __init__.__wrapped__ = validated  # type: ignore[attr-defined]  # keeps inspect.signature as it was
+    TimmTowerConfig.__init__ = __init__  # type: ignore[method-assign, assignment]
+
+
+_catch_strict_errors()
+
+
+def _check_version(kwargs: dict[str, Any]) -> None:
+    version = kwargs.get("format_version", FORMAT_VERSION)
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise FormatError(f"format_version={version!r}: expected a whole number from 1 to {FORMAT_VERSION}")
+    if version > FORMAT_VERSION:
+        raise FormatError(
+            f"format_version={version}: this hf_timm_tower reads versions up to {FORMAT_VERSION}. "
+            "Upgrade it: pip install -U hf_timm_tower"
+        )
+
+
+def _unknown_keys(unknown: dict[str, Any]) -> str:
+    lines = []
+    for key, value in sorted(unknown.items()):
+        near = difflib.get_close_matches(key, OUR_FIELDS, n=2)
+        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+        lines.append(f"{key}={_short(value)}{hint}")
+    return f"TimmTowerConfig: unknown key{'s' if len(lines) > 1 else ''} {', '.join(lines)}"
+
+
+def _check_labels(kwargs: dict[str, Any]) -> None:
+    """Before transformers writes a name for each label."""
+    count = kwargs.get("num_labels")
+    if count is not None:
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_LABELS:
+            raise ConfigError(f"num_labels={_short(count)}: expected a whole number from 0 to {MAX_LABELS}")
+    for name in ("id2label", "label2id"):
+        labels = kwargs.get(name)
+        if labels is not None and (not isinstance(labels, dict) or len(labels) > MAX_LABELS):
+            raise ConfigError(f"{name}={_short(labels)}: expected an object of at most {MAX_LABELS} labels")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _check(config: TimmTowerConfig) -> None:
+    check_architecture(config.architecture, config.timm_version)
+    _check_int("in_chans", config.in_chans, MAX_IN_CHANS)
+    if config.embed_dim is not None:
+        _check_int("embed_dim", config.embed_dim, MAX_EMBED_DIM)
+    if config.num_features is not None:
+        _check_int("num_features", config.num_features, MAX_EMBED_DIM)
+    for name in ("image_size", "feat_size"):
+        if getattr(config, name) is not None:
+            setattr(config, name, check_size(name, getattr(config, name)))
+    if isinstance(config.drop, bool) or not (math.isfinite(config.drop) and 0 <= config.drop < 1):
+        raise ConfigError(f"drop={config.drop!r}: expected a probability, 0 <= drop < 1")
+    if config.pool is not None and (len(config.pool) > 64 or not config.pool.isprintable()):
+        raise ConfigError(f"pool={_short(config.pool)}: not the name of a pool")
+    if config.proj == "":
+        config.proj = None
+    if config.proj is not None and config.proj not in PROJECTIONS:
+        raise ConfigError(
+            f"proj={config.proj!r}: expected one of {', '.join(PROJECTIONS)}, or None for the trunk's own classifier"
+        )
+    if config.classifier is None:
+        attention = config.pool in ATTENTION_POOLS
+        by_trunk = config.proj in (None, "none") and config.head is None and not attention
+        config.classifier = "construct" if by_trunk and config.pool not in OUR_POOLS else "reset"
+    model_args = dict(config.model_args or {})
+    check_names(model_args, from_trunk=config.classifier == "reset")
+    config.model_args = {key: encode(value, f"model_args.{key}") for key, value in sorted(model_args.items())}
+    for key, value in config.model_args.items():
+        decode(value, f"model_args.{key}")
+    config.drop = float(config.drop)
+    check_frozen(config.frozen)
+    if config.tower_kwargs and config.tower_class is None:
+        raise ConfigError(f"tower_kwargs={_short(config.tower_kwargs)}: only a subclass (tower_class) has any")
+
+
+def _check_int(name: str, value: Any, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ConfigError(f"{name}={_short(value)}: expected a whole number from 1 to {most}")
+
+
+def check_size(name: str, value: Any) -> list[int]:
+    """An image size as `[height, width]` in pixels.
+
+    Raises:
+        ConfigError: not one or two whole numbers from 1 to 16384.
+    """
+    pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else []
+    if len(pair) != 2 or any(
+        isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= MAX_IMAGE_SIZE for side in pair
+    ):
+        raise ConfigError(
+            f"{name}={_short(value)}: expected an int or (height, width), each from 1 to {MAX_IMAGE_SIZE} pixels"
+        )
+    return pair
+
+
+def check_architecture(name: str, saved_with: str | None = None) -> None:
+    """Refuse what this timm's registry does not have.
+
+    Args:
+        name: `arch` or `arch.tag`.
+        saved_with: The timm version a config was saved with, to say which timm has the architecture.
+
+    Raises:
+        ConfigError: with near names, and the timm version that is known to have it.
+    """
+    if ":" in name or "/" in name:
+        raise ConfigError(
+            f"architecture={_short(name)}: expected a name of timm's registry (timm.list_models()), without a scheme "
+            "or a path; weights of a repository or a folder are loaded with from_pretrained."
+        )
+    arch = name.split(".", 1)[0]
+    if timm.is_model(arch):
+        return
+    near = difflib.get_close_matches(arch, timm.list_models(), n=4, cutoff=0.5)
+    hint = f" Near names: {', '.join(near)}." if near else ""
+    if saved_with and saved_with != timm.__version__:
+        hint += f" The config was saved with timm {saved_with}, which has it: pip install timm=={saved_with}"
+    raise ConfigError(f"architecture={_short(name)} is unknown to timm {timm.__version__}.{hint}")

@@ -1,0 +1,360 @@
+"""Phase three of reading a stored head: build the module of an audited graph, and run it.
+
+`GraphHead` is an ordinary module: its layers are real `torch.nn` and `timm.layers` layers under their old names, so
+state dicts, `.to()`, freezing, optimizers and adapters see what they saw in the original. Its forward is an interpreter
+over the audited nodes; no text is ever turned into code.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..heads.batch_formula import evaluate
+from ..heads.isolation import submodule
+from .errors import GraphError, HeadError
+from .graph_layers import build_layer
+from .graph_ops import OPS
+from .graph_program import check_growth, may_grow
+from .graph_records import (
+    DtypeOf,
+    Formula,
+    FromInput,
+    Graph,
+    ModuleSpec,
+    Node,
+    Pairs,
+    Program,
+    Reference,
+    Slice,
+)
+from .graph_values import DTYPES
+
+_CONTAINERS: dict[str, type[nn.Module]] = {
+    "Sequential": nn.Sequential,
+    "ModuleList": nn.ModuleList,
+    "ModuleDict": nn.ModuleDict,
+}
+
+
+class HeadPart(nn.Module):
+    """A module of the user's own, reduced to what it holds: parameters, buffers, children."""
+
+
+class GraphHead(nn.Module):
+    """A head rebuilt from a graph. `forward` takes a tensor of the recorded shape, any batch, and returns what the
+    original returned. Raises HeadError for an input of another shape.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self.__graph = graph
+        self.__constants = list(graph.constants)
+        if graph.ties or graph.layouts:
+            self.register_load_state_dict_post_hook(_settle_after_load)  # type: ignore[no-untyped-call]
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """Input [B, ...] of the recorded shape; the output is the original head's, nested containers included."""
+        self.__check_input(x)
+        program = self.__graph.programs[self.training]
+        run = _Run(self, x, self.__constants)
+        for region in _regions(program):
+            with ExitStack() as stack:
+                _enter(stack, region[0], x)
+                for node in region:
+                    run.step(node)
+        return run.resolve(program.output)
+
+    def __check_input(self, x: torch.Tensor) -> None:
+        shape = self.__graph.shape
+        fits = x.dim() == len(shape) and all(
+            size is None or size == found for size, found in zip(shape, x.shape, strict=True)
+        )
+        if not fits:
+            expected = ["B" if i == 0 else "any" if size is None else str(size) for i, size in enumerate(shape)]
+            raise HeadError(
+                f"this head was stored for inputs of shape [{', '.join(expected)}], found {list(x.shape)}; "
+                "use the tower's own image size and pool"
+            )
+
+    @property
+    def input_shape(self) -> tuple[int | None, ...]:
+        """The shape of the inputs that the head takes; None where any size will do."""
+        return self.__graph.shape
+
+    def settle(self) -> None:
+        """Share again what the original shared, and lay out again in memory what it laid out in another order.
+
+        Loading with ``assign=True`` puts separate, contiguous tensors in place. `load_state_dict` ends with this call;
+        who puts tensors in by other means makes it afterwards.
+        """
+        for alias, first in self.__graph.ties:
+            owner, key = _owner(self, first)
+            shared = owner._parameters[key] if key in owner._parameters else owner._buffers[key]
+            assert shared is not None
+            _replace(self, alias, shared)
+        for name, order in self.__graph.layouts:
+            owner, key = _owner(self, name)
+            tensor = owner._parameters.get(key)
+            if tensor is not None:
+                tensor.data = _lay_out(tensor.data, order)
+            else:
+                buffer = owner._buffers[key]
+                assert buffer is not None
+                owner._buffers[key] = _lay_out(buffer, order)
+
+    def train(self, mode: bool = True) -> "GraphHead":
+        """Switch modes; modules that the original kept in one mode (frozen BatchNorm) stay in it."""
+        super().train(mode)
+        for name, in_train, in_eval in self.__graph.held:
+            submodule(self, name).training = in_train if mode else in_eval
+        return self
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "GraphHead":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for index, constant in enumerate(self.__constants):
+            # Only the device is taken from `fn`: constants keep dtype and values, whatever `.half()` or `.to_empty()`
+            # do to weights, just as a tensor that the original held outside its buffers would.
+            device = fn(torch.empty(0, device=constant.device)).device
+            if device.type != "meta":
+                self.__constants[index] = constant.to(device)
+        return self
+
+
+def _settle_after_load(module: nn.Module, incompatible_keys: Any) -> None:
+    if isinstance(module, GraphHead):
+        module.settle()
+
+
+def _lay_out(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """The same values, contiguous in memory when the dimensions are taken in `order`."""
+    back = [order.index(dim) for dim in range(len(order))]
+    return tensor.permute(order).contiguous().permute(back)
+
+
+def _regions(program: Program) -> Iterator[list[Node]]:
+    region: list[Node] = []
+    for node in program.nodes:
+        if region and (node.no_grad, node.autocast) != (region[0].no_grad, region[0].autocast):
+            yield region
+            region = []
+        region.append(node)
+    if region:
+        yield region
+
+
+def _enter(stack: ExitStack, node: Node, x: torch.Tensor) -> None:
+    if node.no_grad:
+        stack.enter_context(torch.no_grad())
+    for device, enabled, dtype in node.autocast:
+        kind = x.device.type if device == "input" else device
+        stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=DTYPES[dtype] if dtype else None))
+
+
+class _Run:
+    """One forward: the results so far."""
+
+    def __init__(self, head: nn.Module, x: torch.Tensor, constants: list[torch.Tensor]) -> None:
+        self.head = head
+        self.x = x
+        self.batch = x.shape[0]
+        self.constants = constants
+        self.results: list[Any] = []
+
+    def step(self, node: Node) -> None:
+        args = [self.resolve(value) for value in node.args]
+        kwargs = {key: self.resolve(value) for key, value in node.kwargs}
+        if node.kind == "op":
+            if may_grow(node.target):
+                check_growth(node.target, (args, kwargs), "forward")
+            self.results.append(OPS[node.target](*args, **kwargs))
+        elif node.kind == "call":
+            self.results.append(submodule(self.head, node.target)(*args, **kwargs))
+        else:
+            owner, key = _owner(self.head, node.target)
+            owner._buffers[key] = args[0]
+            self.results.append(None)
+
+    def resolve(self, value: Any) -> Any:
+        if isinstance(value, Reference):
+            return self._tensor(value)
+        if isinstance(value, (tuple, list)):
+            return type(value)([self.resolve(item) for item in value])
+        if isinstance(value, Formula):
+            return evaluate(value.expr, self.batch)
+        if isinstance(value, FromInput):
+            return self.x.device if value.what == "device" else self.x.dtype
+        if isinstance(value, DtypeOf):
+            return self._tensor(value.tensor).dtype
+        if isinstance(value, Slice):
+            return slice(self.resolve(value.start), self.resolve(value.stop), self.resolve(value.step))
+        if isinstance(value, Pairs):
+            pairs = [(key, self.resolve(item)) for key, item in value.items]
+            return dict(pairs) if value.kind == "d" else OrderedDict(pairs)
+        return value
+
+    def _tensor(self, reference: Reference) -> Any:
+        if reference.kind == "input":
+            return self.x
+        if reference.kind == "constant":
+            return self.constants[reference.index]
+        if reference.kind == "tensor":
+            owner, key = _owner(self.head, reference.name)
+            for held in (owner._parameters, owner._buffers):
+                found = held.get(key)
+                if found is not None:
+                    return found
+            return getattr(owner, key)  # declared by the graph; somebody parametrized it since
+        result = self.results[reference.index]
+        for step in reference.path:
+            result = result[step]
+        return result
+
+
+def _owner(head: nn.Module, name: str) -> tuple[nn.Module, str]:
+    parent, _, key = name.rpartition(".")
+    return submodule(head, parent), key
+
+
+def build(graph: Graph, max_bytes: int) -> nn.Module:
+    """Construct the module of an audited graph on the ambient default device; weights are arbitrary.
+
+    Raises GraphError where the modules do not fit together, or would take more than `max_bytes`.
+    """
+    with torch.device("meta"):
+        _assemble(graph, max_bytes)
+    return _assemble(graph, max_bytes)
+
+
+def _assemble(graph: Graph, max_bytes: int) -> nn.Module:
+    left = max_bytes
+    built: dict[str, nn.Module] = {}
+    for spec in graph.modules:
+        module = built[spec.same] if spec.kind == "same" else _construct(graph, spec)
+        if spec.kind != "same":
+            left -= _bytes_of(module)
+            if left < 0:
+                raise GraphError(f"the stored head asks for more than {max_bytes} bytes of weights (at {spec.name!r})")
+        built[spec.name] = module
+        if spec.name:
+            parent, _, key = spec.name.rpartition(".")
+            built[parent]._modules[key] = module
+    root = built[""]
+    _finish(graph, root)
+    return root
+
+
+def _construct(graph: Graph, spec: ModuleSpec) -> nn.Module:
+    if spec.kind == "layer":
+        return build_layer(spec.layer, spec.args)
+    if spec.kind == "container":
+        return _CONTAINERS[spec.layer]()
+    module = GraphHead(graph) if spec.name == "" else HeadPart()
+    for tensor in spec.params:
+        try:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            value = torch.empty(tensor.shape, dtype=tensor.dtype)
+        except RuntimeError as error:
+            raise GraphError(f"module {spec.name!r}: parameter {tensor.name!r} cannot be made: {error}") from None
+        grad = empty.is_floating_point() or empty.is_complex()
+        module._parameters[tensor.name] = nn.Parameter(value, requires_grad=grad)
+    for tensor in spec.buffers:
+        try:
+            module._buffers[tensor.name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        except RuntimeError as error:
+            raise GraphError(f"module {spec.name!r}: buffer {tensor.name!r} cannot be made: {error}") from None
+    for name, value in spec.values:
+        module._buffers[name] = value.clone()
+        module._non_persistent_buffers_set.add(name)
+    return module
+
+
+def _bytes_of(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _finish(graph: Graph, root: nn.Module) -> None:
+    """Dtypes, ties, frozen parameters and held modes, by names that must exist."""
+    parameters = dict(root.named_parameters(remove_duplicate=False))
+    tensors = {**parameters, **dict(root.named_buffers(remove_duplicate=False))}
+    dtypes = dict(graph.dtypes)
+    _all_known(dtypes, tensors, "dtypes")
+    declared = {
+        f"{spec.name}.{item.name}".lstrip(".") for spec in graph.modules for item in (*spec.params, *spec.buffers)
+    }
+    for name, tensor in tensors.items():
+        dtype = dtypes.get(name, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+        if tensor.dtype != dtype and name not in declared:
+            _replace(root, name, tensor.detach().to(dtype))
+    for name, order in graph.layouts:
+        _all_known([name], tensors, "layouts")
+        if tensors[name].dim() != len(order):
+            raise GraphError(f"layouts: {name!r} has {tensors[name].dim()} dimensions, not {len(order)}")
+    if (graph.ties or graph.layouts) and not isinstance(root, GraphHead):
+        raise GraphError("ties and layouts need a head with a forward of its own")
+    for alias, first in graph.ties:
+        _all_known([alias, first], tensors, "ties")
+        owner, key = _owner(root, first)
+        target = owner._parameters.get(key)
+        shared = target if target is not None else owner._buffers[key]
+        if shared is None or shared.shape != tensors[alias].shape or (alias in parameters) != (first in parameters):
+            raise GraphError(f"ties: {alias!r} and {first!r} are not alike")
+        _replace(root, alias, shared)
+    if isinstance(root, GraphHead):
+        root.settle()
+    parameters = dict(root.named_parameters(remove_duplicate=False))
+    _all_known(graph.frozen, parameters, "frozen")
+    for name in graph.frozen:
+        parameters[name].requires_grad_(False)
+    modules = dict(root.named_modules(remove_duplicate=False))
+    _all_known([name for name, _, _ in graph.held], modules, "held")
+    _check_references(graph, tensors, root)
+
+
+def _check_references(graph: Graph, tensors: dict[str, torch.Tensor], root: nn.Module) -> None:
+    buffers = dict(root.named_buffers(remove_duplicate=False))
+
+    def check(value: Any) -> None:
+        if isinstance(value, Reference) and value.kind == "tensor" and value.name not in tensors:
+            raise GraphError(f"the forward uses a tensor {value.name!r:.80} that the head does not have")
+        if isinstance(value, DtypeOf):
+            check(value.tensor)
+        if isinstance(value, Pairs):
+            value = [item for _, item in value.items]
+        if isinstance(value, Slice):
+            value = [value.start, value.stop, value.step]
+        if isinstance(value, (tuple, list)):
+            for item in value:
+                check(item)
+
+    for program in {id(program): program for program in graph.programs.values()}.values():
+        for node in program.nodes:
+            check(node.args)
+            check([item for _, item in node.kwargs])
+            if node.kind == "write" and node.target not in buffers:
+                raise GraphError(f"the forward writes a buffer {node.target!r:.80} that the head does not have")
+        check(program.output)
+
+
+def _all_known(names: Any, known: dict[str, Any], where: str) -> None:
+    for name in names:
+        if name not in known:
+            raise GraphError(f"{where}: the head has no {name!r:.80}")
+
+
+def _replace(root: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Put another tensor under a name that exists; recurrent layers notice only an ordinary assignment."""
+    owner, key = _owner(root, name)
+    if key in owner._parameters:
+        old = owner._parameters[key]
+        if not isinstance(value, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=bool(old is not None and old.requires_grad))
+        if isinstance(owner, nn.RNNBase):
+            setattr(owner, key, value)  # a name that torch itself gave the parameter
+        else:
+            owner._parameters[key] = value
+    else:
+        owner._buffers[key] = value

@@ -1,0 +1,309 @@
+"""Saving and pushing of transformers' models of a tower: the files, the card and the commit of `TimmModel`."""
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn as nn
+from transformers import PreTrainedModel
+
+from ..files.assign import assign_weights
+from ..files.folder import Beside, save_tower
+from ..hub.card import TowerFacts, describe_tower
+from ..hub.card_options import CardOptions, as_tags
+from ..hub.push import COMMIT_MESSAGE, default_repo_id, push_folder
+from .build import CLASSIFIER, Tower, load, storable_config
+from .config import TimmTowerConfig
+from .errors import ArgumentError, WeightsError
+from .freezing import describe_frozen
+from .frozen_statistics import keep_statistics
+from .model_building import build_for_transformers
+from .skip_init import no_init
+
+TAGS = ("timm",)
+"""Tags of every tower, as transformers' `model_tags`."""
+
+_PUSH_OPTIONS = frozenset(
+    {
+        "allow_patterns",
+        "commit_description",
+        "commit_message",
+        "create_pr",
+        "delete_patterns",
+        "ignore_patterns",
+        "private",
+        "revision",
+    }
+)
+
+
+class SavesAsTower(PreTrainedModel):  # type: ignore[no-untyped-call]
+    """What `TimmTowerPreTrainedModel` saves and pushes; it is the only class to inherit from it."""
+
+    config: TimmTowerConfig
+    model_tags = list(TAGS)  # noqa: RUF012  # transformers wants a list here
+    _has_classifier = False
+
+    trunk: nn.Module
+    head: nn.Module
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
+        variant: str | None = None,
+        token: str | bool | None = None,
+        save_peft_format: bool = True,
+        save_original_format: bool = True,
+        safe_serialization: bool = True,
+        *,
+        repo_id: str | None = None,
+        tags: str | Sequence[str] | None = None,
+        license: str | None = None,
+        model_card_kwargs: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        evaluated_on: str | None = None,
+        include_code: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save as `TimmModel.save_pretrained` does: the same files, loaded back and compared before they are in place.
+
+        Args:
+            save_directory: A folder, existing or not; files in it that are not the tower's are kept, and so is what
+                a person wrote into the card.
+            is_main_process: False saves nothing: another process does.
+            state_dict: The weights, where they had to be gathered from several processes.
+            push_to_hub: Push as well.
+            max_shard_size: Largest weight file, in bytes or as `"5GB"`.
+            variant: Refused: a tower has one set of weights.
+            token: For pushing.
+            save_peft_format: For a model with an adapter, of which only the adapter is saved.
+            save_original_format: Of transformers; a tower has one format.
+            safe_serialization: True, as older transformers and sentence-transformers pass it; False is refused.
+            repo_id: For the card, and where to push; the folder's name by default.
+            tags: Further tags for the card, beside those of `add_model_tags`.
+            license: For the card; never guessed.
+            model_card_kwargs: Further metadata for the card: `base_model`, `datasets`, `language`, ...
+            metrics: Name -> figure, for the card's table and its `model-index`.
+            evaluated_on: Id of the data set that they were measured on.
+            include_code: None: the folder carries `core/`, so that it loads where this package is not installed.
+                True: also the source of the head, where it cannot be stored in another form. False: no code at all.
+            kwargs: For `push_to_hub`.
+
+        Raises:
+            HeadError: the head cannot be stored in any form; nothing was written.
+            FolderError: the folder cannot be written; what was there before is whole.
+            HubError: it was saved, but could not be pushed.
+        """
+        cards = self._cards(tags, license, model_card_kwargs, metrics, evaluated_on, include_code, repo_id)
+        if getattr(self, "_hf_peft_config_loaded", False):
+            _refuse_with_adapter(cards)
+            if push_to_hub and repo_id is not None:
+                kwargs["repo_id"] = repo_id
+            stock: Any = super().save_pretrained
+            stock(save_directory, is_main_process, state_dict, push_to_hub, token=token,
+                  save_peft_format=save_peft_format, **kwargs)  # fmt: skip
+            return
+        if not safe_serialization:
+            raise ArgumentError("safe_serialization=False: a tower is saved as safetensors and never as pickle")
+        unknown = sorted(set(kwargs) - (_PUSH_OPTIONS if push_to_hub else set()))
+        if variant is not None or unknown:
+            raise ArgumentError(f"save_pretrained: {', '.join(unknown) or 'variant'} cannot be honoured")
+        if not is_main_process:
+            return
+        self._save(save_directory, state_dict, max_shard_size, include_code, cards)
+        if push_to_hub:
+            place = repo_id or default_repo_id(save_directory)
+            self._push(place, state_dict, max_shard_size, include_code, cards, token=token, **kwargs)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "5GB",
+        tags: str | Sequence[str] | None = None,
+        license: str | None = None,
+        model_card_kwargs: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        evaluated_on: str | None = None,
+        include_code: bool | None = None,
+        allow_patterns: list[str] | str | None = None,
+        ignore_patterns: list[str] | str | None = None,
+        delete_patterns: list[str] | str | None = None,
+    ) -> str:
+        """Save the tower, checked as by `save_pretrained`, and push it in one commit, as `TimmModel.push_to_hub` does.
+
+        What the Hub has already is not sent again, files that an earlier tower left go, and of a card that was edited
+        on the Hub only the parts between our markers change. Of a model with an adapter, transformers pushes the
+        adapter, in its own way.
+
+        Args:
+            repo_id: `name` or `org/name`; made where it does not exist.
+            commit_message: The commit's first line.
+            commit_description: What stands under it.
+            private: Of the repository, where this call makes it.
+            token: With the right to write; the one that is logged in by default.
+            revision: The branch, made where it does not exist; the main one by default.
+            create_pr: Open a pull request instead of committing.
+            max_shard_size: Largest weight file, in bytes or as `"5GB"`.
+            tags: As in `save_pretrained`.
+            license: As in `save_pretrained`.
+            model_card_kwargs: As in `save_pretrained`.
+            metrics: As in `save_pretrained`.
+            evaluated_on: As in `save_pretrained`.
+            include_code: As in `save_pretrained`.
+            allow_patterns: Push only files that match.
+            ignore_patterns: Do not push files that match.
+            delete_patterns: Delete further files of the repository that match.
+
+        Returns:
+            The commit's address (the pull request's with `create_pr`).
+
+        Raises:
+            HeadError, TowerError: the tower cannot be saved; nothing was sent.
+            HubError: the repository cannot be written; nothing was committed.
+        """
+        cards = self._cards(tags, license, model_card_kwargs, metrics, evaluated_on, include_code, None)
+        if getattr(self, "_hf_peft_config_loaded", False):
+            _refuse_with_adapter(cards, allow_patterns, ignore_patterns, delete_patterns)
+            stock: Any = super().push_to_hub
+            return str(
+                stock(repo_id, commit_message=commit_message, commit_description=commit_description, private=private,
+                      token=token, revision=revision, create_pr=create_pr, max_shard_size=max_shard_size,
+                      tags=list(as_tags(tags)))
+            )  # fmt: skip
+        return self._push(
+            repo_id,
+            None,
+            max_shard_size,
+            include_code,
+            cards,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            allow_patterns=allow_patterns,
+            ignore_patterns=ignore_patterns,
+            delete_patterns=delete_patterns,
+        )
+
+    def train(self, mode: bool = True) -> Self:
+        """As `nn.Module.train`, except that modules with frozen statistics stay in eval mode."""
+        super().train(mode)
+        keep_statistics(self)
+        return self
+
+    def _cards(
+        self,
+        tags: str | Sequence[str] | None,
+        license: str | None,
+        more: Mapping[str, Any] | None,
+        metrics: Mapping[str, float] | None,
+        evaluated_on: str | None,
+        include_code: bool | None,
+        repo_id: str | None,
+    ) -> CardOptions:
+        added = [tag for tag in self.model_tags or () if tag not in TAGS]
+        return CardOptions(
+            tags=tuple(dict.fromkeys((*added, *as_tags(tags)))),
+            license=license,
+            more=more or {},
+            metrics=metrics,
+            evaluated_on=evaluated_on,
+            include_code=include_code is not False,
+            repo_id=repo_id,
+        )
+
+    def _save(
+        self,
+        folder: str | os.PathLike[str],
+        state_dict: Mapping[str, torch.Tensor] | None,
+        max_shard_size: int | str,
+        include_code: bool | None,
+        cards: CardOptions,
+    ) -> tuple[TowerFacts, TimmTowerConfig]:
+        if getattr(self, "hf_quantizer", None) is not None:
+            raise WeightsError("a quantized tower is not saved: save it as it was before, and quantize when loading")
+        tower = self._whole(state_dict)
+        stored, sources = storable_config(self._bare(tower), include_code=include_code)
+        stored.frozen = describe_frozen(self._bare(self))
+        stored.trunk_source = None
+        stored.architectures = [type(self).__name__]
+        stored.dtype = None
+        vars(stored).pop("use_cache", None)  # of Trainer, not of the tower
+        facts = describe_tower(tower, stored)
+        beside = Beside(partial(cards.make, facts, stored), include_code is not False, sources)
+        save_tower(tower, stored, folder, partial(load, trust_head_code=bool(sources)), max_shard_size, beside)
+        return facts, stored
+
+    def _push(
+        self,
+        repo_id: str,
+        state_dict: Mapping[str, torch.Tensor] | None,
+        max_shard_size: int | str,
+        include_code: bool | None,
+        cards: CardOptions,
+        *,
+        commit_message: str | None = None,
+        revision: str | None = None,
+        **options: Any,
+    ) -> str:
+        with tempfile.TemporaryDirectory(prefix="hf_timm_tower_push_") as scratch:
+            folder = Path(scratch, "tower")
+            facts, stored = self._save(folder, state_dict, max_shard_size, include_code, replace(cards, repo_id=None))
+            return push_folder(
+                folder,
+                repo_id,
+                lambda name, card: replace(cards, repo_id=name).make(facts, stored, card),
+                commit_message=commit_message or COMMIT_MESSAGE,
+                branch=revision,
+                **options,
+            )
+
+    def _bare(self, tower: nn.Module) -> Tower:
+        """A tower's trunk and head alone: what its config speaks of."""
+        bare = Tower(self.config, tower.trunk, tower.head)  # type: ignore[arg-type]
+        bare._fixed_in_head = self._fixed_in_head
+        return bare
+
+    def _whole(self, state_dict: Mapping[str, torch.Tensor] | None) -> Tower:
+        """The tower inside this model; with other weights, where they were gathered, in a copy."""
+        parts = (self.trunk, self.head, getattr(self, CLASSIFIER, None))
+        own = self.state_dict(keep_vars=True)
+        if state_dict is None or all(
+            key in state_dict and state_dict[key].data_ptr() == tensor.data_ptr() for key, tensor in own.items()
+        ):
+            return Tower(self.config, *parts)
+        with no_init():
+            twin = build_for_transformers(self.config, with_classifier=self._has_classifier)
+        assign_weights(twin, state_dict, source="state_dict", device="cpu")
+        for name, parameter in twin.named_parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(own[name].requires_grad if name in own else True)
+        return twin
+
+
+def _refuse_with_adapter(cards: CardOptions, *patterns: Any) -> None:
+    """An adapter is saved and pushed by transformers, which has no place for these."""
+    asked = (cards.license, cards.more or None, cards.metrics or None, cards.evaluated_on, *patterns)
+    if any(value is not None for value in asked) or not cards.include_code:
+        raise ArgumentError(
+            "a model with an adapter: transformers saves and pushes the adapter alone, with its own card; license, "
+            "metrics, further metadata, include_code=False and patterns cannot be honoured. Merge the adapter first."
+        )

@@ -1,0 +1,351 @@
+"""The feature cache: a frozen trunk sees each image once, the head trains on what it gave.
+
+    tower.lock(freeze_bn_stats=True)
+    cached = cache_features(tower, dataset, "features")
+    for epoch in range(20):
+        for features, labels in cached.batches(64, shuffle=True):
+            loss = criterion(forward_from_cache(tower, features), labels)
+
+What is stored is what the head takes: the trunk's output after pooling and arrangement, a vector `[C]`, tokens `[N, C]`
+or a map `[C, H, W]` for each image. It is that of the trunk in eval mode: where the trunk would drop paths or tokens in
+train mode, it does not here.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from ..files.disk import locked_folder
+from ..files.fingerprint import TOLERANCES, fixed_seed, weight_digests
+from ..heads.batch_formula import same_bytes
+from ..reader.errors import ArgumentError, ConfigError, FolderError
+from ..reader.frozen_statistics import is_held, keeps_statistics
+from ..reader.tower import Arrangement, run_head
+from ..reader.trunk import eval_mode, float_dtype
+from .feature_rows import ImageRows, Sample, take_sample
+from .feature_store import Column, Plan, prepare_folder, read_plan, read_table, rows_written, write_rows
+
+if TYPE_CHECKING:
+    from ..timm_model import TimmModel
+
+_STORED = (None, torch.float32, torch.float16, torch.bfloat16)
+
+
+class CachedFeatures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """A complete feature cache: row -> (features, label). With several versions of each image, row
+    `v * images + i` is version v of image i.
+
+    This opens a folder as it is. `cache_features` also makes sure that it fits the tower and the dataset.
+
+    Args:
+        path: The folder.
+
+    Attributes:
+        images: Number of images.
+        repeats: Versions of each.
+        dtype: Of the features that come out, the trunk's own; on disk they may be smaller.
+
+    Raises:
+        FolderError: there is no cache, or it is not complete.
+        FormatError: it is damaged.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        plan = read_plan(self.path)
+        if plan is None:
+            raise FolderError(f"{self.path}: there is no feature cache; cache_features(tower, dataset, path) makes one")
+        done = rows_written(self.path) or 0
+        if done < plan.rows:
+            raise FolderError(
+                f"{self.path}: the feature cache has {done} of {plan.rows} rows; cache_features with the same "
+                "arguments goes on"
+            )
+        self.repeats = int(plan.made_of["repeats"])
+        self.images = plan.rows // self.repeats
+        self.dtype: torch.dtype = getattr(torch, str(plan.made_of["features dtype"]).removeprefix("torch."))
+        self._column = plan.features
+        self._features, self._labels = (read_table(self.path, name, plan) for name in ("features", "labels"))
+
+    def __reduce__(self) -> tuple[type["CachedFeatures"], tuple[Path]]:
+        return type(self), (self.path,)  # a worker process maps the files itself
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features `[C]`, `[N, C]` or `[C, H, W]`, and the label; copies."""
+        features, labels = self.take(torch.tensor([range(len(self))[row]]))
+        return features[0], labels[0]
+
+    def __getitems__(self, rows: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Several at once, for a `DataLoader`."""
+        features, labels = self.take(torch.tensor(rows))
+        return list(zip(features.unbind(), labels.unbind(), strict=True))
+
+    def take(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A batch: row numbers, int64 `[B]` -> features `[B, ...]` and labels `[B, ...]`; copies."""
+        # copies: the map may be written to in memory, and a change in place must not come back in the next epoch
+        features = self._column.from_disk(self._features.index_select(0, rows))
+        return features.to(self.dtype), self._labels.index_select(0, rows)
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        version: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """One epoch in whole batches: a `DataLoader` would put them together row by row.
+
+        Args:
+            batch_size: Rows of a batch.
+            shuffle: In random order.
+            drop_last: Leave out a last batch that is smaller.
+            version: Only this version of each image, from 0; None: all of them.
+            generator: For the order; None: torch's own.
+
+        Raises:
+            ArgumentError: a number is out of range.
+        """
+        _check_whole("batch_size", batch_size, 1)
+        rows = len(self) if version is None else self.images
+        first = 0
+        if version is not None:
+            if not 0 <= version < self.repeats:
+                raise ArgumentError(f"version={version}: the cache has {self.repeats}, counted from 0")
+            first = version * self.images
+        return self._batches(rows, first, batch_size, shuffle, drop_last, generator)
+
+    def _batches(
+        self, rows: int, first: int, size: int, shuffle: bool, drop_last: bool, generator: torch.Generator | None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        order = torch.randperm(rows, generator=generator) if shuffle else torch.arange(rows)
+        for batch in torch.split(order + first, size):
+            if len(batch) == size or not drop_last:
+                yield self.take(batch)
+
+
+def forward_from_cache(tower: "TimmModel", features: torch.Tensor) -> Any:
+    """Stored features `[B, ...]`, on the head's device -> what `tower(images)` gives, by the head alone.
+
+    The trunk is not looked at: it must be as it was when the features were made.
+    """
+    return run_head(tower.head, Arrangement(per_position=tower._arrangement.per_position), features)
+
+
+def cache_features(
+    tower: "TimmModel",
+    dataset: Any,
+    path: str | os.PathLike[str],
+    *,
+    batch_size: int = 64,
+    repeats: int = 1,
+    num_workers: int = 0,
+    transform: Callable[[Any], Any] | None = None,
+    dtype: torch.dtype | None = None,
+    columns: tuple[str, str] = ("image", "label"),
+    progress: bool = True,
+) -> CachedFeatures:
+    """Run every image once through the frozen trunk and keep what the head takes, in a folder.
+
+    A folder that is complete is opened, one that was left in the middle is gone on with. It is tied to the trunk's
+    weights, the transform and the dataset; where one of these has changed, it is refused. Head and projection may
+    change as they like.
+
+    The trunk runs in eval mode and without gradients, on the device where it is. In batches of another size it may
+    give other last bits: those of `batch_size` are what is kept.
+
+    Args:
+        tower: Its trunk must be frozen: `tower.lock(freeze_bn_stats=True)`.
+        dataset: With a length and items by number: `(image, label)`, or mappings as in a `datasets` table. Images are
+            PIL images (converted to RGB, or L for one channel), what the transform takes, or, without a transform of
+            your own, tensors `[in_chans, H, W]` that are transformed already. Labels are numbers or tensors of one
+            shape.
+        path: The folder; it is made.
+        batch_size: Images of a batch.
+        repeats: 1: augmentation is left out, each image is seen once, through a transform that is not random. k: k
+            random versions of each image, and no more than these will ever be seen.
+        num_workers: Processes that read the dataset.
+        transform: Image -> `[in_chans, H, W]`; None: `tower.transform()`. `tower.transform(is_training=True)` for
+            several versions.
+        dtype: What is stored (float32, float16, bfloat16); None: the trunk's own, and only then are outputs the same
+            bits as through the trunk.
+        columns: Keys of image and label where items are mappings.
+        progress: Show a bar.
+
+    Raises:
+        ArgumentError: an argument, the dataset, or the transform with this number of repeats cannot be used.
+        ConfigError: something in the trunk trains, or the tower is more than trunk and head.
+        FolderError: the folder holds a cache that was made of something else, or other files; too little space.
+        FormatError: the folder is damaged.
+    """
+    for name, value, least in (
+        ("batch_size", batch_size, 1), ("repeats", repeats, 1), ("num_workers", num_workers, 0)
+    ):  # fmt: skip
+        _check_whole(name, value, least)
+    if dtype not in _STORED:
+        raise ArgumentError(f"dtype={dtype}: expected {', '.join(map(str, _STORED))}")
+    _check_trunk_frozen(tower)
+    rows = ImageRows(dataset, tower.config, transform, repeats, columns)
+    sample = take_sample(rows)
+    features = _proven_features(tower, sample.inputs)
+    plan = Plan(
+        len(rows),
+        Column.like(features, dtype),
+        Column.like(sample.labels),
+        _made_of(tower, rows, sample, features.dtype),
+    )
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked_folder(folder):  # of several processes one writes, the others then find it complete
+        prepare_folder(folder, plan)
+        _check_stored(folder, plan, sample, features)
+        _fill(tower, rows, folder, plan, batch_size, num_workers, progress)
+    return CachedFeatures(folder)
+
+
+def _fill(
+    tower: "TimmModel", rows: ImageRows, folder: Path, plan: Plan, batch_size: int, num_workers: int, progress: bool
+) -> None:
+    with write_rows(folder, plan) as writer:
+        if writer.rows == plan.rows:
+            return
+        loader = DataLoader(
+            Subset(rows, range(writer.rows, plan.rows)),
+            batch_size,
+            num_workers=num_workers,
+            generator=torch.Generator(),  # torch's own stays where it is
+        )
+        with (
+            eval_mode(tower.trunk),
+            tqdm(  # type: ignore[no-untyped-call]
+                total=plan.rows, initial=writer.rows, desc="features", unit="img", disable=not progress
+            ) as bar,
+        ):
+            for images, labels in loader:
+                features = _features_of(tower, images)
+                writer.append(features.to("cpu", plan.features.dtype), labels)
+                bar.update(len(images))
+
+
+def _features_of(tower: "TimmModel", images: torch.Tensor) -> torch.Tensor:
+    """Images on the CPU -> the head's input, on the trunk's device."""
+    device = next(tower.trunk.parameters()).device
+    with torch.no_grad():
+        return tower._arrangement(tower.trunk(images.to(device, float_dtype(tower.trunk))))
+
+
+def _check_trunk_frozen(tower: "TimmModel") -> None:
+    trains = [name for name, parameter in tower.trunk.named_parameters() if parameter.requires_grad]
+    if trains:
+        raise ConfigError(
+            f"the trunk is not frozen, {len(trains)} of its parameters train ({', '.join(trains[:3])}, ...), and "
+            "cached features would not follow them: tower.lock(freeze_bn_stats=True) first"
+        )
+    moving = [
+        name
+        for name, module in tower.trunk.named_modules()
+        if module.training and keeps_statistics(module) and not is_held(module)
+    ]
+    if moving:
+        raise ConfigError(
+            f"the trunk is in train mode, and the running statistics of {len(moving)} modules ({', '.join(moving[:3])}"
+            ", ...) are not frozen: cached features would not follow them. tower.lock(freeze_bn_stats=True) first"
+        )
+
+
+def _proven_features(tower: "TimmModel", inputs: torch.Tensor) -> torch.Tensor:
+    """The head's input for some images, if trunk and head are all there is of the tower's forward.
+
+    Raises:
+        ConfigError: a hook or a replaced method brings something into the trunk that trains, or the tower's own forward
+            gives something else than the head on this input.
+    """
+    with eval_mode(tower):
+        with torch.enable_grad():
+            device = next(tower.trunk.parameters()).device
+            if tower.trunk(inputs.to(device, float_dtype(tower.trunk))).requires_grad:
+                raise ConfigError(
+                    "the trunk's parameters are frozen, but something else in it trains (a hook, a replaced forward): "
+                    "cached features would not follow it"
+                )
+        features = _features_of(tower, inputs)
+        with torch.no_grad():
+            with fixed_seed():
+                whole = _tensors(tower(inputs.to(device, float_dtype(tower.trunk))))
+            with fixed_seed():
+                by_head = _tensors(forward_from_cache(tower, features))
+    if len(whole) != len(by_head) or not all(map(same_bytes, whole, by_head)):
+        raise ConfigError(
+            f"the forward of {type(tower).__name__} is more than its head on what its trunk gives, so that cached "
+            "features cannot replace the trunk"
+        )
+    return features
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, Sequence) else ()
+    return [] if isinstance(value, str) else [tensor for item in items for tensor in _tensors(item)]
+
+
+def _made_of(tower: "TimmModel", rows: ImageRows, sample: Sample, dtype: torch.dtype) -> dict[str, Any]:
+    """All that the stored rows depend on, as JSON gives it back."""
+    config = tower.config
+    device = next(tower.trunk.parameters()).device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    made_of = {
+        "trunk weights": weight_digests(tower)["trunk"],
+        "architecture": config.architecture,
+        "model_args": config.model_args,
+        "pool": config.pool,
+        "image_size": config.image_size,
+        "arrangement": [tower._arrangement.prefix, tower._arrangement.to_nchw],
+        **rows.identity(config),
+        **{f"sampled {name}": digest for name, digest in sample.digests.items()},
+        "features dtype": str(dtype),
+        "autocast": None if autocast is None else str(autocast),
+    }
+    return json.loads(json.dumps(made_of))  # type: ignore[no-any-return]
+
+
+def _check_stored(folder: Path, plan: Plan, sample: Sample, features: torch.Tensor) -> None:
+    """The trunk still gives what is stored: another timm, or a changed module, may not, with the same weights.
+
+    Raises:
+        FolderError: it does not.
+    """
+    done = rows_written(folder) or 0
+    if sample.digests["inputs"] is None:
+        return
+    known = [at for at, row in enumerate(sample.rows) if row < done]
+    if not known:
+        return
+    stored = read_table(folder, "features", plan)[torch.tensor([sample.rows[at] for at in known])]
+    stored = plan.features.from_disk(stored).double()
+    now = features[torch.tensor(known, device=features.device)].to("cpu", plan.features.dtype).double()
+    same = stored.eq(now) | (stored.isnan() & now.isnan())
+    difference = torch.where(same, 0.0, (stored - now).abs()).nan_to_num(nan=float("inf")).max().item()
+    scale = now.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
+    allowed = max(TOLERANCES[str(kind)] for kind in (plan.features.dtype, features.dtype))
+    if difference > allowed * scale:
+        raise FolderError(
+            f"{folder}: this feature cache is stale, the trunk with the same weights now gives other features for the "
+            f"same images (largest difference {difference:.3g}, largest value {scale:.3g}). Give another folder, or "
+            "delete this one to cache anew."
+        )
+
+
+def _check_whole(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ArgumentError(f"{name}={value!r}: expected a whole number from {least}")

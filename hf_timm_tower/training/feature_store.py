@@ -1,0 +1,329 @@
+"""A folder of rows on disk: features and labels of one shape each, written once in order, mapped when read.
+
+- `manifest.json`: what the rows are and what they were made of;
+- `features.npy`, `labels.npy`: numpy's own format, in full size from the start;
+- `progress.txt`: how many rows are there, one number a line, the last whole line counts. A line is written only when
+  the rows that it counts have reached the disk, so a process may be killed at any moment.
+
+numpy has no bfloat16: such rows are stored as int16 of the same bits.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import torch
+
+from ..files.disk import sync
+from ..files.strict_json import MAX_JSON_BYTES, parse_json, shorten
+from ..reader.errors import FolderError, FormatError
+
+STORE_VERSION = 1
+MANIFEST, PROGRESS = "manifest.json", "progress.txt"
+COLUMNS = ("features", "labels")
+# A killed run loses at most the rows of this many seconds.
+SECONDS_BETWEEN_SYNCS = 1.0
+
+_DTYPES = {
+    str(dtype): dtype
+    for dtype in (
+        torch.float32, torch.float64, torch.float16, torch.bfloat16,
+        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Column:
+    """One of the two tables.
+
+    Attributes:
+        shape: Of a row.
+        dtype: That is stored.
+        axes: The row's axes in the order in which they lie in memory, and on disk: kernels give other last bits for a
+            map whose channels lie together.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    axes: tuple[int, ...]
+
+    @classmethod
+    def like(cls, rows: torch.Tensor, dtype: torch.dtype | None = None) -> Self:
+        """For rows such as these, `[n, ...]`, with the first axis outermost."""
+        axes = sorted(range(rows.ndim - 1), key=lambda axis: -rows.stride(axis + 1))
+        return cls(tuple(rows.shape[1:]), dtype or rows.dtype, tuple(axes))
+
+    @property
+    def shape_on_disk(self) -> tuple[int, ...]:
+        """Of a row in the file."""
+        return tuple(self.shape[axis] for axis in self.axes)
+
+    @property
+    def dtype_on_disk(self) -> torch.dtype:
+        """The dtype in the file."""
+        return torch.int16 if self.dtype == torch.bfloat16 else self.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Of one row."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def to_disk(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of `shape` -> of `shape_on_disk`; contiguous."""
+        return rows.permute(0, *(axis + 1 for axis in self.axes)).contiguous()
+
+    def from_disk(self, rows: torch.Tensor) -> torch.Tensor:
+        """The reverse; a view."""
+        if len(self.axes) < 2:  # a vector: each call counts beside a small head's step
+            return rows
+        return rows.permute(0, *(self.axes.index(axis) + 1 for axis in range(len(self.axes))))
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {"shape": list(self.shape), "dtype": str(self.dtype), "axes": list(self.axes)}
+
+    @classmethod
+    def from_json(cls, entry: Any) -> Self:
+        """From the manifest; KeyError, TypeError or ValueError where it is not one."""
+        shape, axes = tuple(entry["shape"]), tuple(entry["axes"])
+        if not all(isinstance(size, int) and size >= 0 for size in shape) or sorted(axes) != list(range(len(shape))):
+            raise ValueError(f"shape {shape}, axes {axes}")
+        return cls(shape, _DTYPES[entry["dtype"]], axes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a folder holds when it is complete.
+
+    Attributes:
+        rows: Number of rows.
+        features: Of a row.
+        labels: Of a row.
+        made_of: Names and values, JSON, of all that the rows depend on: where one differs, the rows are stale.
+    """
+
+    rows: int
+    features: Column
+    labels: Column
+    made_of: Mapping[str, Any]
+
+
+def read_plan(folder: Path) -> Plan | None:
+    """The plan of a folder, None where there is none yet.
+
+    Raises:
+        FormatError: the manifest is damaged or of another version.
+    """
+    place = folder / MANIFEST
+    if not place.exists():
+        return None
+    with open(place, "rb") as file:
+        data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise FormatError(f"{place}: more than {MAX_JSON_BYTES} bytes, this is no manifest of a feature cache")
+    found = parse_json(data, str(place))
+    try:
+        if found["store_version"] != STORE_VERSION:
+            raise FormatError(
+                f"{place}: version {shorten(found['store_version'])}, this package reads {STORE_VERSION}; "
+                "delete the folder to cache anew"
+            )
+        rows, made_of = found["rows"], found["made_of"]
+        if not isinstance(rows, int) or not isinstance(made_of, dict):
+            raise TypeError("rows and made_of")
+        return Plan(rows, Column.from_json(found["features"]), Column.from_json(found["labels"]), made_of)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"{place}: not the manifest of a feature cache ({error!r})") from error
+
+
+def prepare_folder(folder: Path, plan: Plan) -> None:
+    """Make the folder what the plan says, or leave it as it is if it is that already.
+
+    Raises:
+        FolderError: it holds rows made of something else, or files that are not ours; the disk is too small.
+        FormatError: its manifest or its tables are damaged.
+    """
+    then = read_plan(folder)
+    if then is None:
+        _refuse_strangers(folder)
+        _check_space(folder, plan)
+        _write_manifest(folder, plan)
+    else:
+        refuse_stale(folder, then, plan)
+    if rows_written(folder) is None:
+        for name in COLUMNS:
+            column: Column = getattr(plan, name)
+            dtype = torch.empty(0, dtype=column.dtype_on_disk).numpy().dtype
+            np.lib.format.open_memmap(
+                folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(plan.rows, *column.shape_on_disk)
+            ).flush()
+            sync(folder / f"{name}.npy")
+        _append_progress(folder, 0)
+        sync(folder)
+
+
+def refuse_stale(folder: Path, then: Plan, now: Plan) -> None:
+    """Refuse rows that were made of something else.
+
+    Raises:
+        FolderError: with each thing that differs, as it was and as it is.
+    """
+    old = {**then.made_of, "rows": then.rows, **{name: getattr(then, name).to_json() for name in COLUMNS}}
+    new = {**now.made_of, "rows": now.rows, **{name: getattr(now, name).to_json() for name in COLUMNS}}
+    changed = [
+        f"  {key}: {shorten(old.get(key), 120)} then, {shorten(new.get(key), 120)} now"
+        for key in (*new, *(key for key in old if key not in new))
+        if old.get(key) != new.get(key)
+    ]
+    if changed:
+        raise FolderError(
+            f"{folder}: this feature cache is stale, it was made of something else:\n" + "\n".join(changed) + "\n"
+            "Give another folder, or delete this one to cache anew."
+        )
+
+
+def rows_written(folder: Path) -> int | None:
+    """How many rows are there, from the first on; None where there are no tables yet.
+
+    Raises:
+        FormatError: the file of progress is damaged.
+    """
+    place = folder / PROGRESS
+    if not place.exists():
+        return None
+    lines = place.read_bytes().split(b"\n")[:-1]  # a line that was cut short has no end
+    if not lines:
+        return None
+    if not lines[-1].isdigit():
+        raise FormatError(f"{place}: expected a number in the last line, found {shorten(lines[-1])}; delete the folder")
+    return int(lines[-1])
+
+
+def read_table(folder: Path, name: str, plan: Plan) -> torch.Tensor:
+    """One table, mapped: `[rows, *shape_on_disk]` of the stored dtype. Writing into it does not reach the file.
+
+    Raises:
+        FormatError: the file is missing, too short, or not what the manifest says.
+    """
+    table = torch.from_numpy(_mapped(folder, name, plan))
+    return table.view(getattr(plan, name).dtype)
+
+
+def _mapped(folder: Path, name: str, plan: Plan) -> np.memmap[Any, Any]:
+    place, column = folder / f"{name}.npy", getattr(plan, name)
+    try:
+        array = np.lib.format.open_memmap(place, mode="c")
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{place}: cannot be mapped ({error}); delete the folder to cache anew") from error
+    expected = torch.empty(0, dtype=column.dtype_on_disk).numpy().dtype
+    if array.shape != (plan.rows, *column.shape_on_disk) or array.dtype != expected or not array.flags.c_contiguous:
+        raise FormatError(
+            f"{place}: {list(array.shape)} of {array.dtype}, but {MANIFEST} says "
+            f"{[plan.rows, *column.shape_on_disk]} of "
+            f"{expected}; delete the folder to cache anew"
+        )
+    return array
+
+
+class RowWriter:
+    """Appends rows; from `write_rows`."""
+
+    def __init__(self, folder: Path, plan: Plan, files: Mapping[str, BinaryIO], starts: Mapping[str, int]) -> None:
+        self.rows = rows_written(folder) or 0
+        self._folder, self._plan, self._files = folder, plan, files
+        self._synced, self._time = self.rows, time.monotonic()
+        for name, file in files.items():
+            file.seek(starts[name] + self.rows * getattr(plan, name).nbytes)
+
+    def append(self, features: torch.Tensor, labels: torch.Tensor) -> None:
+        """Write rows: `[n, *shape]` on the CPU, of the plan's shapes and dtypes."""
+        for name, values in (("features", features), ("labels", labels)):
+            column: Column = getattr(self._plan, name)
+            if values.shape[1:] != column.shape or values.dtype != column.dtype:
+                raise FormatError(
+                    f"{name} from row {self.rows} on: {list(values.shape[1:])} of {values.dtype}, but those of the "
+                    f"first image are {list(column.shape)} of {column.dtype}; all must be alike"
+                )
+            self._files[name].write(column.to_disk(values).view(column.dtype_on_disk).numpy().data)
+        self.rows += len(features)
+        if time.monotonic() - self._time >= SECONDS_BETWEEN_SYNCS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Make the rows so far reach the disk, and then their number."""
+        if self.rows > self._synced:
+            for file in self._files.values():
+                file.flush()
+                os.fsync(file.fileno())
+            _append_progress(self._folder, self.rows)
+        self._synced, self._time = self.rows, time.monotonic()
+
+
+@contextmanager
+def write_rows(folder: Path, plan: Plan) -> Iterator[RowWriter]:
+    """A writer that goes on behind the rows that are there; what it has written stays if the block fails.
+
+    Raises:
+        FormatError: a table is damaged.
+    """
+    starts = {name: _mapped(folder, name, plan).offset for name in COLUMNS}
+    with open(folder / "features.npy", "r+b") as features, open(folder / "labels.npy", "r+b") as labels:
+        writer = RowWriter(folder, plan, {"features": features, "labels": labels}, starts)
+        try:
+            yield writer
+        finally:
+            writer.sync()
+
+
+def _append_progress(folder: Path, rows: int) -> None:
+    place = folder / PROGRESS
+    # behind a line that was cut short, a new one begins
+    cut = place.exists() and not place.read_bytes().endswith(b"\n") and place.stat().st_size > 0
+    with open(place, "ab") as file:
+        file.write(b"\n" * cut + f"{rows}\n".encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_manifest(folder: Path, plan: Plan) -> None:
+    content = {
+        "store_version": STORE_VERSION,
+        "rows": plan.rows,
+        **{name: getattr(plan, name).to_json() for name in COLUMNS},
+        "made_of": plan.made_of,
+    }
+    partial = folder / f"{MANIFEST}.partial"
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    sync(partial)
+    os.replace(partial, folder / MANIFEST)
+    sync(folder)
+
+
+def _refuse_strangers(folder: Path) -> None:
+    strangers = sorted(set(os.listdir(folder)) - {f"{MANIFEST}.partial"})
+    if strangers:
+        raise FolderError(
+            f"{folder}: no feature cache, but not empty either ({', '.join(strangers[:3])}, ...); give a folder of its "
+            "own"
+        )
+
+
+def _check_space(folder: Path, plan: Plan) -> None:
+    needed, free = plan.rows * (plan.features.nbytes + plan.labels.nbytes), shutil.disk_usage(folder).free
+    if needed > free:
+        raise FolderError(
+            f"{folder}: the features need {needed / 2**30:.2f} GiB ({plan.rows} rows of {list(plan.features.shape)}, "
+            f"{plan.features.dtype}), the disk has {free / 2**30:.2f} GiB. Another folder, dtype=torch.float16, fewer "
+            "repeats, or a pool that leaves less need less."
+        )

@@ -1,0 +1,104 @@
+"""In transformers a tower is one of its own: every timm class by `AutoModel`, the order of imports, and the errors.
+
+The table of Auto classes and pipelines, by folder and by repository, is in test_at_home_table.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from hf_timm_tower import TimmModel
+
+from ..home_processes import make_environment
+from ..timm_classes import smallest_of_each_class
+from .test_comes_back import QUICK, pools_of, randomise, size_to_test
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tower")
+    TimmModel("test_vit", 16).save_pretrained(folder)
+    return folder
+
+
+def test_without_package_and_trust_the_error_is_transformers_own_and_without_timm_it_names_timm(
+    tower: Path, tmp_path: Path
+) -> None:
+    refused = make_environment(tmp_path / "venv", without=("timm",)).run(
+        """
+        import sys
+        from transformers import AutoModel
+        try:
+            AutoModel.from_pretrained(sys.argv[1], trust_remote_code=False)
+        except ValueError as error:
+            print(error)
+        try:
+            AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+        except ImportError as error:
+            print(error)
+        """,
+        tower,
+    )
+    assert "pass the argument `trust_remote_code=True`" in refused
+    assert "not found in your environment: timm" in refused
+
+
+def test_the_package_may_be_imported_last(tower: Path, tmp_path: Path) -> None:
+    printed = make_environment(tmp_path / "venv").run(
+        """
+        import sys
+        from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+        import hf_timm_tower
+        for auto in (AutoConfig, AutoImageProcessor, AutoModel):
+            print(type(auto.from_pretrained(sys.argv[1])).__name__)
+        """,
+        tower,
+        with_package=True,
+    )
+    assert printed.split() == ["TimmTowerConfig", "TimmTowerImageProcessor", "TimmTowerModel"]
+
+
+def check_auto_model(architecture: str, folder: Path) -> None:
+    """Both faces give the same bits, with and without the features of inner layers."""
+    pool, proj = pools_of(architecture)[0]
+    width = 16 if proj == "linear" else None
+    tower = TimmModel(architecture, width, pool=pool, proj=proj, image_size=size_to_test(architecture))
+    randomise(tower)
+    tower.save_pretrained(folder)
+    image = torch.randn(1, tower.config.in_chans, *tower.config.image_size)
+    del tower
+    with torch.no_grad():
+        expected = TimmModel.from_pretrained(folder)(image)
+        model = AutoModel.from_pretrained(folder)
+        found = [model(image).pooler_output]
+        if hasattr(model.trunk, "forward_intermediates"):
+            found.append(model(image, output_hidden_states=True).pooler_output)
+    assert torch.isfinite(expected).all()
+    assert all(torch.equal(embedding, expected) for embedding in found)
+
+
+@pytest.mark.parametrize("architecture", QUICK)
+def test_auto_model_equals_timm_model(architecture: str, tmp_path: Path) -> None:
+    check_auto_model(architecture, tmp_path)
+
+
+def test_a_trunk_without_a_head_of_its_own_runs_once(tmp_path: Path) -> None:
+    # timm's `forward_head` of this class raises; a tower as wide as timm has it has 300 million parameters
+    narrow = {"channel_multiplier": 0.1}
+    tower = TimmModel("mobilenetv5_300m_enc", proj="none", pool="none", image_size=64, model_kwargs=narrow)
+    tower.save_pretrained(tmp_path)
+    image = torch.randn(1, 3, 64, 64)
+    model = AutoModel.from_pretrained(tmp_path)
+    calls = []
+    model.trunk.msfa.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        assert torch.equal(model(image).pooler_output, tower.eval()(image))
+    assert len(calls) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(smallest_of_each_class()))
+def test_auto_model_equals_timm_model_for_every_timm_class(name: str, tmp_path: Path) -> None:
+    check_auto_model(smallest_of_each_class()[name], tmp_path)

@@ -1,0 +1,96 @@
+"""`kill -9` at random moments of a save: the folder holds the old tower or the new one, whole, every time."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from hf_timm_tower.files.checkpoint import (
+    CONFIG_NAME,
+    OpenFolder,
+    assign_weights,
+    read_folder,
+    read_weights,
+    write_json,
+    write_weights,
+)
+from hf_timm_tower.files.staging import staged_folder
+
+KILLS = 60
+
+
+class Tower(nn.Module):
+    """About 2 MB in several tensors, odd sizes among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(*(nn.Linear(256, 256) for _ in range(7)), nn.BatchNorm1d(7))
+        self.head = nn.Linear(256, 3)
+
+
+def save(folder: Path, version: int) -> None:
+    tower = Tower()
+    with torch.no_grad():
+        for tensor in tower.state_dict().values():
+            tensor.fill_(version)
+    with staged_folder(folder) as new:
+        write_json(new / CONFIG_NAME, {"version": version})
+        write_weights(new, tower, "500KB")
+
+
+def load(folder: Path) -> int:
+    """The version that config and all weights agree on, loaded into a module as a user would."""
+
+    def read(opened: OpenFolder) -> tuple[int, dict[str, torch.Tensor]]:
+        return opened.read_json(CONFIG_NAME)["version"], read_weights(opened)
+
+    version, weights = read_folder(folder, read)
+    tower = Tower().to("meta")
+    assign_weights(tower, weights, source=str(folder))
+    values = {int(value) for tensor in tower.state_dict().values() for value in tensor.unique()}
+    assert values == {version}
+    return version
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("how", ["exchanged", "committed"])
+def test_a_killed_save_leaves_the_old_or_the_new_tower(tmp_path: Path, how: str) -> None:
+    target = tmp_path / "tower"
+    save(target, 0)
+    (target / "optimizer.pt").write_text("mine")
+    if how == "committed":
+        (target / "runs").mkdir()  # a folder of the user's keeps folders from being exchanged
+    began = time.monotonic()
+    for version in (1, 2, 3):
+        save(target, version)
+    one_save = (time.monotonic() - began) / 3
+    version, killed_early, killed_late = 3, 0, 0
+    moments = random.Random(20)
+    for _ in range(KILLS // 2):
+        child = os.fork()
+        if not child:
+            try:
+                for next_version in range(version + 1, version + 1000):  # always in the middle of some save
+                    save(target, next_version)
+            finally:
+                os._exit(1)
+        time.sleep(moments.uniform(0, 2 * one_save))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        found = load(target)
+        assert found >= version
+        killed_early += found == version
+        killed_late += found > version
+        version = found
+        assert (target / "optimizer.pt").read_text() == "mine"
+    assert killed_early, "no kill came before its first save was done"
+    assert killed_late, "no kill came after one"
+    save(target, 10_000)
+    assert load(target) == 10_000
+    left = {name for name in [*os.listdir(target), *os.listdir(tmp_path)] if "tower-" in name}
+    assert left == set()
