@@ -13,8 +13,14 @@ Each also inherits the builtin that fits, so that callers who catch `ValueError`
     +- WeightsError     (RuntimeError)  weights do not fit the tower: missing, unexpected or wrongly shaped keys
     +- ExportError      (RuntimeError)  an exporter cannot write the tower, or what it wrote gives another output
 
-Messages say what was found, what was expected, where, and what to do.
+Messages say what was found, what was expected, where, and what to do. Text from a file or a repository goes into them
+through `shown` alone.
 """
+
+import reprlib
+
+_SHORT = reprlib.Repr()
+_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxlevel = 4
 
 
 class TowerError(Exception):
@@ -55,3 +61,20 @@ class WeightsError(TowerError, RuntimeError):
 
 class ExportError(TowerError, RuntimeError):
     """An exporter (ONNX, `torch.export`) cannot write the tower, or what it wrote gives another output."""
+
+
+def shown(thing: object, limit: int = 80) -> str:
+    """Something foreign (a key, a name, a value of a file) for a message: quoted, printable, on one line, short.
+
+    What a terminal or Markdown would act on (escape sequences, line feeds, text direction marks) is escaped, as `repr`
+    does it; the cost does not grow with what is shown.
+
+    Args:
+        thing: Text, a number, or lists and dicts of these.
+        limit: Most characters of the result.
+    """
+    if isinstance(thing, int) and thing.bit_length() > 4 * limit:
+        return f"a number of {thing.bit_length()} bits"
+    _SHORT.maxstring = _SHORT.maxother = limit
+    text = repr(thing[: limit + 1]) if isinstance(thing, str) else _SHORT.repr(thing)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
