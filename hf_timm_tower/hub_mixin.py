@@ -13,18 +13,19 @@ import torch.nn as nn
 from huggingface_hub import PyTorchModelHubMixin
 
 from .files.fingerprint import Verification, compare, run_probe
-from .files.folder import Beside, save_tower
+from .heads.registry import CustomHead
 from .hub.card import TowerFacts, describe_tower
 from .hub.card_options import CardOptions, as_tags
 from .hub.download import Access
 from .hub.fetch import fetch_tower
 from .hub.push import COMMIT_MESSAGE, default_repo_id, push_folder
 from .hub.trunk_source import TrunkSource, find_trunk
-from .load import check_device, check_given_head, load_tower, storable_config
-from .reader.build import as_dtype
+from .load import check_device, load_tower
 from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, FolderError, TowerError
-from .reader.head import CODE, CustomHead
+from .reader.weights import floating_dtype
+from .save import Extras, save_tower, storable_config
+from .subclassing import OVERRIDABLE, added_arguments, overrides
 
 
 class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
@@ -119,12 +120,18 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         trunk: TrunkSource | None = None,
         access: Access | None = None,
     ) -> tuple[TowerFacts, TimmTowerConfig]:
-        stored, sources = storable_config(self, include_code)
+        cls = type(self)
+        stored, sources, proven, known = storable_config(
+            self, own_head=overrides(cls, "_create_head"), include_code=include_code
+        )
+        stored.tower_class = cls.__name__ if any(overrides(cls, step) for step in OVERRIDABLE) else None
+        stored.tower_kwargs = added_arguments(self) or None
         stored.trunk_source = None if trunk is None else trunk.to_json()
         facts = describe_tower(self, stored)
-        beside = Beside(partial(cards.make, facts, stored), include_code is not False, sources)
-        load = partial(load_tower, type(self), trust_remote_code=bool(sources), access=access)
-        self._fingerprint = save_tower(self, stored, folder, load, max_shard_size, beside)
+        extras = Extras(partial(cards.make, facts, stored), include_code is not False, sources, max_shard_size)
+        load = partial(load_tower, cls, trust_remote_code=bool(sources), access=access)
+        self._fingerprint = save_tower(self, stored, folder, load, extras, form_is_proven=known)
+        self._proven = proven
         return facts, stored
 
     def push_to_hub(  # type: ignore[override]
@@ -227,6 +234,7 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         verify: bool = False,
         image_size: int | Sequence[int] | None = None,
         frozen: bool = True,
+        mmap: bool = True,
     ) -> Self:
         """Load a tower from a folder or a repository, in eval mode. Reads JSON and safetensors, runs nobody's code.
 
@@ -249,16 +257,18 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             verify: Run the probe and raise unless the numbers are those of the saved tower within tolerance.
             image_size: Change the input size after loading, as `set_input_size`.
             frozen: Freeze what was frozen when the tower was saved; False: everything trains.
+            mmap: Map the weight files, so that they are not copied; False reads them into memory, for files that
+                somebody may overwrite in place (`cp`) while the tower is in use.
 
         Raises:
             FolderError, FormatError, WeightsError, ConfigError, HeadError: by what is wrong with the folder.
         """
         for place in (device, map_location):
             check_device(place)
-        cast = as_dtype(dtype)
         if device is not None and map_location is not None and torch.device(device) != torch.device(map_location):
             raise ArgumentError(f"device={device} and map_location={map_location} contradict each other")
         access = Access(token, cache_dir, force_download, local_files_only)
+        cast = floating_dtype(dtype)
         folder = fetch_tower(
             pretrained_model_name_or_path,
             revision=revision,
@@ -266,30 +276,24 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             subfolder=subfolder,
             trust_remote_code=trust_remote_code,
         )
-        load = partial(
-            load_tower,
+        tower = load_tower(
             cls,
             folder,
             custom_head=custom_head,
             strict=strict,
             trust_remote_code=trust_remote_code,
             origin=f"{pretrained_model_name_or_path}" + (f"@{revision}" if revision else ""),
+            dtype=cast,
             device=device if device is not None else map_location,
             access=replace(access, force_download=False),
             frozen=frozen,
+            mmap=mmap,
         )
-        tower = load()
-        head = tower.config.head or {}
-        by_code = head.get("form") in ("registered", CODE) or tower.config.tower_class is not None
-        if custom_head is not None or (by_code and tower._fingerprint is not None):
-            check_given_head(tower)  # code of this process made a part: the numbers must be those of the save
-        if cast is not None:
-            tower = load(dtype=cast)
         if verify:
             found = tower.verify()
             if found.status == "different":
                 raise TowerError(
-                    f"{pretrained_model_name_or_path} does not give the numbers it was saved with: {found}"
+                    f"{pretrained_model_name_or_path} does not give the outputs it was saved with: {found}"
                 )
         if image_size is not None:
             tower.set_input_size(image_size)

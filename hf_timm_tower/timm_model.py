@@ -3,46 +3,41 @@
 import copy
 import os
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any, Literal, Self
 
 import timm
 import torch
 import torch.nn as nn
 
-from .arguments import add_rates, checked_arguments, head_fields
+from .build import (
+    add_rates,
+    build_parts,
+    check_embedding,
+    checked_arguments,
+    example_input,
+    head_fields,
+    resolve_config,
+)
+from .heads.registry import CustomHead, make_custom_head
 from .hub_mixin import TowerHubMixin
 from .interop.mixin import InterchangeMixin
 from .interop.timm_repo import is_timm_source, open_timm_source
 from .interop.timm_weights import fill_trunk
 from .reader.config import TimmTowerConfig, check_size
-from .reader.errors import ArgumentError, ConfigError, HeadError
-from .reader.freezing import describe_frozen, frozen_context, note_fixed
-from .reader.frozen_statistics import keep_statistics
-from .reader.head import LIVE, SUBCLASS, CustomHead, make_custom_head, rebuild_head
+from .reader.errors import ConfigError, HeadError
+from .reader.freezing import keep_statistics
+from .reader.head import LIVE, SUBCLASS, builtin_head, rebuild_head
 from .reader.image_processing import make_transform
-from .reader.pools import PoolRefused
-from .reader.tower import (
-    arrange,
-    check_embedding,
-    complete,
-    head_input,
-    make_builtin,
-    run_head,
-    with_offers,
-)
-from .reader.trunk import (
-    BUILD_ERRORS,
-    check_made_again,
-    create_trunk,
-    describe_trunk,
-    float_dtype,
-    remove_classifier,
-)
+from .reader.tower import HeadInput, run_head
+from .reader.trunk import BUILD_ERRORS, create_trunk, float_dtype
 from .subclassing import REBUILDING, overrides, rebuild
 from .training.feature_cache import CachedFeatures, cache_features, forward_from_cache
+from .training.freezing import describe_frozen, frozen_context, note_fixed
 from .training.layer_groups import LayerGroup, layer_groups
 from .training.lock import Patterns, lock, unlock
 from .training.param_groups import no_weight_decay, param_groups, summary_table
+from .trunk_facts import check_made_again, describe_trunk, remove_classifier
 
 
 class TimmModel(InterchangeMixin, TowerHubMixin):
@@ -75,6 +70,8 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
         HeadError: the custom head does not fit what the pool leaves, or gives another width than `embed_dim`.
     """
 
+    _is_tower_base = True  # where `subclassing` stops looking for what a subclass overrides
+
     def __init__(
         self,
         model_name: str,
@@ -101,7 +98,7 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
         add_rates(model_args, drop_path, patch_drop)
         if is_timm_source(model_name):
             source = open_timm_source(model_name, with_weights=pretrained)
-            fields = head_fields(type(self), embed_dim, pool, proj, proj_bias, drop, custom_head)
+            fields = head_fields(overrides(type(self), "_create_head"), embed_dim, pool, proj, proj_bias, drop, custom_head)
             self._assemble(source.config(fields, image_size=image_size, model_args=model_args), custom_head)
             if pretrained:
                 fill_trunk(self.trunk, self.config, source)
@@ -112,40 +109,29 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
             model_args=model_args,
             image_size=list(image_size) if isinstance(image_size, Sequence) else image_size,
             in_chans=in_chans,
-            **head_fields(type(self), embed_dim, pool, proj, proj_bias, drop, custom_head),
+            **head_fields(overrides(type(self), "_create_head"), embed_dim, pool, proj, proj_bias, drop, custom_head),
         )
         self._assemble(config, custom_head, pretrained=pretrained)
 
     def _assemble(self, config: TimmTowerConfig, custom_head: CustomHead | None, pretrained: bool = False) -> None:
-        if custom_head is not None and config.pool in ("abs_attn", "rot_attn"):
-            raise ArgumentError(f"pool={config.pool!r} is itself a head with weights; a custom head takes pool='none'")
         self.config = config
-        try:
-            trunk = self._create_trunk(pretrained=pretrained)
-        except PoolRefused as error:
-            raise with_offers(error, config) from error
-        self._add_head(trunk, custom_head)
+        self._assemble_on(partial(self._create_trunk, pretrained=pretrained), custom_head)
 
-    def _add_head(self, trunk: nn.Module, custom_head: CustomHead | None) -> None:
+    def _assemble_on(self, make_trunk: Callable[[], nn.Module], custom_head: CustomHead | None) -> None:
         fresh = self.config.num_features is None
-        example = None
-        if fresh:
-            self.config, output = complete(self.config, trunk)
-            if self.config.head is not None:
-                example = head_input(self.config, trunk, output)
-        assert self.config.num_features is not None
-        self.trunk = trunk
-        self._custom_head = custom_head
-        self.head = self._create_head(self.config.num_features, self.config.embed_dim)
-        del self._custom_head
+
+        def make_head(config: TimmTowerConfig) -> nn.Module:
+            self.config = config
+            self._custom_head = custom_head  # for `_create_head`, whose signature is its users'
+            head = self._create_head(config.num_features, config.embed_dim)  # type: ignore[arg-type]
+            del self._custom_head
+            return head
+
+        self.config, trunk, head, self._head_input = build_parts(self.config, make_trunk, make_head)
+        self.trunk, self.head = trunk, head
         if fresh and not isinstance(custom_head, nn.Module):
             anchor = next(trunk.parameters())
-            self.head.to(device=anchor.device, dtype=float_dtype(trunk))
-        if self.config.head is not None and example is not None:
-            self.config.embed_dim = check_embedding(self.config, self.head, example)
-        if self.config.head is not None:
-            self.config.head.setdefault("class", type(self.head).__name__)
-        self._arrangement = arrange(self.config, trunk)
+            head.to(device=anchor.device, dtype=float_dtype(trunk))
         note_fixed(self)
         self._fingerprint: dict[str, Any] | None = None
 
@@ -171,8 +157,7 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
             raise HeadError("the config says that there is a custom head, but not which: pass custom_head=...")
         if self.config.head is not None and form != SUBCLASS:
             return rebuild_head(self.config.head)
-        head, self.config.embed_dim = make_builtin(self.config)
-        return head
+        return builtin_head(self.config)
 
     @classmethod
     def from_config(cls, config: TimmTowerConfig, custom_head: CustomHead | None = None) -> Self:
@@ -217,17 +202,18 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
             ConfigError: timm cannot tell how the model was made, or building it again gives other weights.
         """
         described = describe_trunk(trunk)
-        fields = head_fields(cls, embed_dim, pool, proj, proj_bias, drop, custom_head)
+        fields = head_fields(overrides(cls, "_create_head"), embed_dim, pool, proj, proj_bias, drop, custom_head)
         config = TimmTowerConfig(**described, **fields, classifier="reset")
         check_made_again(trunk, config)
         tower = cls.__new__(cls)
         nn.Module.__init__(tower)
         tower.config = config
-        try:
+
+        def bared() -> nn.Module:
             remove_classifier(trunk, config)
-            tower._add_head(trunk, custom_head)
-        except PoolRefused as error:
-            raise with_offers(error, config) from error
+            return trunk
+
+        tower._assemble_on(bared, custom_head)
         return tower
 
     # --- running
@@ -236,7 +222,7 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
         """Images `[B, in_chans, H, W]` -> the embedding `[B, embed_dim]`, or whatever a custom head returns."""
         with frozen_context(self.trunk, x):
             features = self.trunk(x)
-        return run_head(self.head, self._arrangement, features)
+        return run_head(self.head, self._head_input, features)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images `[B, in_chans, H, W]` -> the trunk's unpooled features, in the trunk's own layout."""
@@ -247,7 +233,7 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
         """Features of `forward_features` -> what `forward` gives."""
         with frozen_context(self.trunk, features):
             pooled = self.trunk.forward_head(features)  # type: ignore[operator]
-        return run_head(self.head, self._arrangement, pooled)
+        return run_head(self.head, self._head_input, pooled)
 
     def forward_intermediates(
         self,
@@ -320,7 +306,7 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
         config = self._resized(copy.deepcopy(self.trunk), size)
         self._resized(self.trunk, size)
         self.config = config
-        self._arrangement = arrange(self.config, self.trunk)
+        self._head_input = HeadInput.of(self.config, self.trunk)
 
     def _resized(self, trunk: nn.Module, size: list[int]) -> TimmTowerConfig:
         """Resize a trunk and say what the config then is; the head must still fit."""
@@ -334,14 +320,14 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
             now = describe_trunk(trunk)["model_args"]
             kept = {key: now[key] for key in now if key not in ("num_classes", "global_pool")}
             config.model_args = {**(config.model_args or {}), **kept}
-        config, output = complete(config, trunk)
+        config, output = resolve_config(config, trunk)
         if config.pool == "abs_attn" and config.feat_size != self.config.feat_size:
             raise ConfigError(
                 f"image_size={size}: pool='abs_attn' has a position for every place of a {self.config.feat_size} map, "
                 f"which would become {config.feat_size}; pool='rot_attn' takes any size"
             )
         if config.head is not None:
-            check_embedding(config, self.head, head_input(config, trunk, output))
+            check_embedding(config, self.head, example_input(config, trunk, output))
         return config
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..hub.download import Access
 from ..load import check_device
-from ..reader.build import as_dtype
 from ..reader.config import TimmTowerConfig
 from ..reader.head import CustomHead
+from ..reader.weights import floating_dtype
 from .checkpoints import TrunkReport, load_trunk
 from .open_clip import tower_from_open_clip
 from .open_clip_config import preprocess_entries
@@ -80,7 +80,7 @@ class InterchangeMixin(nn.Module):
             image_size=image_size,
             allow_pickle=allow_pickle,
             device=device,
-            dtype=as_dtype(dtype),
+            dtype=floating_dtype(dtype),
             revision=revision,
             access=Access(token, cache_dir, force_download, local_files_only),
         )

@@ -17,7 +17,6 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..files.assign import assign_weights
 from ..files.checkpoint import read_json
 from ..files.strict_json import shorten
 from ..hub.download import Access, download_files
@@ -27,6 +26,7 @@ from ..reader.image_processing import check_preprocess
 from ..reader.pools import own_pool
 from ..reader.skip_init import no_init
 from ..reader.trunk import describe_trunk, eval_mode, native_cfg, takes_img_size
+from ..reader.weights import assign_weights
 from .open_clip_config import VISION_PREFIX, VisionArguments, preprocess_entries, vision_arguments
 from .weight_source import WeightSource, from_mapping, open_weights, shapes_of
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..reader.errors import ConfigError
 from ..reader.skip_init import no_init
 from ..reader.trunk import create_trunk, describe_trunk
-from ..subclassing import STEPS, overrides
+from ..subclassing import OVERRIDABLE, overrides
 from .open_clip_config import VISION_PREFIX, model_cfg_of, preprocess_cfg_of, vision_arguments
 from .weight_source import shapes_of
 
@@ -39,7 +39,7 @@ def to_open_clip_model_cfg(tower: "TimmModel") -> dict[str, Any]:
     Raises:
         ConfigError: as `to_open_clip_state_dict`.
     """
-    changed = [step for step in STEPS if overrides(type(tower), step)]
+    changed = [step for step in OVERRIDABLE if overrides(type(tower), step)]
     if changed:
         raise ConfigError(f"{type(tower).__name__} overrides {', '.join(changed)}, of which open_clip knows nothing")
     model_cfg = model_cfg_of(tower.config)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ..files.aligned import folder_error
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ArgumentError, ConfigError, ExportError, TowerError
-from ..reader.tower import arrange, run_head
+from ..reader.tower import HeadInput, run_head
 from ..reader.trunk import BUILD_ERRORS, eval_mode, float_dtype
 
 TOLERANCE = 1e-4
@@ -63,7 +63,7 @@ class EvalTower(nn.Module):
         ):
             raise ArgumentError(f"a {type(tower).__name__} is no tower: it has no config, trunk and head")
         self.config, self.trunk, self.head = config, trunk, head
-        self.arrangement = arrange(config, trunk)
+        self.arrangement = HeadInput.of(config, trunk)
 
     def forward(self, images: torch.Tensor) -> Any:
         """Images `[B, in_chans, H, W]` -> what the tower gives."""

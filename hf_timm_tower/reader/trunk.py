@@ -351,3 +351,13 @@ def _build_error(config: TimmTowerConfig, kwargs: dict[str, Any], error: BaseExc
         return PoolRefused(config, text)
     given = {key: value for key, value in kwargs.items() if key != "pretrained_cfg_overlay"}
     return ConfigError(f"timm cannot build {config.architecture} with {given}: {text}")
+
+
+def buffers_as_timm(trunk: nn.Module) -> None:
+    """TEMPORARY: buffers that no file holds get the dtype of the weights."""
+    dtype = float_dtype(trunk)
+    for part in trunk.modules():
+        for name in part._non_persistent_buffers_set:
+            buffer = part._buffers.get(name)
+            if buffer is not None and buffer.dtype == torch.float32 and dtype != torch.float32:
+                part._buffers[name] = buffer.to(dtype)

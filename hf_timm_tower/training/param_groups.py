@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn as nn
 
 from ..reader.errors import ArgumentError
-from ..reader.frozen_statistics import is_held
+from ..reader.freezing import is_held
 from .layer_groups import layer_groups
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)

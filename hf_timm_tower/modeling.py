@@ -1,4 +1,7 @@
-"""Saving and pushing of transformers' models of a tower: the files, the card and the commit of `TimmModel`."""
+"""Towers as transformers models, as this package has them: the reader's classes, and saving and pushing.
+
+The files, the card and the commit are those of `TimmModel`.
+"""
 
 import os
 import tempfile
@@ -6,27 +9,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-import torch.nn as nn
 from transformers import PreTrainedModel
 
-from ..files.assign import assign_weights
-from ..files.folder import Beside, save_tower
-from ..hub.card import TowerFacts, describe_tower
-from ..hub.card_options import CardOptions, as_tags
-from ..hub.push import COMMIT_MESSAGE, default_repo_id, push_folder
-from .build import CLASSIFIER, Tower, load, storable_config
-from .config import TimmTowerConfig
-from .errors import ArgumentError, WeightsError
-from .freezing import describe_frozen
-from .frozen_statistics import keep_statistics
-from .model_building import build_for_transformers
-from .skip_init import no_init
+from .build import build_for_transformers
+from .hub.card import TowerFacts, describe_tower
+from .hub.card_options import CardOptions, as_tags
+from .hub.download import Access
+from .hub.push import COMMIT_MESSAGE, default_repo_id, push_folder
+from .load import check_given_head, load_bare, read_tower
+from .reader import modeling as reader
+from .reader.config import TimmTowerConfig
+from .reader.errors import ArgumentError, WeightsError
+from .reader.modeling import MODEL_TAGS, TimmTowerModelOutput, TowerLoading
+from .reader.tower import Tower, plain_defaults
+from .reader.weights import StoredTower
+from .save import Extras, save_tower, storable_config, with_weights
+from .training.freezing import describe_frozen, note_fixed
 
-TAGS = ("timm",)
-"""Tags of every tower, as transformers' `model_tags`."""
+__all__ = ["TimmTowerForImageClassification", "TimmTowerModel", "TimmTowerModelOutput"]
 
 _PUSH_OPTIONS = frozenset(
     {
@@ -42,15 +45,28 @@ _PUSH_OPTIONS = frozenset(
 )
 
 
-class SavesAsTower(PreTrainedModel):  # type: ignore[no-untyped-call]
-    """What `TimmTowerPreTrainedModel` saves and pushes; it is the only class to inherit from it."""
+class SavesTower(reader.TimmTowerPreTrainedModel):
+    """What the two classes below have beside the reader's: strict reading, saving, pushing."""
 
-    config: TimmTowerConfig
-    model_tags = list(TAGS)  # noqa: RUF012  # transformers wants a list here
-    _has_classifier = False
+    def __init__(self, config: TimmTowerConfig, _loading: TowerLoading | None = None) -> None:
+        super().__init__(config, _loading)
+        note_fixed(self)
 
-    trunk: nn.Module
-    head: nn.Module
+    @staticmethod
+    def _build(config: TimmTowerConfig, with_classifier: bool, make_head: Any) -> Tower:
+        return build_for_transformers(config, with_classifier, make_head)
+
+    @staticmethod
+    def _read(files: Sequence[str], loading: TowerLoading) -> StoredTower:
+        return read_tower(Path(files[0]).parent, Access(**loading.access()))
+
+    def _after_loading(self, loading: TowerLoading) -> None:
+        if loading.stored is None or loading.stored.fingerprint is None:
+            return
+        if (self.config.head or {}).get("form") == "registered":
+            bare: Any = Tower(self.config, self.trunk, self.head)
+            bare._fingerprint = loading.stored.fingerprint
+            check_given_head(bare)
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -94,7 +110,7 @@ class SavesAsTower(PreTrainedModel):  # type: ignore[no-untyped-call]
             model_card_kwargs: Further metadata for the card: `base_model`, `datasets`, `language`, ...
             metrics: Name -> figure, for the card's table and its `model-index`.
             evaluated_on: Id of the data set that they were measured on.
-            include_code: None: the folder carries `core/`, so that it loads where this package is not installed.
+            include_code: None: the folder carries its reader, so that it loads where this package is not installed.
                 True: also the source of the head, where it cannot be stored in another form. False: no code at all.
             kwargs: For `push_to_hub`.
 
@@ -108,8 +124,8 @@ class SavesAsTower(PreTrainedModel):  # type: ignore[no-untyped-call]
             _refuse_with_adapter(cards)
             if push_to_hub and repo_id is not None:
                 kwargs["repo_id"] = repo_id
-            stock: Any = super().save_pretrained
-            stock(save_directory, is_main_process, state_dict, push_to_hub, token=token,
+            stock: Any = PreTrainedModel.save_pretrained
+            stock(self, save_directory, is_main_process, state_dict, push_to_hub, token=token,
                   save_peft_format=save_peft_format, **kwargs)  # fmt: skip
             return
         if not safe_serialization:
@@ -180,9 +196,9 @@ class SavesAsTower(PreTrainedModel):  # type: ignore[no-untyped-call]
         cards = self._cards(tags, license, model_card_kwargs, metrics, evaluated_on, include_code, None)
         if getattr(self, "_hf_peft_config_loaded", False):
             _refuse_with_adapter(cards, allow_patterns, ignore_patterns, delete_patterns)
-            stock: Any = super().push_to_hub
+            stock: Any = PreTrainedModel.push_to_hub
             return str(
-                stock(repo_id, commit_message=commit_message, commit_description=commit_description, private=private,
+                stock(self, repo_id, commit_message=commit_message, commit_description=commit_description, private=private,
                       token=token, revision=revision, create_pr=create_pr, max_shard_size=max_shard_size,
                       tags=list(as_tags(tags)))
             )  # fmt: skip
@@ -203,12 +219,6 @@ class SavesAsTower(PreTrainedModel):  # type: ignore[no-untyped-call]
             delete_patterns=delete_patterns,
         )
 
-    def train(self, mode: bool = True) -> Self:
-        """As `nn.Module.train`, except that modules with frozen statistics stay in eval mode."""
-        super().train(mode)
-        keep_statistics(self)
-        return self
-
     def _cards(
         self,
         tags: str | Sequence[str] | None,
@@ -219,7 +229,7 @@ class SavesAsTower(PreTrainedModel):  # type: ignore[no-untyped-call]
         include_code: bool | None,
         repo_id: str | None,
     ) -> CardOptions:
-        added = [tag for tag in self.model_tags or () if tag not in TAGS]
+        added = [tag for tag in self.model_tags or () if tag not in MODEL_TAGS]
         return CardOptions(
             tags=tuple(dict.fromkeys((*added, *as_tags(tags)))),
             license=license,
@@ -240,17 +250,29 @@ class SavesAsTower(PreTrainedModel):  # type: ignore[no-untyped-call]
     ) -> tuple[TowerFacts, TimmTowerConfig]:
         if getattr(self, "hf_quantizer", None) is not None:
             raise WeightsError("a quantized tower is not saved: save it as it was before, and quantize when loading")
-        tower = self._whole(state_dict)
-        stored, sources = storable_config(self._bare(tower), include_code=include_code)
-        stored.frozen = describe_frozen(self._bare(self))
+        tower: Any = self
+        own = self.state_dict(keep_vars=True)
+        if state_dict is not None and any(
+            key not in state_dict or state_dict[key].data_ptr() != tensor.data_ptr() for key, tensor in own.items()
+        ):
+            tower = with_weights(self, state_dict, self._twin)
+        stored, sources, proven, known = storable_config(tower, include_code=include_code)
+        stored.frozen = describe_frozen(Tower(self.config, self.trunk, self.head))
         stored.trunk_source = None
         stored.architectures = [type(self).__name__]
         stored.dtype = None
         vars(stored).pop("use_cache", None)  # of Trainer, not of the tower
         facts = describe_tower(tower, stored)
-        beside = Beside(partial(cards.make, facts, stored), include_code is not False, sources)
-        save_tower(tower, stored, folder, partial(load, trust_head_code=bool(sources)), max_shard_size, beside)
+        extras = Extras(partial(cards.make, facts, stored), include_code is not False, sources, max_shard_size)
+        save_tower(
+            tower, stored, folder, partial(load_bare, trust_head_code=bool(sources)), extras, form_is_proven=known
+        )
+        self._proven = proven
         return facts, stored
+
+    def _twin(self) -> Tower:
+        with plain_defaults():
+            return build_for_transformers(self.config, self._has_classifier, None)
 
     def _push(
         self,
@@ -276,27 +298,13 @@ class SavesAsTower(PreTrainedModel):  # type: ignore[no-untyped-call]
                 **options,
             )
 
-    def _bare(self, tower: nn.Module) -> Tower:
-        """A tower's trunk and head alone: what its config speaks of."""
-        bare = Tower(self.config, tower.trunk, tower.head)  # type: ignore[arg-type]
-        bare._fixed_in_head = self._fixed_in_head
-        return bare
 
-    def _whole(self, state_dict: Mapping[str, torch.Tensor] | None) -> Tower:
-        """The tower inside this model; with other weights, where they were gathered, in a copy."""
-        parts = (self.trunk, self.head, getattr(self, CLASSIFIER, None))
-        own = self.state_dict(keep_vars=True)
-        if state_dict is None or all(
-            key in state_dict and state_dict[key].data_ptr() == tensor.data_ptr() for key, tensor in own.items()
-        ):
-            return Tower(self.config, *parts)
-        with no_init():
-            twin = build_for_transformers(self.config, with_classifier=self._has_classifier)
-        assign_weights(twin, state_dict, source="state_dict", device="cpu")
-        for name, parameter in twin.named_parameters():
-            if parameter.is_floating_point():
-                parameter.requires_grad_(own[name].requires_grad if name in own else True)
-        return twin
+class TimmTowerModel(SavesTower, reader.TimmTowerModel):
+    __doc__ = reader.TimmTowerModel.__doc__
+
+
+class TimmTowerForImageClassification(SavesTower, reader.TimmTowerForImageClassification):
+    __doc__ = reader.TimmTowerForImageClassification.__doc__
 
 
 def _refuse_with_adapter(cards: CardOptions, *patterns: Any) -> None:
