@@ -174,9 +174,7 @@ def load_bare(folder: str | os.PathLike[str], *, trust_head_code: bool = False) 
     make_head = None
     if (stored.config.head or {}).get("form") == CODE:
         make_head = partial(_trusted_head, stored.config.head or {}, folder, trust_head_code, None)
-    make = partial(
-        build_tower, stored.config, with_classifier=has_classifier(stored.weights), make_head=make_head
-    )
+    make = partial(build_tower, stored.config, with_classifier=has_classifier(stored.weights), make_head=make_head)
     return _construct(stored, stored.weights, make, str(folder), None)
 
 
@@ -254,9 +252,7 @@ def _without_classifier(
     return {key: tensor for key, tensor in weights.items() if not key.startswith(f"{CLASSIFIER}.")}
 
 
-def _without_unexpected(
-    weights: Mapping[str, torch.Tensor], tower: nn.Module, where: str
-) -> dict[str, torch.Tensor]:
+def _without_unexpected(weights: Mapping[str, torch.Tensor], tower: nn.Module, where: str) -> dict[str, torch.Tensor]:
     places = tower.state_dict().keys()
     if unexpected := sorted(set(weights) - set(places)):
         warnings.warn(

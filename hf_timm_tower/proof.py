@@ -5,6 +5,7 @@ the live ones (autocast, compiled or replaced forwards, activation checkpointing
 and gradients are not touched.
 """
 
+import dis
 from collections import OrderedDict
 from typing import Any
 
@@ -21,7 +22,8 @@ from .reader.tower import Tower
 from .reader.trunk import native_size
 from .trunk_facts import training_attributes, what_changed
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_HOOKS = (*_FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
 # What compilers and trainers put on a module: torch.compile, accelerate, torch's own activation checkpointing.
 _WRAPPED = ("_compiled_call_impl", "_original_forward", "_old_forward", "_hf_hook")
 _WRAPPER_CHILD = "_checkpoint_wrapped_module"
@@ -111,6 +113,51 @@ def _is_structural(hook: Any) -> bool:
     return hook is hold_at_call or type(hook).__module__.startswith("torch.nn.utils.")
 
 
+def _may_change(hook: Any) -> bool:
+    """Whether a forward hook may give another input or output: one whose code returns nothing but None cannot."""
+    code = getattr(getattr(hook, "__func__", hook), "__code__", None)
+    if code is None:
+        return True
+    steps = list(dis.get_instructions(code))
+    returns = [number for number, step in enumerate(steps) if step.opname == "RETURN_VALUE"]
+    constants = [step.argval for step in steps if step.opname == "RETURN_CONST"]
+    last = [steps[number - 1] for number in returns]
+    return any(value is not None for value in constants) or any(
+        step.opname != "LOAD_CONST" or step.argval is not None for step in last
+    )
+
+
+def refuse_changing_hooks(tower: Any, config: TimmTowerConfig, outputs: dict[str, torch.Tensor]) -> None:
+    """Refuse a trunk whose forward hooks change what it gives: they are code, and would be lost without a word.
+
+    Hooks that only look (profilers, features that are kept) are no part of the tower. Those whose code can return
+    nothing are not called.
+
+    Args:
+        tower: Live.
+        config: That of the save.
+        outputs: Of the tower without hooks, from `prove`.
+
+    Raises:
+        TowerError: names the modules.
+    """
+    hooked = [
+        f"trunk.{name}".rstrip(".")
+        for name, module in tower.trunk.named_modules()
+        for key in _FORWARD_HOOKS
+        for hook in getattr(module, key).values()
+        if not _is_structural(hook) and _may_change(hook)
+    ]
+    if not hooked:
+        return
+    live = Tower(tower.config, tower.trunk, copy_head(tower.head))
+    if not _same_outputs(run_probe(live, config.in_chans, native_size(config)), outputs):
+        raise TowerError(
+            f"the tower was not saved: forward hooks of {', '.join(hooked[:4])} change what the trunk gives, and hooks "
+            "are not stored. Remove them, or subclass TimmModel and override _create_trunk."
+        )
+
+
 def prove(bare: Any, again: Any, config: TimmTowerConfig, *, form_is_proven: bool) -> dict[str, torch.Tensor]:
     """Compare a tower with what was loaded back from its files.
 
@@ -182,9 +229,13 @@ def _compare_behaviour(trunk: nn.Module, again: nn.Module) -> None:
     for name, module in trunk.named_modules():
         twin = again.get_submodule(name)
         ours, theirs = training_attributes(module), training_attributes(twin)
-        odd = {key: (ours.get(key), theirs.get(key)) for key in ours.keys() | theirs if ours.get(key) != theirs.get(key)}
+        odd = {
+            key: (ours.get(key), theirs.get(key)) for key in ours.keys() | theirs if ours.get(key) != theirs.get(key)
+        }
         if odd or type(module) is not type(twin):
-            values = ", ".join(f"{key}={now!r} (from the config {built!r})" for key, (now, built) in sorted(odd.items()))
+            values = ", ".join(
+                f"{key}={now!r} (from the config {built!r})" for key, (now, built) in sorted(odd.items())
+            )
             raise TowerError(
                 f"the tower was not saved: trunk.{name} ({type(module).__name__}) was changed after it was built: "
                 f"{values or f'from the config it is a {type(twin).__name__}'}. {what_changed(trunk, again)} Give the "

@@ -20,14 +20,13 @@ from .files.staging import staged_folder
 from .heads.stored_form import store_head
 from .hub.reader_file import AUTO_MAP, write_reader
 from .hub.trunk_source import is_separable
-from .proof import bare_tower, form_of, prove
+from .proof import bare_tower, form_of, prove, refuse_changing_hooks
 from .reader.config import TimmTowerConfig
 from .reader.errors import FormatError, WeightsError
 from .reader.graph_head import GraphHead
 from .reader.head import LIVE, SUBCLASS, builtin_head
 from .reader.processor_config import facts_in_tower, processor_dict
 from .reader.skip_init import skip_init
-from .reader.tower import Tower
 from .reader.trunk import native_size
 from .reader.weights import assign_weights
 from .training.freezing import describe_frozen, head_without_lock
@@ -153,6 +152,8 @@ def save_tower(
             _write_weights(staging, bare, config, extras.max_shard_size)
             again = load(staging)
             outputs = prove(bare, again, config, form_is_proven=form_is_proven)
+            if not form_is_proven:
+                refuse_changing_hooks(tower, config, outputs)
             fingerprint = make_fingerprint(outputs, again, config.in_chans, native_size(config))
             write_json(staging / FINGERPRINT_NAME, fingerprint)
             write_sentence_files(staging, Path(folder), outputs)
@@ -161,19 +162,17 @@ def save_tower(
     return fingerprint
 
 
-def with_weights(tower: Any, state_dict: Mapping[str, torch.Tensor], build: Callable[[], Tower]) -> Tower:
-    """The tower with other weights, where they had to be gathered from several devices or processes: a twin.
+def with_weights(tower: Any, state_dict: Mapping[str, torch.Tensor]) -> Any:
+    """The tower with other weights, where they had to be gathered from several devices or processes: a bare copy.
 
     Raises:
         WeightsError: the weights are not the tower's.
     """
-    with skip_init():
-        twin = build()
     own = tower.state_dict(keep_vars=True)
+    if own.keys() == state_dict.keys() and all(own[key].data_ptr() == state_dict[key].data_ptr() for key in own):
+        return tower
+    twin = bare_tower(tower)
     assign_weights(twin, state_dict, source="state_dict", device="cpu")
-    for name, parameter in twin.named_parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(own[name].requires_grad if name in own else True)
     return twin
 
 

@@ -96,9 +96,10 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
             return
         model_args = checked_arguments(model_kwargs)
         add_rates(model_args, drop_path, patch_drop)
+        own_head = overrides(type(self), "_create_head")
+        fields = head_fields(own_head, embed_dim, pool, proj, proj_bias, drop, custom_head)
         if is_timm_source(model_name):
             source = open_timm_source(model_name, with_weights=pretrained)
-            fields = head_fields(overrides(type(self), "_create_head"), embed_dim, pool, proj, proj_bias, drop, custom_head)
             self._assemble(source.config(fields, image_size=image_size, model_args=model_args), custom_head)
             if pretrained:
                 fill_trunk(self.trunk, self.config, source)
@@ -109,7 +110,7 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
             model_args=model_args,
             image_size=list(image_size) if isinstance(image_size, Sequence) else image_size,
             in_chans=in_chans,
-            **head_fields(overrides(type(self), "_create_head"), embed_dim, pool, proj, proj_bias, drop, custom_head),
+            **fields,
         )
         self._assemble(config, custom_head, pretrained=pretrained)
 
@@ -344,7 +345,7 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
             ) from error
 
     def layer_groups(self) -> list[LayerGroup]:
-        """The tower's layer groups from input to output, each parameter in one of them. See `training/layer_groups.py`."""
+        """The layer groups from input to output, each parameter in one of them. See `training/layer_groups.py`."""
         return layer_groups(self)
 
     def lock(

@@ -303,8 +303,8 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         Args:
             pretrained_model_name_or_path: A folder, or a repository's id.
             config: A config that was loaded already, or where to load it from.
-            dtype: Cast floating-point weights; None and `"auto"` keep every tensor's own, which transformers
-                otherwise makes one for all.
+            dtype: Cast floating-point weights; None and `"auto"` keep every tensor's own, whatever `dtype` of the
+                config says.
             torch_dtype: The old name of `dtype`.
             ignore_mismatched_sizes: Weights that are missing, unexpected or of another shape are no error: they get
                 fresh values or are left out, and a warning lists them.
@@ -374,12 +374,11 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             weights = {key: tensor for key, tensor in weights.items() if key not in loading.left_out}
         if load_config.hf_quantizer is not None or load_config.ignore_mismatched_sizes or len(devices) > 1:
             return stock(model, weights, None, load_config, *args, **kwargs)
-        keeps = loading.keeps_dtypes and stored.config.dtype is None
         assign_weights(
             model,
             weights,
             source=str(folder),
-            dtype=None if keeps else floating_dtype(load_config.dtype),
+            dtype=None if loading.keeps_dtypes else floating_dtype(load_config.dtype),
             device=devices.pop(),
             allow_missing=loading.fresh,
         )
@@ -673,7 +672,8 @@ def _warn_of_changes(loading: TowerLoading, info: Mapping[str, Any]) -> None:
     """List fresh weights, and those in the files that the model leaves out."""
     fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
     left_out = sorted({*loading.left_out, *info["unexpected_keys"]})
-    for keys, what in ((fresh, "fresh random weights, to be trained"), (left_out, "weights that this model leaves out")):
+    found = {"fresh random weights, to be trained": fresh, "weights that this model leaves out": left_out}
+    for what, keys in found.items():
         if keys:
             warnings.warn(f"{loading.place}: {what}: {', '.join(shown(key)[1:-1] for key in keys)}", stacklevel=4)
 

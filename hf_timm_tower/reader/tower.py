@@ -106,7 +106,10 @@ def build_tower(
         raise ConfigError("num_features=None: the config is not completed; hf_timm_tower.TimmModel completes it")
     config = copy.deepcopy(config)
     trunk = create_trunk(config)
-    head = builtin_head(config) if config.head is None else rebuild_head(config.head) if make_head is None else make_head()
+    if config.head is None:
+        head: nn.Module = builtin_head(config)
+    else:
+        head = rebuild_head(config.head) if make_head is None else make_head()
     return Tower(config, trunk, head, make_classifier(config) if with_classifier else None)
 
 
