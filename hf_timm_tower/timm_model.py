@@ -20,7 +20,6 @@ from .reader.freezing import describe_frozen, frozen_context, note_fixed
 from .reader.frozen_statistics import keep_statistics
 from .reader.head import LIVE, SUBCLASS, CustomHead, make_custom_head, rebuild_head
 from .reader.image_processing import make_transform
-from .reader.pools import PoolRefused
 from .reader.tower import (
     arrange,
     check_embedding,
@@ -30,19 +29,13 @@ from .reader.tower import (
     run_head,
     with_offers,
 )
-from .reader.trunk import (
-    BUILD_ERRORS,
-    check_made_again,
-    create_trunk,
-    describe_trunk,
-    float_dtype,
-    remove_classifier,
-)
+from .reader.trunk import BUILD_ERRORS, UnsupportedPool, create_trunk, float_dtype, remove_classifier
 from .subclassing import REBUILDING, overrides, rebuild
 from .training.feature_cache import CachedFeatures, cache_features, forward_from_cache
 from .training.layer_groups import LayerGroup, layer_groups
 from .training.lock import Patterns, lock, unlock
 from .training.param_groups import no_weight_decay, param_groups, summary_table
+from .trunk_facts import check_rebuilt, settle_arguments, trunk_arguments
 
 
 class TimmModel(InterchangeMixin, TowerHubMixin):
@@ -119,10 +112,10 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
     def _assemble(self, config: TimmTowerConfig, custom_head: CustomHead | None, pretrained: bool = False) -> None:
         if custom_head is not None and config.pool in ("abs_attn", "rot_attn"):
             raise ArgumentError(f"pool={config.pool!r} is itself a head with weights; a custom head takes pool='none'")
-        self.config = config
         try:
+            self.config = config if config.num_features is not None else settle_arguments(config)
             trunk = self._create_trunk(pretrained=pretrained)
-        except PoolRefused as error:
+        except UnsupportedPool as error:
             raise with_offers(error, config) from error
         self._add_head(trunk, custom_head)
 
@@ -216,17 +209,17 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
         Raises:
             ConfigError: timm cannot tell how the model was made, or building it again gives other weights.
         """
-        described = describe_trunk(trunk)
+        described = trunk_arguments(trunk)
         fields = head_fields(cls, embed_dim, pool, proj, proj_bias, drop, custom_head)
         config = TimmTowerConfig(**described, **fields, classifier="reset")
-        check_made_again(trunk, config)
+        check_rebuilt(trunk, config, with_classifier=True)
         tower = cls.__new__(cls)
         nn.Module.__init__(tower)
         tower.config = config
         try:
             remove_classifier(trunk, config)
             tower._add_head(trunk, custom_head)
-        except PoolRefused as error:
+        except UnsupportedPool as error:
             raise with_offers(error, config) from error
         return tower
 
@@ -331,7 +324,7 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
                 trunk.set_input_size(img_size=tuple(size))  # type: ignore[operator]
             except BUILD_ERRORS as error:
                 raise ConfigError(f"{config.architecture} cannot take image_size={size}: {error}") from error
-            now = describe_trunk(trunk)["model_args"]
+            now = trunk_arguments(trunk)["model_args"]
             kept = {key: now[key] for key in now if key not in ("num_classes", "global_pool")}
             config.model_args = {**(config.model_args or {}), **kept}
         config, output = complete(config, trunk)

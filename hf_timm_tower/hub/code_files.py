@@ -33,6 +33,7 @@ def code_files() -> dict[str, bytes]:
     if here.name != "hub":
         return {file.name: file.read_bytes() for file in sorted(here.glob("*.py"))}
     files = {file.stem: file for room in _ROOMS for file in (here.parent / room).glob("*.py")}
+    files |= {name: here.parent / f"{name}.py" for name in ("trunk_facts", "trunk_changes")}
     found: dict[str, bytes] = {}
     waiting = [DOOR]
     while waiting:

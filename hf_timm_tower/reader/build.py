@@ -13,12 +13,12 @@ from ..files.assign import assign_weights
 from ..files.checkpoint import HEAD_CODE_NAME
 from ..files.folder import building_budget, read_tower
 from ..heads.head_code import construct_code, describe_code
+from ..trunk_facts import settle_arguments
 from .config import TimmTowerConfig
 from .errors import ArgumentError, ConfigError, HeadError
 from .freezing import describe_frozen, head_without_lock
 from .graph_head import GraphHead
 from .head import LIVE, SUBCLASS, builtin_head, known_arguments, rebuild_head, store_head
-from .pools import PoolRefused
 from .skip_init import no_init
 from .tower import (
     arrange,
@@ -30,7 +30,7 @@ from .tower import (
     run_head,
     with_offers,
 )
-from .trunk import create_trunk, float_dtype
+from .trunk import UnsupportedPool, create_trunk, float_dtype
 
 Steps = Literal["features", "features, head", "whole"]
 
@@ -87,8 +87,10 @@ def build(
     if form in (LIVE, SUBCLASS):
         raise HeadError("the config says that there is a custom head, but not which: save the tower with its head")
     try:
+        if config.num_features is None:
+            config = settle_arguments(config)
         trunk = create_trunk(config)
-    except PoolRefused as error:
+    except UnsupportedPool as error:
         raise with_offers(error, config) from error
     fresh = config.num_features is None
     example = None

@@ -48,6 +48,8 @@ from ..hub.identify import describe_foreign
 from ..hub.push import push_folder
 from ..hub.trunk_source import TrunkSource
 from ..training.layer_groups import LayerGroup
+from ..trunk_changes import what_changed
+from ..trunk_facts import TrunkOutput
 from .build import Tower
 from .config import TimmTowerConfig
 from .errors import TowerError
@@ -71,9 +73,8 @@ from .model_loading import Loading
 from .modeling import TimmTowerForImageClassification, TimmTowerModel
 from .modeling_base import TimmTowerPreTrainedModel
 from .modeling_saving import SavesAsTower
-from .pools import PoolRefused
 from .processor_config import facts_of
 from .skip_init import no_init
 from .tensor_transform import transform_tensor
 from .tower import Arrangement
-from .trunk import TrunkOutput
+from .trunk import UnsupportedPool

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from ..trunk_facts import TrunkOutput, check_pool, offered_pools, trunk_output
 from .config import TimmTowerConfig
 from .errors import ConfigError, HeadError
 from .head import builtin_head, output_of, width_of
 from .image_processing import check_preprocess, preprocess_from_timm
-from .pools import PoolRefused, class_and_patch_tokens, own_pool
-from .trunk import TrunkOutput, check_pool, float_dtype, native_size, offered_pools, trunk_output
+from .trunk import UnsupportedPool, class_and_patch_tokens, float_dtype, native_size, own_pool
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def complete(config: TimmTowerConfig, trunk: nn.Module) -> tuple[TimmTowerConfig
     output = trunk_output(trunk, done.in_chans, done.image_size)
     try:
         check_pool(trunk, done, output)
-    except PoolRefused as error:
+    except UnsupportedPool as error:
         raise with_offers(error, config) from error
     if done.pool == "default" and hasattr(trunk, "reset_classifier"):
         name = own_pool(trunk)
@@ -93,7 +93,7 @@ def complete(config: TimmTowerConfig, trunk: nn.Module) -> tuple[TimmTowerConfig
     return done, output
 
 
-def with_offers(error: PoolRefused, config: TimmTowerConfig) -> ConfigError:
+def with_offers(error: UnsupportedPool, config: TimmTowerConfig) -> ConfigError:
     """A refused pool -> an error that lists the pools which the trunk offers."""
     return ConfigError(f"{error} It offers: {', '.join(offered_pools(config)) or 'none'}.")
 
