@@ -23,7 +23,7 @@ from .reader.image_processing import check_preprocess
 from .reader.processor_config import check_processor
 from .reader.skip_init import Budget, skip_init
 from .reader.tower import CLASSIFIER, Tower, build_tower, has_classifier, plain_defaults
-from .reader.trunk import buffers_as_timm, native_size
+from .reader.trunk import buffers_as_timm, float_dtype, native_size
 from .reader.weights import StoredTower, assign_weights
 from .subclassing import rebuild
 
@@ -156,7 +156,6 @@ def load_tower(
         check_given_head(tower)  # code of this process made a part: the outputs must be those of the save
     if dtype is not None:
         tower.to(dtype)
-        buffers_as_timm(tower.trunk)
     return tower  # type: ignore[no-any-return]
 
 
@@ -193,7 +192,7 @@ def _construct(
     if not strict:
         weights = _without_unexpected(weights, tower, where)
     assign_weights(tower, weights, source=where, device=device)
-    buffers_as_timm(tower.trunk)  # type: ignore[arg-type]
+    buffers_as_timm(tower.trunk, float_dtype(tower.trunk))  # type: ignore[arg-type]
     return tower.eval()
 
 

@@ -20,7 +20,7 @@ from .reader.errors import HeadError, TowerError, WeightsError
 from .reader.freezing import hold_at_call
 from .reader.tower import Tower
 from .reader.trunk import native_size
-from .trunk_facts import training_attributes, what_changed
+from .trunk_changes import compare_training, what_changed
 
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _HOOKS = (*_FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
@@ -226,21 +226,12 @@ def _compare_weights(bare: nn.Module, again: nn.Module) -> None:
 
 def _compare_behaviour(trunk: nn.Module, again: nn.Module) -> None:
     """Rates and momenta act in training only, so that no output shows them."""
-    for name, module in trunk.named_modules():
-        twin = again.get_submodule(name)
-        ours, theirs = training_attributes(module), training_attributes(twin)
-        odd = {
-            key: (ours.get(key), theirs.get(key)) for key in ours.keys() | theirs if ours.get(key) != theirs.get(key)
-        }
-        if odd or type(module) is not type(twin):
-            values = ", ".join(
-                f"{key}={now!r} (from the config {built!r})" for key, (now, built) in sorted(odd.items())
-            )
-            raise TowerError(
-                f"the tower was not saved: trunk.{name} ({type(module).__name__}) was changed after it was built: "
-                f"{values or f'from the config it is a {type(twin).__name__}'}. {what_changed(trunk, again)} Give the "
-                "value when the tower is built (drop_path=..., patch_drop=..., model_kwargs={...})."
-            )
+    if odd := compare_training(trunk, again):
+        raise TowerError(
+            f"the tower was not saved: the trunk was changed after it was built: {'; '.join(odd[:4])}. "
+            f"{what_changed(trunk, again)} Give such values when the tower is built (drop_path=..., patch_drop=..., "
+            "model_kwargs={...})."
+        )
 
 
 def _reset(bare: Any) -> Any:

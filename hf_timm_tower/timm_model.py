@@ -3,7 +3,6 @@
 import copy
 import os
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
 from typing import Any, Literal, Self
 
 import timm
@@ -30,14 +29,14 @@ from .reader.freezing import keep_statistics
 from .reader.head import LIVE, SUBCLASS, builtin_head, rebuild_head
 from .reader.image_processing import make_transform
 from .reader.tower import HeadInput, run_head
-from .reader.trunk import BUILD_ERRORS, create_trunk, float_dtype
+from .reader.trunk import BUILD_ERRORS, create_trunk, float_dtype, remove_classifier
 from .subclassing import REBUILDING, overrides, rebuild
 from .training.feature_cache import CachedFeatures, cache_features, forward_from_cache
 from .training.freezing import describe_frozen, frozen_context, note_fixed
 from .training.layer_groups import LayerGroup, layer_groups
 from .training.lock import Patterns, lock, unlock
 from .training.param_groups import no_weight_decay, param_groups, summary_table
-from .trunk_facts import check_made_again, describe_trunk, remove_classifier
+from .trunk_facts import check_rebuilt, trunk_arguments
 
 
 class TimmModel(InterchangeMixin, TowerHubMixin):
@@ -115,10 +114,14 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
         self._assemble(config, custom_head, pretrained=pretrained)
 
     def _assemble(self, config: TimmTowerConfig, custom_head: CustomHead | None, pretrained: bool = False) -> None:
-        self.config = config
-        self._assemble_on(partial(self._create_trunk, pretrained=pretrained), custom_head)
+        def make_trunk(settled: TimmTowerConfig) -> nn.Module:
+            self.config = settled
+            return self._create_trunk(pretrained=pretrained)
 
-    def _assemble_on(self, make_trunk: Callable[[], nn.Module], custom_head: CustomHead | None) -> None:
+        self.config = config
+        self._assemble_on(make_trunk, custom_head)
+
+    def _assemble_on(self, make_trunk: Callable[[TimmTowerConfig], nn.Module], custom_head: CustomHead | None) -> None:
         fresh = self.config.num_features is None
 
         def make_head(config: TimmTowerConfig) -> nn.Module:
@@ -202,15 +205,15 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
         Raises:
             ConfigError: timm cannot tell how the model was made, or building it again gives other weights.
         """
-        described = describe_trunk(trunk)
+        described = trunk_arguments(trunk)
         fields = head_fields(overrides(cls, "_create_head"), embed_dim, pool, proj, proj_bias, drop, custom_head)
         config = TimmTowerConfig(**described, **fields, classifier="reset")
-        check_made_again(trunk, config)
+        check_rebuilt(trunk, config, with_classifier=True)
         tower = cls.__new__(cls)
         nn.Module.__init__(tower)
         tower.config = config
 
-        def bared() -> nn.Module:
+        def bared(settled: TimmTowerConfig) -> nn.Module:
             remove_classifier(trunk, config)
             return trunk
 
@@ -318,7 +321,7 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
                 trunk.set_input_size(img_size=tuple(size))  # type: ignore[operator]
             except BUILD_ERRORS as error:
                 raise ConfigError(f"{config.architecture} cannot take image_size={size}: {error}") from error
-            now = describe_trunk(trunk)["model_args"]
+            now = trunk_arguments(trunk)["model_args"]
             kept = {key: now[key] for key in now if key not in ("num_classes", "global_pool")}
             config.model_args = {**(config.model_args or {}), **kept}
         config, output = resolve_config(config, trunk)

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from .errors import ConfigError, FormatError, shown
 from .freezing import check_frozen
-from .model_args import check_names, decode, encode
+from .model_args import FROM_TRUNK, RECORDED, check_names, decode, encode
 
 FORMAT_VERSION = 1
 
@@ -235,7 +235,7 @@ def _check(config: TimmTowerConfig) -> None:
         by_trunk = config.proj in (None, "none") and config.head is None and not attention
         config.classifier = "construct" if by_trunk and config.pool not in OUR_POOLS else "reset"
     model_args = dict(config.model_args or {})
-    check_names(model_args, from_trunk=config.classifier == "reset")
+    check_names(model_args, recorded=(*RECORDED, *(FROM_TRUNK if config.classifier == "reset" else ())))
     config.model_args = {key: encode(value, f"model_args.{key}") for key, value in sorted(model_args.items())}
     for key, value in config.model_args.items():
         decode(value, f"model_args.{key}")

@@ -35,7 +35,7 @@ from .freezing import apply_frozen, keep_statistics
 from .head import CODE, make_code_head, refuse_code
 from .skip_init import Budget, skip_init
 from .tower import CLASSIFIER, Tower, build_tower, has_classifier, init_classifier, plain_defaults, run_head
-from .trunk import buffers_as_timm, native_size
+from .trunk import buffers_as_timm, float_dtype, native_size
 from .weights import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -262,7 +262,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             return  # nothing is loaded yet
         _put_buffers(self, self._computed)
         self._computed = None
-        buffers_as_timm(self.trunk)
+        buffers_as_timm(self.trunk, float_dtype(self.trunk))
         # What is on meta is on the disk: transformers loads it when it runs.
         state = {key: tensor for key, tensor in self.state_dict(keep_vars=True).items() if not tensor.is_meta}
         if fresh := [key for key, tensor in state.items() if not getattr(tensor, "_is_hf_initialized", False)]:

@@ -28,7 +28,7 @@ from hf_timm_tower import (
     register_head,
 )
 from hf_timm_tower.reader.config import ATTENTION_POOLS
-from hf_timm_tower.reader.trunk import offered_pools
+from hf_timm_tower.trunk_facts import offered_pools
 
 
 class Head(nn.Module):
