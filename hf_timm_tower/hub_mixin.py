@@ -1,5 +1,6 @@
 """Saving, loading and pushing of a tower: the methods of `PyTorchModelHubMixin`, made strict."""
 
+import copy
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -132,9 +133,13 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
     ) -> tuple[TowerFacts, TimmTowerConfig]:
         cls = type(self)
         tower = self if state_dict is None else with_weights(self, state_dict)
-        stored, sources, proven, known = storable_config(
-            tower, own_head=overrides(cls, "_create_head"), include_code=include_code
+        proven, known = storable_config(
+            tower,
+            own_trunk=overrides(cls, "_create_trunk"),
+            own_head=overrides(cls, "_create_head"),
+            include_code=include_code,
         )
+        stored, sources = copy.deepcopy(proven.stored), proven.sources
         stored.tower_class = cls.__name__ if any(overrides(cls, step) for step in OVERRIDABLE) else None
         stored.tower_kwargs = added_arguments(self) or None
         stored.trunk_source = None if trunk is None else trunk.to_json()

@@ -3,6 +3,7 @@
 The files, the card and the commit are those of `TimmModel`.
 """
 
+import copy
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -254,7 +255,8 @@ class SavesTower(reader.TimmTowerPreTrainedModel):  # type: ignore[no-untyped-ca
         if getattr(self, "hf_quantizer", None) is not None:
             raise WeightsError("a quantized tower is not saved: save it as it was before, and quantize when loading")
         tower: Any = self if state_dict is None else with_weights(self, state_dict)
-        stored, sources, proven, known = storable_config(tower, include_code=include_code)
+        proven, known = storable_config(tower, include_code=include_code)
+        stored, sources = copy.deepcopy(proven.stored), proven.sources
         stored.frozen = describe_frozen(Tower(self.config, self.trunk, self.head))
         stored.trunk_source = None
         stored.architectures = [type(self).__name__]

@@ -4,7 +4,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from .reader.skip_init import skip_init
 from .reader.trunk import native_size
 from .reader.weights import assign_weights
 from .training.freezing import describe_frozen, head_without_lock
+from .trunk_facts import record_changes
 
 
 @dataclass(frozen=True)
@@ -51,58 +52,57 @@ class Extras:
 
 @dataclass(frozen=True)
 class ProvenForm:
-    """What an earlier save of the same tower has proven, and for which form of it.
+    """What an earlier save of the same tower found and proved, and for which form of it.
 
     Attributes:
         form: From `proof.form_of`.
         config: The config that it was proven for, as JSON.
-        head: The head's stored form.
-        embed_dim: Width of the embedding.
+        stored: The config in its stored form.
         sources: Files that the head needs.
     """
 
     form: tuple[Any, ...]
     config: str
-    head: dict[str, Any] | None
-    embed_dim: int | None
+    stored: TimmTowerConfig
     sources: Mapping[str, str]
 
 
 def storable_config(
-    tower: Any, *, own_head: bool = False, include_code: bool | None = None
-) -> tuple[TimmTowerConfig, dict[str, str], ProvenForm, bool]:
-    """A copy of the tower's config with the head in the form in which it comes back, verified, and files it needs.
+    tower: Any, *, own_trunk: bool = False, own_head: bool = False, include_code: bool | None = None
+) -> tuple[ProvenForm, bool]:
+    """The tower's config with trunk and head in the form in which they come back, verified, and files it needs.
 
     Args:
         tower: With `config` (completed), `trunk` and `head`; it is not changed.
+        own_trunk: A subclass of TimmModel makes the trunk by its own code.
         own_head: A subclass of TimmModel makes the head by its own code.
         include_code: True: a head that comes back in no other form is stored as code.
 
     Returns:
-        The config, with what is frozen now; file name -> text; what is proven by this; whether an earlier save of this
-        tower in this process proved the same form.
+        What is stored, with what is frozen now; and whether an earlier save of this tower in this process proved the
+        same form, so that only weights may have changed.
 
     Raises:
-        HeadError: no form works.
+        HeadError: no form of the head works.
+        ConfigError: the trunk was changed in a way that no config says.
     """
-    config, trunk, live = tower.config, tower.trunk, tower.head
-    stored: TimmTowerConfig = copy.deepcopy(config)
-    key = json.dumps(stored.to_dict(), sort_keys=True, default=str) + repr((own_head, include_code))
-    earlier: ProvenForm | None = getattr(tower, "_proven", None)
+    key = json.dumps([tower.config.to_dict(), own_trunk, own_head, include_code], sort_keys=True, default=str)
     form = form_of(tower)
+    earlier: ProvenForm | None = getattr(tower, "_proven", None)
     if earlier is not None and earlier.form == form and earlier.config == key:
-        stored.head, stored.embed_dim = copy.deepcopy(earlier.head), earlier.embed_dim
-        stored.proj = "none" if stored.head is not None else stored.proj
+        stored = copy.deepcopy(earlier.stored)
         stored.frozen = describe_frozen(tower)
-        return stored, dict(earlier.sources), earlier, True
+        return replace(earlier, stored=stored), True
+    stored = copy.deepcopy(tower.config) if own_trunk else record_changes(tower.trunk, copy.deepcopy(tower.config))
     sources: dict[str, str] = {}
+    live = tower.head
     if stored.head is None and not _is_builtin(live, stored):
         # somebody put another head in its place, or other layers into it
         stored.head, stored.proj = {"form": LIVE}, "none"
     if stored.head is not None:
         name = stored.head.get("class") if isinstance(live, GraphHead) else None
         with head_without_lock(tower):
-            head, example = _on_cpu(live), example_input(stored, trunk)
+            head, example = _on_cpu(live), example_input(stored, tower.trunk)
             stored.embed_dim = None
             stored.embed_dim = check_embedding(stored, head, example)
             if own_head:
@@ -111,8 +111,7 @@ def storable_config(
                 stored.head, sources = store_head(head, example, stored, include_code=bool(include_code))
         stored.head["class"] = name or type(live).__name__
     stored.frozen = describe_frozen(tower)
-    proven = ProvenForm(form, key, copy.deepcopy(stored.head), stored.embed_dim, sources)
-    return stored, sources, proven, False
+    return ProvenForm(form, key, stored, sources), False
 
 
 def save_tower(
