@@ -60,7 +60,7 @@ def _package_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fresh_process(_package_only: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """`fresh_process(code_or_script, *args, env=None, timeout=300)` runs a new Python and returns what it printed.
 
