@@ -12,6 +12,7 @@ import torch.nn as nn
 from .arguments import add_rates, checked_arguments, head_fields
 from .hub_mixin import TowerHubMixin
 from .interop.mixin import InterchangeMixin
+from .interop.timm_face import TimmFace
 from .interop.timm_repo import is_timm_source, open_timm_source
 from .interop.timm_weights import fill_trunk
 from .reader.config import TimmTowerConfig, check_size
@@ -42,10 +43,10 @@ from .subclassing import REBUILDING, overrides, rebuild
 from .training.feature_cache import CachedFeatures, cache_features, forward_from_cache
 from .training.layer_groups import LayerGroup, layer_groups
 from .training.lock import Patterns, lock, unlock
-from .training.param_groups import no_weight_decay, param_groups, summary_table
+from .training.param_groups import param_groups, summary_table
 
 
-class TimmModel(InterchangeMixin, TowerHubMixin):
+class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
     """A timm trunk and a head as one model: image `[B, in_chans, H, W]` in, embedding `[B, embed_dim]` out.
 
     Args:
@@ -358,7 +359,7 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
             ) from error
 
     def layer_groups(self) -> list[LayerGroup]:
-        """The tower's layer groups from input to output, each parameter in one of them. See `training/layer_groups.py`."""
+        """The tower's layer groups from input to output, each parameter in one of them; see `training.layer_groups`."""
         return layer_groups(self)
 
     def lock(
@@ -428,12 +429,8 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
         min_scale: float = 0.0,
         no_decay: Collection[str] = (),
     ) -> list[dict[str, Any]]:
-        """Parameter groups for any optimizer, on request with layer-wise rates. See `finetuning.param_groups`."""
+        """Parameter groups for any optimizer, on request with layer-wise rates. See `training.param_groups`."""
         return param_groups(self, lr, weight_decay, layer_decay, min_scale=min_scale, no_decay=no_decay)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that get no weight decay because trunk or head say so."""
-        return no_weight_decay(self)
 
     def cache_features(
         self,

@@ -23,7 +23,7 @@ AUTO_MAP = {
 
 
 # TEMPORARY: the rooms flattened into the one folder that travels, until the reader is one generated file.
-_ROOMS = ("reader", "files", "heads", "hub", "training")
+_ROOMS = ("reader", "files", "heads", "hub", "training", "interop")
 _RELATIVE = re.compile(r"^from \.+(?:\w+\.)*(\w+) import", re.MULTILINE)
 
 

@@ -17,6 +17,7 @@ from ..files.folder import Beside, save_tower
 from ..hub.card import TowerFacts, describe_tower
 from ..hub.card_options import CardOptions, as_tags
 from ..hub.push import COMMIT_MESSAGE, default_repo_id, push_folder
+from ..interop.timm_face import TimmFace
 from .build import CLASSIFIER, Tower, load, storable_config
 from .config import TimmTowerConfig
 from .errors import ArgumentError, WeightsError
@@ -42,7 +43,7 @@ _PUSH_OPTIONS = frozenset(
 )
 
 
-class SavesAsTower(PreTrainedModel):  # type: ignore[no-untyped-call]
+class SavesAsTower(TimmFace, PreTrainedModel):  # type: ignore[no-untyped-call]
     """What `TimmTowerPreTrainedModel` saves and pushes; it is the only class to inherit from it."""
 
     config: TimmTowerConfig
