@@ -20,6 +20,7 @@ from .hub.card import TowerFacts, describe_tower
 from .hub.card_options import CardOptions, as_tags
 from .hub.download import Access
 from .hub.push import COMMIT_MESSAGE, default_repo_id, push_folder
+from .interop.timm_face import TimmFace
 from .load import check_given_head, load_bare, read_tower
 from .reader import modeling as reader
 from .reader.config import TimmTowerConfig
@@ -46,7 +47,7 @@ _PUSH_OPTIONS = frozenset(
 )
 
 
-class SavesTower(reader.TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
+class SavesTower(TimmFace, reader.TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
     """What the two classes below have beside the reader's: strict reading, saving, pushing."""
 
     def __init__(self, config: TimmTowerConfig, _loading: TowerLoading | None = None) -> None:

@@ -21,6 +21,7 @@ from .build import (
 from .heads.registry import CustomHead, make_custom_head
 from .hub_mixin import TowerHubMixin
 from .interop.mixin import InterchangeMixin
+from .interop.timm_face import TimmFace
 from .interop.timm_repo import is_timm_source, open_timm_source
 from .interop.timm_weights import fill_trunk
 from .reader.config import TimmTowerConfig, check_size
@@ -35,11 +36,11 @@ from .training.feature_cache import CachedFeatures, cache_features, forward_from
 from .training.freezing import describe_frozen, frozen_context, note_fixed
 from .training.layer_groups import LayerGroup, layer_groups
 from .training.lock import Patterns, lock, unlock
-from .training.param_groups import no_weight_decay, param_groups, summary_table
+from .training.param_groups import param_groups, summary_table
 from .trunk_facts import check_rebuilt, trunk_arguments
 
 
-class TimmModel(InterchangeMixin, TowerHubMixin):
+class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
     """A timm trunk and a head as one model: image `[B, in_chans, H, W]` in, embedding `[B, embed_dim]` out.
 
     Args:
@@ -418,12 +419,8 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
         min_scale: float = 0.0,
         no_decay: Collection[str] = (),
     ) -> list[dict[str, Any]]:
-        """Parameter groups for any optimizer, on request with layer-wise rates. See `finetuning.param_groups`."""
+        """Parameter groups for any optimizer, on request with layer-wise rates. See `training.param_groups`."""
         return param_groups(self, lr, weight_decay, layer_decay, min_scale=min_scale, no_decay=no_decay)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that get no weight decay because trunk or head say so."""
-        return no_weight_decay(self)
 
     def cache_features(
         self,
