@@ -31,7 +31,7 @@ def checked_arguments(model_kwargs: Any) -> dict[str, Any]:
         return {}
     if not isinstance(model_kwargs, dict):
         raise ArgumentError(f"model_kwargs={model_kwargs!r}: expected a dict of arguments of timm.create_model")
-    check_names(model_kwargs, from_trunk=False)
+    check_names(model_kwargs)
     return dict(model_kwargs)
 
 

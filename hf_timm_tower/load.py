@@ -97,8 +97,8 @@ def _check_against_fingerprint(config: TimmTowerConfig, fingerprint: dict[str, A
     shape = outputs[""].get("shape") if isinstance(outputs, dict) and isinstance(outputs.get(""), dict) else None
     if isinstance(shape, list) and len(shape) == 2 and config.embed_dim is not None and shape[1] != config.embed_dim:
         raise ConfigError(
-            f"embed_dim={config.embed_dim}, but fingerprint.json holds an embedding of width {shown(shape[1])}: one was "
-            "edited"
+            f"embed_dim={config.embed_dim}, but fingerprint.json holds an embedding of width {shown(shape[1])}: "
+            "one was edited"
         )
 
 
@@ -224,16 +224,16 @@ def check_given_head(tower: Loaded) -> None:
         named = f"the head registered as {shown(spec.get('name'))}" if spec.get("form") == "registered" else "the head"
         raise HeadError(
             f"{named} ({type(tower.head).__name__}) takes the stored weights but gives other outputs than the saved "
-            f"{shown(spec.get('class', 'head'))} ({found}). Register or pass the class that the tower was saved with; to "
-            "change the head on purpose, load the tower and set tower.head."
+            f"{shown(spec.get('class', 'head'))} ({found}). Register or pass the class that the tower was saved with; "
+            "to change the head on purpose, load the tower and set tower.head."
         )
 
 
 def _check_class(cls: type[nn.Module], config: TimmTowerConfig, folder: str | os.PathLike[str]) -> None:
     if config.tower_class is not None and not any(base.__name__ == config.tower_class for base in cls.__mro__):
         raise ConfigError(
-            f"{folder}: this tower was saved by {shown(config.tower_class)}, a subclass of TimmModel that changes how it "
-            f"is built or run. Load it with the from_pretrained(...) of that class, not of {cls.__name__}."
+            f"{folder}: this tower was saved by {shown(config.tower_class)}, a subclass of TimmModel that changes how "
+            f"it is built or run. Load it with the from_pretrained(...) of that class, not of {cls.__name__}."
         )
 
 

@@ -203,10 +203,19 @@ class SavesTower(TimmFace, reader.TimmTowerPreTrainedModel):  # type: ignore[no-
             _refuse_with_adapter(cards, allow_patterns, ignore_patterns, delete_patterns)
             stock: Any = PreTrainedModel.push_to_hub
             return str(
-                stock(self, repo_id, commit_message=commit_message, commit_description=commit_description, private=private,
-                      token=token, revision=revision, create_pr=create_pr, max_shard_size=max_shard_size,
-                      tags=list(as_tags(tags)))
-            )  # fmt: skip
+                stock(
+                    self,
+                    repo_id,
+                    commit_message=commit_message,
+                    commit_description=commit_description,
+                    private=private,
+                    token=token,
+                    revision=revision,
+                    create_pr=create_pr,
+                    max_shard_size=max_shard_size,
+                    tags=list(as_tags(tags)),
+                )
+            )
         return self._push(
             repo_id,
             None,

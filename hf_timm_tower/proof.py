@@ -33,8 +33,8 @@ def bare_tower(tower: Any) -> nn.Module:
     """A live tower without what is wrapped around it and its parts, on the same parameters.
 
     Args:
-        tower: With `config`, `trunk`, `head` and maybe `classifier`. A TimmModel stays one of its class, since a subclass
-            may have parts and a forward of its own; of a transformers model trunk, head and classifier are taken.
+        tower: With `config`, `trunk`, `head` and maybe `classifier`. A TimmModel stays one of its class, since a
+            subclass may have parts and a forward of its own; of a transformers model its parts are taken.
 
     Raises:
         TowerError: a module of the trunk has a forward that was put on it by hand.
@@ -71,8 +71,8 @@ def bare_copy(module: nn.Module, name: str = "trunk", made: dict[int, nn.Module]
     fields = _own_fields(module)
     if (replaced := fields.pop("forward", None)) is not None and not _wraps_own_forward(replaced, module):
         raise TowerError(
-            f"the tower was not saved: the forward of {name} ({type(module).__name__}) was replaced on the module, which "
-            "no config can describe. Take it off, or subclass TimmModel and override _create_trunk."
+            f"the tower was not saved: the forward of {name} ({type(module).__name__}) was replaced on the module, "
+            "which no config can describe. Take it off, or subclass TimmModel and override _create_trunk."
         )
     twin = made[id(module)] = type(module).__new__(type(module))
     twin.__dict__.update(fields)
@@ -270,6 +270,6 @@ def _compare_outputs(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tens
             difference = (tensor.double() - back.double()).abs().max().item() if tensor.shape == back.shape else "shape"
             raise TowerError(
                 f"the tower was not saved: loaded back it gives other outputs at {path or 'the embedding'} (largest "
-                f"difference {difference}). The trunk or head holds something that neither its config nor its state dict "
-                "has; subclass TimmModel and override _create_trunk or _create_head."
+                f"difference {difference}). The trunk or head holds something that neither its config nor its "
+                "state dict has; subclass TimmModel and override _create_trunk or _create_head."
             )

@@ -24,6 +24,7 @@ from .interop.mixin import InterchangeMixin
 from .interop.timm_face import TimmFace
 from .interop.timm_repo import is_timm_source, open_timm_source
 from .interop.timm_weights import fill_trunk
+from .interop.torchscript import ScriptableTower
 from .reader.config import TimmTowerConfig, check_size
 from .reader.errors import ConfigError, HeadError
 from .reader.freezing import keep_statistics
@@ -228,6 +229,10 @@ class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
         with frozen_context(self.trunk, x):
             features = self.trunk(x)
         return run_head(self.head, self._head_input, features)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` scripts in the tower's place."""
+        return ScriptableTower(self.trunk, self.head, self._head_input)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images `[B, in_chans, H, W]` -> the trunk's unpooled features, in the trunk's own layout."""

@@ -32,8 +32,8 @@ def make_self_contained(folder: Any) -> None:
 
     `modeling_timm_tower.py` is written into it and named by its config, so that `AutoModel` and
     `pipeline("zero-shot-image-classification", ..., trust_remote_code=True)` work with transformers and timm alone;
-    where this package is imported, nothing changes. Weights are written anew in the layout in which mapped tensors are aligned: kernels may give other
-    last bits for weights at odd addresses.
+    where this package is imported, nothing changes. Weights are written anew in the layout in which mapped tensors are
+    aligned: kernels may give other last bits for weights at odd addresses.
 
     Args:
         folder: What `VisionTextDualEncoderModel.save_pretrained` wrote.

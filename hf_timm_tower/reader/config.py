@@ -26,6 +26,8 @@ MAX_IMAGE_SIZE = 2**14
 MAX_IN_CHANS = 2**12
 MAX_LABELS = 2**20
 
+_LABELS = ("num_labels", "id2label", "label2id")
+
 ATTENTION_POOLS = ("abs_attn", "rot_attn")
 OUR_POOLS = ("token_avg", "default", "none")
 PROJECTIONS = ("linear", "mlp", "none")
@@ -139,6 +141,19 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         _check_labels(kwargs)
         self.timm_version = self.timm_version or timm.__version__
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+        # transformers gives every config two labels; whether somebody gave these is not seen afterwards
+        self.__dict__["_labels_given"] = any(kwargs.get(name) is not None for name in _LABELS)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _LABELS:
+            self.__dict__["_labels_given"] = True
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether the embedding is the scores of the trunk's own classifier, and the labels (if any) are theirs."""
+        own = self.proj is None and self.head is None and self.pool not in ATTENTION_POOLS
+        return own and (not self.__dict__["_labels_given"] or self.num_labels == self.embed_dim)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What `config.json` holds: every field of ours, and of transformers' fields those that were set.
@@ -149,7 +164,8 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         everything = self.to_dict()
         for name in OUR_FIELDS:
             written[name] = everything[name]
-        written.pop("custom_pipelines", None)
+        for name in ("custom_pipelines", "_labels_given"):
+            written.pop(name, None)
         if dropped := sorted(set(written) - set(OUR_FIELDS) - _TRANSFORMERS_KEYS):
             warnings.warn(f"not stored: a tower has no such fields: {', '.join(map(shown, dropped))}", stacklevel=2)
         return {name: value for name, value in written.items() if name not in dropped}

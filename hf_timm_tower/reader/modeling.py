@@ -458,7 +458,7 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
 
     _has_classifier = True
 
-    classifier: nn.Linear
+    classifier: nn.Module
 
     def __init__(self, config: TimmTowerConfig, _loading: TowerLoading | None = None) -> None:
         super().__init__(config, _loading)

@@ -128,8 +128,8 @@ def check_buildable(config: TimmTowerConfig) -> None:
         raise HeadError("the config says that there is a custom head, but not which: save the tower with its head")
 
 
-def make_classifier(config: TimmTowerConfig) -> nn.Linear:
-    """A fresh classifier `[B, embed_dim]` -> `[B, num_labels]`.
+def make_classifier(config: TimmTowerConfig) -> nn.Module:
+    """A fresh classifier `[B, embed_dim]` -> `[B, num_labels]`; nothing where the trunk's own gives the scores.
 
     Raises:
         ConfigError: the embedding has no width, or there are no labels.
@@ -138,6 +138,10 @@ def make_classifier(config: TimmTowerConfig) -> nn.Linear:
         raise ConfigError(
             "a classifier needs an embedding of a known width; this tower's head gives a tuple, a dict or another rank"
         )
+    if config.is_classifier:
+        if config.num_labels != config.embed_dim:
+            config.num_labels = config.embed_dim
+        return nn.Identity()
     if not config.num_labels:
         raise ConfigError("num_labels=0: a classifier needs at least one label; pass num_labels=... or id2label={...}")
     layer = nn.Linear(config.embed_dim, config.num_labels)
