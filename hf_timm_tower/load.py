@@ -14,12 +14,13 @@ from .files.folder import read_tower
 from .heads.head_code import construct_code, refuse_code
 from .hub.download import Access
 from .reader import build
-from .reader.build import as_dtype, match_buffers
+from .reader.build import as_dtype
 from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, ConfigError, FolderError, HeadError
 from .reader.freezing import restore_frozen
 from .reader.head import CustomHead, code_file
 from .reader.skip_init import no_init
+from .reader.trunk import buffers_as_timm, float_dtype
 from .subclassing import STEPS, added_arguments, overrides, rebuild
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def load_tower(
         weights = _without_strangers(weights, tower, folder)
     assign_weights(tower, weights, source=str(folder), dtype=as_dtype(dtype), device=device)
     if dtype is None:
-        match_buffers(tower.trunk)
+        buffers_as_timm(tower.trunk, float_dtype(tower.trunk))
     if frozen:
         restore_frozen(tower, files.config.frozen)
     else:

@@ -30,7 +30,7 @@ from .tower import (
     run_head,
     with_offers,
 )
-from .trunk import UnsupportedPool, create_trunk, float_dtype
+from .trunk import UnsupportedPool, buffers_as_timm, create_trunk, float_dtype
 
 Steps = Literal["features", "features, head", "whole"]
 
@@ -149,18 +149,8 @@ def load(folder: str | os.PathLike[str], *, trust_head_code: bool = False) -> To
     with no_init(budget=files.budget()):
         tower = build(files.config, with_classifier=has_classifier(files.weights), make_head=make_head)
     assign_weights(tower, files.weights, source=str(folder))
-    match_buffers(tower.trunk)
+    buffers_as_timm(tower.trunk, float_dtype(tower.trunk))
     return tower.eval()
-
-
-def match_buffers(trunk: nn.Module) -> None:
-    """Give the buffers that no file holds the dtype of the weights that were loaded, as `trunk.to(dtype)` had done."""
-    dtype = float_dtype(trunk)
-    for part in trunk.modules():
-        for name in part._non_persistent_buffers_set:
-            buffer = part._buffers.get(name)
-            if buffer is not None and buffer.dtype == torch.float32 and dtype != torch.float32:
-                part._buffers[name] = buffer.to(dtype)
 
 
 def has_classifier(weights: Mapping[str, torch.Tensor]) -> bool:

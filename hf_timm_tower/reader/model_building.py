@@ -51,16 +51,15 @@ def take_computed_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def put_buffers(module: nn.Module, buffers: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> None:
+def put_buffers(module: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
     """Put buffers into the places of uninitialised ones, on the device of those."""
     moved: dict[int, torch.Tensor] = {}
     for name, buffer in buffers.items():
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
         device = owner._buffers[leaf].device  # type: ignore[union-attr]
-        cast = dtype if buffer.is_floating_point() else None
         # One buffer that several modules hold stays one.
-        owner._buffers[leaf] = moved.setdefault(id(buffer), buffer.to(device=device, dtype=cast))
+        owner._buffers[leaf] = moved.setdefault(id(buffer), buffer.to(device))
 
 
 def align(module: nn.Module) -> None:

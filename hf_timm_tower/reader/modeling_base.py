@@ -31,7 +31,6 @@ from .build import (
     budget_of,
     has_classifier,
     init_classifier,
-    match_buffers,
     steps_of,
 )
 from .config import TimmTowerConfig
@@ -57,7 +56,7 @@ from .model_loading import (
     warn_of_changes,
 )
 from .modeling_saving import TAGS, SavesAsTower
-from .trunk import native_size
+from .trunk import buffers_as_timm, float_dtype, native_size
 
 __all__ = ["TimmTowerPreTrainedModel"]
 
@@ -166,9 +165,12 @@ class TimmTowerPreTrainedModel(SavesAsTower):
             return
         if any(self.get_buffer(name).is_meta for name in self._computed):
             return  # nothing is loaded yet
-        put_buffers(self, self._computed, self._buffers_to)
+        put_buffers(self, self._computed)
         self._computed = None
-        match_buffers(self.trunk)
+        if self._buffers_to is not None:
+            buffers_as_timm(self, self._buffers_to)
+        else:
+            buffers_as_timm(self.trunk, float_dtype(self.trunk))
         # What is on meta now lies on the disk: transformers loads it when it runs.
         state = {key: tensor for key, tensor in self.state_dict(keep_vars=True).items() if not tensor.is_meta}
         if fresh := [key for key, tensor in state.items() if not getattr(tensor, "_is_hf_initialized", False)]:
