@@ -41,7 +41,10 @@ def storable_config(tower: "TowerHubMixin", include_code: bool | None = None) ->
     """
     cls = type(tower)
     stored, sources = build.storable_config(
-        tower, own_head=overrides(cls, "_create_head"), include_code=include_code
+        tower,
+        own_trunk=overrides(cls, "_create_trunk"),
+        own_head=overrides(cls, "_create_head"),
+        include_code=include_code,
     )
     stored.tower_class = cls.__name__ if any(overrides(cls, step) for step in STEPS) else None
     stored.tower_kwargs = added_arguments(tower) or None

@@ -20,6 +20,7 @@ from ..reader.head import check_stored, code_file
 from ..reader.image_processing import check_preprocess
 from ..reader.processor_config import check_processor, facts_in_tower, processor_dict
 from ..reader.trunk import native_size
+from ..trunk_changes import compare_training
 from .aligned import same_bits
 from .assign import find_ties
 from .checkpoint import (
@@ -251,19 +252,12 @@ def _compare_weights(tower: nn.Module, again: nn.Module) -> None:
 
 def _compare_behaviour(tower: nn.Module, again: nn.Module) -> None:
     """Rates and momenta act in training only, so that no output shows them."""
-    for name, module in tower.trunk.named_modules():  # type: ignore[union-attr]
-        twin = again.trunk.get_submodule(name)  # type: ignore[union-attr]
-        ours, theirs = _rates(module), _rates(twin)
-        if ours != theirs:
-            raise TowerError(
-                f"the tower was not saved: trunk.{name} ({type(module).__name__}) has {ours}, but built from the "
-                f"config it has {theirs}. Give the value when the tower is built (drop_path=..., model_kwargs={{...}})."
-            )
-
-
-def _rates(module: nn.Module) -> dict[str, Any]:
-    names = ("p", "drop_prob", "drop_rate", "momentum", "eps")
-    return {name: value for name in names if isinstance(value := getattr(module, name, None), (int, float))}
+    changed = compare_training(tower.trunk, again.trunk)  # type: ignore[arg-type]
+    if changed:
+        raise TowerError(
+            f"the tower was not saved: the trunk was changed after it was built: {'; '.join(changed[:4])}. Give the "
+            "value when the tower is built (drop_path=..., model_kwargs={...})."
+        )
 
 
 def _plainly_laid_out(tower: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from ..files.assign import assign_weights
 from ..files.checkpoint import HEAD_CODE_NAME
 from ..files.folder import building_budget, read_tower
 from ..heads.head_code import construct_code, describe_code
-from ..trunk_facts import settle_arguments
+from ..trunk_facts import record_changes, settle_arguments
 from .config import TimmTowerConfig
 from .errors import ArgumentError, ConfigError, HeadError
 from .freezing import describe_frozen, head_without_lock
@@ -190,12 +190,13 @@ def budget_of(folder: str | os.PathLike[str]) -> int:
 
 
 def storable_config(
-    tower: nn.Module, *, own_head: bool = False, include_code: bool | None = None
+    tower: nn.Module, *, own_trunk: bool = False, own_head: bool = False, include_code: bool | None = None
 ) -> tuple[TimmTowerConfig, dict[str, str]]:
     """A copy of the tower's config with the head in the form in which it comes back, verified, and files it needs.
 
     Args:
         tower: With `config` (completed), `trunk` and `head`; it is not changed.
+        own_trunk: A subclass of TimmModel makes the trunk by its own code.
         own_head: A subclass of TimmModel makes the head by its own code.
         include_code: True: a head that comes back in no other form is stored as code.
 
@@ -204,9 +205,11 @@ def storable_config(
 
     Raises:
         HeadError: no form works.
+        ConfigError: the trunk was changed in a way that no config says.
     """
     config, trunk, live = cast(TimmTowerConfig, tower.config), cast(nn.Module, tower.trunk), cast(nn.Module, tower.head)
-    stored, sources = copy.deepcopy(config), dict[str, str]()
+    stored = copy.deepcopy(config if own_trunk else record_changes(trunk, config))
+    sources = dict[str, str]()
     if stored.head is None and not _is_builtin(live, stored):
         # somebody put another head in its place, or other layers into it
         stored.head, stored.proj = {"form": LIVE}, "none"
