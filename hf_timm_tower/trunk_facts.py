@@ -149,7 +149,7 @@ def check_pool(trunk: nn.Module, config: TimmTowerConfig, output: TrunkOutput) -
     if config.pool == "default" and output.layout != "NC":
         raise UnsupportedPool(
             config,
-            f"it does not pool of itself, it gives {output.layout} features (pool='none' takes them as they are)",
+            f"it gives {output.layout} features, it has no pool of its own (pool='none' takes them as they are)",
         )
     if wanted == "" and output.layout == "NC":
         raise UnsupportedPool(config, "the trunk still gives a vector")
@@ -294,9 +294,7 @@ def check_rebuilt(trunk: nn.Module, config: TimmTowerConfig, *, with_classifier:
         config.proj, config.head, config.pool = None, None, "default"
     again = create_trunk(config, initialise=False)
     if shapes(trunk) != shapes(again):
-        raise ConfigError(
-            f"the trunk {config.architecture} cannot be built again as it is: {what_changed(trunk, again)}"
-        )
+        raise _changed(config, trunk, again)
 
 
 def record_changes(trunk: nn.Module, config: TimmTowerConfig) -> TimmTowerConfig:
@@ -319,7 +317,11 @@ def record_changes(trunk: nn.Module, config: TimmTowerConfig) -> TimmTowerConfig
             return fused
     except ConfigError:
         pass  # this architecture cannot be told
-    raise ConfigError(f"the trunk {config.architecture} cannot be built again as it is: {what_changed(trunk, again)}")
+    raise _changed(config, trunk, again)
+
+
+def _changed(config: TimmTowerConfig, trunk: nn.Module, again: nn.Module) -> ConfigError:
+    return ConfigError(f"the trunk {config.architecture} cannot be built again as it is: {what_changed(trunk, again)}")
 
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..reader.errors import WeightsError
+from ..reader.trunk import buffers_as_timm
 from .aligned import same_bits
 
 _SHOWN = 5
@@ -81,7 +82,8 @@ def assign_weights(
         tensors: key -> tensor, as `read_weights` gives them.
         source: where they come from, for the error's text.
         ties: further groups of keys to make one parameter; their tensors must have equal bits.
-        dtype: floating tensors are cast to it; None keeps each tensor's own.
+        dtype: floating tensors are cast to it, non-persistent buffers as `module.to(dtype)` casts them; None keeps
+            each tensor's own.
         device: where everything goes; None leaves it where it is. Non-persistent buffers go along, except those on
             `meta`, which their owner has yet to compute.
         allow_missing: keys that may be missing: those stay what they are.
@@ -146,7 +148,9 @@ def assign_weights(
             f"{source}: {_some(refused)} did not reach the module: it overrides how attributes are set or a state dict "
             "is loaded, which a tower cannot use"
         )
-    _move_other_buffers([part for _, part in parts], dtype, device)
+    _move_other_buffers([part for _, part in parts], device)
+    if dtype is not None:
+        buffers_as_timm(module, dtype)
 
 
 @dataclass(frozen=True)
@@ -247,10 +251,8 @@ def _converted(tensor: Tensor, dtype: torch.dtype | None, device: torch.device |
     return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
 
-def _move_other_buffers(
-    parts: Iterable[nn.Module], dtype: torch.dtype | None, device: torch.device | str | int | None
-) -> None:
-    if dtype is None and device is None:
+def _move_other_buffers(parts: Iterable[nn.Module], device: torch.device | str | int | None) -> None:
+    if device is None:
         return
     moved: dict[int, Tensor] = {}
     for part in parts:
@@ -258,7 +260,7 @@ def _move_other_buffers(
             buffer = part._buffers.get(name)
             if buffer is not None and not buffer.is_meta:
                 # One buffer that several modules hold stays one.
-                part._buffers[name] = moved.setdefault(id(buffer), _converted(buffer, dtype, device))
+                part._buffers[name] = moved.setdefault(id(buffer), buffer.to(device))
 
 
 def _named_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:

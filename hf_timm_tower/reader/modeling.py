@@ -175,6 +175,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             self.add_module(name, part)
         # Buffers that no checkpoint holds, until they are back in their places; None where they never left.
         self._computed: dict[str, torch.Tensor] | None = None
+        self._buffers_to: torch.dtype | None = wanted if on_meta else None
         if on_meta:
             self._computed = _computed_buffers(self)
             _move_to_meta(self, wanted)
@@ -262,7 +263,10 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             return  # nothing is loaded yet
         _put_buffers(self, self._computed)
         self._computed = None
-        buffers_as_timm(self.trunk, float_dtype(self.trunk))
+        if self._buffers_to is not None:
+            buffers_as_timm(self, self._buffers_to)
+        else:
+            buffers_as_timm(self.trunk, float_dtype(self.trunk))
         # What is on meta is on the disk: transformers loads it when it runs.
         state = {key: tensor for key, tensor in self.state_dict(keep_vars=True).items() if not tensor.is_meta}
         if fresh := [key for key, tensor in state.items() if not getattr(tensor, "_is_hf_initialized", False)]:
@@ -374,11 +378,12 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             weights = {key: tensor for key, tensor in weights.items() if key not in loading.left_out}
         if load_config.hf_quantizer is not None or load_config.ignore_mismatched_sizes or len(devices) > 1:
             return stock(model, weights, None, load_config, *args, **kwargs)
+        model._buffers_to = None if loading.keeps_dtypes else floating_dtype(load_config.dtype)
         assign_weights(
             model,
             weights,
             source=str(folder),
-            dtype=None if loading.keeps_dtypes else floating_dtype(load_config.dtype),
+            dtype=model._buffers_to,
             device=devices.pop(),
             allow_missing=loading.fresh,
         )
