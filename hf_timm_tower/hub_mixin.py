@@ -14,8 +14,7 @@ from huggingface_hub import PyTorchModelHubMixin
 
 from .files.fingerprint import Verification, compare, run_probe
 from .files.folder import Beside, save_tower
-from .hub.card import TowerFacts, describe_tower
-from .hub.card_options import CardOptions, as_tags
+from .hub.card import CardOptions, TowerFacts, as_tags, tower_facts
 from .hub.download import Access
 from .hub.fetch import fetch_tower
 from .hub.push import COMMIT_MESSAGE, default_repo_id, push_folder
@@ -121,7 +120,7 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
     ) -> tuple[TowerFacts, TimmTowerConfig]:
         stored, sources = storable_config(self, include_code)
         stored.trunk_source = None if trunk is None else trunk.to_json()
-        facts = describe_tower(self, stored)
+        facts = tower_facts(self)
         beside = Beside(partial(cards.make, facts, stored), include_code is not False, sources)
         load = partial(load_tower, type(self), trust_remote_code=bool(sources), access=access)
         self._fingerprint = save_tower(self, stored, folder, load, max_shard_size, beside)
@@ -193,10 +192,11 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         with tempfile.TemporaryDirectory(prefix="hf_timm_tower_push_") as scratch:
             folder = Path(scratch, "tower")
             facts, stored = self._save(folder, include_code, max_shard_size, cards, source, access)
+            weights = (self._fingerprint or {}).get("weights")
             return push_folder(
                 folder,
                 repo_id,
-                lambda name, card: replace(cards, repo_id=name).make(facts, stored, card),
+                lambda name, card: replace(cards, repo_id=name).make(facts, stored, card, weights),
                 commit_message=commit_message,
                 private=private,
                 token=token,

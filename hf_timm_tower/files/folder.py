@@ -72,12 +72,13 @@ class Beside:
     """What is saved beside a tower's config, weights and fingerprint.
 
     Attributes:
-        card: The card that is there (None where there is none) -> the card to write; None writes none.
+        card: The card that is there (None where there is none) and digests of the weights -> the card to write; None
+            writes none.
         include_code: The package's own core, so that stock transformers can load the tower.
         sources: File name -> text, for a head that is stored as code.
     """
 
-    card: Callable[[str | None], str] | None = None
+    card: Callable[[str | None, Mapping[str, str]], str] | None = None
     include_code: bool = True
     sources: Mapping[str, str] = field(default_factory=dict)
 
@@ -197,7 +198,7 @@ def save_tower(
         write_json(staging / FINGERPRINT_NAME, fingerprint)
         write_sentence_files(staging, Path(folder), outputs)
         if beside.card is not None:
-            (staging / CARD_NAME).write_bytes(beside.card(_read_card(Path(folder))).encode("utf-8"))
+            (staging / CARD_NAME).write_bytes(beside.card(_read_card(Path(folder)), fingerprint["weights"]).encode("utf-8"))
     return fingerprint
 
 

@@ -24,7 +24,7 @@ from ..files.open_folder import require_plain_name
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ConfigError, FolderError, FormatError, HubError, WeightsError
 from .download import Access, download_files, file_sha256
-from .identify import describe_foreign
+from .identify import identify
 
 _PREFIX = "trunk."
 _COMMIT, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
@@ -156,7 +156,7 @@ def find_trunk(place: str, state: Mapping[str, Tensor], access: Access) -> Trunk
         layout = "timm"
     else:
         raise ConfigError(
-            f"trunk={place!r}: holds neither a tower nor a timm model. {describe_foreign((), config, repo_id)}".rstrip()
+            f"trunk={place!r}: holds neither a tower nor a timm model. {identify((), config, repo_id)}".rstrip()
         )
     for name in names:
         require_plain_name(name, f"{repo_id}: {INDEX_NAME}")

@@ -37,14 +37,11 @@ from ..heads.trace import Trace
 from ..heads.trace_modes import Mode
 from ..heads.verify import verify_head
 from ..hub.card import TowerFacts
-from ..hub.card_merge import Wanted
-from ..hub.card_options import CardOptions
-from ..hub.card_snippets import snippets
-from ..hub.card_yaml import edit_yaml
+from ..hub.card_merge import Record
 from ..hub.code_files import code_files
 from ..hub.download import Access
 from ..hub.dual_encoder import TowerTextConfig, TowerTextModel
-from ..hub.identify import describe_foreign
+from ..hub.identify import identify
 from ..hub.push import push_folder
 from ..hub.trunk_source import TrunkSource
 from ..training.layer_groups import LayerGroup

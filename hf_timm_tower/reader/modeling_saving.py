@@ -14,8 +14,7 @@ from transformers import PreTrainedModel
 
 from ..files.assign import assign_weights
 from ..files.folder import Beside, save_tower
-from ..hub.card import TowerFacts, describe_tower
-from ..hub.card_options import CardOptions, as_tags
+from ..hub.card import CardOptions, TowerFacts, as_tags, tower_facts
 from ..hub.push import COMMIT_MESSAGE, default_repo_id, push_folder
 from .build import CLASSIFIER, Tower, load, storable_config
 from .config import TimmTowerConfig
@@ -237,7 +236,7 @@ class SavesAsTower(PreTrainedModel):  # type: ignore[no-untyped-call]
         max_shard_size: int | str,
         include_code: bool | None,
         cards: CardOptions,
-    ) -> tuple[TowerFacts, TimmTowerConfig]:
+    ) -> tuple[TowerFacts, TimmTowerConfig, dict[str, str]]:
         if getattr(self, "hf_quantizer", None) is not None:
             raise WeightsError("a quantized tower is not saved: save it as it was before, and quantize when loading")
         tower = self._whole(state_dict)
@@ -247,10 +246,11 @@ class SavesAsTower(PreTrainedModel):  # type: ignore[no-untyped-call]
         stored.architectures = [type(self).__name__]
         stored.dtype = None
         vars(stored).pop("use_cache", None)  # of Trainer, not of the tower
-        facts = describe_tower(tower, stored)
+        facts = tower_facts(tower)
         beside = Beside(partial(cards.make, facts, stored), include_code is not False, sources)
-        save_tower(tower, stored, folder, partial(load, trust_head_code=bool(sources)), max_shard_size, beside)
-        return facts, stored
+        trusting = partial(load, trust_head_code=bool(sources))
+        fingerprint = save_tower(tower, stored, folder, trusting, max_shard_size, beside)
+        return facts, stored, fingerprint["weights"]
 
     def _push(
         self,
@@ -266,11 +266,13 @@ class SavesAsTower(PreTrainedModel):  # type: ignore[no-untyped-call]
     ) -> str:
         with tempfile.TemporaryDirectory(prefix="hf_timm_tower_push_") as scratch:
             folder = Path(scratch, "tower")
-            facts, stored = self._save(folder, state_dict, max_shard_size, include_code, replace(cards, repo_id=None))
+            facts, stored, weights = self._save(
+                folder, state_dict, max_shard_size, include_code, replace(cards, repo_id=None)
+            )
             return push_folder(
                 folder,
                 repo_id,
-                lambda name, card: replace(cards, repo_id=name).make(facts, stored, card),
+                lambda name, card: replace(cards, repo_id=name).make(facts, stored, card, weights),
                 commit_message=commit_message or COMMIT_MESSAGE,
                 branch=revision,
                 **options,
