@@ -4,7 +4,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from .files.fingerprint import make_fingerprint
 from .files.sentence_files import write_sentence_files
 from .files.staging import staged_folder
 from .heads.stored_form import store_head
-from .hub.reader_file import AUTO_MAP, write_reader
+from .hub.card import CardOptions, TowerFacts, tower_facts
+from .hub.reader_file import AUTO_MAP, reader_lines, write_reader
 from .hub.trunk_source import is_separable
 from .proof import bare_tower, form_of, prove, refuse_changing_hooks
 from .reader.config import TimmTowerConfig
@@ -34,20 +35,41 @@ from .trunk_facts import record_changes
 
 
 @dataclass(frozen=True)
-class Extras:
-    """What is saved beside a tower's config, weights and fingerprint.
+class SaveOptions:
+    """What a save is asked for beside the tower.
 
     Attributes:
-        card: The card that is there (None where there is none) -> the card to write; None writes none.
-        include_code: The reader, so that stock transformers can load the tower.
-        sources: File name -> text, for a head that is stored as code.
+        cards: What the caller wants in the card.
+        include_code: True: also the source of a head that comes back in no other form; False: no code at all.
         max_shard_size: Largest weight file, in bytes or as `"5GB"`.
     """
 
-    card: Callable[[str | None], str] | None = None
-    include_code: bool = True
-    sources: Mapping[str, str] = field(default_factory=dict)
+    cards: CardOptions
+    include_code: bool | None = None
     max_shard_size: int | str = "5GB"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A tower that was saved.
+
+    Attributes:
+        facts: What its card says of it.
+        config: As it was written.
+        fingerprint: As it was written.
+        names: The files that were written, by their paths in the folder.
+    """
+
+    facts: TowerFacts
+    config: TimmTowerConfig
+    fingerprint: dict[str, Any]
+    names: tuple[str, ...]
+
+    def card(self, options: CardOptions, repo_id: str, existing: str | None) -> str:
+        """The card for a repository, made out of the one that is there (None where there is none)."""
+        return replace(options, repo_id=repo_id).make(
+            self.facts, self.config, existing, self.fingerprint["weights"]
+        )
 
 
 @dataclass(frozen=True)
@@ -119,10 +141,11 @@ def save_tower(
     config: TimmTowerConfig,
     folder: str | os.PathLike[str],
     load: Callable[[Path], Any],
-    extras: Extras,
+    options: SaveOptions,
     *,
+    sources: Mapping[str, str],
     form_is_proven: bool = False,
-) -> dict[str, Any]:
+) -> Saved:
     """Write a tower beside the folder, load it back, prove it, and only then put it in place.
 
     Args:
@@ -130,25 +153,26 @@ def save_tower(
         config: A completed config whose `head` has its stored form.
         folder: Where the tower goes; what is there before survives an error and a kill.
         load: Loads a tower from a folder onto the CPU, in eval mode.
-        extras: Card, code and so on.
+        options: Card, code and so on.
+        sources: File name -> text, for a head that is stored as code.
         form_is_proven: An earlier save proved this form: only the bytes are proven.
-
-    Returns:
-        The fingerprint that was written.
 
     Raises:
         TowerError: nothing was written: the folder cannot be written, or what was loaded back is not the same.
     """
+    cards, with_reader = options.cards, options.include_code is not False
+    cards = replace(cards, include_code=with_reader, code_lines=reader_lines() if with_reader else None)
     with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         bare = bare_tower(tower)
+        facts = tower_facts(tower)
         with staged_folder(folder) as staging:
-            write_json(staging / CONFIG_NAME, _written(config, extras.include_code))
+            write_json(staging / CONFIG_NAME, _written(config, with_reader))
             write_json(staging / PREPROCESSOR_NAME, facts_in_tower(processor_dict(config)))
-            for name, source in extras.sources.items():
+            for name, source in sources.items():
                 (staging / name).write_bytes(source.encode("utf-8"))
-            if extras.include_code:
+            if with_reader:
                 write_reader(staging)
-            _write_weights(staging, bare, config, extras.max_shard_size)
+            _write_weights(staging, bare, config, options.max_shard_size)
             again = load(staging)
             outputs = prove(bare, again, config, form_is_proven=form_is_proven)
             if not form_is_proven:
@@ -156,9 +180,10 @@ def save_tower(
             fingerprint = make_fingerprint(outputs, again, config.in_chans, native_size(config))
             write_json(staging / FINGERPRINT_NAME, fingerprint)
             write_sentence_files(staging, Path(folder), outputs)
-            if extras.card is not None:
-                (staging / CARD_NAME).write_bytes(extras.card(_read_card(Path(folder))).encode("utf-8"))
-    return fingerprint
+            card = cards.make(facts, config, _read_card(Path(folder)), fingerprint["weights"])
+            (staging / CARD_NAME).write_bytes(card.encode("utf-8"))
+            names = tuple(sorted(path.name for path in staging.iterdir()))
+    return Saved(facts, config, fingerprint, names)
 
 
 def with_weights(tower: Any, state_dict: Mapping[str, torch.Tensor]) -> Any:

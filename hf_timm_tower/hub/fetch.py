@@ -16,7 +16,7 @@ from ..reader.config import TimmTowerConfig
 from ..reader.errors import ConfigError, FolderError, FormatError, HubError
 from ..reader.head import code_file
 from .download import Access, download_files, hub_errors
-from .identify import describe_foreign
+from .identify import identify
 
 _JSON = (CONFIG_NAME, INDEX_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME)
 
@@ -49,7 +49,7 @@ def fetch_tower(
     if Path(name_or_path).is_dir():
         folder = Path(name_or_path, *parts)
         if folder.is_dir() and not (folder / CONFIG_NAME).exists() and not (folder / ".tower-commit").exists():
-            seems = describe_foreign(os.listdir(folder), None, str(folder))
+            seems = identify(os.listdir(folder), None, str(folder))
             raise FolderError(
                 f"{folder / CONFIG_NAME} is missing; the folder is incomplete or not a tower. {seems}".rstrip()
             )
@@ -67,7 +67,7 @@ def fetch_tower(
         names = _names(repo_id, prefix, commit, access)
         raise ConfigError(
             f"{repo_id} at commit {commit} holds no tower of hf_timm_tower: model_type of {prefix}{CONFIG_NAME} is "
-            f"{config.get('model_type')!r}. {describe_foreign(names, config, repo_id)}".rstrip()
+            f"{config.get('model_type')!r}. {identify(names, config, repo_id)}".rstrip()
         )
     needed = _weight_files(folder, config)
     if trust_remote_code and (code := code_file(config)):
@@ -95,7 +95,7 @@ def _weight_files(folder: Path, config: dict[str, Any]) -> list[str]:
 def _no_tower(repo_id: str, prefix: str, revision: str | None, commit: str, access: Access) -> str:
     names = _names(repo_id, prefix, commit, access)
     asked = "" if revision is None else f" (revision {revision!r})"
-    seems = describe_foreign(names, None, repo_id)
+    seems = identify(names, None, repo_id)
     inner = sorted({name.split("/")[0] for name in names if name.endswith(f"/{CONFIG_NAME}")})
     if not seems and inner:
         seems = f"There is a {CONFIG_NAME} in {', '.join(inner[:5])}: pass subfolder=..."

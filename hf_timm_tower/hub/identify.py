@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 
-def describe_foreign(names: Collection[str], config: Mapping[str, Any] | None, place: str) -> str:
+def identify(names: Collection[str], config: Mapping[str, Any] | None, place: str) -> str:
     """Say what else it is.
 
     Args:

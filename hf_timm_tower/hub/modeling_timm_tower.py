@@ -4,46 +4,44 @@ This is the code that `trust_remote_code=True` runs, all of it: the modules of h
 in the order of their imports. It reads JSON and safetensors, builds a timm model and a head, and has no other business.
 """
 
-import copy
-import difflib
-import functools
-import hashlib
-import inspect
-import json
-import math
-import os
-import reprlib
-import shutil
-import warnings
+from PIL import Image
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+import copy
 from dataclasses import dataclass, field, fields
+import difflib
 from functools import lru_cache, partial
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypedDict, TypeVar
-
-import numpy as np
-import timm
-import timm.layers
-import torch
-import torch.nn.functional as functional
+import functools
+import hashlib
 from huggingface_hub import hf_hub_download
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from PIL import Image
+import inspect
+import json
+import math
+import numpy as np
+import os
+from pathlib import Path
+import reprlib
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+import shutil
+import timm
 from timm.data.config import resolve_data_config
 from timm.data.transforms import CenterCropOrPad, MaybeToTensor, ResizeKeepRatio, center_crop_or_pad
 from timm.data.transforms_factory import create_transform
 from timm.layers import norm as timm_norm
+import timm.layers
 from timm.layers.attention_pool2d import AttentionPool2d, RotAttentionPool2d
 from timm.layers.drop import DropPath
 from timm.layers.layer_scale import LayerScale
 from timm.layers.mlp import Mlp
 from torch import nn
+import torch
 from torch.distributions.dirichlet import _Dirichlet
+import torch.nn as nn
+import torch.nn.functional as functional
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -66,6 +64,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.generic import ModelOutput
 from transformers.utils.hub import cached_file
 from transformers.utils.loading_report import LoadStateDictInfo
+from typing import Any, ClassVar, Literal, Self, TypeVar, TypedDict
+import warnings
 
 # --- errors.py
 
@@ -191,8 +191,10 @@ FORBIDDEN = {
     "drop_path": "use the tower's drop_path argument, or drop_path_rate here",
 }
 
-# Arguments that say how a trunk that already exists was made. Only `TimmModel.from_trunk` records them.
+# Arguments that a config records of a trunk, though nobody passes them: of one that existed before its tower
+# (`TimmModel.from_trunk`), and of any.
 FROM_TRUNK = ("num_classes", "global_pool")
+RECORDED = ("img_size",)
 
 
 @lru_cache(maxsize=1)
@@ -297,27 +299,34 @@ def _lookup(value: dict[str, Any], where: str) -> type[nn.Module]:
     return cls
 
 
-def check_names(model_args: dict[str, Any], *, from_trunk: bool) -> None:
-    """Refuse arguments that fetch, read files, or belong to another argument of the tower.
+def check_names(model_args: dict[str, Any], *, recorded: Collection[str] = ()) -> None:
+    """Refuse arguments that fetch, read files, or belong to another argument of the tower, and rates that are none.
+
+    Args:
+        model_args: Arguments of `timm.create_model`.
+        recorded: Names of `FROM_TRUNK` and `RECORDED` that may be there.
 
     Raises:
         ConfigError: names the argument and what to use instead.
     """
-    for name in model_args:
+    for name, value in model_args.items():
         if not isinstance(name, str) or not name.isidentifier():
-            raise ConfigError(f"model_args: {name!r} is not the name of an argument")
-        if model_args[name] is None:
+            raise ConfigError(f"model_args: {shown(name)} is not the name of an argument")
+        if value is None:
             raise ConfigError(f"model_args: {name}=None is dropped by timm, whose default then holds; leave it out")
-        if name in FORBIDDEN and not (from_trunk and name in FROM_TRUNK):
+        if name in FORBIDDEN and name not in recorded:
             raise ConfigError(f"model_args: {name!r} is not accepted here: {FORBIDDEN[name]}.")
+        if name.endswith("drop_rate") or name == "drop_path_rate":
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise ConfigError(f"model_args: {name}={shown(value)}: expected a rate, 0 <= {name} <= 1")
 
 # --- freezing.py
 
 """What of a stored tower is frozen: applied to a tower that was just built.
 
-A parameter is frozen by `requires_grad`. Running statistics are frozen by a hook on the module that has them, which puts
-it into eval mode before every forward: so they stay after `.train()` on any part, in copies and pickles and in anybody's
-training loop, and neither the module tree nor the state dict changes.
+A parameter is frozen by `requires_grad`. Running statistics are frozen by a hook on the module that has them, which
+puts it into eval mode before every forward: so they stay after `.train()` on any part, in copies and pickles and in
+anybody's training loop, and neither the module tree nor the state dict changes.
 """
 
 
@@ -388,7 +397,7 @@ def check_frozen(frozen: dict[str, Any] | None) -> None:
 
 
 def frozen_names(tower: nn.Module, frozen: dict[str, Any]) -> tuple[set[str], set[str]]:
-    """The parameters and the modules with statistics that a frozen state names, each for itself or by a module above it.
+    """The parameters, and the modules with statistics, that a frozen state names by themselves or by a module above.
 
     Raises:
         ConfigError: not a frozen state, or it names what the tower does not have.
@@ -459,11 +468,14 @@ MAX_IMAGE_SIZE = 2**14
 MAX_IN_CHANS = 2**12
 MAX_LABELS = 2**20
 
+_LABELS = ("num_labels", "id2label", "label2id")
+
 ATTENTION_POOLS = ("abs_attn", "rot_attn")
 OUR_POOLS = ("token_avg", "default", "none")
 PROJECTIONS = ("linear", "mlp", "none")
 
-# Keys that transformers itself writes into or expects of any config; everything else that is not a field is refused.
+# Keys that transformers itself writes into or expects of any config; everything else that is not a field is refused
+# when a config is read, and dropped with a warning when a tower is saved. `custom_pipelines` names code: never written.
 _TRANSFORMERS_KEYS = frozenset(
     {
         "model_type",
@@ -523,7 +535,7 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         tower_class: Name of the subclass of TimmModel that is needed to rebuild the tower, None for TimmModel itself.
         tower_kwargs: Arguments that such a subclass adds to the constructor.
         frozen: What of the tower is frozen (`reader/freezing.py`), None where everything trains.
-        trunk_source: Where the trunk's weights lie, where not beside the head: repository, commit and digests.
+        trunk_source: Where the trunk's weights are stored, if not beside the head: repository, commit and digests.
         timm_version: The timm that the tower was built with.
         format_version: Version of this format.
 
@@ -571,14 +583,34 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         _check_labels(kwargs)
         self.timm_version = self.timm_version or timm.__version__
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+        # transformers gives every config two labels; whether somebody gave these is not seen afterwards
+        self.__dict__["_labels_given"] = any(kwargs.get(name) is not None for name in _LABELS)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _LABELS:
+            self.__dict__["_labels_given"] = True
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether the embedding is the scores of the trunk's own classifier, and the labels (if any) are theirs."""
+        own = self.proj is None and self.head is None and self.pool not in ATTENTION_POOLS
+        return own and (not self.__dict__["_labels_given"] or self.num_labels == self.embed_dim)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What `config.json` holds: every field of ours, and of transformers' fields those that were set."""
+        """What `config.json` holds: every field of ours, and of transformers' fields those that were set.
+
+        Attributes that somebody put onto the config are no part of a tower: they are dropped with a warning.
+        """
         written: dict[str, Any] = super().to_diff_dict()
         everything = self.to_dict()
         for name in OUR_FIELDS:
             written[name] = everything[name]
-        return written
+        for name in ("custom_pipelines", "_labels_given"):
+            written.pop(name, None)
+        if dropped := sorted(set(written) - set(OUR_FIELDS) - _TRANSFORMERS_KEYS):
+            warnings.warn(f"not stored: a tower has no such fields: {', '.join(map(shown, dropped))}", stacklevel=2)
+        return {name: value for name, value in written.items() if name not in dropped}
 
 
 OUR_FIELDS = tuple(name for name in TimmTowerConfig.__annotations__ if name != "attribute_map")
@@ -606,7 +638,7 @@ _catch_strict_errors()
 def _check_version(kwargs: dict[str, Any]) -> None:
     version = kwargs.get("format_version", FORMAT_VERSION)
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise FormatError(f"format_version={version!r}: expected a whole number from 1 to {FORMAT_VERSION}")
+        raise FormatError(f"format_version={shown(version)}: expected a whole number from 1 to {FORMAT_VERSION}")
     if version > FORMAT_VERSION:
         raise FormatError(
             f"format_version={version}: this hf_timm_tower reads versions up to {FORMAT_VERSION}. "
@@ -616,11 +648,12 @@ def _check_version(kwargs: dict[str, Any]) -> None:
 
 def _unknown_keys(unknown: dict[str, Any]) -> str:
     lines = []
-    for key, value in sorted(unknown.items()):
-        near = difflib.get_close_matches(key, OUR_FIELDS, n=2)
+    for key, value in sorted(unknown.items())[:5]:
+        near = difflib.get_close_matches(key[:80], OUR_FIELDS, n=2)
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-        lines.append(f"{key}={_short(value)}{hint}")
-    return f"TimmTowerConfig: unknown key{'s' if len(lines) > 1 else ''} {', '.join(lines)}"
+        lines.append(f"{shown(key)[1:-1]}={shown(value)}{hint}")
+    more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+    return f"TimmTowerConfig: unknown key{'s' if len(unknown) > 1 else ''} {', '.join(lines)}{more}"
 
 
 def _check_labels(kwargs: dict[str, Any]) -> None:
@@ -628,16 +661,11 @@ def _check_labels(kwargs: dict[str, Any]) -> None:
     count = kwargs.get("num_labels")
     if count is not None:
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_LABELS:
-            raise ConfigError(f"num_labels={_short(count)}: expected a whole number from 0 to {MAX_LABELS}")
+            raise ConfigError(f"num_labels={shown(count)}: expected a whole number from 0 to {MAX_LABELS}")
     for name in ("id2label", "label2id"):
         labels = kwargs.get(name)
         if labels is not None and (not isinstance(labels, dict) or len(labels) > MAX_LABELS):
-            raise ConfigError(f"{name}={_short(labels)}: expected an object of at most {MAX_LABELS} labels")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+            raise ConfigError(f"{name}={shown(labels)}: expected an object of at most {MAX_LABELS} labels")
 
 
 def _check(config: TimmTowerConfig) -> None:
@@ -653,7 +681,7 @@ def _check(config: TimmTowerConfig) -> None:
     if isinstance(config.drop, bool) or not (math.isfinite(config.drop) and 0 <= config.drop < 1):
         raise ConfigError(f"drop={config.drop!r}: expected a probability, 0 <= drop < 1")
     if config.pool is not None and (len(config.pool) > 64 or not config.pool.isprintable()):
-        raise ConfigError(f"pool={_short(config.pool)}: not the name of a pool")
+        raise ConfigError(f"pool={shown(config.pool)}: not the name of a pool")
     if config.proj == "":
         config.proj = None
     if config.proj is not None and config.proj not in PROJECTIONS:
@@ -663,21 +691,22 @@ def _check(config: TimmTowerConfig) -> None:
     if config.classifier is None:
         attention = config.pool in ATTENTION_POOLS
         by_trunk = config.proj in (None, "none") and config.head is None and not attention
-        config.classifier = "construct" if by_trunk and config.pool not in OUR_POOLS else "reset"
+        own_classifier = config.proj is None and config.pool == "default"
+        config.classifier = "construct" if by_trunk and (own_classifier or config.pool not in OUR_POOLS) else "reset"
     model_args = dict(config.model_args or {})
-    check_names(model_args, from_trunk=config.classifier == "reset")
+    check_names(model_args, recorded=(*RECORDED, *(FROM_TRUNK if config.classifier == "reset" else ())))
     config.model_args = {key: encode(value, f"model_args.{key}") for key, value in sorted(model_args.items())}
     for key, value in config.model_args.items():
         decode(value, f"model_args.{key}")
     config.drop = float(config.drop)
     check_frozen(config.frozen)
     if config.tower_kwargs and config.tower_class is None:
-        raise ConfigError(f"tower_kwargs={_short(config.tower_kwargs)}: only a subclass (tower_class) has any")
+        raise ConfigError(f"tower_kwargs={shown(config.tower_kwargs)}: only a subclass (tower_class) has any")
 
 
 def _check_int(name: str, value: Any, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ConfigError(f"{name}={_short(value)}: expected a whole number from 1 to {most}")
+        raise ConfigError(f"{name}={shown(value)}: expected a whole number from 1 to {most}")
 
 
 def check_size(name: str, value: Any) -> list[int]:
@@ -691,7 +720,7 @@ def check_size(name: str, value: Any) -> list[int]:
         isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= MAX_IMAGE_SIZE for side in pair
     ):
         raise ConfigError(
-            f"{name}={_short(value)}: expected an int or (height, width), each from 1 to {MAX_IMAGE_SIZE} pixels"
+            f"{name}={shown(value)}: expected an int or (height, width), each from 1 to {MAX_IMAGE_SIZE} pixels"
         )
     return pair
 
@@ -708,17 +737,17 @@ def check_architecture(name: str, saved_with: str | None = None) -> None:
     """
     if ":" in name or "/" in name:
         raise ConfigError(
-            f"architecture={_short(name)}: expected a name of timm's registry (timm.list_models()), without a scheme "
+            f"architecture={shown(name)}: expected a name of timm's registry (timm.list_models()), without a scheme "
             "or a path; weights of a repository or a folder are loaded with from_pretrained."
         )
     arch = name.split(".", 1)[0]
     if timm.is_model(arch):
         return
-    near = difflib.get_close_matches(arch, timm.list_models(), n=4, cutoff=0.5)
+    near = difflib.get_close_matches(arch[:80], timm.list_models(), n=4, cutoff=0.5)
     hint = f" Near names: {', '.join(near)}." if near else ""
     if saved_with and saved_with != timm.__version__:
-        hint += f" The config was saved with timm {saved_with}, which has it: pip install timm=={saved_with}"
-    raise ConfigError(f"architecture={_short(name)} is unknown to timm {timm.__version__}.{hint}")
+        hint += f" The config was saved with timm {shown(saved_with)[1:-1]}, which has it: install that version"
+    raise ConfigError(f"architecture={shown(name)} is unknown to timm {timm.__version__}.{hint}")
 
 # --- skip_init.py
 
@@ -813,33 +842,22 @@ def skip_init(budget: Budget | None = None) -> Iterator[None]:
 
 # --- trunk.py
 
-"""Config -> timm trunk, and what the trunk really gives: width, layout, pools, input size.
+"""Config -> timm trunk: the model that a completed config describes, without its classifier."""
 
-Nothing here trusts a trunk's attributes where a shape can be had: the output is taken from a run on the meta device,
-which costs no arithmetic.
-"""
-
-
-Layout = Literal["NC", "NLC", "NCHW", "NHWC"]
 
 # What timm's constructors raise for arguments they cannot use.
 BUILD_ERRORS = (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError,
                 ValueError, ZeroDivisionError)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class TrunkOutput:
-    """What a trunk gives for one batch, without the batch dimension.
+class UnsupportedPool(ConfigError):
+    """The trunk does not have this pool, or not with this projection."""
 
-    Attributes:
-        layout: `NC` a vector, `NLC` tokens, `NCHW` and `NHWC` maps.
-        width: Channels C.
-        size: Height and width of a map, number of tokens as `(L,)`, or `()`.
-    """
-
-    layout: Layout
-    width: int
-    size: tuple[int, ...]
+    def __init__(self, config: TimmTowerConfig, reason: str) -> None:
+        super().__init__(
+            f"pool={config.pool!r} with proj={config.proj!r} is not supported by {config.architecture}: "
+            f"{reason.rstrip('.')}."
+        )
 
 
 def split_tag(architecture: str) -> tuple[str, str]:
@@ -867,6 +885,14 @@ def native_cfg(architecture: str) -> dict[str, Any]:
     return dict(cfg.to_dict())  # type: ignore[no-untyped-call]
 
 
+def native_size(config: TimmTowerConfig) -> list[int]:
+    """The config's image size, or the architecture's own: `[height, width]` in pixels."""
+    told = config.image_size if config.image_size is not None else (config.model_args or {}).get("img_size")
+    if told is not None:
+        return check_size("image_size", told)
+    return list(native_cfg(config.architecture)["input_size"][1:])
+
+
 def create_trunk(config: TimmTowerConfig, *, pretrained: bool = False, initialise: bool = True) -> nn.Module:
     """Build the trunk that the config describes, its classifier removed (or made the projection, `proj=None`).
 
@@ -888,15 +914,17 @@ def create_trunk(config: TimmTowerConfig, *, pretrained: bool = False, initialis
     if config.preprocess is not None:
         # Rebuilding: everything is in the config, so that the tag need not be known to this timm.
         name = arch
-        kwargs["pretrained_cfg_overlay"] = _overlay(config, tag)
+        kwargs["pretrained_cfg_overlay"] = _preprocess_overlay(config, tag)
     if config.in_chans != cfg["input_size"][0]:
         kwargs["in_chans"] = config.in_chans
-    if config.image_size is not None and takes_img_size(cfg, kwargs):
+    if "img_size" in kwargs:
+        kwargs["img_size"] = tuple(check_size("model_args.img_size", kwargs["img_size"]))
+    elif config.image_size is not None and has_fixed_size(cfg, kwargs):
         kwargs["img_size"] = tuple(config.image_size)  # type: ignore[arg-type]
     if config.classifier == "construct":
-        kwargs["num_classes"] = 0 if config.proj == "none" else config.embed_dim
+        kwargs["num_classes"] = config.embed_dim if config.proj is None and config.head is None else 0
         if config.pool != "default":
-            kwargs["global_pool"] = "" if config.pool == "none" else config.pool
+            kwargs["global_pool"] = trunk_pool(config.pool)
     try:
         if initialise:
             trunk = timm.create_model(name, pretrained=pretrained, **kwargs)
@@ -909,14 +937,21 @@ def create_trunk(config: TimmTowerConfig, *, pretrained: bool = False, initialis
     return trunk
 
 
-def takes_img_size(cfg: dict[str, Any], kwargs: dict[str, Any]) -> bool:
-    """Whether this trunk is built for one input size, as timm itself decides it."""
+def has_fixed_size(cfg: dict[str, Any], kwargs: dict[str, Any]) -> bool:
+    """Whether timm itself builds this trunk for one input size, so that `config.image_size` is its `img_size`.
+
+    For any other trunk `img_size` is what `config.model_args` holds: nothing, or the size that timm was told.
+
+    Args:
+        cfg: timm's `pretrained_cfg`.
+        kwargs: Arguments of `timm.create_model`.
+    """
     return bool(
         cfg.get("fixed_input_size") and not kwargs.get("dynamic_img_size") and kwargs.get("strict_img_size", True)
     )
 
 
-def _overlay(config: TimmTowerConfig, tag: str) -> dict[str, Any]:
+def _preprocess_overlay(config: TimmTowerConfig, tag: str) -> dict[str, Any]:
     preprocess = config.preprocess or {}
     overlay = {key: preprocess[key] for key in ("interpolation", "crop_pct", "crop_mode") if preprocess.get(key)}
     overlay.update({key: tuple(preprocess[key]) for key in ("mean", "std") if preprocess.get(key)})
@@ -937,7 +972,7 @@ def remove_classifier(trunk: nn.Module, config: TimmTowerConfig) -> None:
     if config.proj is None and config.head is None and config.pool not in ATTENTION_POOLS:
         # A trunk that came with its classifier keeps it as the projection; another pool would need another classifier.
         if pool is not None and pool != own_pool(trunk):
-            raise PoolRefused(config, f"the classifier that is kept was made for pool {own_pool(trunk)!r}")
+            raise UnsupportedPool(config, f"the classifier that is kept was made for pool {own_pool(trunk)!r}")
         return
     if not hasattr(trunk, "reset_classifier"):
         # Encoders (features only) have nothing to remove and nothing to set.
@@ -953,78 +988,59 @@ def remove_classifier(trunk: nn.Module, config: TimmTowerConfig) -> None:
         else:
             trunk.reset_classifier(0, global_pool=pool)  # type: ignore[operator]
     except BUILD_ERRORS as error:
-        raise PoolRefused(config, str(error)) from error
+        raise UnsupportedPool(config, str(error)) from error
 
 
-def trunk_output(trunk: nn.Module, in_chans: int, image_size: list[int]) -> TrunkOutput:
-    """Run the trunk once without arithmetic and say what it gives.
+def _build_error(config: TimmTowerConfig, kwargs: dict[str, Any], error: BaseException) -> ConfigError | ArgumentError:
+    text = str(error) or type(error).__name__
+    if isinstance(error, TypeError) and "unexpected keyword argument" in text:
+        name = text.rsplit("'", 2)[-2]
+        if name == "global_pool":
+            return UnsupportedPool(config, text)
+        if name in (config.model_args or {}) and name not in RECORDED:
+            return ArgumentError(f"model_kwargs[{name!r}]: {config.architecture} does not take it ({text})")
+    if kwargs.get("global_pool") and ("pool" in text.lower() or isinstance(error, AssertionError)):
+        return UnsupportedPool(config, text)
+    given = {key: value for key, value in kwargs.items() if key != "pretrained_cfg_overlay"}
+    return ConfigError(f"timm cannot build {config.architecture} with {given}: {text}")
 
-    Args:
-        trunk: A trunk without a classifier.
-        in_chans: Channels of the image.
-        image_size: Height and width in pixels.
 
-    Raises:
-        ConfigError: it does not run at this size, or does not give one tensor.
+def trunk_pool(pool: str | None) -> str | None:
+    """The tower's pool -> what the trunk is asked for: None leaves its own, `""` is unpooled."""
+    if pool in (*ATTENTION_POOLS, "token_avg", "none"):
+        return ""
+    return None if pool == "default" else pool
+
+
+def own_pool(trunk: nn.Module) -> str | None:
+    """Name of the pool that the trunk has now, `""` for none, None if it does not say.
+
+    Read from the module that pools before the attribute of the model, which some models leave at its first value.
     """
-    shape = (2, in_chans, *image_size)
-    grid = getattr(getattr(trunk, "patch_embed", None), "grid_size", None)
-    if isinstance(grid, tuple) and 0 in grid:
-        # older torch runs this on meta without a word
-        raise ConfigError(f"image_size={image_size}: smaller than one patch of {type(trunk).__name__}")
-    twin = _meta_twin(trunk)
-    try:
-        with torch.no_grad():
-            features = twin(torch.empty(shape, device="meta", dtype=float_dtype(trunk)))
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError):
-        # Not every model runs on meta (constants made on the CPU); whether it runs at all is settled for real.
-        features = _run_for_real(trunk, shape)
-    if not isinstance(features, torch.Tensor):
-        raise ConfigError(
-            f"{type(trunk).__name__} gives a {type(features).__name__}, not one tensor, with this pool; "
-            "a tower needs one tensor. Use another pool, or forward_intermediates."
-        )
-    return describe_output(trunk, features.shape)
+    head = getattr(trunk, "head", None)
+    for holder in (
+        getattr(head, "global_pool", None),
+        getattr(head, "pool_type", None),
+        getattr(trunk, "global_pool", None),
+    ):
+        name = getattr(holder, "pool_type", holder)
+        if isinstance(name, str):
+            return name
+    return None
 
 
-def describe_output(trunk: nn.Module, shape: torch.Size | tuple[int, ...]) -> TrunkOutput:
-    """Shape of a batch of features -> its layout, width and size."""
-    _, *rest = shape
-    if len(rest) == 1:
-        return TrunkOutput("NC", rest[0], ())
-    if len(rest) == 2:
-        return TrunkOutput("NLC", rest[1], (rest[0],))
-    if len(rest) == 3:
-        if getattr(trunk, "output_fmt", None) == "NHWC":
-            return TrunkOutput("NHWC", rest[2], (rest[0], rest[1]))
-        return TrunkOutput("NCHW", rest[0], (rest[1], rest[2]))
-    raise ConfigError(f"{type(trunk).__name__} gives features of shape {tuple(shape)}: a tower takes rank 2 to 4")
+def class_and_patch_tokens(trunk: nn.Module) -> int | None:
+    """Number of prefix tokens of a trunk with a class token first, None where there is no class token."""
+    prefix = getattr(trunk, "num_prefix_tokens", None)
+    tokens = (getattr(trunk, "cls_token", None), getattr(getattr(trunk, "embeds", None), "cls_token", None))
+    if not isinstance(prefix, int) or prefix < 1 or all(token is None for token in tokens):
+        return None
+    return prefix
 
 
 def float_dtype(trunk: nn.Module) -> torch.dtype:
     """dtype of the images that the trunk takes: that of its first floating-point parameter."""
     return next((tensor.dtype for tensor in trunk.parameters() if tensor.is_floating_point()), torch.float32)
-
-
-def _meta_twin(trunk: nn.Module) -> nn.Module:
-    """A copy of the trunk in eval mode whose tensors have no memory. A copy, for models that cache by input size."""
-    memo: dict[int, Any] = {}
-    for parameter in trunk.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-    for buffer in trunk.buffers():
-        memo[id(buffer)] = buffer.to("meta")
-    return copy.deepcopy(trunk, memo).eval()
-
-
-def _run_for_real(trunk: nn.Module, shape: tuple[int, ...]) -> Any:
-    anchor = next(trunk.parameters())
-    try:
-        with torch.no_grad(), eval_mode(trunk):
-            return trunk(torch.zeros(shape, device=anchor.device, dtype=anchor.dtype))
-    except BUILD_ERRORS as error:
-        raise ConfigError(
-            f"{type(trunk).__name__} does not run on an image of shape {shape[1:]} (C, H, W): {error}"
-        ) from error
 
 
 @contextmanager
@@ -1039,128 +1055,29 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def native_size(config: TimmTowerConfig) -> list[int]:
-    """The config's image size, or the architecture's own: `[height, width]` in pixels."""
-    if config.image_size is not None:
-        return list(config.image_size)  # type: ignore[arg-type]
-    return list(native_cfg(config.architecture)["input_size"][1:])
+def buffers_as_timm(module: nn.Module, dtype: torch.dtype) -> None:
+    """Give the buffers that no file holds the dtype that `module.to(dtype)` gives them, once the weights are in.
 
+    timm keeps some tables in float32 (RoPE frequencies and periods), by an `_apply` of their modules. So it is asked:
+    these modules are cast by their own `_apply`, everything but such buffers left as it is.
 
-def check_pool(trunk: nn.Module, config: TimmTowerConfig, output: TrunkOutput) -> None:
-    """The pool that was asked for is the one that runs.
-
-    A trunk that takes a name and then ignores it would give another vector without a word.
-
-    Raises:
-        ConfigError: lists the pools that the trunk offers.
+    Args:
+        module: Built in float32, its weights of any dtype.
+        dtype: What the weights were cast to.
     """
-    wanted = trunk_pool(config.pool)
-    has = own_pool(trunk)
-    if wanted is not None and has is not None and has != wanted and hasattr(trunk, "reset_classifier"):
-        raise PoolRefused(config, f"the trunk keeps its pool {has!r}")
-    if wanted == "" and output.layout == "NC":
-        raise PoolRefused(config, "the trunk still gives a vector")
-    if wanted and output.layout != "NC":
-        raise PoolRefused(config, f"the trunk gives {output.layout} features, not a vector")
-    if config.pool in ATTENTION_POOLS and output.layout not in ("NCHW", "NHWC"):
-        raise PoolRefused(config, f"attention pools need a feature map, the trunk gives {output.layout}")
-    if config.pool in ATTENTION_POOLS and output.width % ATTENTION_HEAD_WIDTH:
-        raise PoolRefused(
-            config, f"attention heads are {ATTENTION_HEAD_WIDTH} wide, which does not divide the width {output.width}"
-        )
-    if config.pool == "token_avg" and (output.layout != "NLC" or class_and_patch_tokens(trunk) is None):
-        raise PoolRefused(config, "it needs tokens with a class token first")
-
-
-def offered_pools(config: TimmTowerConfig, among: Sequence[str] = ALL_POOLS) -> list[str]:
-    """The pools that work for this architecture and projection, found by trying each on the meta device."""
-    found = []
-    for pool in among:
-        trial = copy.deepcopy(config)
-        trial.pool = pool
-        try:
-            trunk = create_trunk(trial, initialise=False)
-            check_pool(trunk, trial, trunk_output(trunk, trial.in_chans, native_size(trial)))
-        except ConfigError:
-            continue
-        found.append(pool)
-    return found
-
-
-def describe_trunk(trunk: nn.Module) -> dict[str, Any]:
-    """How a timm model that exists was made, as it is now: fields of the config.
-
-    Returns:
-        `architecture`, `model_args`, `image_size` and `in_chans`.
-
-    Raises:
-        ConfigError: it is not a model of timm's registry.
-    """
-    cfg = getattr(trunk, "pretrained_cfg", None)
-    if not isinstance(cfg, dict) or not timm.is_model(cfg.get("architecture") or ""):
-        raise ConfigError(
-            f"{type(trunk).__name__} is not a model that timm.create_model made (no known architecture in its "
-            "pretrained_cfg): build the tower by name, or subclass TimmModel and override _create_trunk"
-        )
-    args = timm.models.get_model_args(trunk)
-    # timm leaves the drop rates out, they matter only in training; a tower goes on training
-    made = getattr(trunk, "_model_args", {})
-    args |= {key: value for key, value in made.items() if "drop" in key and key.endswith("_rate")}
-    args = {key: value for key, value in args.items() if value is not None}
-    traits = timm.models.get_model_traits(trunk)
-    size = args.pop("img_size", None) or cfg["input_size"][1:]
-    in_chans = args.pop("in_chans", None) or traits.get("in_chans") or cfg["input_size"][0]
-    tag = cfg.get("tag")
-    return {
-        "architecture": f"{cfg['architecture']}.{tag}" if tag else cfg["architecture"],
-        "model_args": args,
-        "image_size": [size, size] if isinstance(size, int) else list(size),
-        "in_chans": in_chans,
-    }
-
-
-def check_made_again(trunk: nn.Module, config: TimmTowerConfig) -> None:
-    """A trunk that exists and the trunk that its config makes have the same weights by name and shape.
-
-    Raises:
-        ConfigError: they do not: the trunk was changed by hand.
-    """
-    keep = copy.deepcopy(config)
-    keep.proj, keep.head, keep.pool = None, None, "default"  # the classifier stays on
-    again = create_trunk(keep, initialise=False)
-    ours = {key: tuple(value.shape) for key, value in trunk.state_dict().items()}
-    theirs = {key: tuple(value.shape) for key, value in again.state_dict().items()}
-    if ours != theirs:
-        odd = sorted(key for key in set(ours) | set(theirs) if ours.get(key) != theirs.get(key))
-        raise ConfigError(
-            f"the trunk {config.architecture} cannot be built again as it is: with its own arguments "
-            f"{config.model_args} timm makes other weights ({len(odd)} keys differ, {', '.join(odd[:4])}). It was "
-            "changed by hand; subclass TimmModel and override _create_trunk."
-        )
-
-
-def _build_error(config: TimmTowerConfig, kwargs: dict[str, Any], error: BaseException) -> ConfigError | ArgumentError:
-    text = str(error) or type(error).__name__
-    if isinstance(error, TypeError) and "unexpected keyword argument" in text:
-        name = text.rsplit("'", 2)[-2]
-        if name == "global_pool":
-            return PoolRefused(config, text)
-        if name in (config.model_args or {}):
-            return ArgumentError(f"model_kwargs[{name!r}]: {config.architecture} does not take it ({text})")
-    if kwargs.get("global_pool") and ("pool" in text.lower() or isinstance(error, AssertionError)):
-        return PoolRefused(config, text)
-    given = {key: value for key, value in kwargs.items() if key != "pretrained_cfg_overlay"}
-    return ConfigError(f"timm cannot build {config.architecture} with {given}: {text}")
-
-
-def buffers_as_timm(trunk: nn.Module) -> None:
-    """TEMPORARY: buffers that no file holds get the dtype of the weights."""
-    dtype = float_dtype(trunk)
-    for part in trunk.modules():
-        for name in part._non_persistent_buffers_set:
-            buffer = part._buffers.get(name)
-            if buffer is not None and buffer.dtype == torch.float32 and dtype != torch.float32:
-                part._buffers[name] = buffer.to(dtype)
+    cast: dict[int, torch.Tensor] = {}
+    for part in module.modules():
+        computed = {id(part._buffers[name]) for name in part._non_persistent_buffers_set if name in part._buffers}
+        if any(id(buffer) in computed and buffer.is_floating_point() for buffer in part.buffers(recurse=False)):
+            part._apply(
+                lambda tensor, computed=computed: (  # type: ignore[misc]
+                    # One buffer that several modules hold stays one.
+                    cast.setdefault(id(tensor), tensor.to(dtype))
+                    if id(tensor) in computed and tensor.is_floating_point()
+                    else tensor
+                ),
+                recurse=False,
+            )
 
 # --- graph_ops.py
 
@@ -3329,7 +3246,10 @@ def build_tower(
         raise ConfigError("num_features=None: the config is not completed; hf_timm_tower.TimmModel completes it")
     config = copy.deepcopy(config)
     trunk = create_trunk(config)
-    head = builtin_head(config) if config.head is None else rebuild_head(config.head) if make_head is None else make_head()
+    if config.head is None:
+        head: nn.Module = builtin_head(config)
+    else:
+        head = rebuild_head(config.head) if make_head is None else make_head()
     return Tower(config, trunk, head, make_classifier(config) if with_classifier else None)
 
 
@@ -3348,8 +3268,8 @@ def check_buildable(config: TimmTowerConfig) -> None:
         raise HeadError("the config says that there is a custom head, but not which: save the tower with its head")
 
 
-def make_classifier(config: TimmTowerConfig) -> nn.Linear:
-    """A fresh classifier `[B, embed_dim]` -> `[B, num_labels]`.
+def make_classifier(config: TimmTowerConfig) -> nn.Module:
+    """A fresh classifier `[B, embed_dim]` -> `[B, num_labels]`; nothing where the trunk's own gives the scores.
 
     Raises:
         ConfigError: the embedding has no width, or there are no labels.
@@ -3358,6 +3278,10 @@ def make_classifier(config: TimmTowerConfig) -> nn.Linear:
         raise ConfigError(
             "a classifier needs an embedding of a known width; this tower's head gives a tuple, a dict or another rank"
         )
+    if config.is_classifier:
+        if config.num_labels != config.embed_dim:
+            config.num_labels = config.embed_dim
+        return nn.Identity()
     if not config.num_labels:
         raise ConfigError("num_labels=0: a classifier needs at least one label; pass num_labels=... or id2label={...}")
     layer = nn.Linear(config.embed_dim, config.num_labels)
@@ -3424,8 +3348,8 @@ class StoredTower:
 def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
     """Key -> tensor of a tower's weight files, which lie in one folder with their index.
 
-    Tensors are mapped; those at odd addresses are copied, since kernels may give other last bits for them. Keys that the
-    index calls tied or shared hold one tensor.
+    Tensors are mapped; those at odd addresses are copied, since kernels may give other last bits for them. Keys that
+    the index calls tied or shared hold one tensor.
 
     Raises:
         FormatError: a file is damaged, or the index does not fit the files.
@@ -3441,7 +3365,7 @@ def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
         if isinstance(weight_map, dict):
             listed = {key for key, name in weight_map.items() if name == file.name}
             if odd := sorted(listed ^ tensors.keys()):
-                raise FormatError(f"{file}: the index and the file disagree on {len(odd)} keys, such as {shown(odd[0])}")
+                raise FormatError(f"{file}: {len(odd)} keys are not where the index puts them, such as {shown(odd[0])}")
         found.update(tensors)
     found = {key: tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone() for key, tensor in found.items()}
     metadata = index.get("metadata")
@@ -3449,10 +3373,12 @@ def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
         groups = metadata.get(kind, []) if isinstance(metadata, dict) else []
         for group in groups if isinstance(groups, list) else []:
             if not isinstance(group, list) or any(key not in found for key in group):
-                raise FormatError(f"{files[0].with_name(INDEX_FILE)}: metadata.{kind} names unknown keys: {shown(group)}")
+                raise FormatError(f"{files[0].parent / INDEX_FILE}: metadata.{kind} names unknown keys: {shown(group)}")
             first = found[group[0]]
             if odd := [key for key in group if not same_bytes_of(found[key], first)]:
-                raise FormatError(f"{files[0].with_name(INDEX_FILE)}: {shown(odd[0])} is {kind} to another key but differs")
+                raise FormatError(
+                    f"{files[0].parent / INDEX_FILE}: {shown(odd[0])} is {kind} with another key but differs"
+                )
             found.update((key, first if kind == "tied" else first.view(first.shape)) for key in group[1:])
     return found
 
@@ -3570,8 +3496,8 @@ def assign_weights(
     after = module.state_dict(keep_vars=True)
     if refused := [key for key, value in values.items() if after[key] is not value]:
         raise WeightsError(
-            f"{source}: {_listed(refused)} did not reach the module: it overrides how attributes are set or a state dict "
-            "is loaded, which a tower cannot use"
+            f"{source}: {_listed(refused)} did not reach the module: it overrides how attributes are set or a state "
+            "dict is loaded, which a tower cannot use"
         )
     if device is not None:
         _move_computed_buffers(module, device)
@@ -3779,6 +3705,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             self.add_module(name, part)
         # Buffers that no checkpoint holds, until they are back in their places; None where they never left.
         self._computed: dict[str, torch.Tensor] | None = None
+        self._buffers_to: torch.dtype | None = wanted if on_meta else None
         if on_meta:
             self._computed = _computed_buffers(self)
             _move_to_meta(self, wanted)
@@ -3866,7 +3793,10 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             return  # nothing is loaded yet
         _put_buffers(self, self._computed)
         self._computed = None
-        buffers_as_timm(self.trunk)
+        if self._buffers_to is not None:
+            buffers_as_timm(self, self._buffers_to)
+        else:
+            buffers_as_timm(self.trunk, float_dtype(self.trunk))
         # What is on meta is on the disk: transformers loads it when it runs.
         state = {key: tensor for key, tensor in self.state_dict(keep_vars=True).items() if not tensor.is_meta}
         if fresh := [key for key, tensor in state.items() if not getattr(tensor, "_is_hf_initialized", False)]:
@@ -3907,8 +3837,8 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         Args:
             pretrained_model_name_or_path: A folder, or a repository's id.
             config: A config that was loaded already, or where to load it from.
-            dtype: Cast floating-point weights; None and `"auto"` keep every tensor's own, which transformers
-                otherwise makes one for all.
+            dtype: Cast floating-point weights; None and `"auto"` keep every tensor's own, whatever `dtype` of the
+                config says.
             torch_dtype: The old name of `dtype`.
             ignore_mismatched_sizes: Weights that are missing, unexpected or of another shape are no error: they get
                 fresh values or are left out, and a warning lists them.
@@ -3978,12 +3908,12 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             weights = {key: tensor for key, tensor in weights.items() if key not in loading.left_out}
         if load_config.hf_quantizer is not None or load_config.ignore_mismatched_sizes or len(devices) > 1:
             return stock(model, weights, None, load_config, *args, **kwargs)
-        keeps = loading.keeps_dtypes and stored.config.dtype is None
+        model._buffers_to = None if loading.keeps_dtypes else floating_dtype(load_config.dtype)
         assign_weights(
             model,
             weights,
             source=str(folder),
-            dtype=None if keeps else floating_dtype(load_config.dtype),
+            dtype=model._buffers_to,
             device=devices.pop(),
             allow_missing=loading.fresh,
         )
@@ -4063,7 +3993,7 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
 
     _has_classifier = True
 
-    classifier: nn.Linear
+    classifier: nn.Module
 
     def __init__(self, config: TimmTowerConfig, _loading: TowerLoading | None = None) -> None:
         super().__init__(config, _loading)
@@ -4277,7 +4207,8 @@ def _warn_of_changes(loading: TowerLoading, info: Mapping[str, Any]) -> None:
     """List fresh weights, and those in the files that the model leaves out."""
     fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
     left_out = sorted({*loading.left_out, *info["unexpected_keys"]})
-    for keys, what in ((fresh, "fresh random weights, to be trained"), (left_out, "weights that this model leaves out")):
+    found = {"fresh random weights, to be trained": fresh, "weights that this model leaves out": left_out}
+    for what, keys in found.items():
         if keys:
             warnings.warn(f"{loading.place}: {what}: {', '.join(shown(key)[1:-1] for key in keys)}", stacklevel=4)
 

@@ -21,7 +21,7 @@ from timm.models import PretrainedCfg
 from ..files.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from ..files.open_folder import OpenFolder, require_plain_name
 from ..hub.download import Access, download_files
-from ..hub.identify import describe_foreign
+from ..hub.identify import identify
 from ..reader.config import TimmTowerConfig, check_architecture, check_size
 from ..reader.errors import ConfigError, FolderError, FormatError, WeightsError
 from ..reader.image_processing import preprocess_from_timm
@@ -163,7 +163,7 @@ def open_timm_source(
         root = Path(name)
     with OpenFolder(root) as folder:
         if not folder.has(CONFIG_NAME):
-            seems = describe_foreign(os.listdir(root), None, name)
+            seems = identify(os.listdir(root), None, name)
             raise FolderError(f"{name}: {CONFIG_NAME} is missing, so it holds no timm model. {seems}".rstrip())
         described = _describe(folder.read_json(CONFIG_NAME), name)
     weights = None
@@ -180,7 +180,7 @@ def _describe(stored: dict[str, Any], place: str) -> TimmSource:
     if kind not in (None, _WRAPPER) or not isinstance(name, str):
         raise ConfigError(
             f"{where} describes no timm model (model_type {kind!r}, architecture {name!r}). "
-            f"{describe_foreign((), stored, place)}".rstrip()
+            f"{identify((), stored, place)}".rstrip()
         )
     # timm's older form has everything at the top level
     cfg = stored.get("pretrained_cfg")
