@@ -18,7 +18,7 @@ _HOME = {
     "TimmTowerModel": ".reader.modeling",
     "Verification": ".files.fingerprint",
     "make_self_contained": ".hub.dual_encoder",
-    "register_head": ".reader.head",
+    "register_head": ".heads.registry",
     "TowerError": ".reader.errors",
     "ArgumentError": ".reader.errors",
     "ConfigError": ".reader.errors",
@@ -33,6 +33,7 @@ _HOME = {
 
 if TYPE_CHECKING:
     from .files.fingerprint import Verification
+    from .heads.registry import register_head
     from .hub.dual_encoder import make_self_contained
     from .reader.config import TimmTowerConfig
     from .reader.errors import (
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
         TowerError,
         WeightsError,
     )
-    from .reader.head import register_head
     from .reader.image_processor import TimmTowerImageProcessor
     from .reader.modeling import TimmTowerForImageClassification, TimmTowerModel
     from .timm_model import TimmModel

@@ -11,7 +11,7 @@ import torch.nn as nn
 
 from .files.assign import assign_weights
 from .files.folder import read_tower
-from .heads.head_code import construct_code, refuse_code
+from .heads.source_file import construct_code, refuse_code
 from .hub.download import Access
 from .reader import build
 from .reader.build import as_dtype, match_buffers
@@ -19,7 +19,7 @@ from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, ConfigError, FolderError, HeadError
 from .reader.freezing import restore_frozen
 from .reader.head import CustomHead, code_file
-from .reader.skip_init import no_init
+from .reader.skip_init import skip_init
 from .subclassing import STEPS, added_arguments, overrides, rebuild
 
 if TYPE_CHECKING:
@@ -85,9 +85,9 @@ def load_tower(
             raise refuse_code(files.config.head or {}, repo=repo, revision=revision or None, file=file)
         if files.head_source is None:
             raise FolderError(f"{Path(folder, file)} is missing, the source of the tower's head; download it again")
-        with no_init(budget=files.budget()):
+        with skip_init(budget=files.budget()):
             custom_head = construct_code(files.config.head or {}, files.head_source, where=f"{Path(folder, file)}")
-    with no_init(budget=files.budget()):
+    with skip_init(budget=files.budget()):
         tower = rebuild(cls, files.config, custom_head)
     weights = _without_classifier(files.weights, folder)
     if len(weights) < len(files.weights):

@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 
 from .arguments import add_rates, checked_arguments, head_fields
+from .heads.registry import make_custom_head
 from .hub_mixin import TowerHubMixin
 from .interop.mixin import InterchangeMixin
 from .interop.timm_repo import is_timm_source, open_timm_source
@@ -18,7 +19,7 @@ from .reader.config import TimmTowerConfig, check_size
 from .reader.errors import ArgumentError, ConfigError, HeadError
 from .reader.freezing import describe_frozen, frozen_context, note_fixed
 from .reader.frozen_statistics import keep_statistics
-from .reader.head import LIVE, SUBCLASS, CustomHead, make_custom_head, rebuild_head
+from .reader.head import LIVE, SUBCLASS, CustomHead, rebuild_head
 from .reader.image_processing import make_transform
 from .reader.pools import PoolRefused
 from .reader.tower import (

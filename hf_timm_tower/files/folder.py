@@ -19,6 +19,7 @@ from ..reader.errors import ConfigError, FormatError, HeadError, TowerError, Wei
 from ..reader.head import check_stored, code_file
 from ..reader.image_processing import check_preprocess
 from ..reader.processor_config import check_processor, facts_in_tower, processor_dict
+from ..reader.skip_init import Budget
 from ..reader.trunk import native_size
 from .aligned import same_bits
 from .assign import find_ties
@@ -35,14 +36,6 @@ from .fingerprint import make_fingerprint, run_probe
 from .open_folder import OpenFolder, read_folder
 from .sentence_files import write_sentence_files
 from .staging import staged_folder
-
-# A config may ask for somewhat more than its weight files hold (buffers, tables); not for another order of size.
-_BUDGET_FACTOR, _BUDGET_SLACK = 4, 2**30
-
-
-def building_budget(held: int) -> int:
-    """Most bytes that building a tower may ask for, whose weight files hold so many."""
-    return _BUDGET_FACTOR * held + _BUDGET_SLACK
 
 
 @dataclass(frozen=True)
@@ -61,10 +54,10 @@ class TowerFiles:
     fingerprint: dict[str, Any] | None
     head_source: str | None = None
 
-    def budget(self) -> int:
-        """Most bytes that building the tower may ask for."""
+    def budget(self) -> Budget:
+        """What building the tower may cost."""
         held = sum(tensor.numel() * tensor.element_size() for tensor in self.weights.values())
-        return building_budget(held)
+        return Budget.for_weights(held)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from ..reader.config import TimmTowerConfig, check_size
 from ..reader.errors import ArgumentError, ConfigError, FolderError, FormatError, HubError, WeightsError
 from ..reader.image_processing import check_preprocess
 from ..reader.pools import own_pool
-from ..reader.skip_init import no_init
+from ..reader.skip_init import skip_init
 from ..reader.trunk import describe_trunk, eval_mode, native_cfg, takes_img_size
 from .open_clip_config import VISION_PREFIX, VisionArguments, preprocess_entries, vision_arguments
 from .weight_source import WeightSource, from_mapping, open_weights, shapes_of
@@ -200,7 +200,7 @@ def _build(cls: type[T], found: _Found, device: str | torch.device | None, dtype
     held = sum(spec.numel() * spec.element_size() for spec in specs.values())
     budget = _BUDGET_FACTOR * held + _BUDGET_SLACK
     arguments = found.vision.arguments
-    with no_init(budget=budget):
+    with skip_init(budget=budget):
         tower = cls(**arguments, model_kwargs=found.model_kwargs)
     declared, built = found.vision.declared_size, found.vision.built_size
     if declared != built and shapes_of(tower.state_dict()) == shapes_of(specs):
@@ -212,7 +212,7 @@ def _build(cls: type[T], found: _Found, device: str | torch.device | None, dtype
         )
     elif declared != built:
         # Saved after its input size was changed; if that is not it either, the weights' names and shapes tell.
-        with no_init(budget=budget):
+        with skip_init(budget=budget):
             tower = cls(**{**arguments, "image_size": declared}, model_kwargs=found.model_kwargs)
     _set_preprocess(tower, found.preprocess)
     weights = found.weights.read(list(names.values()))

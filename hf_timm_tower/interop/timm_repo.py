@@ -26,7 +26,7 @@ from ..reader.config import TimmTowerConfig, check_architecture, check_size
 from ..reader.errors import ConfigError, FolderError, FormatError, WeightsError
 from ..reader.image_processing import preprocess_from_timm
 from ..reader.model_args import check_names, decode, encode
-from ..reader.skip_init import no_init
+from ..reader.skip_init import skip_init
 from ..reader.trunk import BUILD_ERRORS, native_cfg, takes_img_size
 from .weight_source import open_weights
 
@@ -290,7 +290,7 @@ def _plain_keys(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _check_budget(source: TimmSource, weights: Mapping[str, torch.Tensor]) -> None:
     held = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
-    with no_init(budget=_BUDGET_FACTOR * held + _BUDGET_SLACK):
+    with skip_init(budget=_BUDGET_FACTOR * held + _BUDGET_SLACK):
         create_model(source, source.image_size, source.in_chans, source.model_args, source.has_size)
 
 

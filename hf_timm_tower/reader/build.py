@@ -11,15 +11,17 @@ import torch.nn as nn
 
 from ..files.assign import assign_weights
 from ..files.checkpoint import HEAD_CODE_NAME
-from ..files.folder import building_budget, read_tower
-from ..heads.head_code import construct_code, describe_code
+from ..files.folder import read_tower
+from ..heads.registry import known_arguments
+from ..heads.source_file import construct_code, store_source
+from ..heads.stored_form import store_head
 from .config import TimmTowerConfig
 from .errors import ArgumentError, ConfigError, HeadError
 from .freezing import describe_frozen, head_without_lock
 from .graph_head import GraphHead
-from .head import LIVE, SUBCLASS, builtin_head, known_arguments, rebuild_head, store_head
+from .head import LIVE, SUBCLASS, builtin_head, rebuild_head
 from .pools import PoolRefused
-from .skip_init import no_init
+from .skip_init import Budget, skip_init
 from .tower import (
     arrange,
     check_embedding,
@@ -144,7 +146,7 @@ def load(folder: str | os.PathLike[str], *, trust_head_code: bool = False) -> To
     make_head = None
     if trust_head_code and files.head_source is not None:
         make_head = partial(construct_code, files.config.head or {}, files.head_source, where=str(folder))
-    with no_init(budget=files.budget()):
+    with skip_init(budget=files.budget()):
         tower = build(files.config, with_classifier=has_classifier(files.weights), make_head=make_head)
     assign_weights(tower, files.weights, source=str(folder))
     match_buffers(tower.trunk)
@@ -191,10 +193,10 @@ _STEPS_WITH_SWITCHES = {
 }
 
 
-def budget_of(folder: str | os.PathLike[str]) -> int:
-    """Most bytes that building the tower of a folder may ask for, from the sizes of its weight files."""
+def budget_of(folder: str | os.PathLike[str]) -> Budget:
+    """What building the tower of a folder may cost, from the sizes of its weight files."""
     held = sum(entry.stat().st_size for entry in os.scandir(folder) if entry.name.endswith(".safetensors"))
-    return building_budget(held)
+    return Budget.for_weights(held)
 
 
 def storable_config(
@@ -241,7 +243,7 @@ def _store(
             raise
         assert config.num_features is not None
         try:
-            spec, source = describe_code(
+            spec, source = store_source(
                 head,
                 example,
                 in_features=config.num_features,
@@ -274,6 +276,6 @@ def _on_cpu(head: nn.Module) -> nn.Module:
 
 
 def _is_builtin(head: nn.Module, config: TimmTowerConfig) -> bool:
-    with no_init():
+    with skip_init():
         made = builtin_head(config)
     return repr(head) == repr(made) and [type(m) for m in head.modules()] == [type(m) for m in made.modules()]

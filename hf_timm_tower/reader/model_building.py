@@ -8,14 +8,14 @@ import torch.nn as nn
 
 from .build import Tower, build
 from .config import TimmTowerConfig
-from .skip_init import no_init
+from .skip_init import Budget, skip_init, within_budget
 
 
 def build_for_transformers(
     config: TimmTowerConfig,
     *,
     with_classifier: bool,
-    budget: int | None = None,
+    budget: Budget | None = None,
     make_head: Callable[[], nn.Module] | None = None,
 ) -> Tower:
     """Build on the CPU where transformers wants the meta device, with parameters that are not initialised.
@@ -25,7 +25,7 @@ def build_for_transformers(
     Args:
         config: Completed or not; it is not changed.
         with_classifier: Add the classifier of `config.num_labels` classes.
-        budget: Most bytes that building for meta may ask for, None for no limit.
+        budget: What building may cost; the default limits if None.
         make_head: As in `build`.
     """
     wanted = torch.get_default_dtype()
@@ -33,7 +33,7 @@ def build_for_transformers(
     with torch.device("cpu") if on_meta else nullcontext():
         torch.set_default_dtype(torch.float32)
         try:
-            with no_init(budget) if on_meta else nullcontext():
+            with skip_init(budget or Budget.default()) if on_meta else within_budget(budget or Budget.default()):
                 tower = build(config, with_classifier=with_classifier, make_head=make_head)
         finally:
             torch.set_default_dtype(wanted)

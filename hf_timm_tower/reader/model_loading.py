@@ -13,12 +13,13 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from ..files.checkpoint import INDEX_NAME, SINGLE_NAME
 from ..files.fingerprint import compare, run_probe
-from ..heads.head_code import construct_code, refuse_code
+from ..heads.source_file import construct_code, refuse_code
 from ..hub.download import Access
 from .build import Tower
 from .config import OUR_FIELDS, TimmTowerConfig
 from .errors import ConfigError, FormatError, HeadError, WeightsError
 from .head import code_file
+from .skip_init import Budget
 from .trunk import native_size
 
 # Keywords of `from_pretrained` that say how files are found.
@@ -33,7 +34,7 @@ class Loading:
         place: Folder or repository.
         download: How its files are found: `revision`, `token`, `cache_dir`, `subfolder`, ...
         trusts: Code of the place may run.
-        budget: Most bytes that building may ask for; None where the folder is not known yet.
+        budget: What building may cost; None (the default limits) where the folder is not known yet.
         keeps_dtypes: No dtype was asked for: every tensor keeps its own.
         fresh: Keys that are not in the files, and need not be.
         left_out: Keys in the files that this model has no place for, and need not have.
@@ -43,7 +44,7 @@ class Loading:
     place: str
     download: Mapping[str, Any]
     trusts: bool
-    budget: int | None
+    budget: Budget | None
     keeps_dtypes: bool
     fresh: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)

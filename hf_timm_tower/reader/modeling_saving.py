@@ -23,7 +23,7 @@ from .errors import ArgumentError, WeightsError
 from .freezing import describe_frozen
 from .frozen_statistics import keep_statistics
 from .model_building import build_for_transformers
-from .skip_init import no_init
+from .skip_init import skip_init
 
 TAGS = ("timm",)
 """Tags of every tower, as transformers' `model_tags`."""
@@ -290,7 +290,7 @@ class SavesAsTower(PreTrainedModel):  # type: ignore[no-untyped-call]
             key in state_dict and state_dict[key].data_ptr() == tensor.data_ptr() for key, tensor in own.items()
         ):
             return Tower(self.config, *parts)
-        with no_init():
+        with skip_init():
             twin = build_for_transformers(self.config, with_classifier=self._has_classifier)
         assign_weights(twin, state_dict, source="state_dict", device="cpu")
         for name, parameter in twin.named_parameters():

@@ -18,7 +18,7 @@ from .config import ATTENTION_POOLS, TimmTowerConfig
 from .errors import ArgumentError, ConfigError
 from .model_args import decode
 from .pools import ALL_POOLS, ATTENTION_HEAD_WIDTH, PoolRefused, class_and_patch_tokens, own_pool, trunk_pool
-from .skip_init import no_init
+from .skip_init import skip_init
 
 Layout = Literal["NC", "NLC", "NCHW", "NHWC"]
 
@@ -101,7 +101,7 @@ def create_trunk(config: TimmTowerConfig, *, pretrained: bool = False, initialis
         if initialise:
             trunk = timm.create_model(name, pretrained=pretrained, **kwargs)
         else:
-            with no_init():
+            with skip_init():
                 trunk = timm.create_model(name, **kwargs)
     except BUILD_ERRORS as error:
         raise _build_error(config, kwargs, error) from error

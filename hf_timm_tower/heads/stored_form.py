@@ -1,0 +1,70 @@
+"""The form in which a custom head is stored, with the reason against each form that does not do."""
+
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..reader.errors import HeadError
+from ..reader.graph_head import construct
+from ..reader.head import rebuild_head
+from ..reader.skip_init import skip_init
+from .registry import registered_spec
+from .to_graph import to_graph
+from .verify import verify_head
+
+
+def store_head(head: nn.Module, example: torch.Tensor) -> dict[str, Any]:
+    """The form in which a custom head comes back, verified.
+
+    Args:
+        head: The head, on the CPU; its weights, modes and the random state stay as they are.
+        example: The head's input `[2, ...]`, float.
+
+    Returns:
+        JSON for `config.head`: `{"form": "graph" | "registered", ...}`.
+
+    Raises:
+        HeadError: no form works, with the reason against each and the remedies.
+    """
+    reasons = []
+    try:
+        graph = json.loads(json.dumps(to_graph(head, example)))
+        with skip_init():
+            rebuilt = construct(graph)
+        _copy_weights(head, rebuilt)
+        verify_head(head, rebuilt, example)
+    except HeadError as error:
+        reasons.append(f"as data: {error}")
+    else:
+        return {"form": "graph", "graph": graph}
+    try:
+        spec = registered_spec(head)
+        with skip_init():
+            rebuilt = rebuild_head(spec)
+        _copy_weights(head, rebuilt)
+        verify_head(head, rebuilt, example)
+    except HeadError as error:
+        reasons.append(f"by registered name: {error}")
+    else:
+        return spec
+    reasons.append("as code in the repository: only with include_code=True, and loading then needs trust")
+    raise HeadError(
+        f"the head {type(head).__name__} cannot be stored so that it comes back. Nothing was written.\n"
+        + "\n".join(f"  - {reason}" for reason in reasons)
+        + "\nRemedies: put @register_head('a-name') on its class and make it with JSON arguments; or rewrite its "
+        "forward with torch functions only, without branches on values; or replace it before saving."
+    )
+
+
+def _copy_weights(source: nn.Module, target: nn.Module) -> None:
+    missing, unexpected = [], []
+    theirs, ours = source.state_dict(), target.state_dict()
+    missing, unexpected = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
+    if missing or unexpected:
+        raise HeadError(f"rebuilt with other weight names: lacks {unexpected[:4]}, has {missing[:4]}")
+    try:
+        target.load_state_dict({key: value.detach().clone() for key, value in theirs.items()})
+    except RuntimeError as error:
+        raise HeadError(f"rebuilt with other weight shapes: {error}") from error
