@@ -14,7 +14,6 @@ import torch.nn as nn
 from huggingface_hub import PyTorchModelHubMixin
 
 from .files.fingerprint import Verification, compare, run_probe
-from .heads.registry import CustomHead
 from .hub.card import CardOptions, as_tags
 from .hub.download import Access
 from .hub.fetch import fetch_tower
@@ -23,6 +22,7 @@ from .hub.trunk_source import TrunkSource, find_trunk, kept_trunk_source
 from .load import check_device, load_tower
 from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, FolderError, TowerError
+from .reader.head import CustomHead
 from .reader.weights import floating_dtype
 from .save import Saved, SaveOptions, save_tower, storable_config, with_weights
 from .subclassing import OVERRIDABLE, added_arguments, overrides

@@ -4,21 +4,23 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn as nn
+from transformers.utils.hub import cached_file
 
 from .files.checkpoint import CONFIG_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME, read_weights
 from .files.fingerprint import compare, run_probe
 from .files.open_folder import OpenFolder, read_folder
-from .heads.registry import CustomHead
+from .heads.source_file import construct_code
 from .hub.download import Access
 from .hub.trunk_source import merged, parse_trunk_source, read_trunk
 from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, ConfigError, HeadError, shown
 from .reader.freezing import apply_frozen
-from .reader.head import CODE, check_stored, make_code_head, refuse_code
+from .reader.head import CODE, CustomHead, check_stored, code_file, refuse_code
 from .reader.image_processing import check_preprocess
 from .reader.processor_config import check_processor
 from .reader.skip_init import Budget, skip_init
@@ -202,7 +204,20 @@ def _trusted_head(
     if not trust_remote_code:
         repo, _, revision = (origin or str(folder)).partition("@")
         raise refuse_code(spec, repo=repo, revision=revision or None)
-    return make_code_head(spec, str(folder))
+    name = code_file({"head": spec}) or ""
+    source = read_folder(folder, lambda files: files.read_bytes(name)).decode("utf-8", "replace")
+    return construct_code(spec, source, where=os.path.join(folder, name))
+
+
+def make_code_head(spec: dict[str, Any], place: str, **download: Any) -> nn.Module:
+    """As `reader.head.make_code_head`, so that the head can be stored as code again.
+
+    Raises:
+        HeadError: the file is not the one that was saved, or its code fails.
+    """
+    name = code_file({"head": spec}) or ""
+    path = Path(cached_file(place, name, **download) or name)
+    return _trusted_head(spec, path.parent, True, None)
 
 
 def check_given_head(tower: Loaded) -> None:

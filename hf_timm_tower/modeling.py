@@ -20,7 +20,7 @@ from .hub.download import Access
 from .hub.push import COMMIT_MESSAGE, PushOptions, default_repo_id, push_folder
 from .hub.trunk_source import TrunkSource, kept_trunk_source
 from .interop.timm_face import TimmFace
-from .load import check_given_head, load_bare, read_tower
+from .load import check_given_head, load_bare, make_code_head, read_tower
 from .reader import modeling as reader
 from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, WeightsError
@@ -56,6 +56,8 @@ class SavesTower(TimmFace, reader.TimmTowerPreTrainedModel):  # type: ignore[no-
     @staticmethod
     def _build(config: TimmTowerConfig, with_classifier: bool, make_head: Any) -> Tower:
         return build_for_transformers(config, with_classifier, make_head)
+
+    _make_code_head = staticmethod(make_code_head)
 
     @staticmethod
     def _read(files: Sequence[str], loading: TowerLoading) -> StoredTower:

@@ -17,7 +17,7 @@ from .files.checkpoint import CARD_NAME, CONFIG_NAME, FINGERPRINT_NAME, PREPROCE
 from .files.fingerprint import make_fingerprint
 from .files.sentence_files import write_sentence_files
 from .files.staging import staged_folder
-from .heads.stored_form import store_head
+from .heads.stored_form import store_any_head
 from .hub.card import CardOptions, TowerFacts, tower_facts
 from .hub.reader_file import AUTO_MAP, reader_lines, write_reader
 from .hub.trunk_source import is_separable
@@ -130,7 +130,7 @@ def storable_config(
             if own_head:
                 stored.head = {"form": SUBCLASS}
             else:
-                stored.head, sources = store_head(head, example, stored, include_code=bool(include_code))
+                stored.head, sources = store_any_head(head, example, stored, include_code=bool(include_code))
         stored.head["class"] = name or type(live).__name__
     stored.frozen = describe_frozen(tower)
     return ProvenForm(form, key, stored, sources), False

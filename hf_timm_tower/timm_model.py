@@ -18,7 +18,7 @@ from .build import (
     head_fields,
     resolve_config,
 )
-from .heads.registry import CustomHead, make_custom_head
+from .heads.registry import make_custom_head
 from .hub_mixin import TowerHubMixin
 from .interop.mixin import InterchangeMixin
 from .interop.timm_face import TimmFace
@@ -28,7 +28,7 @@ from .interop.torchscript import ScriptableTower
 from .reader.config import TimmTowerConfig, check_size
 from .reader.errors import ConfigError, HeadError
 from .reader.freezing import keep_statistics
-from .reader.head import LIVE, SUBCLASS, builtin_head, rebuild_head
+from .reader.head import LIVE, SUBCLASS, CustomHead, builtin_head, rebuild_head
 from .reader.image_processing import make_transform
 from .reader.model_args import FROM_TRUNK
 from .reader.tower import HeadInput, run_head

@@ -16,7 +16,7 @@ import torch.nn as nn
 from .reader.config import ATTENTION_POOLS, TimmTowerConfig, check_size
 from .reader.errors import ConfigError
 from .reader.model_args import FROM_TRUNK, encode
-from .reader.skip_init import no_init
+from .reader.skip_init import skip_init
 from .reader.trunk import (
     BUILD_ERRORS,
     UnsupportedPool,
@@ -232,7 +232,7 @@ def takes_img_size(architecture: str) -> bool:
     """Whether timm's constructor of an architecture takes `img_size`, found by trying it."""
     size = tuple(native_cfg(architecture)["input_size"][1:])
     try:
-        with no_init():
+        with skip_init():
             timm.create_model(architecture, img_size=size)
     except TypeError as error:
         if "img_size" in str(error):

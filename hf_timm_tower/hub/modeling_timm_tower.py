@@ -5,14 +5,16 @@ in the order of their imports. It reads JSON and safetensors, builds a timm mode
 """
 
 from PIL import Image
+import base64
+import binascii
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 import copy
 from dataclasses import dataclass, field, fields
 import difflib
 from functools import lru_cache, partial
-import functools
 import hashlib
 from huggingface_hub import hf_hub_download
 from huggingface_hub.dataclasses import strict
@@ -23,6 +25,7 @@ import math
 import numpy as np
 import os
 from pathlib import Path
+import re
 import reprlib
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -42,8 +45,10 @@ import torch
 from torch.distributions.dirichlet import _Dirichlet
 import torch.nn as nn
 import torch.nn.functional as functional
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize
 from torchvision.transforms.v2 import functional as F
@@ -55,7 +60,7 @@ from transformers import (
     VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
 )
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_relative_import_files
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import load_image
@@ -64,7 +69,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.generic import ModelOutput
 from transformers.utils.hub import cached_file
 from transformers.utils.loading_report import LoadStateDictInfo
-from typing import Any, ClassVar, Literal, Self, TypeVar, TypedDict
+from typing import Any, ClassVar, Literal, Self, TypedDict
 import warnings
 
 # --- errors.py
@@ -751,94 +756,324 @@ def check_architecture(name: str, saved_with: str | None = None) -> None:
 
 # --- skip_init.py
 
-"""Construct a module without initialising its parameters.
+"""Construct a module without initialising its parameters, and within bounds.
 
 timm's constructors spend most of their time in random initialisation that a checkpoint overwrites at once. Inside
-`no_init()` every in-place write into an `nn.Parameter` is left out, and nothing else: buffers and tensors computed
-in the constructor are real, which the meta device cannot offer (relative position indices, rotary tables, attention
-biases). Memory of the parameters is reserved, not touched.
+`skip_init()` every in-place write into an `nn.Parameter`, a view of one or its `.data` is left out, and nothing else:
+buffers and tensors computed in the constructor are real, which the meta device cannot offer (relative position indices,
+rotary tables, attention biases). Memory of the parameters is reserved, not touched. Whatever is drawn inside comes from
+a generator of its own, so that torch's global one is neither read nor set back.
+
+A config may come from anybody, so what it costs to build is counted while it is built: a `Budget`.
 """
 
 
-# These reserve memory without touching it, so that they may be counted after the fact; the others write at once.
-_LAZY = {torch.empty, torch.zeros}
-_EAGER = {torch.ones, torch.full, torch.rand, torch.randn, torch.eye, torch.arange, torch.linspace}
-# One tensor costs Python time even if it is tiny, so that a config with a million layers ends as well.
-_LEAST_CHARGE = 2**18
+class Budget:
+    """What building a model may cost, and what it cost so far. Time is bounded by these counts, not by a clock.
+
+    The limits, and the most that one of timm 1.0.31's largest architectures needs:
+
+    - `reserved`, 64 GiB: bytes of `torch.empty` and `torch.zeros`, which take no memory until they are written
+      (vit_7b_patch16_dinov3, 25 GiB in float32).
+    - `computed`, 512 MiB: bytes that are computed, copied or written for real (swinv2_cr_giant_384, 0.1 GiB).
+    - `tensors`, 250,000: calls of torch (maxvit_xlarge_tf_512, 33,000).
+    - `modules`, 20,000: modules put into another one (efficientnet_l2, 1,757).
+
+    Where the size of the weight files is known, what is reserved and computed together is at most four times as much
+    and 1 GiB: there are buffers, tables and files in half precision, but not another order of size.
+
+    Args:
+        total: Most bytes reserved and computed together, None where only the limits above hold.
+    """
+
+    def __init__(self, total: int | None = None) -> None:
+        self.limits = {"reserved": 2**36, "computed": 2**29, "tensors": 250_000, "modules": 20_000}
+        if total is not None:
+            self.limits["bytes"] = total
+        self.spent = dict.fromkeys((*self.limits, "bytes"), 0)
+
+    @classmethod
+    def default(cls) -> "Budget":
+        """The absolute limits alone, for a config whose weight files nobody has seen."""
+        return cls()
+
+    @classmethod
+    def for_weights(cls, nbytes: int) -> "Budget":
+        """For a config whose weight files hold so many bytes."""
+        budget = cls(4 * nbytes + 2**30)
+        budget.limits["computed"] += nbytes  # layers that torch makes by copying one
+        return budget
+
+    def charge(self, kind: str, amount: int) -> None:
+        """Count `amount` of one of `limits`; bytes are also counted together.
+
+        Raises:
+            ConfigError: a limit is exceeded.
+        """
+        self.spent[kind] += amount
+        if kind in ("reserved", "computed"):
+            self.spent["bytes"] += amount
+        for each in (kind, "bytes"):
+            limit = self.limits.get(each)
+            if limit is not None and self.spent[each] > limit:
+                what = f"{limit} {each}" if each in ("tensors", "modules") else f"{limit / 2**30:.2f} GiB"
+                raise ConfigError(
+                    f"the config asks for a model of more than {what}"
+                    + (", which its weight files do not hold" if each == "bytes" else "")
+                    + ": refused before it is built. The config does not belong to these weights, or is not one of timm"
+                )
 
 
-class _SkipInit(TorchFunctionMode):
-    def __init__(self, budget: int | None) -> None:
+_ACTIVE: ContextVar[Budget | None] = ContextVar("budget", default=None)
+_SIZED = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
+_LAZY = frozenset({torch.empty, torch.zeros})
+# Results of fewer elements than this are measured after they were made, larger ones on the meta device before.
+_SMALL = 2**22
+_DRAWS = frozenset(
+    """
+    rand randn randint randperm normal bernoulli poisson multinomial normal_ uniform_ random_ exponential_ geometric_
+    cauchy_ log_normal_ bernoulli_
+    """.split()
+)
+
+
+class _Construction(TorchFunctionMode):
+    def __init__(self, budget: Budget | None, *, skip: bool) -> None:
         super().__init__()
         self.budget = budget
-        self.spent = 0
+        self.skip = skip
+        self.generators: dict[str, torch.Generator] = {}
+        self.parameter_data: dict[int, torch.Tensor] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
         # functions of torch.nn.init pass their target by keyword when they come through here
         target = args[0] if args else kwargs.get("tensor")
-        if isinstance(target, nn.Parameter):
-            name = getattr(func, "__name__", "")
-            if name.endswith("_") and not name.endswith("__") and name != "requires_grad_":
-                return target
+        if name in ("__get__", "__set__"):
+            found = func(*args, **kwargs)
+            if isinstance(target, nn.Parameter) and isinstance(found, torch.Tensor):
+                self.parameter_data[id(found)] = found  # kept, so that the id stays its own
+            return found
+        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        if in_place and self.skip and isinstance(target, torch.Tensor) and self._is_parameter(target):
+            return target
+        if name in _DRAWS or name.endswith("_like") or getattr(func, "__module__", "") == "torch.nn.init":
+            func, args, kwargs = self._with_generator(func, name, target, args, kwargs)
         if self.budget is None:
             return func(*args, **kwargs)
-        if func in _LAZY:
-            try:
-                made = func(*args, **kwargs)
-            except RuntimeError:
-                self._charge(func(*args, **{**kwargs, "device": "meta"}))  # more than the machine has
-                raise
-            self._charge(made)
-            return made
-        if func in _EAGER:
-            self._charge(func(*args, **{**kwargs, "device": "meta"}))
-        return func(*args, **kwargs)
+        self.budget.charge("tensors", 1)
+        return self._charged(self.budget, func, name, target if in_place else None, args, kwargs)
 
-    def _charge(self, made: torch.Tensor) -> None:
-        self.spent += max(made.numel() * made.element_size(), _LEAST_CHARGE)
-        if self.budget is not None and self.spent > self.budget:
-            raise ConfigError(
-                f"the config asks for a model of more than {self.budget / 2**30:.2f} GiB, which its weight files do "
-                "not hold: refused before it is built. The config does not belong to these weights."
-            )
+    def _is_parameter(self, tensor: torch.Tensor) -> bool:
+        return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter) or (
+            id(tensor if tensor._base is None else tensor._base) in self.parameter_data
+        )
+
+    def _charged(
+        self, budget: Budget, func: Any, name: str, written: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call a function; what it makes is charged before it takes memory."""
+        inputs = list(_tensors_of((args, kwargs)))
+        if written is not None:
+            if self.skip:
+                budget.charge("computed", written.nbytes)
+            return func(*args, **kwargs)
+        if not inputs and (func in _SIZED or "device" in kwargs or name in _FACTORIES):
+            made = _size_of(func, args, kwargs)
+            budget.charge("reserved" if func in _LAZY else "computed", made)
+            return func(*args, **kwargs)
+        most = math.prod(max(tensor.numel(), 1) for tensor in inputs) * math.prod(_numbers_in((args, kwargs)))
+        if most * max(len(inputs), 1) > _SMALL:
+            with torch.device("meta"):
+                try:
+                    made = _on_meta(func, args, kwargs)
+                except NotImplementedError:
+                    made = None  # decided by values: at most as large as what it is made of, times its rank
+            known = {id(tensor) for tensor in inputs}
+            budget.charge("computed", _fresh(made, known) if made is not None else 8 * sum(t.nbytes for t in inputs))
+            return func(*args, **kwargs)
+        made = func(*args, **kwargs)
+        budget.charge("computed", _fresh(made, {tensor.untyped_storage()._cdata for tensor in inputs}))
+        return made
+
+    def _with_generator(
+        self, func: Any, name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """The same call, drawing from a generator of this block."""
+        place = target.device if isinstance(target, torch.Tensor) else kwargs.get("device")
+        kind = torch.device(place or torch.get_default_device()).type
+        if kind == "meta" or kwargs.get("generator") is not None:
+            return func, args, kwargs
+        if kind not in self.generators:
+            self.generators[kind] = torch.Generator(kind).manual_seed(0)
+        if name in ("rand_like", "randn_like"):
+            draw = torch.Tensor.uniform_ if name == "rand_like" else torch.Tensor.normal_
+            generator = self.generators[kind]
+            return lambda *a, **k: draw(torch.empty_like(*a, **k), generator=generator), args, kwargs
+        if name not in _DRAWS and not _takes_generator(func):
+            return func, args, kwargs
+        return func, args, {**kwargs, "generator": self.generators[kind]}
+
+
+_FACTORIES = frozenset("arange linspace logspace eye randint randperm tensor tril_indices triu_indices".split())
+
+
+@lru_cache(maxsize=256)
+def _takes_generator(func: Any) -> bool:
+    try:
+        return "generator" in inspect.signature(func).parameters
+    except (ValueError, TypeError):  # of a function in C
+        return False
+
+
+def _tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors_of(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors_of(item)
+
+
+def _numbers_in(value: Any) -> Iterator[int]:
+    if type(value) is int:
+        yield max(abs(value), 1)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _numbers_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _numbers_in(item)
+
+
+def _size_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Bytes that a factory function is asked for, found without making them."""
+    if func not in _SIZED:
+        if getattr(func, "__name__", "") == "tensor":
+            return 0  # as large as the Python values that are there already
+        made = func(*args, **{**kwargs, "device": "meta", **({"generator": None} if "generator" in kwargs else {})})
+        return int(made.nbytes)
+    size = kwargs.get("size", args[0] if args and isinstance(args[0], (tuple, list)) else args)
+    dtype = kwargs.get("dtype") or torch.get_default_dtype()
+    return math.prod(int(each) for each in size) * int(dtype.itemsize)
+
+
+def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
+    """The result of a call as it would be, without its memory."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to("meta")
+        if isinstance(value, (tuple, list)):
+            return type(value)(*map(move, value)) if hasattr(value, "_fields") else type(value)(map(move, value))
+        return None if isinstance(value, torch.Generator) else value
+
+    kwargs = {key: move(value) for key, value in kwargs.items() if key != "device"}
+    return func(*move(tuple(args)), **kwargs)
+
+
+def _fresh(made: Any, known: set[int]) -> int:
+    """Bytes of the tensors of a result that are not on the memory of an argument."""
+    return sum(
+        tensor.nbytes for tensor in _tensors_of(made) if tensor.is_meta or tensor.untyped_storage()._cdata not in known
+    )
+
+
+_COUNTS_MODULES = [False]
+
+
+def _count_module(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    budget = _ACTIVE.get()
+    if budget is not None:
+        budget.charge("modules", 1)
 
 
 @contextmanager
-def no_init(budget: int | None = None) -> Iterator[None]:
-    """Leave out every in-place write into a parameter, and leave torch's random state as it was.
-
-    Args:
-        budget: Most bytes that the constructor may ask for, None for no limit.
-
-    Raises:
-        ConfigError: the budget is exceeded.
-    """
-    with torch.random.fork_rng(devices=[]), _SkipInit(budget):
-        yield
-
-
-class Budget:
-    """TEMPORARY shim until the counted budget arrives."""
-
-    def __init__(self, nbytes: int | None) -> None:
-        self.nbytes = nbytes
-
-    @classmethod
-    def default(cls) -> "Budget":
-        return cls(None)
-
-    @classmethod
-    def for_weights(cls, nbytes: int) -> "Budget":
-        return cls(4 * nbytes + 2**30)
+def _construction(budget: Budget | None, *, skip: bool) -> Iterator[None]:
+    if budget is not None and not _COUNTS_MODULES[0]:
+        # Once for the process and never taken away: other threads walk torch's table of these hooks.
+        _COUNTS_MODULES[0] = True
+        register_module_module_registration_hook(_count_module)  # type: ignore[no-untyped-call]
+    token = _ACTIVE.set(budget if budget is not None else _ACTIVE.get())
+    try:
+        with _Construction(budget, skip=skip):
+            yield
+    finally:
+        _ACTIVE.reset(token)
 
 
 @contextmanager
 def skip_init(budget: Budget | None = None) -> Iterator[None]:
-    with no_init(None if budget is None else budget.nbytes):
+    """Leave out every in-place write into a parameter; torch's global random generators are not used.
+
+    Args:
+        budget: What may be built, None for no limit (a model of the caller's own).
+
+    Raises:
+        ConfigError: the budget is exceeded.
+    """
+    with _construction(budget, skip=True):
         yield
+
+
+@contextmanager
+def within_budget(budget: Budget) -> Iterator[None]:
+    """Initialise as usual, but count; nothing where a `skip_init` around it counts already.
+
+    Raises:
+        ConfigError: the budget is exceeded.
+    """
+    if _ACTIVE.get() is not None:
+        yield
+        return
+    with _construction(budget, skip=False):
+        yield
+
+
+class PrivateDraws(TorchDispatchMode):
+    """Inside, whatever is drawn at random comes from generators of this block, also in the backward pass.
+
+    torch's global generators are neither read nor set, so that other threads draw what they would have drawn.
+
+    Args:
+        seed: Of the generators, one for each kind of device.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+        self.generators: dict[str, torch.Generator] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunction():  # what calls of torch are made in turn is nobody's call
+            return self._draw(func, args, kwargs or {})
+
+    def _draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
+            return func(*args, **kwargs)
+        place = args[0].device if args and isinstance(args[0], torch.Tensor) else kwargs.get("device") or "cpu"
+        kind = torch.device(place).type
+        if kind == "meta":
+            return func(*args, **kwargs)
+        if kind not in self.generators:
+            self.generators[kind] = torch.Generator(kind).manual_seed(self.seed)
+        generator = self.generators[kind]
+        if any(argument.name == "generator" for argument in func._schema.arguments):
+            return func(*args, **{**kwargs, "generator": generator})
+        packet = func.overloadpacket
+        name = packet.__name__
+        if name in ("rand_like", "randn_like"):
+            made = torch.empty_like(args[0], **kwargs)
+            return made.uniform_(generator=generator) if name == "rand_like" else made.normal_(generator=generator)
+        overload = {"default": "generator", "low": "low_generator", "names": ""}.get(func._overloadname, "")
+        if overload in packet.overloads():
+            return getattr(packet, overload)(*args, **{**kwargs, "generator": generator})
+        return func(*args, **kwargs)
 
 # --- trunk.py
 
@@ -929,7 +1164,7 @@ def create_trunk(config: TimmTowerConfig, *, pretrained: bool = False, initialis
         if initialise:
             trunk = timm.create_model(name, pretrained=pretrained, **kwargs)
         else:
-            with no_init():
+            with skip_init():
                 trunk = timm.create_model(name, **kwargs)
     except BUILD_ERRORS as error:
         raise _build_error(config, kwargs, error) from error
@@ -1079,6 +1314,323 @@ def buffers_as_timm(module: nn.Module, dtype: torch.dtype) -> None:
                 recurse=False,
             )
 
+# --- graph_schema.py
+
+"""Phases one and two of reading a stored head: untrusted JSON to records, with every check that needs no module.
+
+After `parse_graph` every name is known, every operation is one of the table, every reference points back to something
+that exists, every string is one that an operation takes, and sizes are bounded. Each value is looked at once, so the
+audit is linear in the text. docs/format.md describes the JSON.
+"""
+
+
+Json = Any
+
+VERSION = 1
+# Of the heads in this package's tests (147, as people write them) the largest graph has 54 KiB of text, most of it an
+# embedded mask, 551 values and 38 modules.
+MAX_TEXT = 1 << 20
+MAX_VALUES = 200_000
+MAX_MODULES = 2_000
+MAX_MODULE_DEPTH = 32
+MAX_DEPTH = 16
+MAX_EMBEDDED_BYTES = 1 << 20
+
+_GRAPH_KEYS = frozenset("version input modules ties frozen dtypes layouts held constants forward train eval".split())
+_KEY = re.compile(r"[^.\x00-\x1f\x7f]{1,200}")
+# --- records: a stored head without any JSON left in it
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A parameter or buffer that the weights bring: its name within its module, shape and dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """One module: a layer of the table, a torch container, a plain part, or another name of an earlier module.
+
+    `values` are buffers that are not in the state dict, with their values.
+    """
+
+    name: str
+    kind: str
+    layer: str = ""
+    args: Any = None
+    same: str = ""
+    params: tuple[TensorSpec, ...] = ()
+    buffers: tuple[TensorSpec, ...] = ()
+    values: tuple[tuple[str, torch.Tensor], ...] = ()
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An audited graph. ``programs`` is empty where the root is itself a layer and needs none."""
+
+    shape: tuple[int | None, ...]
+    modules: tuple[ModuleSpec, ...]
+    ties: tuple[tuple[str, str], ...]
+    frozen: frozenset[str]
+    dtypes: tuple[tuple[str, torch.dtype], ...]
+    layouts: tuple[tuple[str, tuple[int, ...]], ...]
+    held: tuple[tuple[str, bool, bool], ...]
+    constants: tuple[torch.Tensor, ...]
+    programs: dict[bool, Program] = field(default_factory=dict)
+
+
+# --- the whole graph
+
+
+def parse_graph(graph: Json) -> Graph:
+    """Turn untrusted JSON into an audited `Graph`. Raises GraphError naming what was found and what was expected."""
+    if not isinstance(graph, dict):
+        raise GraphError(f"a stored head is a JSON object, found {type(graph).__name__}")
+    version = graph.get("version")
+    if type(version) is not int or version != VERSION:
+        raise GraphError(
+            f"the stored head has graph version {shown(version)}; this package reads version {VERSION}. A newer one "
+            "needs a newer hf_timm_tower"
+        )
+    check_extent(graph)
+    only(graph, _GRAPH_KEYS, "the stored head")
+    left = [MAX_EMBEDDED_BYTES]
+    modules = tuple(_module(item, left) for item in read_list(graph.get("modules"), "modules", MAX_MODULES))
+    _check_module_names(modules)
+    constants = [_tensor(item, left, f"constants[{i}]") for i, item in enumerate(_entries(graph, "constants"))]
+    programs = _programs(graph, _callable_names(modules), len(constants))
+    if not programs and modules[0].kind not in ("layer", "container"):
+        raise GraphError("the stored head has no forward, and its root is not a layer that brings its own")
+    if programs and modules[0].kind != "part":
+        raise GraphError("the stored head has a forward of its own, so its root must be a part")
+    return Graph(
+        shape=_input_shape(graph.get("input")),
+        modules=modules,
+        ties=tuple(read_names(item, "ties") for item in _entries(graph, "ties")),
+        frozen=frozenset(read_text(item, "frozen") for item in _entries(graph, "frozen")),
+        dtypes=tuple(
+            (read_text(name, "dtypes"), read_dtype(dtype, "dtypes"))
+            for name, dtype in (read_pair(item, "dtypes") for item in _entries(graph, "dtypes"))
+        ),
+        layouts=tuple(_layout(item) for item in _entries(graph, "layouts")),
+        held=tuple(_held(item) for item in _entries(graph, "held")),
+        constants=tuple(constants),
+        programs=programs,
+    )
+
+
+def check_extent(graph: Json) -> None:
+    """Bound nesting, the number of values and the length of texts, without recursion and before anything else.
+
+    Raises:
+        GraphError: a limit is exceeded.
+    """
+    level, values, letters = [graph], 1, 0
+    for _ in range(MAX_DEPTH):
+        deeper: list[Json] = []
+        for item in level:
+            inner = item.values() if isinstance(item, dict) else item
+            values += len(item)
+            letters += sum(map(len, item)) if isinstance(item, dict) else 0
+            letters += sum(len(part) for part in inner if isinstance(part, str))
+            deeper.extend(part for part in inner if isinstance(part, (dict, list)))
+            if values > MAX_VALUES or letters > MAX_TEXT:
+                raise GraphError(
+                    f"the stored head has more than {MAX_VALUES} values or {MAX_TEXT} letters: a forward of so many "
+                    "calls is not stored as a graph"
+                )
+        level = deeper
+        if not level:
+            return
+    raise GraphError(f"the stored head is nested deeper than {MAX_DEPTH} levels")
+
+
+def _entries(graph: dict[str, Json], key: str) -> list[Json]:
+    return read_list(graph.get(key, []), key, MAX_ITEMS)
+
+
+def _callable_names(modules: Sequence[ModuleSpec]) -> set[str]:
+    names: set[str] = set()
+    for module in modules:
+        whole = module.kind == "layer" or (module.kind == "container" and module.layer == "Sequential")
+        if (whole or module.same in names) and module.name:
+            names.add(module.name)
+    return names
+
+
+def _programs(graph: dict[str, Json], names: set[str], constants: int) -> dict[bool, Program]:
+    if "forward" in graph:
+        if "train" in graph or "eval" in graph:
+            raise GraphError("the stored head has both `forward` and one per mode")
+        program = read_program(graph["forward"], "forward", names, constants)
+        return {True: program, False: program}
+    if "train" in graph or "eval" in graph:
+        if "train" not in graph or "eval" not in graph:
+            raise GraphError("the stored head has a forward for one mode only; `train` and `eval` belong together")
+        return {
+            True: read_program(graph["train"], "train", names, constants),
+            False: read_program(graph["eval"], "eval", names, constants),
+        }
+    return {}
+
+
+# --- small pieces: each takes a value and where it stands, and gives it back checked
+
+
+def read_shape(value: Json, where: str) -> tuple[int, ...]:
+    sizes = read_list(value, where, 8)
+    if not all(type(size) is int and 0 <= size <= 2**40 for size in sizes):
+        raise GraphError(f"{where}: {shown(value)} is not a shape")
+    return tuple(sizes)
+
+
+def _key(value: Json, where: str) -> str:
+    if not isinstance(value, str) or not _KEY.fullmatch(value) or value.startswith("__"):
+        raise GraphError(f"{where}: {shown(value)} is not a name for a module or tensor")
+    return value
+
+
+def _tensor(value: Json, left: list[int], where: str) -> torch.Tensor:
+    """A tensor embedded in the graph; ``left`` holds the bytes that the graph may still embed and is reduced."""
+    if not isinstance(value, dict) or set(value) != {"shape", "dtype", "data"}:
+        raise GraphError(f"{where}: expected an object of shape, dtype and data")
+    shape, dtype = read_shape(value["shape"], where), read_dtype(value["dtype"], where)
+    nbytes = math.prod(shape) * dtype.itemsize
+    left[0] -= nbytes
+    if left[0] < 0:
+        raise GraphError(f"{where}: the tensors inside a stored head exceed {MAX_EMBEDDED_BYTES} bytes")
+    try:
+        data = base64.b64decode(value["data"], validate=True) if isinstance(value["data"], str) else b""
+    except (binascii.Error, ValueError) as error:
+        raise GraphError(f"{where}: data is not base64: {error}") from None
+    if len(data) != nbytes:
+        raise GraphError(f"{where}: {len(data)} bytes of data, expected {nbytes} for {shape} of {dtype}")
+    if nbytes == 0:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    if dtype is torch.bool and set(data) - {0, 1}:
+        raise GraphError(f"{where}: a bool tensor holds only 0 and 1")
+    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
+
+
+# --- modules
+
+
+def _input_shape(value: Json) -> tuple[int | None, ...]:
+    if not isinstance(value, dict) or set(value) != {"shape"}:
+        raise GraphError(f"input: expected an object with the input's shape, found {shown(value)}")
+    sizes = read_list(value["shape"], "input.shape", 8)
+    if not sizes or not all(size is None or (type(size) is int and 0 < size <= 2**31) for size in sizes):
+        raise GraphError(f"input.shape: {shown(sizes)} is not a shape with null for the sizes that may vary")
+    return tuple(sizes)
+
+
+def _layout(value: Json) -> tuple[str, tuple[int, ...]]:
+    name, order = read_pair(value, "layouts")
+    dims = read_list(order, "layouts", 8)
+    if not all(type(dim) is int for dim in dims) or sorted(dims) != list(range(len(dims))):
+        raise GraphError(f"layouts: {shown(order)} is not an order of dimensions")
+    return read_text(name, "layouts"), tuple(dims)
+
+
+def _held(value: Json) -> tuple[str, bool, bool]:
+    if not (isinstance(value, list) and len(value) == 3 and all(type(flag) is bool for flag in value[1:])):
+        raise GraphError(f"held: expected [module, in train, in eval], found {shown(value)}")
+    return read_text(value[0], "held"), value[1], value[2]
+
+
+def _module(value: Json, left: list[int]) -> ModuleSpec:
+    if not isinstance(value, dict):
+        raise GraphError(f"modules: expected objects, found {shown(value)}")
+    name = read_text(value.get("name"), "modules.name")
+    where = f"module {shown(name)}"
+    if "layer" in value:
+        only(value, {"name", "layer", "args"}, where)
+        return ModuleSpec(name, "layer", layer=read_text(value["layer"], where), args=value.get("args"))
+    if "container" in value:
+        only(value, {"name", "container"}, where)
+        if value["container"] not in ("Sequential", "ModuleList", "ModuleDict"):
+            raise GraphError(f"{where}: unknown container {shown(value['container'])}")
+        return ModuleSpec(name, "container", layer=value["container"])
+    if "same" in value:
+        only(value, {"name", "same"}, where)
+        return ModuleSpec(name, "same", same=read_text(value["same"], where))
+    only(value, {"name", "part", "params", "buffers", "values"}, where)
+    if value.get("part") is not True:
+        raise GraphError(f"{where}: is neither a layer, a container, another name, nor a part")
+    values = []
+    for item in read_list(value.get("values", []), where, MAX_ITEMS):
+        key, tensor = read_pair(item, where)
+        values.append((_key(key, where), _tensor(tensor, left, f"{where}, buffer {shown(key)}")))
+    params, buffers = (
+        tuple(_tensor_spec(item, where) for item in read_list(value.get(kind, []), where, MAX_ITEMS))
+        for kind in ("params", "buffers")
+    )
+    spec = ModuleSpec(name, "part", params=params, buffers=buffers, values=tuple(values))
+    if len(_tensor_names(spec)) != len(params) + len(buffers) + len(values):
+        raise GraphError(f"{where}: two tensors have the same name")
+    return spec
+
+
+def _tensor_names(spec: ModuleSpec) -> set[str]:
+    return {item.name for item in (*spec.params, *spec.buffers)} | {name for name, _ in spec.values}
+
+
+def _tensor_spec(value: Json, where: str) -> TensorSpec:
+    if not isinstance(value, list) or len(value) != 3:
+        raise GraphError(f"{where}: expected [name, shape, dtype], found {shown(value)}")
+    return TensorSpec(_key(value[0], where), read_shape(value[1], where), read_dtype(value[2], where))
+
+
+def _check_module_names(modules: Sequence[ModuleSpec]) -> None:
+    if not modules or modules[0].name != "" or modules[0].kind == "same":
+        raise GraphError("modules: the first one must be the head itself, named ''")
+    seen = {"": modules[0]}
+    tensors = {"": _tensor_names(modules[0])}
+    sizes: dict[str, list[str]] = {"": []}
+    for module in modules[1:]:
+        name, same = module.name, module.same
+        parent, _, key = name.rpartition(".")
+        _key(key, f"module {shown(name)}")
+        if name in seen:
+            raise GraphError(f"modules: {shown(name)} is there twice")
+        if name.count(".") >= MAX_MODULE_DEPTH:
+            raise GraphError(f"modules: {shown(name)} is nested deeper than {MAX_MODULE_DEPTH} levels")
+        if parent not in seen:
+            raise GraphError(f"modules: {shown(name)} comes before its parent")
+        if seen[parent].kind in ("layer", "same"):
+            raise GraphError(f"modules: {shown(parent)} is a {seen[parent].kind}, it cannot hold {shown(key)}")
+        if module.kind == "same" and (same not in seen or seen[same].kind == "same"):
+            raise GraphError(f"modules: {shown(name)} is another name of {shown(same)}, which is not there before it")
+        if module.kind == "same" and (name + ".").startswith(same + "." if same else ""):
+            raise GraphError(f"modules: {shown(name)} cannot be the module {shown(same)} that holds it")
+        if key in tensors[parent]:
+            raise GraphError(f"modules: {shown(name)} has the name of a tensor")
+        seen[name] = module
+        tensors[name] = _tensor_names(module)
+        sizes.setdefault(parent, []).append(same or name)
+    _check_paths(sizes)
+
+
+def _check_paths(children: dict[str, list[str]]) -> None:
+    """Refuse modules that hold each other, or so many names for the same ones that walking over them would not end."""
+    sizes: dict[str, int] = {}
+    unfinished: set[str] = set()
+
+    def size(name: str) -> int:
+        if name in unfinished:
+            raise GraphError(f"modules: {shown(name)} holds itself")
+        if name not in sizes:
+            unfinished.add(name)
+            sizes[name] = 1 + sum(map(size, children.get(name, ())))
+            unfinished.remove(name)
+        return sizes[name]
+
+    if size("") > MAX_MODULES:
+        raise GraphError(f"modules: shared modules have more than {MAX_MODULES} names")
+
 # --- graph_ops.py
 
 """The tensor operations a stored head may use: one table from a name in the file to a function of ours.
@@ -1191,22 +1743,7 @@ _SPECIAL = (
 
 _FFT = "fft ifft fft2 ifft2 fftn ifftn rfft irfft rfft2 irfft2 rfftn irfftn fftshift ifftshift fftfreq rfftfreq"
 
-_PROPERTIES = "T mT H mH real imag data"
-
-RANDOM_NAMES = frozenset(
-    """
-    torch.alpha_dropout torch.bernoulli torch.dropout torch.dropout_ torch.feature_alpha_dropout torch.feature_dropout
-    torch.multinomial torch.normal torch.poisson torch.rand torch.rand_like torch.randint torch.randint_like torch.randn
-    torch.randn_like torch.randperm torch.rrelu torch._standard_gamma torch.binomial
-    torch._sample_dirichlet torch.draw_dirichlet torch.gru torch.lstm torch.rnn_relu torch.rnn_tanh
-    Tensor.bernoulli Tensor.bernoulli_ Tensor.cauchy_ Tensor.exponential_ Tensor.geometric_ Tensor.log_normal_
-    Tensor.multinomial Tensor.normal_ Tensor.random_ Tensor.uniform_
-    F.alpha_dropout F.dropout F.dropout1d F.dropout2d F.dropout3d F.feature_alpha_dropout F.gumbel_softmax
-    F.multi_head_attention_forward F.rrelu F.scaled_dot_product_attention
-    """.split()
-)
-"""Operations whose result is not fixed by their arguments: they draw numbers."""
-
+TENSOR_PROPERTIES = ("T", "mT", "H", "mH", "real", "imag", "data")
 
 def _property_reader(name: str) -> Callable[[torch.Tensor], Any]:
     getter = getattr(torch.Tensor, name).__get__
@@ -1230,174 +1767,586 @@ def _draw_dirichlet(concentration: torch.Tensor) -> torch.Tensor:
     return _Dirichlet.apply(concentration)  # type: ignore[no-any-return]
 
 
-def _function_key(function: Any) -> Any:
-    """What identifies a function that torch hands to a function mode; getters and setters by their property."""
-    if getattr(function, "__name__", None) == "__get__":
-        return ("get", id(function.__self__))
-    if getattr(function, "__name__", None) == "__set__":
-        return ("set", id(function.__self__))
-    return function
-
-
-def _build_tables() -> tuple[dict[str, Callable[..., Any]], dict[Any, str]]:
-    ops: dict[str, Callable[..., Any]] = {}
-    names: dict[Any, str] = {}
-    spaces: list[tuple[str, Any, str]] = [
-        ("torch", torch, _TORCH),
-        ("Tensor", torch.Tensor, _TENSOR),
-        ("F", functional, _FUNCTIONAL),
-        ("linalg", torch.linalg, _LINALG),
-        ("special", torch.special, _SPECIAL),
-        ("fft", torch.fft, _FFT),
-    ]
-    for prefix, space, listed in spaces:
+def _build_table() -> dict[str, Callable[..., Any]]:
+    table: dict[str, Callable[..., Any]] = {}
+    for prefix, space, listed in OP_SPACES:
         for name in listed.split():
             function = getattr(space, name, None)  # a name from the lists above, never from a file
             if function is not None:
-                ops[f"{prefix}.{name}"] = function
-                names.setdefault(_function_key(function), f"{prefix}.{name}")
-    for name in _PROPERTIES.split():
-        ops[f"Tensor.{name}"] = _property_reader(name)
-        names[("get", id(getattr(torch.Tensor, name)))] = f"Tensor.{name}"
-    for empty, zeros in (("torch.empty", "torch.zeros"), ("torch.empty_like", "torch.zeros_like")):
-        names[getattr(torch, empty.split(".")[1])] = zeros
-    names[torch.Tensor.new_empty] = "Tensor.new_zeros"
-    ops["Tensor.set_data_"] = _set_data
-    names[("set", id(torch.Tensor.data))] = "Tensor.set_data_"
-    ops["torch.draw_dirichlet"] = _draw_dirichlet
-    return ops, names
+                table[f"{prefix}.{name}"] = function
+    for name in TENSOR_PROPERTIES:
+        table[f"Tensor.{name}"] = _property_reader(name)
+    table["Tensor.set_data_"] = _set_data
+    table["torch.draw_dirichlet"] = _draw_dirichlet
+    return table
 
 
-OPS, _NAMES = _build_tables()
-
-
-def name_of(function: Any) -> str | None:
-    """The table's name for a function as torch's function protocol reports it, or None if it is not in the table."""
-    try:
-        return _NAMES.get(_function_key(function))
-    except TypeError:  # unhashable callables are never ours
-        return None
-
-
-TORCH_FUNCTIONS: dict[type, str] = {_Dirichlet: "torch.draw_dirichlet"}
-"""Autograd functions of torch itself that stand in the table."""
-
-METADATA = frozenset(
-    """
-    shape size dim ndim ndimension dtype device is_cuda is_cpu is_floating_point is_complex is_contiguous stride numel
-    nelement __len__ requires_grad is_leaf layout is_sparse is_quantized is_meta is_mps is_xpu storage_offset
-    element_size itemsize nbytes get_device is_nested is_inference is_conj is_neg is_signed is_same_size __hash__
-    __repr__ __format__ __str__ names has_names is_distributed _is_view is_sparse_csr is_mkldnn
-    """.split()
+OP_SPACES: tuple[tuple[str, Any, str], ...] = (
+    ("torch", torch, _TORCH),
+    ("Tensor", torch.Tensor, _TENSOR),
+    ("F", functional, _FUNCTIONAL),
+    ("linalg", torch.linalg, _LINALG),
+    ("special", torch.special, _SPECIAL),
+    ("fft", torch.fft, _FFT),
 )
-"""Questions about a tensor that its values do not decide: answered natively while tracing, never recorded."""
+OPS = _build_table()
 
-VALUE_READERS = frozenset(
-    """
-    __bool__ __int__ __float__ __index__ __complex__ __array__ __contains__ __nonzero__ __long__ item tolist numpy
-    is_nonzero equal allclose __dlpack__ __array_interface__
-    """.split()
-)
-"""Calls that turn tensor values into Python values; data only where the tensor is the same in every run."""
+# --- graph_program.py
 
+"""A stored forward: its records, and its reading. Every node, argument and reference is checked as it is read.
 
-def plain_name(function: Any) -> str:
-    """The bare name of a torch function or property getter, for messages and the sets above."""
-    name = str(getattr(function, "__name__", function))
-    if name in {"__get__", "__set__", "__delete__"}:
-        owner = function.__self__
-        bare = getattr(owner, "__name__", None) or getattr(getattr(owner, "fget", None), "__name__", "property")
-        return str(bare) if name == "__get__" else f"{bare}.{name}"
-    return name
-
-
-def is_random(op: str) -> bool:
-    """Whether the operation's result is not fixed by its arguments."""
-    return op in RANDOM_NAMES
-
-
-_WRITES_STATISTICS = frozenset(
-    "F.batch_norm torch.batch_norm F.instance_norm torch.instance_norm F.embedding F.embedding_bag".split()
-)
-
-
-def writes_in_place(op: str, keywords: Iterable[str] = ()) -> bool:
-    """Whether the operation may change an argument: ``add_``, ``__iadd__``, ``__setitem__``, ``out=``, ``inplace=``."""
-    name = op.split(".", 1)[1]
-    if name.startswith("__"):
-        return name == "__setitem__" or (name.startswith("__i") and name != "__invert__")
-    return name.endswith("_") or not {"out", "inplace"}.isdisjoint(keywords)
-
-
-def has_effect(op: str, keywords: Iterable[str] = ()) -> bool:
-    """Whether the operation matters even if nobody uses its result: it draws numbers, writes, or keeps statistics."""
-    return is_random(op) or op in _WRITES_STATISTICS or writes_in_place(op, keywords)
-
-# --- graph_layers.py
-
-"""The layers a stored head may name: classes of `torch.nn` and `timm.layers` with arguments that can be read back.
-
-A layer is stored as its table name and constructor arguments only if it is exactly that class, carries no hooks, and a
-fresh one built from the arguments read back agrees with it in every attribute and tensor shape. Anything else (a
-subclass, a parametrized layer, a patched method) is not a layer here: it becomes a plain part, its forward is traced.
+An operation must stand in the table, a reference must point back to something that exists, a string must be a word that
+operations take, and numbers that decide alone how large a result is are bounded.
 """
 
 
-Reader = Callable[[nn.Module], Any]
-ReadArgs = Mapping[str, Any]
+Json = Any
+
+# The longest forward of the heads in this package's tests has 55 nodes; one that loops over 1,370 tokens has thousands.
+MAX_NODES = 10_000
+MAX_ITEMS = 10_000
+MAX_ELEMENTS = 2**31
+MAX_FORMULA_DEPTH = 6
+
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name)
+    for name in ("float32 float64 float16 bfloat16 complex64 complex128 int8 int16 int32 int64 uint8 bool".split())
+}
+MEMORY_FORMATS: dict[str, torch.memory_format] = {
+    "contiguous": torch.contiguous_format,
+    "preserve": torch.preserve_format,
+    "channels_last": torch.channels_last,
+    "channels_last_3d": torch.channels_last_3d,
+}
+FORMULAS: dict[str, Callable[[Any, Any], Any]] = {
+    "+": lambda a, b: a + b,
+    "*": lambda a, b: a * b,
+    "//": lambda a, b: a // b,
+    "/": lambda a, b: a / b,
+    "**": lambda a, b: a**b,
+    "log": lambda a, b: math.log(a) * b,
+    "max": max,
+}
+"""Operators of a formula in the batch size; powers are square roots only."""
+
+_KEYWORD = re.compile(r"[a-z][a-zA-Z0-9_]{0,40}")
+_REFERENCE = re.compile(r"%(\d{1,6})((?:\.\d{1,4}){0,4})")
+_CONSTANT = re.compile(r"#([0-9]{1,6})")
+_EINSUM = re.compile(r"[A-Za-z.,>\- ]{1,200}")
+_WORDS = frozenset(
+    """
+    mean sum none max min prod amax amin batchmean bilinear bicubic nearest nearest-exact linear trilinear area zeros
+    border reflection constant reflect replicate circular tanh floor trunc ij xy fro nuc lower higher midpoint backward
+    ortho forward same valid left right reduced complete r use_mm_for_euclid_dist_if_necessary use_mm_for_euclid_dist
+    donot_use_mm_for_euclid_dist
+    """.split()
+)
+_SIZED_BY_NUMBERS = frozenset(
+    """
+    torch.zeros torch.ones torch.full torch.rand torch.randn torch.randint torch.arange torch.eye torch.linspace
+    torch.logspace torch.randperm torch.normal torch.tile torch.repeat_interleave torch.tril_indices torch.triu_indices
+    torch.broadcast_to torch.tensor_split torch.chunk Tensor.new_full Tensor.new_ones Tensor.new_zeros Tensor.expand
+    Tensor.repeat Tensor.tile Tensor.repeat_interleave Tensor.broadcast_to Tensor.tensor_split Tensor.chunk
+    F.interpolate F.upsample F.one_hot F.pad F.adaptive_avg_pool2d F.adaptive_max_pool2d
+    """.split()
+)
+"""Operations whose numbers alone say how large the result is. What sizes and numbers do together is counted when the
+graph runs (`graph_head.Sizes`)."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A tensor at run time: ``kind`` is "input", "node" (with a path into its result), "tensor" or "constant"."""
+
+    kind: str
+    index: int = 0
+    path: tuple[int, ...] = ()
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A number that follows the batch size."""
+
+    expr: Any
+
+
+@dataclass(frozen=True)
+class FromInput:
+    """Something taken from the input at run time: "device" or "dtype"."""
+
+    what: str
+
+
+@dataclass(frozen=True)
+class DtypeOf:
+    """The dtype that a parameter or buffer has at run time."""
+
+    tensor: Reference
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A dict in an argument or output, in order; ``kind`` is "d" or "ordered"."""
+
+    kind: str
+    items: tuple[tuple[Any, Any], ...]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A slice whose parts may be formulas."""
+
+    start: Any
+    stop: Any
+    step: Any
+
+
+@dataclass(frozen=True)
+class Node:
+    """One step of a program: ``kind`` is "op", "call" or "write", ``target`` the operation, module or buffer."""
+
+    kind: str
+    target: str
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    no_grad: bool
+    autocast: tuple[tuple[str, bool, str | None], ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """The forward of one mode."""
+
+    nodes: tuple[Node, ...]
+    output: Any
+
+
+# --- small pieces: each takes a value and where it stands, and gives it back checked
+
+
+def only(value: dict[str, Json], known: Set[str], where: str) -> None:
+    unknown = sorted(str(key) for key in value if key not in known)
+    if unknown:
+        raise GraphError(f"{where}: unknown keys {shown(unknown[:4])}; expected some of {sorted(known)}")
+
+
+def read_list(value: Json, where: str, most: int) -> list[Json]:
+    if not isinstance(value, list) or len(value) > most:
+        raise GraphError(f"{where}: expected a list of at most {most} items, found {shown(value)}")
+    return value
+
+
+def read_text(value: Json, where: str) -> str:
+    if not isinstance(value, str) or len(value) > 2000:
+        raise GraphError(f"{where}: expected a name, found {shown(value)}")
+    return value
+
+
+def read_pair(value: Json, where: str) -> tuple[Json, Json]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise GraphError(f"{where}: expected a pair, found {shown(value)}")
+    return value[0], value[1]
+
+
+def read_names(value: Json, where: str) -> tuple[str, str]:
+    first, second = read_pair(value, where)
+    return read_text(first, where), read_text(second, where)
+
+
+def read_dtype(value: Json, where: str) -> torch.dtype:
+    if not isinstance(value, str) or value not in DTYPES:
+        raise GraphError(f"{where}: {shown(value)} is not a dtype; expected one of {sorted(DTYPES)}")
+    return DTYPES[value]
+
+
+def _flag(value: Json, where: str) -> bool:
+    if type(value) is not bool:
+        raise GraphError(f"{where}: {shown(value)} is neither true nor false")
+    return value
+
+
+# --- programs
+
+
+def read_program(value: Json, where: str, modules: set[str], constants: int) -> Program:
+    """The forward of one mode; `modules` are the names it may call, `constants` how many tensors it may refer to."""
+    if not isinstance(value, dict):
+        raise GraphError(f"{where}: expected an object with nodes and output")
+    only(value, {"nodes", "output"}, where)
+    nodes: list[Node] = []
+    for index, item in enumerate(read_list(value.get("nodes"), f"{where}.nodes", MAX_NODES)):
+        nodes.append(_node(item, _ValueReader(nodes, constants, f"{where}.nodes[{index}]"), modules))
+    if "output" not in value:
+        raise GraphError(f"{where}: has no output")
+    return Program(tuple(nodes), _ValueReader(nodes, constants, f"{where}.output").read(value["output"]))
+
+
+def _node(value: Json, reader: "_ValueReader", modules: set[str]) -> Node:
+    where = reader.where
+    if not isinstance(value, dict):
+        raise GraphError(f"{where}: expected an object, found {shown(value)}")
+    kinds = [kind for kind in ("op", "call", "write") if kind in value]
+    if len(kinds) != 1:
+        raise GraphError(f"{where}: expected exactly one of op, call, write")
+    kind = kinds[0]
+    only(value, {kind, "in", "kw", "no_grad", "autocast"}, where)
+    target = read_text(value[kind], where)
+    if kind == "op" and target not in OPS:
+        raise GraphError(
+            f"{where}: {shown(target)} is not an operation that a stored head may use (or this torch lacks it)"
+        )
+    if kind == "call" and target not in modules:
+        raise GraphError(f"{where}: calls {shown(target)}, which is not a layer of the head")
+    reader.op = target if kind == "op" else ""
+    args = tuple(reader.read(item) for item in read_list(value.get("in", []), where, MAX_ITEMS))
+    keywords = value.get("kw", {})
+    if not isinstance(keywords, dict) or not all(isinstance(key, str) and _KEYWORD.fullmatch(key) for key in keywords):
+        raise GraphError(f"{where}: keyword arguments {shown(keywords)} are not an object of plain names")
+    kwargs = tuple((key, reader.read(item)) for key, item in keywords.items())
+    if kind == "write" and (kwargs or len(args) != 1 or not isinstance(args[0], Reference)):
+        raise GraphError(f"{where}: a write takes exactly one tensor")
+    if target in _SIZED_BY_NUMBERS and reader.product > MAX_ELEMENTS:
+        raise GraphError(f"{where}: {target} asks for {reader.product:.3g} elements, more than {MAX_ELEMENTS}")
+    return Node(kind, target, args, kwargs, _flag(value.get("no_grad", False), where), _autocast(value, where))
+
+
+def _autocast(value: dict[str, Json], where: str) -> tuple[tuple[str, bool, str | None], ...]:
+    regions = []
+    for item in read_list(value.get("autocast", []), f"{where}.autocast", 8):
+        valid = isinstance(item, list) and len(item) == 3 and item[0] in ("input", "cuda") and type(item[1]) is bool
+        if not valid or item[2] not in (None, "float16", "bfloat16", "float32"):
+            raise GraphError(f"{where}: autocast {shown(item)} is not [device, enabled, dtype]")
+        regions.append((item[0], item[1], item[2]))
+    return tuple(regions)
+
+
+class _ValueReader:
+    """Reads the arguments of one node; references may only point to nodes before it."""
+
+    def __init__(self, nodes: Sequence[Node], constants: int, where: str) -> None:
+        self.nodes, self.constants, self.where = nodes, constants, where
+        self.op = ""
+        self.product = 1.0
+
+    def read(self, value: Json) -> Any:
+        """Decode one JSON value; GraphError if it is not one that a save writes."""
+        if value is None or type(value) in (bool, float):
+            return value
+        if type(value) is int:
+            if abs(value) >= 2**63:
+                raise GraphError(f"{self.where}: the number {shown(value)} is too large")
+            self.product *= max(abs(value), 1)
+            return value
+        if isinstance(value, str):
+            return self._reference(value)
+        if isinstance(value, list):
+            return [self.read(item) for item in read_list(value, self.where, MAX_ITEMS)]
+        if isinstance(value, dict) and len(value) == 1:
+            ((tag, inner),) = value.items()
+            return self._tagged(tag, inner)
+        raise GraphError(f"{self.where}: {shown(value)} is not an argument")
+
+    def _tagged(self, tag: str, inner: Json) -> Any:
+        if tag == "t":
+            return tuple(self.read(item) for item in read_list(inner, self.where, MAX_ITEMS))
+        if tag in ("d", "ordered"):
+            pairs = [read_pair(item, self.where) for item in read_list(inner, self.where, MAX_ITEMS)]
+            return Pairs(tag, tuple((self._dict_key(key), self.read(item)) for key, item in pairs))
+        if tag == "s":
+            return self._string(inner)
+        if tag == "slice" and isinstance(inner, list) and len(inner) == 3:
+            return Slice(*(self.read(item) for item in inner))
+        if tag == "..." and inner is True:
+            return Ellipsis
+        if tag == "f" and inner in ("inf", "-inf", "nan"):
+            return float(inner)
+        if tag == "complex" and isinstance(inner, list) and len(inner) == 2:
+            parts = [self.read(item) for item in inner]
+            if all(isinstance(part, (int, float)) for part in parts):
+                return complex(*parts)
+        if tag == "n":
+            check_formula(inner)
+            return Formula(inner)
+        if tag in ("dtype", "device") and inner == "input":
+            return FromInput(tag)
+        if tag == "dtype" and isinstance(inner, str) and inner.startswith("$"):
+            return DtypeOf(self._reference(inner))
+        if tag == "dtype":
+            return read_dtype(inner, self.where)
+        if tag == "memory" and isinstance(inner, str) and inner in MEMORY_FORMATS:
+            return MEMORY_FORMATS[inner]
+        if tag == "layout" and inner == "strided":
+            return torch.strided
+        raise GraphError(f"{self.where}: {{{shown(tag)}: {shown(inner)}}} is not an argument")
+
+    def _dict_key(self, value: Json) -> Any:
+        if isinstance(value, dict) and set(value) == {"s"} and isinstance(value["s"], str) and len(value["s"]) <= 200:
+            return value["s"]
+        if value is None or type(value) in (bool, int):
+            return value
+        raise GraphError(f"{self.where}: {shown(value)} is not a key of a dict")
+
+    def _string(self, value: Json) -> str:
+        if isinstance(value, str) and (value in _WORDS or (self.op == "torch.einsum" and _EINSUM.fullmatch(value))):
+            return value
+        if isinstance(value, str) and self.where.endswith(".output") and len(value) <= 200:
+            return value  # a label that the head returns beside its tensors
+        raise GraphError(f"{self.where}: {shown(value)} is not a word that {self.op or 'a layer'} takes")
+
+    def _reference(self, value: str) -> Reference:
+        if value == "x":
+            return Reference("input")
+        if value.startswith("$"):
+            return Reference("tensor", name=value[1:])
+        if (constant := _CONSTANT.fullmatch(value)) and int(constant[1]) < self.constants:
+            return Reference("constant", index=int(constant[1]))
+        match = _REFERENCE.fullmatch(value)
+        if match and int(match[1]) < len(self.nodes) and self.nodes[int(match[1])].kind != "write":
+            return Reference("node", index=int(match[1]), path=tuple(int(step) for step in match[2].split(".")[1:]))
+        raise GraphError(f"{self.where}: {shown(value)} refers to nothing that exists before this point")
+
+
+def check_formula(expr: Json, depth: int = 0) -> None:
+    """Raise GraphError unless `expr` is a formula of the batch size: ``"B"``, a number, or ``[operator, a, b]``."""
+    if expr == "B" or (type(expr) in (int, float) and abs(expr) <= 2**40):
+        return
+    known = isinstance(expr, list) and len(expr) == 3 and isinstance(expr[0], str) and expr[0] in FORMULAS
+    if not known or depth >= MAX_FORMULA_DEPTH:
+        raise GraphError(f"{shown(expr)} is not a formula of the batch size")
+    if expr[0] == "**" and expr[2] not in (0.5, -0.5):
+        raise GraphError(f"a formula of the batch size raises to the power {shown(expr[2])}; only 0.5 and -0.5 occur")
+    check_formula(expr[1], depth + 1)
+    check_formula(expr[2], depth + 1)
+
+
+def evaluate(expr: Json, batch: int) -> int | float:
+    """The value of an audited formula for a batch size. Raises GraphError where it has none (a division by zero)."""
+    if expr == "B":
+        return batch
+    if isinstance(expr, list):
+        try:
+            return FORMULAS[expr[0]](evaluate(expr[1], batch), evaluate(expr[2], batch))  # type: ignore[no-any-return]
+        except (ZeroDivisionError, ValueError, OverflowError) as error:
+            raise GraphError(f"the head cannot take a batch of {batch}: {error}") from None
+    return expr  # type: ignore[no-any-return]
+
+# --- graph_sizes.py
+
+"""How large the results of a stored head's calls become, known before each call is made.
+
+Each call of a graph may be modest and their sequence not: ``cat([y, y])`` thirty times, an outer product, one call that
+splits a tensor into millions. So at the first input of a shape each call is made on the meta device before it is made
+for real, and the bytes that all of them ask for are bounded. The same call on the same shapes is not looked at again.
+"""
+
+
+# What all calls of one forward may make together: 128 MiB, and 1024 times the input and 64 times the weights. Attention
+# written by hand over 1,370 tokens of width 1024 and 16 heads makes 220 times its input; a margin loss over 100,000
+# classes ten times the logits of its batch.
+_LEAST, _PER_INPUT, _PER_WEIGHTS = 2**27, 1024, 64
+_MAX_TENSORS = 2**16
+_MAX_KNOWN = 4096
+_BY_VALUES = frozenset(
+    "torch.nonzero torch.argwhere torch.masked_select torch.unique_consecutive Tensor.nonzero Tensor.argwhere "
+    "Tensor.masked_select Tensor.unique Tensor.unique_consecutive Tensor.__getitem__ Tensor.__setitem__ torch.where "
+    "Tensor.where torch.index_put Tensor.index_put Tensor.index_put_".split()
+)
+"""Values decide the size of the result, which is at most that of the largest argument times its rank."""
+_DECOMPOSITIONS = frozenset(
+    "svd qr eigh eigvalsh det slogdet logdet inverse inv pinv pinverse lstsq solve matrix_exp cond matrix_rank svdvals "
+    "lu_factor cholesky geqrf".split()
+)
+"""Work grows with the cube of a matrix's width, its bytes with the square."""
+
+
+RECORDING: ContextVar[bool] = ContextVar("recording", default=False)
+"""Set while a head of this process is recorded to be stored: looking at sizes would be recorded too."""
+
+
+class Sizes:
+    """What is known of the sizes in one head: which calls were looked at, and what they make."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, int] = {}
+
+    def start(self, head: nn.Module, x: torch.Tensor) -> "_Counted | None":
+        """The count of one forward; None where torch compiles or exports the head, which calls nothing for real."""
+        if RECORDING.get() or torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta:
+            return None
+        weights = sum(tensor.nbytes for tensor in (*head.parameters(), *head.buffers()))
+        if len(self.known) > _MAX_KNOWN:
+            self.known.clear()
+        limit = _LEAST + _PER_INPUT * x.nbytes + _PER_WEIGHTS * weights
+        return _Counted(self.known, (tuple(x.shape), x.dtype, head.training), limit)
+
+
+class _Counted:
+    """Bytes that one forward has made so far."""
+
+    def __init__(self, known: dict[Any, int], key: tuple[Any, ...], limit: int) -> None:
+        self.known, self.key, self.limit = known, key, limit
+        self.spent = 0
+
+    def check(self, index: int, name: str, function: Any, args: Any, kwargs: Any) -> None:
+        """Count a call that is about to be made. Raises GraphError if the forward makes too much with it."""
+        tensors = _flat((args, kwargs))
+        key = (*self.key, index, *((tensor.shape, tensor.dtype) for tensor in tensors))
+        made = self.known.get(key)
+        if made is None:
+            made, lasting = self._measure(name, function, args, kwargs, tensors)
+            if lasting:
+                self.known[key] = made
+        self.spent += made
+        if self.spent > self.limit:
+            raise _too_much(name, self.spent, self.limit)
+
+    def _measure(
+        self, name: str, function: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]
+    ) -> tuple[int, bool]:
+        """Bytes that a call makes, and whether that holds for all inputs of these shapes."""
+        largest = max((tensor.nbytes for tensor in tensors), default=0)
+        if name in ("torch.bincount", "Tensor.bincount", "F.one_hot", "torch.repeat_interleave",
+                    "Tensor.repeat_interleave") and (made := _by_counts(name, args, kwargs)) is not None:  # fmt: skip
+            return made, False
+        factor = 1
+        if name.rpartition(".")[2] in _DECOMPOSITIONS:
+            factor = max([1, *(max(tensor.shape[-2:], default=1) // 64 for tensor in tensors)])
+        count = _Count(self.limit)
+        move = _Mover()
+        try:
+            with torch.no_grad(), torch.device("meta"), count:
+                move(function)(*move(args), **move(kwargs))
+        except GraphError:
+            raise _too_much(name, self.spent + count.made, self.limit) from None
+        except Exception as error:  # this call cannot be sized; a call that is wrong fails for real just after
+            by_values = name in _BY_VALUES or isinstance(function, nn.Module)
+            if not by_values and not isinstance(error, NotImplementedError):
+                return 0, False
+            rank = max((tensor.dim() for tensor in tensors), default=1)
+            if by_values:
+                return 8 * max(rank, 1) * largest, True
+            return min(8 * math.prod(max(tensor.numel(), 1) for tensor in tensors), self.limit + 1), True
+        return count.made * factor, True
+
+
+def _too_much(name: str, spent: int, limit: int) -> GraphError:
+    return GraphError(
+        f"the stored head makes more than {limit / 2**20:.0f} MiB of intermediate tensors for this input (at {name}, "
+        f"{shown(spent)} bytes so far): it is refused before it takes the memory"
+    )
+
+
+class _Count(TorchDispatchMode):
+    """Counts the bytes that calls make, and ends the run where they are too many."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit, self.made, self.tensors = limit, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if name in ("aten::unbind", "aten::split") and isinstance(args[0], torch.Tensor):
+            dim = args[1] if name == "aten::unbind" and len(args) > 1 else args[2] if len(args) > 2 else 0
+            size = 1 if name == "aten::unbind" else max(args[1], 1) if isinstance(args[1], int) else 1
+            self._add(0, args[0].shape[dim] // size)
+        known = {tensor.untyped_storage()._cdata for tensor in _flat((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        made = _flat(result)
+        memory = [tensor.untyped_storage() for tensor in made]
+        self._add(sum(each.nbytes() for each in memory if each._cdata not in known), len(made))
+        return result
+
+    def _add(self, nbytes: int, tensors: int) -> None:
+        self.made += nbytes
+        self.tensors += tensors
+        if self.made > self.limit or self.tensors > _MAX_TENSORS:
+            raise GraphError("too much")
+
+
+class _Mover:
+    """Values as they are, but for tensors and modules, which become twins without memory; one twin for one tensor."""
+
+    def __init__(self) -> None:
+        self.memo: dict[int, Any] = {}
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self.memo.setdefault(id(value), value.detach().to("meta"))
+        if isinstance(value, nn.Module):
+            for tensor in (*value.parameters(), *value.buffers()):
+                twin = tensor.detach().to("meta")
+                self.memo[id(tensor)] = nn.Parameter(twin, False) if isinstance(tensor, nn.Parameter) else twin
+            return copy.deepcopy(value, self.memo)
+        if isinstance(value, torch.device):
+            return torch.device("meta")
+        if isinstance(value, (tuple, list)):
+            return type(value)([self(item) for item in value])
+        if isinstance(value, dict):
+            return {key: self(item) for key, item in value.items()}
+        return value
+
+
+def _flat(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [tensor for item in value for tensor in _flat(item)] if isinstance(value, (tuple, list)) else []
+
+
+def _by_counts(name: str, args: Any, kwargs: Any) -> int | None:
+    """Bytes of a result that is as large as the numbers in a tensor say; None where none says it."""
+    values = args[0] if args and isinstance(args[0], torch.Tensor) else None
+    if name.endswith("repeat_interleave"):
+        repeats = args[1] if len(args) > 1 else kwargs.get("repeats", values)
+        if not isinstance(repeats, torch.Tensor) or repeats.is_meta:
+            return None
+        row = 1 if values is None or values is repeats else max(values.numel() // max(values.shape[0], 1), 1)
+        return 8 * int(repeats.sum()) * max(row, 1)
+    if values is None or values.is_meta or not values.numel():
+        return None
+    width = int(values.max()) + 1
+    return 8 * width * (values.numel() if name == "F.one_hot" else 1)
+
+# --- graph_layers.py
+
+"""The layers a stored head may name: classes of `torch.nn` and `timm.layers`, and the arguments each is made with.
+
+A layer is stored as its name in this table and its constructor arguments (`heads/layers.py` reads them off a layer).
+Anything else (a subclass, a parametrized layer, a patched method) is a plain part, whose forward is traced.
+"""
+
 
 _MAX_STACKED = 64
-"""Most layers a recurrent network or a transformer stack may have: constructing is linear in it."""
-
+"""Most layers a recurrent network or a transformer stack may have; GPT-2 XL and ViT-22B have 48."""
+_MAX_GROWTH = 2**31
 _MAX_INT = 2**31
 _STRINGS = frozenset(
     "zeros reflect replicate circular same valid none tanh relu gelu nearest linear bilinear bicubic trilinear area "
     "nearest-exact".split()
 )
+_SIZES_RESULT = frozenset(
+    "output_size padding stride dilation output_padding scale_factor size upscale_factor kernel_size".split()
+)
 
+_CONV_ARGS = "in_channels out_channels kernel_size stride padding dilation groups bias? padding_mode"
+_DECONV_ARGS = "in_channels out_channels kernel_size stride padding output_padding groups bias? dilation padding_mode"
+_BATCH_ARGS = "num_features eps momentum affine track_running_stats"
+_RNN_ARGS = "input_size hidden_size num_layers bias batch_first dropout bidirectional"
+_MAX_POOL_ARGS = "kernel_size stride padding dilation return_indices ceil_mode"
 
-@dataclass(frozen=True)
-class Layer:
-    """One row of the table: a class and how its constructor arguments are read from an instance."""
-
-    cls: type[nn.Module]
-    readers: Mapping[str, Reader]
-
-
-def _attribute(name: str) -> Reader:
-    return lambda module: getattr(module, name)  # names from the table below, never from a file
-
-
-def _has(name: str) -> Reader:
-    return lambda module: getattr(module, name) is not None
-
-
-def _first_size(module: nn.Module) -> Any:
-    shape: Any = module.normalized_shape
-    return shape[0]
-
-
-def _length(name: str) -> Reader:
-    return lambda module: getattr(module, name).numel()
-
-
-_CONV = "in_channels out_channels kernel_size stride padding dilation groups bias? padding_mode"
-_DECONV = "in_channels out_channels kernel_size stride padding output_padding groups bias? dilation padding_mode"
-_BATCH = "num_features eps momentum affine track_running_stats"
-_RNN = "input_size hidden_size num_layers bias batch_first dropout bidirectional"
-_MAX = "kernel_size stride padding dilation return_indices ceil_mode"
-
-_NN = {
+NN_LAYERS = {
     "Linear": "in_features out_features bias?",
     "Bilinear": "in1_features in2_features out_features bias?",
     "Identity": "",
     "Flatten": "start_dim end_dim",
     "Unflatten": "dim unflattened_size",
-    "Conv1d": _CONV, "Conv2d": _CONV, "Conv3d": _CONV,
-    "ConvTranspose1d": _DECONV, "ConvTranspose2d": _DECONV, "ConvTranspose3d": _DECONV,
-    "BatchNorm1d": _BATCH, "BatchNorm2d": _BATCH, "BatchNorm3d": _BATCH,
-    "InstanceNorm1d": _BATCH, "InstanceNorm2d": _BATCH, "InstanceNorm3d": _BATCH,
-    "LayerNorm": "normalized_shape eps elementwise_affine",
+    "Conv1d": _CONV_ARGS, "Conv2d": _CONV_ARGS, "Conv3d": _CONV_ARGS,
+    "ConvTranspose1d": _DECONV_ARGS, "ConvTranspose2d": _DECONV_ARGS, "ConvTranspose3d": _DECONV_ARGS,
+    "BatchNorm1d": _BATCH_ARGS, "BatchNorm2d": _BATCH_ARGS, "BatchNorm3d": _BATCH_ARGS,
+    "InstanceNorm1d": _BATCH_ARGS, "InstanceNorm2d": _BATCH_ARGS, "InstanceNorm3d": _BATCH_ARGS,
+    "LayerNorm": "normalized_shape eps elementwise_affine bias?",
     "RMSNorm": "normalized_shape eps elementwise_affine",
     "GroupNorm": "num_groups num_channels eps affine",
     "LocalResponseNorm": "size alpha beta k",
@@ -1418,7 +2367,7 @@ _NN = {
     "AvgPool1d": "kernel_size stride padding ceil_mode count_include_pad",
     "AvgPool2d": "kernel_size stride padding ceil_mode count_include_pad divisor_override",
     "AvgPool3d": "kernel_size stride padding ceil_mode count_include_pad divisor_override",
-    "MaxPool1d": _MAX, "MaxPool2d": _MAX, "MaxPool3d": _MAX,
+    "MaxPool1d": _MAX_POOL_ARGS, "MaxPool2d": _MAX_POOL_ARGS, "MaxPool3d": _MAX_POOL_ARGS,
     "LPPool1d": "norm_type kernel_size stride ceil_mode", "LPPool2d": "norm_type kernel_size stride ceil_mode",
     "ZeroPad1d": "padding", "ZeroPad2d": "padding", "ReflectionPad1d": "padding", "ReflectionPad2d": "padding",
     "ReplicationPad1d": "padding", "ReplicationPad2d": "padding",
@@ -1427,212 +2376,94 @@ _NN = {
     "PixelShuffle": "upscale_factor", "PixelUnshuffle": "downscale_factor", "ChannelShuffle": "groups",
     "Fold": "output_size kernel_size dilation padding stride", "Unfold": "kernel_size dilation padding stride",
     "CosineSimilarity": "dim eps", "PairwiseDistance": "norm eps keepdim",
-    "RNN": _RNN + " nonlinearity", "GRU": _RNN, "LSTM": _RNN + " proj_size",
+    "RNN": _RNN_ARGS + " nonlinearity", "GRU": _RNN_ARGS, "LSTM": _RNN_ARGS + " proj_size",
     "RNNCell": "input_size hidden_size bias nonlinearity", "GRUCell": "input_size hidden_size bias",
     "LSTMCell": "input_size hidden_size bias",
 }  # fmt: skip
 """Argument names of each `torch.nn` layer. Attributes have the same names; ``bias?`` reads `bias is not None`."""
 
-
-def _plain(cls: type[nn.Module], names: str) -> Layer:
-    readers = {}
-    for name in names.split():
-        bare = name.rstrip("?")
-        readers[bare] = _has(bare) if name.endswith("?") else _attribute(bare)
-    return Layer(cls, readers)
-
-
-def _transformer_layer_readers() -> dict[str, Reader]:
-    return {
-        "d_model": lambda m: m.linear1.in_features,
-        "nhead": lambda m: m.self_attn.num_heads,
-        "dim_feedforward": lambda m: m.linear1.out_features,
-        "dropout": lambda m: m.dropout.p,
-        "activation": lambda m: _activation_name(m.activation),
-        "layer_norm_eps": lambda m: m.norm1.eps,
-        "batch_first": lambda m: m.self_attn.batch_first,
-        "norm_first": lambda m: m.norm_first,
-        "bias": lambda m: m.linear1.bias is not None,
-    }
-
-
-def _activation_name(function: Any) -> str:
-    for name in ("relu", "gelu"):
-        if function is getattr(nn.functional, name):
-            return name
-    raise AttributeError(f"activation {function!r} is neither relu nor gelu")
-
-
-def _stack_readers(**more: Reader) -> dict[str, Reader]:
-    return {
-        "layer": lambda m: read_layer(m.layers[0], stacked=True),
-        "num_layers": lambda m: m.num_layers,
-        "norm": lambda m: None if m.norm is None else read_layer(m.norm, stacked=True),
-        **more,
-    }
-
-
-def _make_table() -> dict[str, Layer]:
-    table = {name: _plain(getattr(nn, name), names) for name, names in _NN.items() if hasattr(nn, name)}
-    table["LayerNorm"] = Layer(
-        nn.LayerNorm,
-        {**table["LayerNorm"].readers, "bias": lambda m: not m.elementwise_affine or m.bias is not None},
-    )
-    table["MultiheadAttention"] = Layer(
+_ENCODER_LAYER_ARGS = "d_model nhead dim_feedforward dropout activation layer_norm_eps batch_first norm_first bias"
+_OTHER_LAYERS: dict[str, tuple[Any, str]] = {
+    "MultiheadAttention": (
         nn.MultiheadAttention,
-        {
-            **_plain(nn.Module, "embed_dim num_heads dropout add_zero_attn kdim vdim batch_first").readers,
-            "bias": _has("in_proj_bias"),
-            "add_bias_kv": _has("bias_k"),
-        },
+        "embed_dim num_heads dropout add_zero_attn kdim vdim batch_first bias add_bias_kv",
+    ),
+    "TransformerEncoderLayer": (nn.TransformerEncoderLayer, _ENCODER_LAYER_ARGS),
+    "TransformerDecoderLayer": (nn.TransformerDecoderLayer, _ENCODER_LAYER_ARGS),
+    "TransformerEncoder": (nn.TransformerEncoder, "layer num_layers norm enable_nested_tensor mask_check"),
+    "TransformerDecoder": (nn.TransformerDecoder, "layer num_layers norm"),
+    "timm.DropPath": (DropPath, "drop_prob scale_by_keep"),
+    "timm.LayerScale": (LayerScale, "dim inplace"),
+    "timm.LayerNorm": (timm_norm.LayerNorm, "num_channels eps affine"),
+    "timm.LayerNorm2d": (timm_norm.LayerNorm2d, "num_channels eps affine"),
+    "timm.RmsNorm": (timm_norm.RmsNorm, "channels eps affine"),
+    "timm.RmsNorm2d": (getattr(timm_norm, "RmsNorm2d", None), "channels eps affine"),
+}
+LAYERS: dict[str, tuple[type[nn.Module], frozenset[str]]] = {
+    name: (cls, frozenset(names.replace("?", "").split()))
+    for name, (cls, names) in (
+        *((name, (getattr(nn, name, None), names)) for name, names in NN_LAYERS.items()),
+        *_OTHER_LAYERS.items(),
     )
-    table["TransformerEncoderLayer"] = Layer(nn.TransformerEncoderLayer, _transformer_layer_readers())
-    table["TransformerDecoderLayer"] = Layer(nn.TransformerDecoderLayer, _transformer_layer_readers())
-    table["TransformerEncoder"] = Layer(
-        nn.TransformerEncoder,
-        _stack_readers(enable_nested_tensor=_attribute("enable_nested_tensor"), mask_check=_attribute("mask_check")),
-    )
-    table["TransformerDecoder"] = Layer(nn.TransformerDecoder, _stack_readers())
-    table["timm.DropPath"] = _plain(DropPath, "drop_prob scale_by_keep")
-    table["timm.LayerScale"] = Layer(LayerScale, {"dim": _length("gamma"), "inplace": _attribute("inplace")})
-    for name in ("LayerNorm", "LayerNorm2d", "RmsNorm", "RmsNorm2d"):
-        cls = getattr(timm_norm, name, None)
-        if cls is not None:
-            table[f"timm.{name}"] = Layer(
-                cls,
-                {
-                    "num_channels" if "Layer" in name else "channels": _first_size,
-                    "eps": _attribute("eps"),
-                    "affine": _attribute("elementwise_affine"),
-                },
-            )
-    return table
+    if cls is not None  # older versions lack some
+}
+"""Name in a graph -> the class, and the arguments that must be there."""
 
 
-LAYERS = _make_table()
-_NAMES = {layer.cls: name for name, layer in LAYERS.items()}
-
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_hooks",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-)
-_IGNORED = frozenset(
-    {
-        *("training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"),
-        *("_flat_weights", "_flat_weight_refs", "_all_weights"),
-        *(name for name in vars(nn.Module())),
-    }
-)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a forward or backward hook is registered on `module` itself."""
-    return any(getattr(module, name, None) for name in _HOOKS)
-
-
-def read_layer(module: nn.Module, *, stacked: bool = False) -> list[Any] | None:
-    """`[name, {argument: value}]` if `module` is exactly a layer of the table and a fresh one equals it, else None.
-
-    With `stacked` (a layer inside a transformer stack) not being one raises AttributeError instead of giving None.
-    """
-    name = _NAMES.get(type(module))
-    if name is not None:
-        try:
-            args = {key: _to_json(reader(module)) for key, reader in LAYERS[name].readers.items()}
-            with torch.device("meta"):
-                fresh = build_layer(name, args)
-        except (AttributeError, IndexError, TypeError, ValueError, RuntimeError, GraphError):
-            fresh = None  # someone took the layer apart: trace through it instead
-        if fresh is not None and _same_layer(module, fresh):
-            return [name, args]
-    if stacked:
-        raise AttributeError(f"{type(module).__name__} is not a plain layer")
-    return None
-
-
-def build_layer(name: str, args: ReadArgs) -> nn.Module:
-    """Construct a layer of the table from audited arguments, on the ambient default device.
+def build_layer(name: Any, args: Any) -> nn.Module:
+    """Construct a layer of the table from JSON arguments, on the ambient default device.
 
     Raises GraphError for an unknown name, wrong argument names, or values that no layer takes.
     """
-    layer = LAYERS.get(name) if isinstance(name, str) else None
-    if layer is None:
-        raise GraphError(f"the stored head names a layer {name!r} that is not in the table of layers")
-    if not isinstance(args, Mapping) or set(args) != set(layer.readers):
-        found = sorted(args) if isinstance(args, Mapping) else args
-        raise GraphError(f"layer {name}: found arguments {found!r}, expected exactly {sorted(layer.readers)}")
-    values = {key: _from_json(value, f"{name}.{key}") for key, value in args.items()}
-    _check_sizes(name, values)
+    if not isinstance(name, str) or name not in LAYERS:
+        raise GraphError(f"the stored head names a layer {shown(name)} that is not in the table of layers")
+    cls, names = LAYERS[name]
+    if not isinstance(args, Mapping) or set(args) != names:
+        found = sorted(map(str, args)) if isinstance(args, Mapping) else args
+        raise GraphError(f"layer {name}: found arguments {shown(found)}, expected exactly {sorted(names)}")
+    values = {key: _argument(args[key], f"{name}.{key}") for key in sorted(names - {"layer", "norm"})}
+    _check_growth(name, values)
     depth = values.get("num_layers", 1)
     if type(depth) is not int or not 1 <= depth <= _MAX_STACKED:
-        raise GraphError(f"layer {name}: num_layers is {depth!r}, expected 1 to {_MAX_STACKED}")
-    if "layer" in values:
-        return _build_stack(name, values)
+        raise GraphError(f"layer {name}: num_layers is {shown(depth)}, expected 1 to {_MAX_STACKED}")
     try:
-        return layer.cls(**values)
-    except GraphError:
-        raise
+        return _build_stack(cls, args, values) if "layer" in names else cls(**values)
+    except (GraphError, ConfigError) as error:
+        raise GraphError(f"layer {name}: {error}") from error
     except Exception as error:  # whatever torch says of impossible arguments is one refusal for the caller
-        raise GraphError(f"layer {name}{dict(args)!r} cannot be constructed: {error}") from error
+        raise GraphError(f"layer {name} with {shown(dict(args))} cannot be constructed: {error}") from error
 
 
-_GROWING = frozenset(
-    "output_size padding stride dilation output_padding scale_factor size upscale_factor kernel_size".split()
-)
-
-
-def _check_sizes(name: str, values: Mapping[str, Any]) -> None:
+def _check_growth(name: str, values: Mapping[str, Any]) -> None:
     """Refuse arguments that would make a layer without weights answer with enormous tensors."""
     total = 1.0
-    for key, value in values.items():
-        if key in _GROWING:
-            for number in value if isinstance(value, tuple) else (value,):
-                total *= max(abs(number), 1) if isinstance(number, (int, float)) else 1
-    if not total <= 2**31:
-        raise GraphError(f"layer {name}: sizes {dict(values)!r:.200} are beyond what a layer can need")
+    for key in _SIZES_RESULT & values.keys():
+        for number in values[key] if isinstance(values[key], tuple) else (values[key],):
+            total *= max(abs(number), 1) if isinstance(number, (int, float)) else 1
+    if not total <= _MAX_GROWTH:
+        raise GraphError(f"layer {name}: sizes {shown(dict(values))} are beyond what a layer can need")
 
 
-def _build_stack(name: str, values: dict[str, Any]) -> nn.Module:
-    single: Any = {"TransformerEncoder": nn.TransformerEncoderLayer, "TransformerDecoder": nn.TransformerDecoderLayer}[
-        name
-    ]
-    layer: Any = values["layer"]
-    if not isinstance(layer, single):
-        raise GraphError(f"layer {name}: expected a {single.__name__} to stack")
-    if values["norm"] is not None and not isinstance(values["norm"], (nn.LayerNorm, nn.RMSNorm)):
-        raise GraphError(f"layer {name}: the final norm must be LayerNorm or RMSNorm")
-    try:
-        if name == "TransformerDecoder":
-            return nn.TransformerDecoder(layer, values["num_layers"], values["norm"])
-        return nn.TransformerEncoder(
-            layer,
-            values["num_layers"],
-            values["norm"],
-            enable_nested_tensor=values["enable_nested_tensor"],
-            mask_check=values["mask_check"],
-        )
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise GraphError(f"layer {name} cannot be constructed: {error}") from error
+def _build_stack(cls: Any, args: Mapping[str, Any], values: dict[str, Any]) -> nn.Module:
+    """A transformer stack of equal layers, each made by itself: torch's own constructor copies one, weights and all."""
+    depth = values.pop("num_layers")
+    single = f"{cls.__name__}Layer"
+    made = [_inner_layer(args["layer"], (single,)) for _ in range(depth)]
+    norm = None if args["norm"] is None else _inner_layer(args["norm"], ("LayerNorm", "RMSNorm"))
+    stack: nn.Module = cls(made[0], 0, norm, **values)
+    stack.layers = nn.ModuleList(made)
+    stack.num_layers = depth
+    return stack
 
 
-def _to_json(value: Any) -> Any:
-    if isinstance(value, (tuple, list)):
-        if isinstance(value, list) and len(value) == 2 and isinstance(value[1], dict):
-            return value  # an inner layer, already read
-        return [_to_json(item) for item in value]
-    if isinstance(value, bool) or value is None or isinstance(value, str):
-        return value
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        return float(value) if abs(value) < float("inf") else {"f": str(float(value))}
-    raise AttributeError(f"argument {value!r} is not plain data")
+def _inner_layer(value: Any, names: tuple[str, ...]) -> nn.Module:
+    if not isinstance(value, list) or len(value) != 2 or value[0] not in names:
+        raise GraphError(f"expected a layer {' or '.join(names)} inside, found {shown(value)}")
+    return build_layer(value[0], value[1])
 
 
-def _from_json(value: Any, where: str, depth: int = 0) -> Any:
-    """Constructor argument from JSON: plain numbers, words of the list above, tuples of them, or an inner layer."""
+def _argument(value: Any, where: str, depth: int = 0) -> Any:
+    """Constructor argument from JSON: plain numbers, words of the list above, or tuples of them."""
     if value is None or isinstance(value, bool) or (type(value) is float):
         return value
     if type(value) is int and abs(value) <= _MAX_INT:
@@ -1642,61 +2473,8 @@ def _from_json(value: Any, where: str, depth: int = 0) -> Any:
     if isinstance(value, dict) and set(value) == {"f"} and value["f"] in ("inf", "-inf", "nan"):
         return float(value["f"])
     if isinstance(value, list) and len(value) <= 8 and depth < 3:
-        if len(value) == 2 and isinstance(value[1], dict) and isinstance(value[0], str):
-            if depth or where.split(".")[-1] not in ("layer", "norm") or value[0].endswith(("coder", "coder.")):
-                raise GraphError(f"{where}: a layer cannot stand here")
-            return build_layer(value[0], value[1])
-        return tuple(_from_json(item, where, depth + 1) for item in value)
-    raise GraphError(f"{where}: {value!r} is not an argument that a layer can take")
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
-    for kind in (module._parameters, module._buffers):
-        yield from kind.items()
-
-
-def _same_layer(module: nn.Module, fresh: nn.Module) -> bool:
-    """Whether `module` behaves like `fresh`: class, attributes, tensor names and shapes, children; and no hooks."""
-    if type(module) is not type(fresh) or has_hooks(module):
-        return False
-    ours, theirs = dict(_tensors(module)), dict(_tensors(fresh))
-    if list(ours) != list(theirs) or module._non_persistent_buffers_set or fresh._non_persistent_buffers_set:
-        return False
-    for name, tensor in ours.items():
-        other = theirs[name]
-        if (tensor is None) != (other is None):
-            return False
-        if tensor is not None and other is not None and (type(tensor), tensor.shape) != (type(other), other.shape):
-            return False
-    if list(module._modules) != list(fresh._modules):
-        return False
-    return _same_attributes(module, fresh) and all(
-        (child is None and fresh._modules[name] is None)
-        or (child is not None and fresh._modules[name] is not None and _same_layer(child, fresh._modules[name]))  # type: ignore[arg-type]
-        for name, child in module._modules.items()
-    )
-
-
-def _same_attributes(module: nn.Module, fresh: nn.Module) -> bool:
-    expected = {name: value for name, value in vars(fresh).items() if name not in _IGNORED}
-    for name, value in vars(module).items():
-        if name in _IGNORED:
-            continue
-        if name not in expected:
-            if hasattr(type(module), name):
-                return False  # an instance attribute that replaces a method or a class attribute
-            continue  # a remark somebody left on the layer; its class does not know it
-        if not _same_value(value, expected[name]):
-            return False
-    return all(hasattr(module, name) for name in expected)
-
-
-def _same_value(one: Any, other: Any) -> bool:
-    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
-        return len(one) == len(other) and all(_same_value(a, b) for a, b in zip(one, other, strict=True))
-    if isinstance(one, (int, float, str, bool, type(None))) and isinstance(other, (int, float, str, bool, type(None))):
-        return type(one) is type(other) and (one == other or (one != one and other != other))
-    return one is other
+        return tuple(_argument(item, where, depth + 1) for item in value)
+    raise GraphError(f"{where}: {shown(value)} is not an argument that a layer can take")
 
 # --- graph_head.py
 
@@ -1707,6 +2485,9 @@ state dicts, `.to()`, freezing, optimizers and adapters see what they saw in the
 over the audited nodes; no text is ever turned into code.
 """
 
+
+# A call of a layer runs all that is in it. The longest of the heads in this package's tests runs 102 modules and calls.
+MAX_STEPS = 50_000
 
 _CONTAINERS: dict[str, type[nn.Module]] = {
     "Sequential": nn.Sequential,
@@ -1728,6 +2509,7 @@ class GraphHead(nn.Module):
         super().__init__()
         self.__graph = graph
         self.__constants = list(graph.constants)
+        self.__sizes = Sizes()
         if graph.ties or graph.layouts:
             self.register_load_state_dict_post_hook(_settle_after_load)  # type: ignore[no-untyped-call]
 
@@ -1735,7 +2517,7 @@ class GraphHead(nn.Module):
         """Input [B, ...] of the recorded shape; the output is the original head's, nested containers included."""
         self.__check_input(x)
         program = self.__graph.programs[self.training]
-        run = _Run(self, x, self.__constants)
+        run = _Run(self, x, self.__constants, self.__sizes)
         for region in _regions(program):
             with ExitStack() as stack:
                 _enter(stack, region[0], x)
@@ -1832,26 +2614,27 @@ def _enter(stack: ExitStack, node: Node, x: torch.Tensor) -> None:
 class _Run:
     """One forward: the results so far."""
 
-    def __init__(self, head: nn.Module, x: torch.Tensor, constants: list[torch.Tensor]) -> None:
+    def __init__(self, head: nn.Module, x: torch.Tensor, constants: list[torch.Tensor], sizes: Sizes) -> None:
         self.head = head
         self.x = x
         self.batch = x.shape[0]
         self.constants = constants
         self.results: list[Any] = []
+        self.counted = sizes.start(head, x)
 
     def step(self, node: Node) -> None:
+        """Make one call, once it is known that its result is of a bearable size."""
         args = [self.resolve(value) for value in node.args]
         kwargs = {key: self.resolve(value) for key, value in node.kwargs}
-        if node.kind == "op":
-            if may_grow(node.target):
-                check_growth(node.target, (args, kwargs), "forward")
-            self.results.append(OPS[node.target](*args, **kwargs))
-        elif node.kind == "call":
-            self.results.append(submodule(self.head, node.target)(*args, **kwargs))
-        else:
+        if node.kind == "write":
             owner, key = _owner(self.head, node.target)
             owner._buffers[key] = args[0]
             self.results.append(None)
+            return
+        function = OPS[node.target] if node.kind == "op" else submodule(self.head, node.target)
+        if self.counted is not None:
+            self.counted.check(len(self.results), node.target, function, args, kwargs)
+        self.results.append(function(*args, **kwargs))
 
     def resolve(self, value: Any) -> Any:
         if isinstance(value, Reference):
@@ -1894,32 +2677,63 @@ def _owner(head: nn.Module, name: str) -> tuple[nn.Module, str]:
     return submodule(head, parent), key
 
 
-def build(graph: Graph, max_bytes: int) -> nn.Module:
-    """Construct the module of an audited graph on the ambient default device; weights are arbitrary.
+def submodule(head: nn.Module, name: str) -> nn.Module:
+    """The module of a dotted name; unlike `get_submodule` also where a method has the name of a module (``half``)."""
+    module = head
+    for key in name.split(".") if name else ():
+        child = module._modules[key]
+        assert child is not None
+        module = child
+    return module
 
-    Raises GraphError where the modules do not fit together, or would take more than `max_bytes`.
+
+def construct(graph: Any, *, budget: Budget | None = None) -> nn.Module:
+    """Build the head of an untrusted graph: parse, audit, construct; nothing of it is ever run as code.
+
+    The result has the original's state-dict keys, shapes and dtypes; its weights are arbitrary until they are loaded.
+    It is made on the ambient default device; embedded tensors are on the CPU and follow ``.to()``.
+
+    Args:
+        graph: JSON.
+        budget: What it may cost, where no `skip_init` around it counts; the default limits if None.
+
+    Raises:
+        GraphError: anything that a save would not have written, or more than the budget allows.
     """
-    with torch.device("meta"):
-        _assemble(graph, max_bytes)
-    return _assemble(graph, max_bytes)
+    parsed = parse_graph(graph)
+    try:
+        with within_budget(budget or Budget.default()):
+            return _assemble(parsed)
+    except ConfigError as error:
+        raise GraphError(f"the stored head is refused: {error}") from error
 
 
-def _assemble(graph: Graph, max_bytes: int) -> nn.Module:
-    left = max_bytes
+def _assemble(graph: Graph) -> nn.Module:
     built: dict[str, nn.Module] = {}
     for spec in graph.modules:
         module = built[spec.same] if spec.kind == "same" else _construct(graph, spec)
-        if spec.kind != "same":
-            left -= _bytes_of(module)
-            if left < 0:
-                raise GraphError(f"the stored head asks for more than {max_bytes} bytes of weights (at {spec.name!r})")
         built[spec.name] = module
         if spec.name:
             parent, _, key = spec.name.rpartition(".")
             built[parent]._modules[key] = module
     root = built[""]
     _finish(graph, root)
+    _check_steps(graph, root)
     return root
+
+
+def _check_steps(graph: Graph, root: nn.Module) -> None:
+    """Bound what one forward runs: calls of operations, and the modules inside the layers that are called."""
+    weights: dict[str, int] = {}
+    for mode, program in graph.programs.items():
+        steps = 0
+        for node in program.nodes:
+            if node.kind == "call" and node.target not in weights:
+                weights[node.target] = sum(1 for _ in submodule(root, node.target).modules())
+            steps += weights[node.target] if node.kind == "call" else 1
+        if steps > MAX_STEPS:
+            where = "training" if mode else "evaluation"
+            raise GraphError(f"the stored head runs {steps} calls and modules in {where}, more than {MAX_STEPS}")
 
 
 def _construct(graph: Graph, spec: ModuleSpec) -> nn.Module:
@@ -1929,26 +2743,22 @@ def _construct(graph: Graph, spec: ModuleSpec) -> nn.Module:
         return _CONTAINERS[spec.layer]()
     module = GraphHead(graph) if spec.name == "" else HeadPart()
     for tensor in spec.params:
-        try:
-            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-            value = torch.empty(tensor.shape, dtype=tensor.dtype)
-        except RuntimeError as error:
-            raise GraphError(f"module {spec.name!r}: parameter {tensor.name!r} cannot be made: {error}") from None
-        grad = empty.is_floating_point() or empty.is_complex()
+        value = _reserve(tensor, spec)
+        grad = value.is_floating_point() or value.is_complex()
         module._parameters[tensor.name] = nn.Parameter(value, requires_grad=grad)
     for tensor in spec.buffers:
-        try:
-            module._buffers[tensor.name] = torch.empty(tensor.shape, dtype=tensor.dtype)
-        except RuntimeError as error:
-            raise GraphError(f"module {spec.name!r}: buffer {tensor.name!r} cannot be made: {error}") from None
+        module._buffers[tensor.name] = _reserve(tensor, spec)
     for name, value in spec.values:
         module._buffers[name] = value.clone()
         module._non_persistent_buffers_set.add(name)
     return module
 
 
-def _bytes_of(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+def _reserve(tensor: TensorSpec, spec: ModuleSpec) -> torch.Tensor:
+    try:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    except RuntimeError as error:
+        raise GraphError(f"module {shown(spec.name)}: {shown(tensor.name)} cannot be made: {error}") from None
 
 
 def _finish(graph: Graph, root: nn.Module) -> None:
@@ -1967,7 +2777,7 @@ def _finish(graph: Graph, root: nn.Module) -> None:
     for name, order in graph.layouts:
         _all_known([name], tensors, "layouts")
         if tensors[name].dim() != len(order):
-            raise GraphError(f"layouts: {name!r} has {tensors[name].dim()} dimensions, not {len(order)}")
+            raise GraphError(f"layouts: {shown(name)} has {tensors[name].dim()} dimensions, not {len(order)}")
     if (graph.ties or graph.layouts) and not isinstance(root, GraphHead):
         raise GraphError("ties and layouts need a head with a forward of its own")
     for alias, first in graph.ties:
@@ -1976,7 +2786,7 @@ def _finish(graph: Graph, root: nn.Module) -> None:
         target = owner._parameters.get(key)
         shared = target if target is not None else owner._buffers[key]
         if shared is None or shared.shape != tensors[alias].shape or (alias in parameters) != (first in parameters):
-            raise GraphError(f"ties: {alias!r} and {first!r} are not alike")
+            raise GraphError(f"ties: {shown(alias)} and {shown(first)} are not alike")
         _replace(root, alias, shared)
     if isinstance(root, GraphHead):
         root.settle()
@@ -1994,7 +2804,7 @@ def _check_references(graph: Graph, tensors: dict[str, torch.Tensor], root: nn.M
 
     def check(value: Any) -> None:
         if isinstance(value, Reference) and value.kind == "tensor" and value.name not in tensors:
-            raise GraphError(f"the forward uses a tensor {value.name!r:.80} that the head does not have")
+            raise GraphError(f"the forward uses a tensor {shown(value.name)} that the head does not have")
         if isinstance(value, DtypeOf):
             check(value.tensor)
         if isinstance(value, Pairs):
@@ -2010,14 +2820,14 @@ def _check_references(graph: Graph, tensors: dict[str, torch.Tensor], root: nn.M
             check(node.args)
             check([item for _, item in node.kwargs])
             if node.kind == "write" and node.target not in buffers:
-                raise GraphError(f"the forward writes a buffer {node.target!r:.80} that the head does not have")
+                raise GraphError(f"the forward writes a buffer {shown(node.target)} that the head does not have")
         check(program.output)
 
 
 def _all_known(names: Any, known: dict[str, Any], where: str) -> None:
     for name in names:
         if name not in known:
-            raise GraphError(f"{where}: the head has no {name!r:.80}")
+            raise GraphError(f"{where}: the head has no {shown(name)}")
 
 
 def _replace(root: nn.Module, name: str, value: torch.Tensor) -> None:
@@ -2036,26 +2846,26 @@ def _replace(root: nn.Module, name: str, value: torch.Tensor) -> None:
 
 # --- head.py
 
-"""Heads: the built-in pools and projections, the registry, and which form a custom head is stored in.
+"""A tower's head: the built-in ones, and those that a config stores, built again.
 
-A custom head is stored in the first form that works, is verified, and otherwise refused with the reason against
-each form: as data (`heads/to_graph.py`), by a registered name.
+Making heads and finding the form in which one is stored is not needed for reading (`heads/` in the package).
 """
 
 
 HeadFactory = Callable[..., nn.Module]
 CustomHead = nn.Module | HeadFactory | str
-F = TypeVar("F", bound=HeadFactory)
 
 # `config.head["form"]` of heads that are not stored: one that lives in memory only, until saving finds a form for it,
 # and one that a subclass of the tower makes itself.
 LIVE = "live"
 SUBCLASS = "subclass"
-# The source of the head's class lies beside the weights (`heads/head_code.py`).
+# The source of the head's class is stored beside the weights (`heads/source_file.py`).
 CODE = "code"
 
-_REGISTRY: dict[str, HeadFactory] = {}
-_STAMP = "_hf_timm_tower_registered"
+HEAD_FACTORIES: dict[str, HeadFactory] = {}
+"""Name -> class or function, filled by `register_head`."""
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.py")
 
 
 def builtin_head(config: TimmTowerConfig) -> nn.Sequential:
@@ -2100,214 +2910,44 @@ def _pair(size: Any) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def register_head(name: str) -> Callable[[F], F]:
-    """Class decorator: heads of this class are stored by name where they cannot be stored as data.
-
-    The class (or a function that returns a module) is called with the keyword arguments it was made with, which
-    must be JSON. At load the same name must be registered: import the module that does it.
-
-    Args:
-        name: Unique in the process; letters, digits, `_`, `-`, `.` and `/`.
-
-    Raises:
-        ArgumentError: the name is malformed or taken by another class.
-    """
-    if not isinstance(name, str) or not name or not all(char.isalnum() or char in "_-./" for char in name):
-        raise ArgumentError(f"register_head({name!r}): expected a name of letters, digits, '_', '-', '.' and '/'")
-
-    def register(factory: F) -> F:
-        taken = _REGISTRY.get(name)
-        if taken is not None and (taken.__module__, taken.__qualname__) != (factory.__module__, factory.__qualname__):
-            raise ArgumentError(
-                f"register_head({name!r}): the name belongs to {taken.__module__}.{taken.__qualname__}, "
-                f"it cannot be given to {factory.__module__}.{factory.__qualname__} too"
-            )
-        made = _stamp_class(name, factory) if isinstance(factory, type) else _stamp_function(name, factory)
-        _REGISTRY[name] = made
-        return made  # type: ignore[return-value]
-
-    return register
-
-
-def _stamp_class(name: str, cls: type[nn.Module]) -> type[nn.Module]:
-    plain_init = cls.__init__
-
-    @functools.wraps(plain_init)
-    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        plain_init(self, *args, **kwargs)
-        if type(self) is cls:  # a subclass is another head
-            object.__setattr__(self, _STAMP, (name, _bind(plain_init, (self, *args), kwargs, skip=1)))
-
-    cls.__init__ = __init__  # type: ignore[method-assign]
-    return cls
-
-
-def _stamp_function(name: str, function: HeadFactory) -> HeadFactory:
-    @functools.wraps(function)
-    def make(*args: Any, **kwargs: Any) -> nn.Module:
-        module = function(*args, **kwargs)
-        object.__setattr__(module, _STAMP, (name, _bind(function, args, kwargs, skip=0)))
-        return module
-
-    return make
-
-
-def _bind(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], skip: int) -> dict[str, Any]:
-    bound = inspect.signature(function).bind(*args, **kwargs)
-    parameters = list(bound.signature.parameters.values())
-    values: dict[str, Any] = {}
-    for parameter in parameters[skip:]:
-        if parameter.name not in bound.arguments:
-            continue
-        value = bound.arguments[parameter.name]
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            values.update(value)
-        elif parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
-            values["*" + parameter.name] = value  # cannot be passed by keyword: refused when saved
-        else:
-            values[parameter.name] = value
-    return values
-
-
 def registered_factory(name: str) -> HeadFactory:
     """The class or function registered under a name.
 
     Raises:
         HeadError: nothing is; says what to do.
     """
-    factory = _REGISTRY.get(name)
+    factory = HEAD_FACTORIES.get(name)
     if factory is None:
-        known = ", ".join(sorted(_REGISTRY)) or "none"
+        known = ", ".join(sorted(HEAD_FACTORIES)) or "none"
         raise HeadError(
-            f"no head is registered as {name!r} in this process (registered: {known}). Import the module that holds "
-            f"the class under @register_head({name!r}) first, or pass custom_head=... to from_pretrained."
+            f"no head is registered as {shown(name)} in this process (registered: {known}). Import the module that "
+            f"holds the class under @register_head({shown(name)}) first, or pass custom_head=... to TimmModel's "
+            "from_pretrained. Where the package hf_timm_tower is not installed, install it: only it can register heads."
         )
     return factory
 
 
-def make_custom_head(custom_head: CustomHead, in_features: int, embed_dim: int | None) -> nn.Module:
-    """A head given as a module, class, callable or registered name -> a module.
-
-    Args:
-        custom_head: A module is taken as it is; anything else is called with `(in_features, embed_dim)`.
-        in_features: Channels of what the pool leaves.
-        embed_dim: As the user gave it.
+def rebuild_head(spec: dict[str, Any]) -> nn.Module:
+    """`config.head` -> a head whose weights are still to come. The spec may be anybody's: no code of it runs.
 
     Raises:
-        HeadError: the call fails or does not give a module.
-        ArgumentError: not something a head can be made of.
+        HeadError: an unknown form, a graph that the audit refuses, a name that is not registered.
     """
-    if isinstance(custom_head, nn.Module):
-        return custom_head
-    factory = registered_factory(custom_head) if isinstance(custom_head, str) else custom_head
-    if not callable(factory):
-        raise ArgumentError(
-            f"custom_head={custom_head!r}: expected an nn.Module, a class or callable taking "
-            "(in_features, embed_dim), or the name of a registered head"
-        )
-    name = custom_head if isinstance(custom_head, str) else getattr(factory, "__name__", repr(factory))
-    try:
-        head = factory(in_features, embed_dim)
-    except TypeError as error:
-        raise HeadError(
-            f"custom_head={name} was called with (in_features={in_features}, embed_dim={embed_dim}) and failed: {error}"
-        ) from error
-    if not isinstance(head, nn.Module):
-        raise HeadError(f"custom_head={name} gave a {type(head).__name__}, expected an nn.Module")
-    return head
-
-
-def output_of(head: nn.Module, example: torch.Tensor, where: str) -> Any:
-    """What a head gives for an example, run on a copy in eval mode, the random state untouched.
-
-    Args:
-        head: Any head.
-        example: `[2, C]`, `[2, N, C]` or `[2, C, H, W]`.
-        where: What the example is, for the message.
-
-    Raises:
-        HeadError: the head fails on it.
-    """
-    anchor = next(head.parameters(), None)
-    if anchor is not None:
-        example = example.to(anchor.device)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    form = spec.get("form")
+    if form == "graph":
+        return construct(spec.get("graph"))
+    if form == "registered":
+        name, kwargs = spec.get("name"), spec.get("kwargs", {})
+        if not isinstance(name, str) or not isinstance(kwargs, dict):
+            raise HeadError("config.head: a registered head has a 'name' and 'kwargs'")
         try:
-            return copy.deepcopy(head).eval()(example)
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError) as error:
-            raise HeadError(
-                f"custom_head={type(head).__name__} fails on {where} of shape {tuple(example.shape)}: {error}"
-            ) from error
-
-
-def width_of(output: Any) -> int | None:
-    """Width of an embedding: D of `[B, D]` and `[B, N, D]`, C of `[B, C, H, W]`, None for tuples and dicts."""
-    if not isinstance(output, torch.Tensor) or output.ndim not in (2, 3, 4):
-        return None
-    return int(output.shape[1] if output.ndim == 4 else output.shape[-1])
-
-
-def store_head(head: nn.Module, example: torch.Tensor) -> dict[str, Any]:
-    """The form in which a custom head comes back, verified.
-
-    Args:
-        head: The head, on the CPU; its weights, modes and the random state stay as they are.
-        example: The head's input `[2, ...]`, float.
-
-    Returns:
-        JSON for `config.head`: `{"form": "graph" | "registered", ...}`.
-
-    Raises:
-        HeadError: no form works, with the reason against each and the remedies.
-    """
-    reasons = []
-    try:
-        graph = json.loads(json.dumps(describe(head, example)))
-        with no_init():
-            rebuilt = construct(graph)
-        _copy_weights(head, rebuilt)
-        verify_head(head, rebuilt, example)
-    except HeadError as error:
-        reasons.append(f"as data: {error}")
-    else:
-        return {"form": "graph", "graph": graph}
-    try:
-        spec = _registered_spec(head)
-        with no_init():
-            rebuilt = rebuild_head(spec)
-        _copy_weights(head, rebuilt)
-        verify_head(head, rebuilt, example)
-    except HeadError as error:
-        reasons.append(f"by registered name: {error}")
-    else:
-        return spec
-    reasons.append("as code in the repository: only with include_code=True, and loading then needs trust")
-    raise HeadError(
-        f"the head {type(head).__name__} cannot be stored so that it comes back. Nothing was written.\n"
-        + "\n".join(f"  - {reason}" for reason in reasons)
-        + "\nRemedies: put @register_head('a-name') on its class and make it with JSON arguments; or rewrite its "
-        "forward with torch functions only, without branches on values; or replace it before saving."
-    )
-
-
-def known_arguments(head: nn.Module) -> dict[str, Any] | None:
-    """Keyword arguments that a registered head was made with, None for others."""
-    stamp = getattr(head, _STAMP, None)
-    return None if stamp is None else dict(stamp[1])
-
-
-def _registered_spec(head: nn.Module) -> dict[str, Any]:
-    stamp = getattr(head, _STAMP, None)
-    if stamp is None:
-        raise HeadError(f"{type(head).__name__} is not registered (no @register_head on its class)")
-    name, kwargs = stamp
-    try:
-        plain = json.loads(json.dumps(kwargs))
-    except (TypeError, ValueError) as error:
-        raise HeadError(f"the arguments of {name!r} are not JSON: {error}") from error
-    if any(key.startswith("*") for key in plain):
-        raise HeadError(f"{name!r} was made with positional-only or *args arguments, which have no names to store")
-    return {"form": "registered", "name": name, "kwargs": plain}
+            head: nn.Module = registered_factory(name)(**kwargs)
+        except TypeError as error:
+            raise HeadError(f"the head registered as {name!r} does not take {shown(kwargs)}: {error}") from error
+        return head
+    if form == CODE:
+        raise HeadError("the head is stored as code, which runs only under trust_remote_code=True")
+    raise HeadError(f"config.head: unknown form {shown(form)}; this version reads 'graph', 'registered' and 'code'")
 
 
 def check_stored(spec: Any, tower_class: str | None) -> None:
@@ -2325,7 +2965,7 @@ def check_stored(spec: Any, tower_class: str | None) -> None:
     form = spec.get("form")
     if form not in ("graph", "registered", CODE, SUBCLASS) or (form == SUBCLASS and tower_class is None):
         raise HeadError(
-            f"config.head: form {form!r} is not one of a saved tower (graph, registered, code, or subclass with "
+            f"config.head: form {shown(form)} is not one of a saved tower (graph, registered, code, or subclass with "
             "tower_class)"
         )
 
@@ -2340,70 +2980,138 @@ def code_file(config: dict[str, Any]) -> str | None:
     if not isinstance(head, dict) or head.get("form") != CODE:
         return None
     name = head.get("file")
-    if not isinstance(name, str) or not name.endswith(".py"):
-        raise FormatError(f"config.head.file={name!r}: expected the name of a Python file")
-    require_plain_name(name, "config.head.file")
+    if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+        raise FormatError(f"config.head.file={shown(name)}: expected the plain name of a Python file")
     return name
 
 
-def rebuild_head(spec: dict[str, Any]) -> nn.Module:
-    """`config.head` -> a head whose weights are still to come. The spec may be a stranger's: no code of it runs.
+def copy_module(module: nn.Module) -> nn.Module:
+    """A deep copy; tensors that hold a graph are copied without it, which `copy.deepcopy` alone refuses to do.
+
+    Such are the cached weight of the old-style ``weight_norm``, and what a head remembers of a training step.
+    """
+    memo: dict[int, object] = {}
+    for part in module.modules():
+        for tensor in _tensors_held(list(vars(part).values())):
+            if not tensor.is_leaf:
+                memo[id(tensor)] = tensor.detach().clone()
+    return copy.deepcopy(module, memo)
+
+
+def _tensors_held(value: object, depth: int = 3) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)) and depth:
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_held(item, depth - 1)
+
+
+def output_of(head: nn.Module, example: torch.Tensor, where: str) -> Any:
+    """What a head gives for an example, run on a copy in eval mode, without autocast and without torch's random generator.
+
+    Args:
+        head: Any head.
+        example: `[2, C]`, `[2, N, C]` or `[2, C, H, W]`.
+        where: What the example is, for the message.
 
     Raises:
-        HeadError: an unknown form, a graph that the audit refuses, a name that is not registered.
+        HeadError: the head fails on it.
     """
-    form = spec.get("form")
-    if form == "graph":
-        return construct(spec.get("graph"))
-    if form == "registered":
-        name, kwargs = spec.get("name"), spec.get("kwargs", {})
-        if not isinstance(name, str) or not isinstance(kwargs, dict):
-            raise HeadError("config.head: a registered head has a 'name' and 'kwargs'")
+    anchor = next(head.parameters(), None)
+    if anchor is not None:
+        example = example.to(anchor.device)
+    with PrivateDraws(0), torch.no_grad(), torch.autocast(example.device.type, enabled=False):
         try:
-            head: nn.Module = registered_factory(name)(**kwargs)
-        except TypeError as error:
-            raise HeadError(f"the head registered as {name!r} does not take {kwargs}: {error}") from error
-        return head
-    if form == CODE:
-        raise HeadError("the head is stored as code, which runs only under trust_remote_code=True")
-    raise HeadError(f"config.head: unknown form {form!r}; this version reads 'graph', 'registered' and 'code'")
+            return copy_module(head).eval()(example)
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError) as error:
+            raise HeadError(
+                f"custom_head={type(head).__name__} fails on {where} of shape {tuple(example.shape)}: {error}"
+            ) from error
 
 
-def _copy_weights(source: nn.Module, target: nn.Module) -> None:
-    missing, unexpected = [], []
-    theirs, ours = source.state_dict(), target.state_dict()
-    missing, unexpected = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
-    if missing or unexpected:
-        raise HeadError(f"rebuilt with other weight names: lacks {unexpected[:4]}, has {missing[:4]}")
-    try:
-        target.load_state_dict({key: value.detach().clone() for key, value in theirs.items()})
-    except RuntimeError as error:
-        raise HeadError(f"rebuilt with other weight shapes: {error}") from error
+def width_of(output: Any) -> int | None:
+    """Width of an embedding: D of `[B, D]` and `[B, N, D]`, C of `[B, C, H, W]`, None for tuples and dicts."""
+    if not isinstance(output, torch.Tensor) or output.ndim not in (2, 3, 4):
+        return None
+    return int(output.shape[1] if output.ndim == 4 else output.shape[-1])
+
+
+# --- heads that are stored as code
+
+_CODE_DTYPES = {each: getattr(torch, each) for each in ("float16", "bfloat16", "float32", "float64")}
 
 
 def refuse_code(spec: dict[str, Any], *, repo: str, revision: str | None) -> HeadError:
-    """The error for a head of code that nobody said to trust."""
-    file = code_file({"head": spec}) or ""
+    """The error for a head of code that is not trusted.
+
+    Args:
+        spec: `config.head`.
+        repo: The repository or folder.
+        revision: Its commit, None for a folder.
+    """
+    file = code_file({"head": spec})
     at = f" at revision {shown(revision)[1:-1]}" if revision else ""
-    again = f'"{repo}"' + (f', revision="{revision}"' if revision else "")
+    again = f'"{shown(repo)[1:-1]}"' + (f', revision="{shown(revision)[1:-1]}"' if revision else "")
     return HeadError(
-        f"the head of {repo}{at} is the class {shown(spec.get('class'))}, stored as code in {file}. Code of a repository "
-        f"is not run unless you say so, and nothing was run. Read {file}{at} first; then either\n"
+        f"the head of {shown(repo)[1:-1]}{at} is the class {shown(spec.get('class'))}, stored as code in {file}. Code of a "
+        f"repository is not run unless you say so, and nothing was run. Read {file}{at} first; then either\n"
         f"  - from_pretrained({again}, trust_remote_code=True) runs it, or\n"
         f"  - from_pretrained({again}, custom_head=...) takes a head of your own, checked against the weights"
     )
 
 
+def check_code_spec(spec: Any) -> None:
+    """Refuse a `config.head` that is none of a head of code.
+
+    Raises:
+        HeadError: says what it must have.
+    """
+    fits = (
+        code_file({"head": spec}) is not None
+        and isinstance(spec.get("class"), str)
+        and spec["class"].isidentifier()
+        and isinstance(spec.get("sha256"), str)
+        and isinstance(spec.get("kwargs"), dict)
+        and isinstance(spec.get("frozen", []), list)
+        and spec.get("dtype", "float32") in _CODE_DTYPES
+    )
+    if not fits:
+        raise HeadError("config.head: a head of code has a file, class, kwargs and sha256")
+
+
 def make_code_head(spec: dict[str, Any], place: str, **download: Any) -> nn.Module:
-    """STUB: a head that is stored as code, which runs here: to be called where it is trusted."""
-    from pathlib import Path
+    """A head that is stored as code: its file runs here. To be called where that is trusted.
 
-    from transformers.utils.hub import cached_file
+    Args:
+        spec: `config.head`.
+        place: The folder or repository.
+        download: `revision`, `token`, `cache_dir` and so on, of transformers.
 
-    from ..heads.head_code import construct_code
+    Raises:
+        HeadError: the file is not the one that was saved, or its code fails.
+    """
+    check_code_spec(spec)
     file = code_file({"head": spec}) or ""
-    path = Path(cached_file(place, file, **download) or file)
-    return construct_code(spec, path.read_text(encoding="utf-8"), where=str(path))
+    path = cached_file(place, file, **download)
+    if path is None or hashlib.sha256(Path(path).read_bytes()).hexdigest() != spec["sha256"]:
+        raise HeadError(f"{shown(place)[1:-1]}: {file} is not the code that this tower was saved with")
+    cls: Any = get_class_from_dynamic_module(f"{file.removesuffix('.py')}.{spec['class']}", place, **download)
+    try:
+        return head_of_class(cls, spec)
+    except Exception as error:  # a constructor may raise anything
+        raise HeadError(f"{shown(place)[1:-1]}: the head in {file} fails: {type(error).__name__}: {error}") from error
+
+
+def head_of_class(cls: type[nn.Module], spec: Mapping[str, Any]) -> nn.Module:
+    """A head of code from its class: constructor arguments, dtype, and which parameters were made not to train."""
+    head = cls(**spec["kwargs"])
+    if "dtype" in spec:
+        head.to(_CODE_DTYPES[spec["dtype"]])
+    if "frozen" in spec:
+        frozen = set(map(str, spec["frozen"]))
+        for name, parameter in head.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+    return head
 
 # --- image_processing.py
 
@@ -3610,6 +4318,7 @@ class TowerLoading:
         download: How its files are found: `revision`, `token`, `cache_dir`, `subfolder`, ...
         trusts: Code of the place may run.
         keeps_dtypes: No dtype was asked for: every tensor keeps its own.
+        run_code: Makes a head that is stored as code.
         fresh: Keys that are not in the files, and need not be.
         left_out: Keys in the files that this model has no place for, and need not have.
         stored: What was read.
@@ -3619,6 +4328,7 @@ class TowerLoading:
     download: Mapping[str, Any]
     trusts: bool
     keeps_dtypes: bool
+    run_code: Callable[..., nn.Module] = make_code_head
     fresh: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     stored: Any = None
@@ -3643,7 +4353,7 @@ class TowerLoading:
         """
         if not self.trusts:
             raise refuse_code(spec, repo=self.place, revision=self.download.get("revision"))
-        return make_code_head(spec, self.place, **self.download)
+        return self.run_code(spec, self.place, **self.download)
 
     def refuse_stale(self, files: Sequence[str]) -> None:
         """Refuse a `model.safetensors` that an index of other files is beside, as a folder with both is refused.
@@ -3693,7 +4403,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             make_head = partial(_loading.make_head, config.head)
         budget = Budget.default() if _loading is None or config.trunk_source is not None else _loading.budget()
         # Everything is computed in float32 and then cast, as for a tower that is loaded and cast.
-        with plain_defaults(), skip_init(budget) if on_meta else nullcontext():
+        with plain_defaults(), skip_init(budget) if on_meta else within_budget(budget):
             tower = self._build(config, self._has_classifier, make_head)
         if not on_meta and wanted != torch.float32:
             tower.to(wanted)
@@ -3720,6 +4430,8 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         self.post_init()  # type: ignore[no-untyped-call]
 
     # --- steps that hf_timm_tower's own classes replace
+
+    _make_code_head = staticmethod(make_code_head)
 
     @staticmethod
     def _build(config: TimmTowerConfig, with_classifier: bool, make_head: Any) -> Tower:
@@ -3859,6 +4571,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             download={key: kwargs[key] for key in _DOWNLOAD if kwargs.get(key) is not None},
             trusts=bool(kwargs.get("trust_remote_code")),
             keeps_dtypes=wanted in (None, "auto"),
+            run_code=cls._make_code_head,
         )
         found: Any = super().from_pretrained(
             pretrained_model_name_or_path,

@@ -23,7 +23,7 @@ from ..hub.download import Access, download_files
 from ..reader.config import TimmTowerConfig, check_size
 from ..reader.errors import ArgumentError, ConfigError, FolderError, FormatError, HubError, WeightsError
 from ..reader.image_processing import check_preprocess
-from ..reader.skip_init import no_init
+from ..reader.skip_init import Budget, skip_init
 from ..reader.trunk import eval_mode, has_fixed_size, native_cfg, own_pool
 from ..reader.weights import assign_weights
 from ..trunk_facts import trunk_arguments
@@ -43,7 +43,6 @@ FURTHER_NAMES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", 
 
 # What the training script of open_clip, DistributedDataParallel and torch.compile put before it.
 _WRAPPERS = ("", "module.", "_orig_mod.", "state_dict.", "state_dict.module.", "state_dict._orig_mod.")
-_BUDGET_FACTOR, _BUDGET_SLACK = 4, 2**30
 
 
 @dataclass(frozen=True)
@@ -198,9 +197,8 @@ def _weight_file(folder: Path, place: str, is_repo: bool, allow_pickle: bool) ->
 def _build(cls: type[T], found: _Found, device: str | torch.device | None, dtype: torch.dtype | None) -> T:
     specs, names = _vision_specs(found.weights)
     held = sum(spec.numel() * spec.element_size() for spec in specs.values())
-    budget = _BUDGET_FACTOR * held + _BUDGET_SLACK
     arguments = found.vision.arguments
-    with no_init(budget=budget):
+    with skip_init(Budget.for_weights(held)):
         tower = cls(**arguments, model_kwargs=found.model_kwargs)
     declared, built = found.vision.declared_size, found.vision.built_size
     if declared != built and shapes_of(tower.state_dict()) == shapes_of(specs):
@@ -212,7 +210,7 @@ def _build(cls: type[T], found: _Found, device: str | torch.device | None, dtype
         )
     elif declared != built:
         # Saved after its input size was changed; if that is not it either, the weights' names and shapes tell.
-        with no_init(budget=budget):
+        with skip_init(Budget.for_weights(held)):
             tower = cls(**{**arguments, "image_size": declared}, model_kwargs=found.model_kwargs)
     _set_preprocess(tower, found.preprocess)
     weights = found.weights.read(list(names.values()))

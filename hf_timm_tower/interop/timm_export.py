@@ -28,7 +28,7 @@ from ..files.staging import staged_folder
 from ..reader.config import ATTENTION_POOLS, TimmTowerConfig
 from ..reader.errors import ArgumentError, ConfigError, FolderError, HeadError, WeightsError
 from ..reader.model_args import encode
-from ..reader.skip_init import no_init
+from ..reader.skip_init import skip_init
 from ..reader.tower import HeadInput, run_head
 from ..reader.trunk import BUILD_ERRORS, eval_mode, float_dtype, native_cfg, split_tag
 
@@ -211,7 +211,7 @@ def _find_arguments(arch: str, trunk: nn.Module, config: TimmTowerConfig, num_cl
     reasons = []
     for trial in trials:
         try:
-            with no_init():
+            with skip_init():
                 built = timm.create_model(arch, num_classes=num_classes, **trial)
         except BUILD_ERRORS as error:
             reasons.append(str(error))
@@ -256,7 +256,7 @@ def _classifier_weights(
     arch: str, model_args: Mapping[str, Any], linear: nn.Linear, trunk_state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The projection under the keys of timm's classifier."""
-    with no_init():
+    with skip_init():
         built = timm.create_model(arch, num_classes=linear.out_features, **model_args)
     added = {key for key in built.state_dict() if key not in trunk_state}
     layers = [

@@ -12,8 +12,7 @@ the index and the folder's config, and put in strictly.
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,7 @@ from .config import OUR_FIELDS, TimmTowerConfig
 from .errors import ArgumentError, ConfigError, FolderError, FormatError, HeadError, WeightsError, shown
 from .freezing import apply_frozen, keep_statistics
 from .head import CODE, make_code_head, refuse_code
-from .skip_init import Budget, skip_init
+from .skip_init import Budget, skip_init, within_budget
 from .tower import CLASSIFIER, Tower, build_tower, has_classifier, init_classifier, plain_defaults, run_head
 from .trunk import buffers_as_timm, float_dtype, native_size
 from .weights import (
@@ -80,6 +79,7 @@ class TowerLoading:
         download: How its files are found: `revision`, `token`, `cache_dir`, `subfolder`, ...
         trusts: Code of the place may run.
         keeps_dtypes: No dtype was asked for: every tensor keeps its own.
+        run_code: Makes a head that is stored as code.
         fresh: Keys that are not in the files, and need not be.
         left_out: Keys in the files that this model has no place for, and need not have.
         stored: What was read.
@@ -89,6 +89,7 @@ class TowerLoading:
     download: Mapping[str, Any]
     trusts: bool
     keeps_dtypes: bool
+    run_code: Callable[..., nn.Module] = make_code_head
     fresh: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     stored: Any = None
@@ -113,7 +114,7 @@ class TowerLoading:
         """
         if not self.trusts:
             raise refuse_code(spec, repo=self.place, revision=self.download.get("revision"))
-        return make_code_head(spec, self.place, **self.download)
+        return self.run_code(spec, self.place, **self.download)
 
     def refuse_stale(self, files: Sequence[str]) -> None:
         """Refuse a `model.safetensors` that an index of other files is beside, as a folder with both is refused.
@@ -163,7 +164,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             make_head = partial(_loading.make_head, config.head)
         budget = Budget.default() if _loading is None or config.trunk_source is not None else _loading.budget()
         # Everything is computed in float32 and then cast, as for a tower that is loaded and cast.
-        with plain_defaults(), skip_init(budget) if on_meta else nullcontext():
+        with plain_defaults(), skip_init(budget) if on_meta else within_budget(budget):
             tower = self._build(config, self._has_classifier, make_head)
         if not on_meta and wanted != torch.float32:
             tower.to(wanted)
@@ -190,6 +191,8 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         self.post_init()  # type: ignore[no-untyped-call]
 
     # --- steps that hf_timm_tower's own classes replace
+
+    _make_code_head = staticmethod(make_code_head)
 
     @staticmethod
     def _build(config: TimmTowerConfig, with_classifier: bool, make_head: Any) -> Tower:
@@ -329,6 +332,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             download={key: kwargs[key] for key in _DOWNLOAD if kwargs.get(key) is not None},
             trusts=bool(kwargs.get("trust_remote_code")),
             keeps_dtypes=wanted in (None, "auto"),
+            run_code=cls._make_code_head,
         )
         found: Any = super().from_pretrained(
             pretrained_model_name_or_path,

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..heads.batch_formula import flat_bytes, same_bytes
-from ..heads.isolation import keep_random_state, seed_cpu
+from ..heads.isolation import isolated
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ArgumentError
 from ..reader.image_processing import completed_preprocess, make_transform
@@ -71,8 +71,7 @@ class ImageRows(Dataset[tuple[torch.Tensor, torch.Tensor]]):
             ArgumentError: the dataset's item cannot be used; says which and why.
         """
         index = row % self.images
-        with keep_random_state():
-            seed_cpu(seed)
+        with isolated(seed):
             image, label = self._parts(self.dataset[index], index)
             if isinstance(image, Image.Image) and self.in_chans in _PIL_MODES:
                 image = image.convert(_PIL_MODES[self.in_chans])  # as timm's own datasets do

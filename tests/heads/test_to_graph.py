@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from more_heads import CODE, STORABLE, AutocastRegions, FrozenNorm, LearnedGeM, SinusPositions, TiedAutoencoder
 from torch import nn
 
-from hf_timm_tower.heads.to_graph import construct, describe
+from hf_timm_tower.heads.to_graph import to_graph
 from hf_timm_tower.heads.verify import verify_head
 from hf_timm_tower.reader.errors import GraphError, HeadError
-from hf_timm_tower.reader.graph_head import GraphHead
+from hf_timm_tower.reader.graph_head import GraphHead, construct
+from hf_timm_tower.reader.skip_init import Budget
 
 SHAPES = {"vector": (96,), "map": (96, 5, 5), "tokens": (101, 64)}
 
@@ -44,18 +45,18 @@ class CustomHead(nn.Module):
 @pytest.mark.parametrize("entry", STORABLE, ids=name)
 def test_head_comes_back_from_json(entry: Any) -> None:
     head, example = made(entry)
-    graph = describe(head, example)
+    graph = to_graph(head, example)
     rebuilt = construct(json.loads(json.dumps(graph, sort_keys=True)))
     verify_head(head, rebuilt, example)
     rebuilt.load_state_dict(head.state_dict())
-    assert describe(rebuilt, example) == graph
+    assert to_graph(rebuilt, example) == graph
 
 
 @pytest.mark.parametrize("entry", CODE, ids=name)
 def test_code_is_refused(entry: Any) -> None:
     head, example = made(entry)
     with pytest.raises(HeadError):
-        verify_head(head, construct(describe(head, example)), example)
+        verify_head(head, construct(to_graph(head, example)), example)
 
 
 def test_refusal_names_the_line() -> None:
@@ -64,7 +65,7 @@ def test_refusal_names_the_line() -> None:
             return x if x.sum() > 0 else -x
 
     with pytest.raises(GraphError, match=r"Branching\.forward.*x\.sum\(\) > 0"):
-        describe(Branching(), torch.zeros(2, 4))
+        to_graph(Branching(), torch.zeros(2, 4))
 
 
 def test_describing_leaves_head_and_random_state_alone() -> None:
@@ -74,7 +75,7 @@ def test_describing_leaves_head_and_random_state_alone() -> None:
     whole = nn.Sequential(head, CustomHead(4, 3))
     before = copy.deepcopy(head.state_dict())
     states = torch.get_rng_state(), random.getstate()
-    describe(whole, torch.zeros(2, 8))
+    to_graph(whole, torch.zeros(2, 8))
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert all(torch.equal(value, before[key]) for key, value in head.state_dict().items())
@@ -83,30 +84,30 @@ def test_describing_leaves_head_and_random_state_alone() -> None:
 
 
 def test_layers_come_back_as_themselves() -> None:
-    rebuilt = construct(describe(CustomHead(8, 4), torch.zeros(2, 8)))
+    rebuilt = construct(to_graph(CustomHead(8, 4), torch.zeros(2, 8)))
     assert type(rebuilt.linear) is nn.Linear
     assert type(rebuilt.drop) is nn.Dropout
-    assert type(construct(describe(nn.Linear(8, 4), torch.zeros(2, 8)))) is nn.Linear
+    assert type(construct(to_graph(nn.Linear(8, 4), torch.zeros(2, 8)))) is nn.Linear
 
 
 def test_graph_follows_changes_to_the_rebuilt_head() -> None:
     head, example = CustomHead(8, 4), torch.zeros(2, 8)
-    rebuilt = construct(describe(head, example))
+    rebuilt = construct(to_graph(head, example))
     rebuilt.load_state_dict(head.state_dict())
     rebuilt.drop.p = 0.7
     rebuilt.linear.bias.requires_grad_(False)
-    again = construct(describe(rebuilt, example))
+    again = construct(to_graph(rebuilt, example))
     assert again.drop.p == 0.7
     assert not again.linear.bias.requires_grad
     verify_head(rebuilt, again, example)
 
 
 def test_head_that_minds_its_size_refuses_another_and_one_that_does_not_takes_it() -> None:
-    fixed = construct(describe(SinusPositions(101, 64), torch.zeros(2, 101, 64)))
+    fixed = construct(to_graph(SinusPositions(101, 64), torch.zeros(2, 101, 64)))
     with pytest.raises(HeadError, match=r"\[B, 101, 64\]"):
         fixed(torch.zeros(2, 102, 64))
     head = LearnedGeM(96).eval()
-    free = construct(describe(head, torch.zeros(2, 96, 5, 5)))
+    free = construct(to_graph(head, torch.zeros(2, 96, 5, 5)))
     free.load_state_dict(head.state_dict())
     wide = torch.randn(3, 96, 9, 4)
     assert torch.equal(free.eval()(wide), head(wide))
@@ -117,7 +118,7 @@ def test_head_that_minds_its_size_refuses_another_and_one_that_does_not_takes_it
 def test_ties_survive_loading_by_assignment() -> None:
     head, example = TiedAutoencoder(96), torch.zeros(2, 96)
     with torch.device("meta"):
-        rebuilt = construct(describe(head, example))
+        rebuilt = construct(to_graph(head, example))
     weights = {key: value.detach().clone() for key, value in head.state_dict().items()}
     rebuilt.load_state_dict(weights, assign=True)
     assert rebuilt.twin.weight is rebuilt.encode.weight
@@ -127,7 +128,7 @@ def test_ties_survive_loading_by_assignment() -> None:
 def test_constants_survive_the_meta_device_and_keep_their_dtype() -> None:
     head, example = SinusPositions(101, 64).eval(), torch.zeros(2, 101, 64)
     with torch.device("meta"):
-        rebuilt = construct(describe(head, example))
+        rebuilt = construct(to_graph(head, example))
     rebuilt.load_state_dict({key: value.clone() for key, value in head.state_dict().items()}, assign=True)
     x = torch.randn(3, 101, 64)
     assert torch.equal(rebuilt.eval()(x), head(x))
@@ -143,7 +144,7 @@ def test_dtypes_written_as_those_of_the_input_follow_it() -> None:
             return self.fc(x) + torch.zeros(x.size(0), 4, dtype=x.dtype, device=x.device)
 
     head = Zeros()
-    rebuilt = construct(describe(head, torch.zeros(2, 8)))
+    rebuilt = construct(to_graph(head, torch.zeros(2, 8)))
     rebuilt.load_state_dict(head.state_dict())
     x = torch.randn(3, 8).bfloat16()
     assert torch.equal(rebuilt.bfloat16()(x), head.bfloat16()(x))
@@ -151,7 +152,7 @@ def test_dtypes_written_as_those_of_the_input_follow_it() -> None:
 
 def test_autocast_regions_hold_inside_autocast() -> None:
     head = AutocastRegions(96).eval()
-    rebuilt = construct(describe(head, torch.zeros(2, 96))).eval()
+    rebuilt = construct(to_graph(head, torch.zeros(2, 96))).eval()
     rebuilt.load_state_dict(head.state_dict())
     x = torch.randn(3, 96)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -161,14 +162,14 @@ def test_autocast_regions_hold_inside_autocast() -> None:
 
 
 def test_modules_held_in_one_mode_stay_there() -> None:
-    rebuilt = construct(describe(FrozenNorm(96), torch.zeros(2, 96)))
+    rebuilt = construct(to_graph(FrozenNorm(96), torch.zeros(2, 96)))
     assert not rebuilt.train().norm.training
     assert rebuilt.fc.training
 
 
 def test_rebuilt_head_can_be_copied_and_compiled() -> None:
     head = CustomHead(8, 4).eval()
-    rebuilt = construct(describe(head, torch.zeros(2, 8))).eval()
+    rebuilt = construct(to_graph(head, torch.zeros(2, 8))).eval()
     rebuilt.load_state_dict(head.state_dict())
     x = torch.randn(3, 8)
     assert torch.equal(copy.deepcopy(rebuilt)(x), head(x))
@@ -194,7 +195,7 @@ def small_graph() -> dict[str, Any]:
             y = torch.cat([self.net(x), self.twin(x) * self.gain + self.shift], dim=-1)
             return {"y": y.view(x.shape[0], 2, 4).mean(1), "z": torch.einsum("bi,bi->b", y, y)}
 
-    return json.loads(json.dumps(describe(Small(), torch.zeros(2, 4))))
+    return json.loads(json.dumps(to_graph(Small(), torch.zeros(2, 4))))
 
 
 def with_node(node: dict[str, Any]) -> dict[str, Any]:
@@ -338,10 +339,10 @@ def test_nesting_is_bounded() -> None:
 
 
 def test_weights_are_bounded_before_they_are_allocated() -> None:
-    graph = describe(CustomHead(1000, 1000), torch.zeros(2, 1000))
-    with pytest.raises(GraphError, match="bytes"):
-        construct(graph, max_bytes=4_000_000)
-    construct(graph, max_bytes=4_004_000)
+    graph = to_graph(CustomHead(1000, 1000), torch.zeros(2, 1000))
+    with pytest.raises(GraphError, match="GiB"):
+        construct(graph, budget=Budget(4_000_000))
+    construct(graph, budget=Budget(4_010_000))
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -355,7 +356,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
-GRAPHS = [json.loads(json.dumps(describe(*made(entry)))) for entry in STORABLE[:40:4]] + [small_graph()]
+GRAPHS = [json.loads(json.dumps(to_graph(*made(entry)))) for entry in STORABLE[:40:4]] + [small_graph()]
 WORDS = st.sampled_from(
     ["x", "%0", "%1", "%1.0", "$gain", "#0", "", "torch.cat", "Tensor.view", "F.linear", "Linear", "LSTM", "net", "B"]
 )
@@ -380,7 +381,7 @@ def test_a_changed_graph_is_a_head_or_a_graph_error(data: st.DataObject) -> None
         elif isinstance(parent, list):
             parent.append(copy.deepcopy(parent[path[-1]]))
     try:
-        head = construct(graph, max_bytes=1 << 26)
+        head = construct(graph, budget=Budget(1 << 26))
     except GraphError:
         return
     assert isinstance(head, nn.Module)

@@ -6,13 +6,13 @@ import torch
 import torch.nn as nn
 
 from hf_timm_tower.reader.errors import ConfigError
-from hf_timm_tower.reader.skip_init import no_init
+from hf_timm_tower.reader.skip_init import skip_init
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_maxvit", "test_vit4", "test_vit_relpos"])
 def test_buffers_and_shapes_are_those_of_an_ordinary_construction(name: str) -> None:
     plain = timm.create_model(name)
-    with no_init():
+    with skip_init():
         bare = timm.create_model(name)
     ours, theirs = dict(bare.named_buffers()), dict(plain.named_buffers())
     assert ours.keys() == theirs.keys()
@@ -24,7 +24,7 @@ def test_buffers_and_shapes_are_those_of_an_ordinary_construction(name: str) -> 
 def test_parameters_are_left_alone_inside_and_initialised_again_outside() -> None:
     layer = nn.Linear(4, 4)
     before = layer.weight.detach().clone()
-    with no_init():
+    with skip_init():
         nn.init.ones_(layer.weight)
         nn.init.normal_(tensor=layer.weight)
         buffer = torch.zeros(3).fill_(2.0)
@@ -36,11 +36,11 @@ def test_parameters_are_left_alone_inside_and_initialised_again_outside() -> Non
 
 def test_the_random_state_is_as_before_also_after_an_error() -> None:
     before = torch.get_rng_state()
-    with no_init():
+    with skip_init():
         timm.create_model("test_resnet")
         torch.rand(3)
     assert torch.equal(torch.get_rng_state(), before)
-    with pytest.raises(ZeroDivisionError), no_init():  # noqa: PT012
+    with pytest.raises(ZeroDivisionError), skip_init():  # noqa: PT012
         torch.rand(3)
         _ = 1 / 0
     assert torch.equal(torch.get_rng_state(), before)
@@ -50,10 +50,10 @@ def test_the_random_state_is_as_before_also_after_an_error() -> None:
 
 
 def test_a_budget_refuses_before_memory_is_taken() -> None:
-    with pytest.raises(ConfigError, match="GiB"), no_init(budget=2**20):
+    with pytest.raises(ConfigError, match="GiB"), skip_init(budget=2**20):
         nn.Linear(2**24, 2**20)
-    with no_init(budget=2**20):
+    with skip_init(budget=2**20):
         nn.Linear(16, 16)
-    with pytest.raises(ConfigError, match="GiB"), no_init(budget=2**20):  # noqa: PT012
+    with pytest.raises(ConfigError, match="GiB"), skip_init(budget=2**20):  # noqa: PT012
         for _ in range(10**5):
             nn.Linear(1, 1)
