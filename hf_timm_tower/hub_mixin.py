@@ -23,6 +23,7 @@ from .load import check_device, load_tower
 from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, FolderError, TowerError
 from .reader.head import CustomHead
+from .reader.tower import plain_defaults
 from .reader.weights import floating_dtype
 from .save import Saved, SaveOptions, save_tower, storable_config, with_weights
 from .subclassing import OVERRIDABLE, added_arguments, overrides
@@ -311,6 +312,7 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             tower.set_input_size(image_size)
         return tower
 
+    @plain_defaults()
     def verify(self) -> Verification:
         """Whether the tower gives the numbers that it was saved with, on this timm, torch and device.
 

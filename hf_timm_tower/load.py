@@ -104,6 +104,7 @@ def _check_against_fingerprint(config: TimmTowerConfig, fingerprint: dict[str, A
         )
 
 
+@plain_defaults()
 def load_tower(
     cls: type[T],
     folder: str | os.PathLike[str],
@@ -161,6 +162,7 @@ def load_tower(
     return tower  # type: ignore[no-any-return]
 
 
+@plain_defaults()
 def load_bare(folder: str | os.PathLike[str], *, trust_head_code: bool = False) -> Tower:
     """A folder -> its tower on the CPU, in eval mode, with the classifier if the folder has one.
 
@@ -189,7 +191,7 @@ def _construct(
     strict: bool = True,
 ) -> T:
     """Build without initialisation and within the budget, put the weights in, eval mode."""
-    with plain_defaults(), skip_init(Budget.for_weights(stored.nbytes)):
+    with skip_init(Budget.for_weights(stored.nbytes)):
         tower = make()
     if not strict:
         weights = _without_unexpected(weights, tower, where)

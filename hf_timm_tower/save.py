@@ -28,6 +28,7 @@ from .reader.graph_head import GraphHead
 from .reader.head import LIVE, SUBCLASS, builtin_head
 from .reader.processor_config import facts_in_tower, processor_dict
 from .reader.skip_init import skip_init
+from .reader.tower import plain_defaults
 from .reader.trunk import native_size
 from .reader.weights import assign_weights
 from .training.freezing import describe_frozen, head_without_lock
@@ -89,6 +90,7 @@ class ProvenForm:
     sources: Mapping[str, str]
 
 
+@plain_defaults()
 def storable_config(
     tower: Any, *, own_trunk: bool = False, own_head: bool = False, include_code: bool | None = None
 ) -> tuple[ProvenForm, bool]:
@@ -136,6 +138,7 @@ def storable_config(
     return ProvenForm(form, key, stored, sources), False
 
 
+@plain_defaults()
 def save_tower(
     tower: Any,
     config: TimmTowerConfig,

@@ -18,6 +18,7 @@ import torch
 from .errors import GraphError, shown
 from .graph_program import (
     MAX_ITEMS,
+    Json,
     Program,
     only,
     read_dtype,
@@ -27,8 +28,6 @@ from .graph_program import (
     read_program,
     read_text,
 )
-
-Json = Any
 
 VERSION = 1
 # Of the heads in this package's tests (147, as people write them) the largest graph has 54 KiB of text, most of it an

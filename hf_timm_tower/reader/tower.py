@@ -164,7 +164,7 @@ def has_classifier(weights: Mapping[str, torch.Tensor]) -> bool:
 def plain_defaults() -> Iterator[None]:
     """float32 on the CPU for what is made inside, whatever the process has set as its default dtype and device.
 
-    What a constructor computes (relative positions, rotary tables) is then the same everywhere.
+    What a constructor computes (relative positions, rotary tables) is then the same everywhere. Also a decorator.
     """
     wanted = torch.get_default_dtype()
     with torch.device("cpu"):
