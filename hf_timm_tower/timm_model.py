@@ -36,7 +36,7 @@ from .training.feature_cache import CachedFeatures, cache_features, forward_from
 from .training.layer_groups import LayerGroup, layer_groups
 from .training.lock import Patterns, lock, unlock
 from .training.param_groups import no_weight_decay, param_groups, summary_table
-from .trunk_facts import check_rebuilt, copy_trunk, settle_arguments, trunk_arguments
+from .trunk_facts import check_rebuilt, copy_trunk, record_size, settle_arguments, trunk_arguments
 
 
 class TimmModel(InterchangeMixin, TowerHubMixin):
@@ -314,8 +314,7 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
         # on a copy first: timm changes some trunks before it refuses a size
         trial = copy_trunk(self.trunk)
         config = self._resized(trial, size)
-        if not overrides(type(self), "_create_trunk"):
-            check_rebuilt(trial, config)
+        config = record_size(trial, config, own_trunk=overrides(type(self), "_create_trunk"))
         self._resized(self.trunk, size)
         self.config = config
         self._arrangement = arrange(self.config, self.trunk)

@@ -79,11 +79,6 @@ def complete(config: TimmTowerConfig, trunk: nn.Module) -> tuple[TimmTowerConfig
             raise ConfigError(
                 "embed_dim=None: proj=None makes the trunk's own classifier the projection, of that width"
             )
-        if output.width != done.embed_dim:
-            raise ConfigError(
-                f"proj=None: the trunk {done.architecture} has no classifier to project with; it gives width "
-                f"{output.width}, not embed_dim={done.embed_dim}. Use proj='linear', 'mlp' or 'none'."
-            )
     done.layout = output.layout
     done.num_features = 2 * output.width if done.pool == "token_avg" else output.width
     done.feat_size = list(output.size) if output.layout in ("NCHW", "NHWC") else None
@@ -95,7 +90,10 @@ def complete(config: TimmTowerConfig, trunk: nn.Module) -> tuple[TimmTowerConfig
 
 def with_offers(error: UnsupportedPool, config: TimmTowerConfig) -> ConfigError:
     """A refused pool -> an error that lists the pools which the trunk offers."""
-    return ConfigError(f"{error} It offers: {', '.join(offered_pools(config)) or 'none'}.")
+    supported = offered_pools(config)
+    if supported:
+        return ConfigError(f"{error} Supported pools: {', '.join(supported)}.")
+    return ConfigError(f"{error} No pool works with proj={config.proj!r}; use proj='linear', 'mlp' or 'none'.")
 
 
 def head_example(config: TimmTowerConfig, trunk: nn.Module) -> torch.Tensor:
