@@ -8,8 +8,8 @@ import torch.nn as nn
 from torch.nn.modules.batchnorm import _NormBase
 
 # Attributes that say how a module runs now, not what it is: they follow from the mode, from settings of the process,
-# or are set anew by whoever trains.
-_HOW_IT_RUNS = frozenset({"training", "grad_checkpointing", "fused_attn"})
+# or are set anew by whoever trains. Blocks fused for inference show by their weights; timm's own flag need not.
+_HOW_IT_RUNS = frozenset({"training", "grad_checkpointing", "fused_attn", "inference_mode"})
 # Wrappers that leave the state dict's keys as they are: the names that they put between are left out.
 _WRAPPERS = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
 _SHOWN = 3
@@ -119,7 +119,7 @@ def _changed_buffers(trunk: nn.Module, again: nn.Module) -> list[str]:
     stored = trunk.state_dict().keys()
     return [
         f"the buffer {key}, which timm computes, holds other values (a tower that was cast down and up again gets them "
-        "back by timm.models.reinit_non_persistent_buffers(tower.trunk))"
+        "back by init_non_persistent_buffers() of the layers that have it, or by loading it again)"
         for key in ours.keys() & theirs.keys()
         if key not in stored and not torch.equal(ours[key].cpu(), theirs[key].to("cpu", ours[key].dtype))
     ][:1]

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 
 from .reader.config import ATTENTION_POOLS, TimmTowerConfig, check_size
-from .reader.errors import ConfigError
+from .reader.errors import ConfigError, TowerError
 from .reader.model_args import FROM_TRUNK, encode
 from .reader.skip_init import no_init
 from .reader.trunk import (
@@ -345,7 +345,7 @@ def record_changes(trunk: nn.Module, config: TimmTowerConfig) -> TimmTowerConfig
     try:
         if shapes(trunk) == shapes(create_trunk(fused, initialise=False)):
             return fused
-    except ConfigError:
+    except TowerError:
         pass  # this architecture cannot be told
     raise _changed(config, trunk, again)
 
