@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 
 from .reader.config import ATTENTION_POOLS, TimmTowerConfig, check_size
-from .reader.errors import ConfigError
+from .reader.errors import ConfigError, TowerError
 from .reader.model_args import FROM_TRUNK, encode
 from .reader.skip_init import skip_init
 from .reader.trunk import (
@@ -204,19 +204,24 @@ def settle_arguments(config: TimmTowerConfig) -> TimmTowerConfig:
     if config.image_size is not None and "img_size" not in arguments and _must_be_told(config):
         config.model_args = dict(sorted({**arguments, "img_size": list(native_size(config))}.items()))
     existed = bool(set(FROM_TRUNK) & set(arguments))
-    if config.classifier == "reset" and arguments and not existed and config.pool != "default":
-        try:
-            create_trunk(config, initialise=False)
-        except UnsupportedPool:
+    if existed or not arguments or (config.classifier == "construct" and config.pool != "default"):
+        return config
+    try:
+        create_trunk(config, initialise=False)
+    except UnsupportedPool:
+        raise
+    except ConfigError as error:
+        if config.pool == "default":
+            if offered_pools(config, among=[pool for pool in ALL_POOLS if pool != "default"]):
+                raise UnsupportedPool(config, f"timm cannot build the trunk with its own pool ({error})") from error
             raise
-        except ConfigError as error:
-            trial = copy.deepcopy(config)
-            trial.classifier = "construct"
-            try:
-                create_trunk(trial, initialise=False)
-            except ConfigError:
-                raise error from None
-            return trial
+        with_pool = copy.deepcopy(config)
+        with_pool.classifier = "construct"
+        try:
+            create_trunk(with_pool, initialise=False)
+        except ConfigError:
+            raise error from None
+        return with_pool
     return config
 
 
@@ -297,6 +302,31 @@ def check_rebuilt(trunk: nn.Module, config: TimmTowerConfig, *, with_classifier:
         raise _changed(config, trunk, again)
 
 
+def record_size(trunk: nn.Module, config: TimmTowerConfig, *, own_trunk: bool = False) -> TimmTowerConfig:
+    """The config of a trunk at another size, so that it is built again as it is.
+
+    Args:
+        trunk: Of a tower, resized.
+        config: Completed, with the new `image_size`.
+        own_trunk: A subclass of TimmModel makes the trunk by its own code.
+
+    Raises:
+        ConfigError: timm builds another trunk for this size (CrossViT, SAM).
+    """
+    if not own_trunk and shapes(trunk) != shapes(create_trunk(config, initialise=False)):
+        raise ConfigError(
+            f"{config.architecture} cannot take image_size={config.image_size}: timm makes other weights for this "
+            "size, so that the tower could not be built again. Build a new tower with image_size=..."
+        )
+    told = timm.models.get_model_traits(trunk).get("img_size")
+    if told is None or list(told) == native_size(config) or "img_size" in (config.model_args or {}):
+        return config
+    # XCiT and others run at any size, and stay as they were built.
+    config = copy.deepcopy(config)
+    config.model_args = dict(sorted({**(config.model_args or {}), "img_size": list(told)}.items()))
+    return config
+
+
 def record_changes(trunk: nn.Module, config: TimmTowerConfig) -> TimmTowerConfig:
     """The config of a trunk as it is now, where timm can be told to build it so (blocks fused for inference).
 
@@ -315,7 +345,7 @@ def record_changes(trunk: nn.Module, config: TimmTowerConfig) -> TimmTowerConfig
     try:
         if shapes(trunk) == shapes(create_trunk(fused, initialise=False)):
             return fused
-    except ConfigError:
+    except TowerError:
         pass  # this architecture cannot be told
     raise _changed(config, trunk, again)
 
