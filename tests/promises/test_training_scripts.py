@@ -114,6 +114,8 @@ def fsdp2(rank: int, world: int, name: str, saved: Path, scratch: Path) -> None:
         model.save_pretrained(scratch / "b", is_main_process=rank == 0, state_dict=state if rank == 0 else None)
         if rank == 0:
             assert_holds(face, scratch / "b", state)
+            # fully_shard renames the model's class in place
+            assert "FSDP" not in (scratch / "b" / "config.json").read_text()
         dist.barrier()
     finally:
         dist.destroy_process_group()
