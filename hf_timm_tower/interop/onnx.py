@@ -30,7 +30,7 @@ def export_onnx(tower: nn.Module, path: str | os.PathLike[str], *, check: bool =
     """Write a tower as ONNX: input `images` `[batch, in_chans, H, W]`, output `embedding`, the batch size free.
 
     What the images must have gone through is in the model's metadata, as JSON under `preprocess.json`. Weights of more
-    than about 2 GB lie beside the file, in `<name>.onnx.data`.
+    than about 2 GB are stored beside the file, in `<name>.onnx.data`.
 
     Args:
         tower: A tower in float32 or float16; it is not changed.

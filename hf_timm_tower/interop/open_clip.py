@@ -197,8 +197,8 @@ def _weight_file(folder: Path, place: str, is_repo: bool, allow_pickle: bool) ->
 
 def _build(cls: type[T], found: _Found, device: str | torch.device | None, dtype: torch.dtype | None) -> T:
     specs, names = _vision_specs(found.weights)
-    held = sum(spec.numel() * spec.element_size() for spec in specs.values())
-    budget = _BUDGET_FACTOR * held + _BUDGET_SLACK
+    stored = sum(spec.numel() * spec.element_size() for spec in specs.values())
+    budget = _BUDGET_FACTOR * stored + _BUDGET_SLACK
     arguments = found.vision.arguments
     with no_init(budget=budget):
         tower = cls(**arguments, model_kwargs=found.model_kwargs)
@@ -315,7 +315,7 @@ def _check_same_numbers(tower: "TimmModel", visual: nn.Module) -> None:
     atol = 1e-2 * float(expected.abs().max().nan_to_num())
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-2, atol=atol, equal_nan=True):
         raise ConfigError(
-            "the vision tower gives other numbers than one that is built from its own arguments: it was changed by "
+            "the vision tower gives other outputs than one that is built from its own arguments: it was changed by "
             "hand. Wrap its trunk with TimmModel.from_trunk, or override TimmModel._create_trunk."
         )
 

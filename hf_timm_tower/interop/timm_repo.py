@@ -37,7 +37,7 @@ _WRAPPER = "timm_wrapper"
 _WRAPPER_PREFIX = "timm_model."
 # A config may ask for somewhat more than its weight files hold (buffers, tables); not for another order of size.
 _BUDGET_FACTOR, _BUDGET_SLACK = 4, 2**30
-# Where weights lie and how they are read is settled here, and not by the file.
+# Where weights are and how they are read is decided here, and not by the file.
 _SOURCE_FIELDS = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"}
 _CFG_FIELDS = {field.name for field in dataclasses.fields(PretrainedCfg)} - _SOURCE_FIELDS
 
@@ -289,8 +289,8 @@ def _plain_keys(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _check_budget(source: TimmSource, weights: Mapping[str, torch.Tensor]) -> None:
-    held = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
-    with no_init(budget=_BUDGET_FACTOR * held + _BUDGET_SLACK):
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    with no_init(budget=_BUDGET_FACTOR * stored + _BUDGET_SLACK):
         create_model(source, source.image_size, source.in_chans, source.model_args, source.has_size)
 
 
