@@ -32,6 +32,7 @@ from .reader.tower import plain_defaults
 from .reader.trunk import native_size
 from .reader.weights import assign_weights
 from .training.freezing import describe_frozen, head_without_lock
+from .training.sharding import refuse_sharded
 from .trunk_facts import record_changes
 
 
@@ -110,6 +111,7 @@ def storable_config(
         HeadError: no form of the head works.
         ConfigError: the trunk was changed in a way that no config says.
     """
+    refuse_sharded(tower.state_dict(keep_vars=True))
     key = json.dumps([tower.config.to_dict(), own_trunk, own_head, include_code], sort_keys=True, default=str)
     form = form_of(tower)
     earlier: ProvenForm | None = getattr(tower, "_proven", None)

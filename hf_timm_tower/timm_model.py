@@ -39,7 +39,7 @@ from .training.freezing import describe_frozen, frozen_context, note_fixed
 from .training.layer_groups import LayerGroup, layer_groups
 from .training.lock import Patterns, lock, unlock
 from .training.param_groups import param_groups, summary_table
-from .trunk_facts import check_rebuilt, copy_trunk, trunk_arguments
+from .trunk_facts import check_rebuilt, copy_trunk, record_size, trunk_arguments
 
 
 class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
@@ -317,8 +317,7 @@ class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
         # on a copy first: timm changes some trunks before it refuses a size
         trial = copy_trunk(self.trunk)
         config = self._resized(trial, size)
-        if not overrides(type(self), "_create_trunk"):
-            check_rebuilt(trial, config)
+        config = record_size(trial, config, own_trunk=overrides(type(self), "_create_trunk"))
         self._resized(self.trunk, size)
         self.config = config
         self._head_input = HeadInput.of(self.config, self.trunk)

@@ -313,7 +313,7 @@ def _check_same_numbers(tower: "TimmModel", visual: nn.Module) -> None:
     atol = 1e-2 * float(expected.abs().max().nan_to_num())
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-2, atol=atol, equal_nan=True):
         raise ConfigError(
-            "the vision tower gives other numbers than one that is built from its own arguments: it was changed by "
+            "the vision tower gives other outputs than one that is built from its own arguments: it was changed by "
             "hand. Wrap its trunk with TimmModel.from_trunk, or override TimmModel._create_trunk."
         )
 

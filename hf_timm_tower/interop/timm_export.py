@@ -43,7 +43,7 @@ class TimmExport:
     Attributes:
         folder: Where.
         architecture: timm's name of the trunk.
-        model_args: What stands in `config.json` beside it.
+        model_args: What `config.json` says beside it.
         num_classes: Width of the projection that became timm's classifier; 0 where there is none.
         left_out: What of the tower is not in the folder, in words; empty where it is all there.
         difference: Largest difference of timm's output to the tower's, over the largest output. 0.0 means equal bits.
@@ -200,7 +200,7 @@ def _find_arguments(arch: str, trunk: nn.Module, config: TimmTowerConfig, num_cl
     """
     args = {key: value for key, value in get_model_args(trunk).items() if key != "num_classes" and value is not None}
     stored = {key: _json_value(key, value, config) for key, value in args.items()}
-    # A pool set after construction: timm's ViTs choose by their pool at construction where the last norm lies.
+    # A pool set after construction: timm's ViTs choose by their pool at construction where the last norm is.
     norm = getattr(trunk, "fc_norm", None)
     trials = [stored]
     if isinstance(norm, nn.Module):

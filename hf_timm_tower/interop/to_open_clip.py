@@ -81,7 +81,7 @@ def fit_inside_open_clip(tower: "TimmModel", state: dict[str, Any], prefix: str)
     """Let a tower that open_clip built with `force_image_size` take weights of the trunk's native size.
 
     open_clip builds its trunk natively, loads, and resizes then; a tower is built for its size at once. So the
-    weights go through a trunk of the native size and timm's own `set_input_size`: the same numbers as in open_clip.
+    weights go through a trunk of the native size and timm's own `set_input_size`: the same outputs as in open_clip.
 
     Args:
         tower: The tower that loads.
