@@ -17,8 +17,7 @@ from ..hub.trunk_source import is_separable, merged, parse_trunk_source, read_tr
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ConfigError, FormatError, HeadError, TowerError, WeightsError
 from ..reader.head import check_stored, code_file
-from ..reader.image_processing import check_preprocess
-from ..reader.processor_config import check_processor, facts_in_tower, processor_dict
+from ..reader.image_processing import check_preprocess, check_processor, facts_in_tower, processor_dict
 from ..reader.trunk import native_size
 from .aligned import same_bits
 from .assign import find_ties
@@ -217,9 +216,7 @@ def _read_card(folder: Path) -> str | None:
         raise FormatError(f"{path}: not UTF-8 text ({error}); save it as UTF-8, or move it away") from error
 
 
-def _write_weights(
-    staging: Path, tower: nn.Module, config: TimmTowerConfig, max_shard_size: int | str
-) -> None:
+def _write_weights(staging: Path, tower: nn.Module, config: TimmTowerConfig, max_shard_size: int | str) -> None:
     if config.trunk_source is None:
         write_weights(staging, tower, max_shard_size)
         return

@@ -72,8 +72,6 @@ from .modeling import TimmTowerForImageClassification, TimmTowerModel
 from .modeling_base import TimmTowerPreTrainedModel
 from .modeling_saving import SavesAsTower
 from .pools import PoolRefused
-from .processor_config import facts_of
 from .skip_init import no_init
-from .tensor_transform import transform_tensor
 from .tower import Arrangement
 from .trunk import TrunkOutput
