@@ -350,7 +350,7 @@ def completed_preprocess(config: TimmTowerConfig) -> tuple[dict[str, Any], list[
 
 def facts_of(block: dict[str, Any], size: Sequence[int]) -> dict[str, Any]:
     """The preprocess block and `[height, width]` under their names in `preprocessor_config.json`."""
-    named = {_FILE_NAMES.get(key, key): _plain(block[key]) for key in _BLOCK_KEYS}
+    named = {_FILE_NAMES.get(key, key): _plain_fact(block[key]) for key in _BLOCK_KEYS}
     return {"size": {"height": size[0], "width": size[1]}, **named}
 
 
@@ -362,7 +362,7 @@ def block_of(facts: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
     """
     if missing := [name for name in PROCESSOR_FACTS if name not in facts]:
         raise ConfigError(f"{PROCESSOR_TYPE}: {', '.join(missing)} missing")
-    block = {key: _plain(facts[_FILE_NAMES.get(key, key)]) for key in _BLOCK_KEYS}
+    block = {key: _plain_fact(facts[_FILE_NAMES.get(key, key)]) for key in _BLOCK_KEYS}
     size = facts["size"]
     if isinstance(size, Mapping):
         if set(size) != {"height", "width"}:
@@ -374,7 +374,7 @@ def block_of(facts: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
     return block, check_size("size", size)
 
 
-def _plain(value: Any) -> Any:
+def _plain_fact(value: Any) -> Any:
     """What JSON gives back: lists for tuples, and nothing shared with the config."""
     if isinstance(value, Mapping):
         return {key: list(item) if isinstance(item, tuple) else item for key, item in value.items()}
