@@ -21,8 +21,7 @@ from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, ConfigError, HeadError, shown
 from .reader.freezing import apply_frozen
 from .reader.head import CODE, CustomHead, check_stored, code_file, refuse_code
-from .reader.image_processing import check_preprocess
-from .reader.processor_config import check_processor
+from .reader.image_processing import check_preprocess, check_processor
 from .reader.skip_init import Budget, skip_init
 from .reader.tower import CLASSIFIER, Tower, build_tower, has_classifier, plain_defaults
 from .reader.trunk import buffers_as_timm, float_dtype, native_size

@@ -26,7 +26,7 @@ from .reader.config import TimmTowerConfig
 from .reader.errors import FormatError, WeightsError
 from .reader.graph_head import GraphHead
 from .reader.head import LIVE, SUBCLASS, builtin_head
-from .reader.processor_config import facts_in_tower, processor_dict
+from .reader.image_processing import facts_in_tower, processor_dict
 from .reader.skip_init import skip_init
 from .reader.tower import plain_defaults
 from .reader.trunk import native_size

@@ -4,7 +4,7 @@ This is the code that `trust_remote_code=True` runs, all of it: the modules of h
 in the order of their imports. It reads JSON and safetensors, builds a timm model and a head, and has no other business.
 """
 
-from PIL import Image
+from PIL import Image, ImageOps
 import base64
 import binascii
 from collections import OrderedDict
@@ -20,6 +20,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 import inspect
+from io import BytesIO
 import json
 import math
 import numpy as np
@@ -29,7 +30,6 @@ import re
 import reprlib
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-import shutil
 import timm
 from timm.data.config import resolve_data_config
 from timm.data.transforms import CenterCropOrPad, MaybeToTensor, ResizeKeepRatio, center_crop_or_pad
@@ -51,7 +51,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize
-from torchvision.transforms.v2 import functional as F
+from torchvision.transforms.v2 import functional as tv_functional
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -60,16 +60,16 @@ from transformers import (
     VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
 )
-from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_relative_import_files
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import load_image
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.generic import ModelOutput
 from transformers.utils.hub import cached_file
 from transformers.utils.loading_report import LoadStateDictInfo
 from typing import Any, ClassVar, Literal, Self, TypedDict
+from urllib.request import Request, urlopen
 import warnings
 
 # --- errors.py
@@ -3113,34 +3113,56 @@ def head_of_class(cls: type[nn.Module], spec: Mapping[str, Any]) -> nn.Module:
 
 # --- image_processing.py
 
-"""The preprocess block of the config, and timm's own transform made from it.
+"""The preprocess block of the config, timm's own transform made from it, and what `preprocessor_config.json` holds.
 
 The block holds what timm's `pretrained_cfg` says of preprocessing, and three facts that some models need beside it:
 
-- `padding`: None, or `{"mode": "square", "color": [255, 255, 255]}`: the image is laid in the middle of a square of its
-  longer side before it is resized. One number from 0 to 255 for each channel.
+- `padding`: None, or `{"mode": "square", "color": [255, 255, 255]}`: the image is put in the middle of a square of its
+  longer side before it is resized. One whole number from 0 to 255 for each channel.
 - `value_range`: `[lo, hi]`, what black and white are before mean and std are applied; `[0, 1]` is timm's own.
 - `channel_order`: `RGB`, or `BGR`: the channels are reversed last. `mean`, `std` and `color` are in the order R, G, B
   in either case.
 
-Where these have their defaults, the transform is timm's and nothing else. The size is not in the block:
+Where these have their defaults, the steps are timm's and nothing else. The size is not in the block:
 `config.image_size` is its only owner, so that trunk, config and transform cannot disagree.
 """
 
 
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+READER_MODULE = "modeling_timm_tower"
+"""The module that travels with a tower and holds the classes, for transformers' `auto_map`."""
+
+PROCESSOR_TYPE = "TimmTowerImageProcessor"
+# A list: of a plain name transformers makes a video processor's, and asks every pipeline's user to trust its code.
+PROCESSOR_AUTO_MAP = {"AutoImageProcessor": [f"{READER_MODULE}.{PROCESSOR_TYPE}", None]}
+
+INTERPOLATIONS = {"nearest": 0, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5, "lanczos": 1}  # PIL's numbers
 CROP_MODES = ("center", "squash", "border")
 CHANNEL_ORDERS = ("RGB", "BGR")
+PIL_MODES = {1: "L", 3: "RGB"}
 
-_WHITE_IS_ONE = [0.0, 1.0]
-_KEYS = {"interpolation", "crop_pct", "crop_mode", "mean", "std", "padding", "channel_order", "value_range"}
+# Three channels of 8192 x 8192, 0.8 GB as float32; the largest size in timm is 1024.
+MAX_RESIZED_VALUES = 3 * 2**26
+MAX_PADDED_SIDE = 2**14
+# Of mean, std and value_range: 16-bit images and Hounsfield units fit in.
+_LEAST_STEP, _MOST_VALUE = 1e-6, 1e6
+
+_BLOCK_KEYS = ("interpolation", "crop_pct", "crop_mode", "mean", "std", "padding", "channel_order", "value_range")
+_FILE_NAMES = {"mean": "image_mean", "std": "image_std"}  # the other entries keep their names
+PROCESSOR_FACTS = ("size", *(_FILE_NAMES.get(key, key) for key in _BLOCK_KEYS))
+# Keys that transformers itself writes into a processor's file.
+TRANSFORMERS_PROCESSOR_KEYS = frozenset(
+    {"image_processor_type", "auto_map", "processor_class", "feature_extractor_type"}
+)
+STANDARD_KEYS = (
+    "do_resize", "resample", "do_center_crop", "do_rescale", "rescale_factor", "do_normalize", "do_convert_rgb",
+)  # fmt: skip
 
 
 def preprocess_from_timm(pretrained_cfg: dict[str, Any], in_chans: int) -> dict[str, Any]:
     """timm's `pretrained_cfg` -> the preprocess block.
 
     Args:
-        pretrained_cfg: of the trunk as it was built.
+        pretrained_cfg: Of the trunk as it was built.
         in_chans: Channels of the image; where they are not as many as timm has means for, each channel gets the
             average of timm's means and standard deviations, as timm's first convolution is averaged over channels.
     """
@@ -3148,16 +3170,8 @@ def preprocess_from_timm(pretrained_cfg: dict[str, Any], in_chans: int) -> dict[
     mean, std = list(data["mean"]), list(data["std"])
     if len(mean) != in_chans:
         mean, std = [sum(mean) / len(mean)] * in_chans, [sum(std) / len(std)] * in_chans
-    return {
-        "interpolation": data["interpolation"],
-        "crop_pct": data["crop_pct"],
-        "crop_mode": data["crop_mode"],
-        "mean": mean,
-        "std": std,
-        "padding": None,
-        "channel_order": "RGB",
-        "value_range": list(_WHITE_IS_ONE),
-    }
+    timms = {key: data[key] for key in ("interpolation", "crop_pct", "crop_mode")}
+    return {**timms, "mean": mean, "std": std, "padding": None, "channel_order": "RGB", "value_range": [0.0, 1.0]}
 
 
 def check_preprocess(block: dict[str, Any], in_chans: int) -> None:
@@ -3166,69 +3180,56 @@ def check_preprocess(block: dict[str, Any], in_chans: int) -> None:
     Raises:
         ConfigError: names the entry and its value.
     """
-    if set(block) != _KEYS:
-        raise ConfigError(f"preprocess: missing {sorted(_KEYS - set(block))}, unknown {sorted(set(block) - _KEYS)}")
-    for key, choices in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
-        if block[key] not in choices:
-            raise ConfigError(f"preprocess.{key}={block[key]!r}: expected one of {', '.join(choices)}")
-    crop = block["crop_pct"]
-    if not _is_number(crop) or not 0.05 <= crop <= 2:
-        raise ConfigError(f"preprocess.crop_pct={crop!r}: expected a number from 0.05 to 2")
-    for key in ("mean", "std"):
-        if not _are_numbers(block[key], in_chans):
-            raise ConfigError(f"preprocess.{key}={block[key]!r}: expected {in_chans} numbers")
-    if not all(value > 0 for value in block["std"]):
-        raise ConfigError(f"preprocess.std={block['std']!r}: expected positive numbers")
-    padding = block["padding"]
-    if padding is not None and not _is_padding(padding, in_chans):
-        raise ConfigError(
-            f"preprocess.padding={padding!r}: expected None or {{'mode': 'square', 'color': [...]}} with {in_chans} "
-            "whole numbers from 0 to 255"
-        )
-    order = block["channel_order"]
-    if order not in CHANNEL_ORDERS:
-        raise ConfigError(f"preprocess.channel_order={order!r}: expected one of {', '.join(CHANNEL_ORDERS)}")
-    if order == "BGR" and in_chans != 3:
+    if set(block) != set(_BLOCK_KEYS):
+        missing, unknown = set(_BLOCK_KEYS) - set(block), set(block) - set(_BLOCK_KEYS)
+        raise ConfigError(f"preprocess: missing {sorted(missing)}, unknown {shown(sorted(unknown, key=str))}")
+    bounds, padding = block["value_range"], block["padding"]
+    range_fits = _are_numbers(bounds, 2) and bounds[1] - bounds[0] >= _LEAST_STEP
+    rules = {
+        "interpolation": (block["interpolation"] in tuple(INTERPOLATIONS), f"one of {', '.join(INTERPOLATIONS)}"),
+        "crop_mode": (block["crop_mode"] in CROP_MODES, f"one of {', '.join(CROP_MODES)}"),
+        "crop_pct": (_are_numbers([block["crop_pct"]], 1, 0.05, 2), "a number from 0.05 to 2"),
+        "mean": (_are_numbers(block["mean"], in_chans), f"{in_chans} numbers from -1e6 to 1e6"),
+        "std": (_are_numbers(block["std"], in_chans, _LEAST_STEP), f"{in_chans} numbers from 1e-6 to 1e6"),
+        "padding": (
+            padding is None or _is_padding(padding, in_chans),
+            f"None or {{'mode': 'square', 'color': [...]}} with {in_chans} whole numbers from 0 to 255",
+        ),
+        "channel_order": (block["channel_order"] in CHANNEL_ORDERS, f"one of {', '.join(CHANNEL_ORDERS)}"),
+        "value_range": (
+            range_fits,
+            "[lo, hi] with lo < hi, what black and white are before mean and std are applied ([0, 1] is timm's own)",
+        ),
+    }
+    for key, (fits, expected) in rules.items():
+        if not fits:
+            raise ConfigError(f"preprocess.{key}={shown(block[key])}: expected {expected}")
+    if block["channel_order"] == "BGR" and in_chans != 3:
         raise ConfigError(f"preprocess.channel_order='BGR': an image with in_chans={in_chans} has no red and blue")
-    bounds = block["value_range"]
-    if not _are_numbers(bounds, 2) or not bounds[0] < bounds[1]:
-        raise ConfigError(
-            f"preprocess.value_range={bounds!r}: expected [lo, hi] with lo < hi, what black and white are before mean "
-            "and std are applied ([0, 1] is timm's own)"
-        )
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _are_numbers(values: Any, length: int) -> bool:
-    return isinstance(values, list) and len(values) == length and all(_is_number(value) for value in values)
+def _are_numbers(values: Any, length: int, least: float = -_MOST_VALUE, most: float = _MOST_VALUE) -> bool:
+    if not isinstance(values, list) or len(values) != length:
+        return False
+    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    return len(numbers) == length and all(least <= value <= most for value in numbers)
 
 
 def _is_padding(padding: Any, in_chans: int) -> bool:
     if not isinstance(padding, dict) or set(padding) != {"mode", "color"} or padding["mode"] != "square":
         return False
-    color = padding["color"]
-    return _are_numbers(color, in_chans) and all(isinstance(value, int) and 0 <= value <= 255 for value in color)
+    return _are_numbers(padding["color"], in_chans, 0, 255) and all(
+        isinstance(value, int) for value in padding["color"]
+    )
 
 
+@dataclass(frozen=True)
 class PadToSquare:
-    """PIL image -> the same in the middle of a square of its longer side.
+    """PIL image -> the same in the middle of a square of its longer side, in this color."""
 
-    Args:
-        color: of what is around it, one number from 0 to 255 for each channel.
-    """
-
-    def __init__(self, color: Sequence[int]) -> None:
-        self.color = tuple(color)
+    color: tuple[int, ...]
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        if len(image.getbands()) != len(self.color):
-            raise ArgumentError(
-                f"transform: an image of mode {image.mode}, but the tower pads in {len(self.color)} channels: "
-                f"image.convert({'L' if len(self.color) == 1 else 'RGB'!r}) first"
-            )
         side = max(image.size)
         canvas = Image.new(image.mode, (side, side), self.color if len(self.color) > 1 else self.color[0])
         canvas.paste(image, self.corner(image.width, image.height))
@@ -3240,38 +3241,138 @@ class PadToSquare:
         side = max(width, height)
         return (side - width) // 2, (side - height) // 2
 
-    def __repr__(self) -> str:
-        return f"PadToSquare(color={self.color})"
 
-
+@dataclass(frozen=True)
 class ScaleValues:
     """Float tensor in [0, 1] -> [lo, hi]."""
 
-    def __init__(self, lo: float, hi: float) -> None:
-        self.lo, self.hi = lo, hi
+    lo: float
+    hi: float
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         return images * (self.hi - self.lo) + self.lo
 
-    def __repr__(self) -> str:
-        return f"ScaleValues(lo={self.lo}, hi={self.hi})"
 
-
+@dataclass(frozen=True)
 class ReverseChannels:
     """`[..., 3, H, W]` -> the same with red and blue exchanged."""
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         return images[..., [2, 1, 0], :, :]
 
+
+class TowerTransform(Compose):  # type: ignore[misc]  # torchvision carries no types
+    """timm's steps, before which a PIL image that they cannot take, or only at great cost, is refused in words.
+
+    Args:
+        steps: PIL image -> float tensor `[in_chans, height, width]`.
+        block: A checked preprocess block.
+        resized: Height and width that the image is resized to before the crop; None where that is random.
+    """
+
+    def __init__(self, steps: list[Any], block: dict[str, Any], resized: Sequence[int] | None) -> None:
+        super().__init__(steps)
+        self.channels, self.crop_mode, self.padded = (
+            len(block["mean"]),
+            block["crop_mode"],
+            block["padding"] is not None,
+        )
+        self.resized = resized
+
+    def __call__(self, image: Any) -> Any:
+        """One image through all steps.
+
+        Raises:
+            ArgumentError: the image is of another mode, empty, damaged, or too large once it is padded or resized.
+        """
+        if isinstance(image, Image.Image):
+            load_pixels(image)
+            mode = PIL_MODES.get(self.channels, image.mode)
+            if image.mode != mode or len(image.getbands()) != self.channels:
+                deep = " (after scaling it to 8 bits)" if image.mode.startswith(("I", "F")) else ""
+                raise ArgumentError(
+                    f"transform: an image of mode {image.mode}, but the tower takes {self.channels} channels: "
+                    f"image.convert({mode!r}) first{deep}"
+                )
+            self.check_cost(image.height, image.width)
+        return super().__call__(image)
+
+    def check_cost(self, height: int, width: int) -> None:
+        """Refuse an image that becomes too large, or nothing, on its way to the crop.
+
+        Raises:
+            ArgumentError: with the size that it would have.
+        """
+        found, longer = f"an image of {height} x {width} pixels", max(height, width)
+        if self.padded:
+            if longer > MAX_PADDED_SIDE:
+                raise ArgumentError(f"{found}: padded to a square it would be larger than {MAX_PADDED_SIDE} a side")
+            height = width = longer
+        if self.resized is None:
+            return
+        tall, wide = self.resized
+        if self.crop_mode != "squash":
+            choose = max if self.crop_mode == "center" else min
+            scale = choose(tall / height, wide / width)
+            tall, wide = round(height * scale), round(width * scale)
+        if min(tall, wide) < 1 or self.channels * tall * wide > MAX_RESIZED_VALUES:
+            raise ArgumentError(
+                f"{found}: its sides are too unequal, it would be resized to {tall} x {wide} before it is cropped. Cut "
+                "it to the part that matters."
+            )
+
     def __repr__(self) -> str:
-        return "ReverseChannels()"
+        return repr(Compose(self.transforms))  # timm's
 
 
-def make_transform(config: TimmTowerConfig, is_training: bool = False, **kwargs: Any) -> Callable[[Any], Any]:
+def load_pixels(image: Image.Image) -> None:
+    """Read a PIL image to its end.
+
+    Raises:
+        ArgumentError: it has no pixels, or its file is damaged.
+    """
+    if 0 in image.size:
+        raise ArgumentError(f"an empty image, of {image.height} x {image.width} pixels")
+    try:
+        image.load()
+    except (OSError, ValueError, SyntaxError, EOFError) as error:  # PIL raises any of these for a damaged file
+        raise ArgumentError(f"the image cannot be read: {shown(str(error))}") from error
+
+
+def in_channels(image: Image.Image, channels: int) -> Image.Image:
+    """A PIL image in the mode of the tower, as timm's datasets have it: `image.convert("RGB")`, "L" for one channel.
+
+    So transparency is dropped and not blended. 16-bit and floating point images have white at 255 and are clipped,
+    with a warning where that changes a value.
+
+    Raises:
+        ArgumentError: no image mode has so many channels; the image is empty or damaged.
+    """
+    mode = PIL_MODES.get(channels)
+    if mode is None:
+        raise ArgumentError(
+            f"a PIL image (mode {image.mode}), but the tower takes {channels} channels: pass arrays or tensors"
+        )
+    load_pixels(image)
+    if image.mode == mode:
+        return image
+    if image.mode.startswith(("I", "F")):
+        extrema: Any = image.getextrema()
+        least, most = extrema
+        if not 0 <= least <= most <= 255 or (image.mode == "F" and most <= 1):
+            warnings.warn(
+                f"an image of mode {image.mode} with values from {least} to {most}: PIL's convert takes white for 255 "
+                "and clips what is not from 0 to 255, and timm has the same. Scale it to 8 bits first.",
+                stacklevel=2,
+            )
+    return image.convert(mode)
+
+
+def make_transform(config: TimmTowerConfig, is_training: bool = False, **kwargs: Any) -> Any:
     """timm's own transform for a tower, from the config alone.
 
     It pads first, and scales to `value_range` and reverses the channels around the normalisation, where the preprocess
-    block says so; otherwise it is what `timm.data.create_transform` gives.
+    block says so; otherwise its steps are those of `timm.data.create_transform`.
 
     Args:
         config: A completed config.
@@ -3279,22 +3380,28 @@ def make_transform(config: TimmTowerConfig, is_training: bool = False, **kwargs:
         kwargs: Further arguments of `timm.data.create_transform` (augmentation).
 
     Returns:
-        PIL image -> float tensor `[in_chans, height, width]`, normalised.
+        PIL image -> float32 tensor `[in_chans, height, width]`, normalised.
 
     Raises:
-        ConfigError: the config is not completed.
+        ConfigError: the config is not completed, or asks for images of too many pixels.
         ArgumentError: an argument that the config decides, or that timm does not know, or with which the transform
             does not normalise although the tower needs what is done there.
     """
-    block, size = completed_preprocess(config)
-    transform: Callable[[Any], Any] = transform_of(block, size, is_training, **kwargs)
-    return transform
+    return transform_of(*completed_preprocess(config), is_training, **kwargs)
 
 
 def transform_of(block: dict[str, Any], size: Sequence[int], is_training: bool = False, **kwargs: Any) -> Any:
     """`make_transform` from a checked preprocess block and `[height, width]`."""
+    resized = [math.floor(side / block["crop_pct"]) for side in size]
+    values = len(block["mean"]) * max(math.prod(resized), math.prod(size))
+    if min(resized) < 1 or values > MAX_RESIZED_VALUES:
+        raise ConfigError(
+            f"image_size={list(size)} with crop_pct={block['crop_pct']}: images of {len(block['mean'])} channels would "
+            f"be resized to {resized[0]} x {resized[1]}; at most {MAX_RESIZED_VALUES} values (8192 x 8192 in colour), "
+            "and at least one pixel, are taken"
+        )
     lo, hi = block["value_range"]
-    scaled = [lo, hi] != _WHITE_IS_ONE
+    scaled, reverse, padded = [lo, hi] != [0, 1], block["channel_order"] == "BGR", block["padding"] is not None
     # timm also makes colours of the mean (of borders, and in augmentation), which it takes to be in [0, 1].
     mean = [(value - lo) / (hi - lo) for value in block["mean"]] if scaled else block["mean"]
     std = [value / (hi - lo) for value in block["std"]] if scaled else block["std"]
@@ -3308,28 +3415,23 @@ def transform_of(block: dict[str, Any], size: Sequence[int], is_training: bool =
         raise ArgumentError(f"transform: {', '.join(twice)} come from the tower's config; change them there")
     try:
         transform = create_transform(is_training=is_training, **decided, **kwargs)
-    except TypeError as error:
+    except (TypeError, ValueError, AssertionError) as error:
         raise ArgumentError(f"transform: timm.data.create_transform refuses: {error}") from error
-    reverse = block["channel_order"] == "BGR"
-    if block["padding"] is None and not scaled and not reverse:
-        return transform
     steps = list(transform.transforms) if isinstance(transform, Compose) else []
-    places = [place for place, step in enumerate(steps) if isinstance(step, Normalize)]
-    if len(places) != 1:
-        raise ArgumentError(
-            f"transform: with {kwargs} timm does not normalise within one transform, and this tower's padding, "
-            "value_range or channel_order would get lost; leave such arguments out"
-        )
-    place = places[0]
-    if scaled:
-        normalise = Normalize(mean=torch.tensor(block["mean"]), std=torch.tensor(block["std"]))
-        steps[place : place + 1] = [ScaleValues(lo, hi), normalise]
-        place += 1
-    if reverse:
-        steps.insert(place + 1, ReverseChannels())
-    if block["padding"] is not None:
-        steps.insert(0, PadToSquare(block["padding"]["color"]))
-    return Compose(steps)
+    if scaled or reverse or padded:
+        places = [place for place, step in enumerate(steps) if isinstance(step, Normalize)]
+        if len(places) != 1:
+            raise ArgumentError(
+                f"transform: with {kwargs} timm does not normalise within one transform, and this tower's padding, "
+                "value_range or channel_order would get lost; leave such arguments out"
+            )
+        normalise = steps[places[0]]
+        if scaled:
+            normalise = Normalize(mean=torch.tensor(block["mean"]), std=torch.tensor(block["std"]))
+        around = [*[ScaleValues(lo, hi)] * scaled, normalise, *[ReverseChannels()] * reverse]
+        steps[places[0] : places[0] + 1] = around
+        steps[:0] = [PadToSquare(tuple(block["padding"]["color"]))] if padded else []
+    return TowerTransform(steps, block, None if is_training else resized) if steps else transform
 
 
 def completed_preprocess(config: TimmTowerConfig) -> tuple[dict[str, Any], list[int]]:
@@ -3342,177 +3444,14 @@ def completed_preprocess(config: TimmTowerConfig) -> tuple[dict[str, Any], list[
         raise ConfigError("the config has no preprocess block yet: build a tower from it first")
     return config.preprocess, check_size("image_size", config.image_size)
 
-# --- tensor_transform.py
 
-"""timm's transform on tensors: whole batches, on any device, close to the exact one and not equal to it.
-
-timm's steps say what happens; only the resizing is done by torch instead of PIL. How far the two are apart before mean
-and std, in steps of an 8-bit pixel (of 255), from a fifth to three times the size, is measured by
-`scripts/bench_image_processor.py`. With the aspect kept, on an x86-64 CPU with torch 2.14.1, torchvision 0.29.1 and
-Pillow 13.0:
-
-    interpolation        uint8: max, mean      uint8 without a kernel of its own      float: max, mean
-    nearest              0, 0                  0, 0                                   0, 0
-    bilinear             2, 0.024              2, 0.25                                1.0, 0.35
-    bicubic, lanczos     2, 0.010              2, 0.027                               1.2, 0.32
-
-The means are the largest of all sizes. torch has uint8 kernels on CPUs with AVX2 or NEON, not on GPUs. Floats are not
-rounded to whole steps, which is what their mean comes from. Where an image loses much height and little width (say a
-portrait that is squashed to a square), this Pillow resizes the columns before the rows, and we do not: then the maximum
-is 11 and the mean of uint8 0.30.
-"""
-
-
-def transform_tensor(images: torch.Tensor, block: dict[str, Any], size: Sequence[int]) -> torch.Tensor:
-    """Preprocess a batch of tensors.
-
-    Args:
-        images: `[B, C, H, W]`, uint8, or floating point in [0, 1]; one channel counts as grey where three are needed.
-        block: A checked preprocess block.
-        size: Height and width of the result in pixels.
-
-    Returns:
-        `[B, C, height, width]`, float32, on the device of `images`; differentiable where `images` are floats.
-
-    Raises:
-        ArgumentError: channels, dtype or values are not those of images, or torch has no such interpolation.
-    """
-    images = _checked(images, len(block["mean"]))
-    for step in transform_of(block, size).transforms:
-        if isinstance(step, PadToSquare):
-            images = _pad_to_square(images, step)
-        elif isinstance(step, Resize):
-            images = _resize(images, _target(images, step.size), step.interpolation)
-        elif isinstance(step, ResizeKeepRatio):
-            target = step.get_params(images, step.size, step.longest)  # type: ignore[no-untyped-call]
-            images = _resize(images, target, step.interpolation)
-        elif isinstance(step, CenterCropOrPad):
-            images = _crop_or_pad(images, step)
-        elif isinstance(step, MaybeToTensor):
-            images = images if images.is_floating_point() else images.float().div(255)
-        else:
-            images = step(images)  # cropping, normalising and our own steps take both kinds
-    return images
-
-
-def _checked(images: torch.Tensor, channels: int) -> torch.Tensor:
-    if images.ndim != 4 or 0 in images.shape:
-        raise ArgumentError(f"a tensor of shape {list(images.shape)}: expected [C, H, W] or [B, C, H, W], not empty")
-    if images.shape[1] == 1:
-        images = images.expand(-1, channels, -1, -1) if channels == 3 else images
-    if images.shape[1] != channels:
-        raise ArgumentError(
-            f"a tensor of shape {list(images.shape)}: expected {channels} channels first, [B, {channels}, H, W]; with "
-            "channels last pass input_data_format='channels_last'"
-        )
-    if images.dtype == torch.uint8:
-        return images
-    if not images.is_floating_point():
-        raise ArgumentError(f"a tensor of {images.dtype}: expected uint8, or floating point in [0, 1]")
-    images = images.float()
-    least, most = (bound.item() for bound in images.detach().aminmax())
-    if not (least >= 0 and most <= 1):
-        raise ArgumentError(
-            f"a floating point tensor with values from {least:.4g} to {most:.4g}: expected [0, 1], before mean and "
-            "std. Divide by 255 what goes to 255; what is normalised already goes to the model as it is."
-        )
-    return images
-
-
-def _target(images: torch.Tensor, size: int | Sequence[int]) -> list[int]:
-    """Height and width that torchvision's `Resize` gives: a single number is the shorter side."""
-    if not isinstance(size, int):
-        return list(size)
-    height, width = images.shape[-2:]
-    longer = int(size * max(height, width) / min(height, width))
-    return [size, longer] if height <= width else [longer, size]
-
-
-def _resize(images: torch.Tensor, size: Sequence[int], mode: InterpolationMode) -> torch.Tensor:
-    height, width = size
-    if mode == InterpolationMode.NEAREST:
-        rows, columns = _nearest(images.shape[-2], height), _nearest(images.shape[-1], width)
-        return images[..., rows, :][..., columns]
-    try:
-        # As PIL does: rows first, then columns, and what bicubic and lanczos overshoot is cut after each of them. uint8
-        # is also rounded in between, as PIL's is, where torch has no kernel of its own for it.
-        for target in ([images.shape[-2], width], [height, width]):
-            images = F.resize(images, target, interpolation=mode, antialias=True)
-            images = images.clamp(0, 1) if images.is_floating_point() else images
-    except (NotImplementedError, ValueError) as error:
-        raise ArgumentError(
-            f"this torch and torchvision cannot resize tensors with interpolation {mode.value!r}; pass PIL images or "
-            "uint8 numpy arrays"
-        ) from error
-    return images
-
-
-def _nearest(before: int, after: int) -> list[int]:
-    """The pixels that PIL takes: it adds up the step in double precision, where torch's modes multiply in single."""
-    step = before / after
-    position, taken = step * 0.5, []
-    for _ in range(after):
-        taken.append(min(int(position), before - 1))
-        position += step
-    return taken
-
-
-def _fill(images: torch.Tensor, color: Sequence[int]) -> torch.Tensor:
-    fill = torch.tensor(color, device=images.device)
-    return (fill / 255 if images.is_floating_point() else fill).to(images.dtype)
-
-
-def _pad_to_square(images: torch.Tensor, step: PadToSquare) -> torch.Tensor:
-    batch, channels, height, width = images.shape
-    side = max(height, width)
-    left, top = step.corner(width, height)
-    canvas = _fill(images, step.color).view(1, channels, 1, 1).repeat(batch, 1, side, side)
-    canvas[..., top : top + height, left : left + width] = images
-    return canvas
-
-
-def _crop_or_pad(images: torch.Tensor, step: CenterCropOrPad) -> torch.Tensor:
-    """timm's own, channel by channel: torchvision pads tensors with one number only."""
-    color: Any = step.fill
-    fill = _fill(images, color).tolist()
-    parts = [center_crop_or_pad(images[:, i : i + 1], step.size, fill=value) for i, value in enumerate(fill)]
-    return torch.cat(parts, 1)
-
-# --- processor_config.py
-
-"""`preprocessor_config.json`: what it holds, made from a tower's config, and held against it.
-
-It repeats the preprocess block and the size for transformers, under transformers' names. Here and not beside the
-processor's class, so that saving and loading a tower need not import transformers' image processing.
-"""
-
-
-PROCESSOR_TYPE = "TimmTowerImageProcessor"
-# Where transformers finds the class in a tower's folder, under trust_remote_code. A list: of a plain name transformers
-# makes a video processor's, and asks every pipeline's user to trust its code.
-PROCESSOR_AUTO_MAP = {"AutoImageProcessor": [f"modeling_timm_tower.{PROCESSOR_TYPE}", None]}
-# Keys that transformers itself writes into a processor's file.
-PROCESSOR_FOREIGN_KEYS = frozenset({"image_processor_type", "auto_map", "processor_class", "feature_extractor_type"})
-
-# Entry of the preprocess block -> its name in the file.
-_NAMES = {
-    "interpolation": "interpolation",
-    "crop_pct": "crop_pct",
-    "crop_mode": "crop_mode",
-    "mean": "image_mean",
-    "std": "image_std",
-    "padding": "padding",
-    "channel_order": "channel_order",
-    "value_range": "value_range",
-}
-PROCESSOR_FACTS = ("size", *_NAMES.values())
+# --- preprocessor_config.json: the block and the size under transformers' names
 
 
 def facts_of(block: dict[str, Any], size: Sequence[int]) -> dict[str, Any]:
     """The preprocess block and `[height, width]` under their names in `preprocessor_config.json`."""
-    height, width = size
-    named = {name: block[key] for key, name in _NAMES.items()}
-    return {"size": {"height": height, "width": width}, **_plain(named)}
+    named = {_FILE_NAMES.get(key, key): _plain_fact(block[key]) for key in _BLOCK_KEYS}
+    return {"size": {"height": size[0], "width": size[1]}, **named}
 
 
 def block_of(facts: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
@@ -3523,23 +3462,38 @@ def block_of(facts: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
     """
     if missing := [name for name in PROCESSOR_FACTS if name not in facts]:
         raise ConfigError(f"{PROCESSOR_TYPE}: {', '.join(missing)} missing")
-    block = _plain({key: facts[name] for key, name in _NAMES.items()})
+    block = {key: _plain_fact(facts[_FILE_NAMES.get(key, key)]) for key in _BLOCK_KEYS}
     size = facts["size"]
     if isinstance(size, Mapping):
         if set(size) != {"height", "width"}:
-            raise ConfigError(f"size={dict(size)!r}: expected {{'height': ..., 'width': ...}} in pixels")
+            raise ConfigError(f"size={shown(dict(size))}: expected {{'height': ..., 'width': ...}} in pixels")
         size = [size["height"], size["width"]]
-    if not isinstance(block["mean"], list) or not block["mean"]:
-        raise ConfigError(f"image_mean={block['mean']!r}: expected a list with a number for each channel")
+    if not isinstance(block["mean"], list) or not 1 <= len(block["mean"]) <= MAX_IN_CHANS:
+        raise ConfigError(f"image_mean={shown(block['mean'])}: expected a list with a number for each channel")
     check_preprocess(block, len(block["mean"]))
     return block, check_size("size", size)
 
 
-def _plain(value: Any) -> Any:
+def _plain_fact(value: Any) -> Any:
     """What JSON gives back: lists for tuples, and nothing shared with the config."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: list(item) if isinstance(item, tuple) else item for key, item in value.items()}
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def standard_keys(block: dict[str, Any]) -> dict[str, Any]:
+    """How other readers of `preprocessor_config.json` (transformers.js, ...) name steps, where that is exact.
+
+    `size` is the result's, so that resizing can be named only where the image is squashed to it; elsewhere the key is
+    left out, and a reader that then does not resize meets a wrong shape, not other pixels.
+    """
+    (lo, hi), channels = block["value_range"], len(block["mean"])
+    keys: dict[str, Any] = {"do_convert_rgb": True} if channels == 3 else {}
+    if block["channel_order"] == "RGB" and lo == 0:
+        keys.update(do_rescale=True, rescale_factor=hi / 255, do_normalize=True)
+    if block["crop_mode"] == "squash" and block["crop_pct"] == 1 and block["padding"] is None:
+        keys.update(do_resize=True, resample=INTERPOLATIONS[block["interpolation"]], do_center_crop=False)
+    return keys
 
 
 def processor_dict(config: TimmTowerConfig) -> dict[str, Any]:
@@ -3553,11 +3507,8 @@ def processor_dict(config: TimmTowerConfig) -> dict[str, Any]:
     """
     block, size = completed_preprocess(config)
     check_preprocess(block, config.in_chans)
-    return {
-        **facts_of(block, size),
-        "image_processor_type": PROCESSOR_TYPE,
-        "auto_map": dict(PROCESSOR_AUTO_MAP),
-    }
+    named = {"image_processor_type": PROCESSOR_TYPE, "auto_map": dict(PROCESSOR_AUTO_MAP)}
+    return {**facts_of(block, size), **standard_keys(block), **named}
 
 
 def facts_in_tower(processor: dict[str, Any]) -> dict[str, Any]:
@@ -3569,30 +3520,41 @@ def facts_in_tower(processor: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in processor.items() if name not in ("image_processor_type", "auto_map")}
 
 
+def processor_differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """How the entries of a `preprocessor_config.json` differ from the expected ones, in words; ours must be there."""
+    named = [*PROCESSOR_FACTS, *(name for name in STANDARD_KEYS if name in found)]
+    differ = [
+        f"{name} is {shown(found.get(name, 'missing'))} there and should be {shown(expected.get(name, 'left out'))}"
+        for name in named
+        if name not in found or name not in expected or found[name] != expected[name]
+    ]
+    unknown = sorted(set(found) - set(expected) - set(STANDARD_KEYS) - TRANSFORMERS_PROCESSOR_KEYS, key=str)
+    return differ + [f"unknown {shown(name)}{near_names(name, PROCESSOR_FACTS)}" for name in unknown[:4]]
+
+
+def near_names(name: str, names: Sequence[str], cutoff: float = 0.6) -> str:
+    """` (did you mean ...?)`, or nothing where no name is near, or the text is too long to look for one."""
+    near = difflib.get_close_matches(name, names, n=2, cutoff=cutoff) if len(name) <= 64 else []
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
 def check_processor(found: Mapping[str, Any], config: TimmTowerConfig) -> None:
     """Refuse a `preprocessor_config.json` that would prepare other pixels than the tower's config says.
 
     Args:
-        found: The parsed file.
+        found: The parsed file; towers saved by earlier versions have none of `STANDARD_KEYS`.
         config: The completed config of the same folder, before any override.
 
     Raises:
         ConfigError: names every fact that differs, with both values.
     """
-    expected = processor_dict(config)
     kind = found.get("image_processor_type")  # not beside a tower, but whoever saved the processor alone wrote it
     if kind not in (None, PROCESSOR_TYPE):
         raise ConfigError(
-            f"preprocessor_config.json: image_processor_type is {kind!r}, not {PROCESSOR_TYPE!r}: it would prepare "
-            "other pixels than this tower was made for. Save the tower again to write its own."
+            f"preprocessor_config.json: image_processor_type is {shown(kind)}, not {PROCESSOR_TYPE!r}: it would "
+            "prepare other pixels than this tower was made for. Save the tower again to write its own."
         )
-    differ = [
-        f"{name} is {found.get(name, 'missing')!r} there and {expected[name]!r} in config.json"
-        for name in PROCESSOR_FACTS
-        if name not in found or found[name] != expected[name]
-    ]
-    differ += [f"{name} is unknown" for name in sorted(set(found) - set(expected) - PROCESSOR_FOREIGN_KEYS)]
-    if differ:
+    if differ := processor_differences(found, processor_dict(config)):
         raise ConfigError(
             f"preprocessor_config.json and config.json disagree: {'; '.join(differ)}. One of them was edited; save the "
             "tower again to write both."
@@ -3602,21 +3564,20 @@ def check_processor(found: Mapping[str, Any], config: TimmTowerConfig) -> None:
 
 """`TimmTowerImageProcessor`: timm's eval transform as transformers' image processor.
 
-- PIL images, uint8 numpy arrays and paths give, bit for bit, what timm's transform gives for `image.convert("RGB")`
-  (`"L"` for towers of one channel). So transparency is dropped and not blended, and PIL clips what 16-bit images hold
-  above 255.
-- Tensors and floating point arrays take the path of `tensor_transform.py`, which is close and not equal.
-- EXIF rotation: paths and URLs are read by transformers' `load_image`, as in pipelines, which turns the image upright.
-  A PIL image is taken as it is, as timm takes it: `PIL.ImageOps.exif_transpose` is the caller's.
+- PIL images, uint8 numpy arrays, paths and URLs give, bit for bit, what timm's transform gives for
+  `image.convert("RGB")` (`"L"` for towers of one channel); see `in_channels` for transparency and 16-bit images.
+- Tensors and floating point arrays are resized by torch, in whole batches and on any device: close and not equal. The
+  largest difference before mean and std, in steps of an 8-bit pixel (of 255), from a fifth to three times the size, is
+  0 for nearest and 2 otherwise; 11 where an image is squashed to less than a fifth of its height, because Pillow then
+  resizes columns before rows. The means are at most 0.36. Measured by `scripts/bench_image_processor.py`.
+- EXIF rotation: paths and URLs are turned upright, as transformers' `load_image` does. A PIL image is taken as it is,
+  as timm takes it: `PIL.ImageOps.exif_transpose` is the caller's.
 
 In a file of its own: importing transformers' image processing is not free, and `TimmModel` does without.
 """
 
 
-# From a folder, transformers 5.4 copies the files that a remote file imports, and not those that these import in turn:
-# so all that are needed are imported above.
-
-_PIL_MODES = {1: "L", 3: "RGB"}
+_DEEPEST_LIST = 4
 
 
 class TimmTowerImagesKwargs(TypedDict, total=False):
@@ -3625,6 +3586,11 @@ class TimmTowerImagesKwargs(TypedDict, total=False):
     return_tensors: str | None
     device: str | torch.device | None
     input_data_format: str | None
+    do_resize: bool | None
+    do_center_crop: bool | None
+    do_rescale: bool | None
+    do_normalize: bool | None
+    do_convert_rgb: bool | None
 
 
 class TimmTowerImageProcessor(BaseImageProcessor):
@@ -3652,13 +3618,12 @@ class TimmTowerImageProcessor(BaseImageProcessor):
 
     def __init__(self, **facts: Any) -> None:
         super().__init__()
-        # transformers sets this on the class of remote code and would then, at each save, copy the code into the
-        # folder's top and point `auto_map` there. `save_pretrained` below keeps it in core/.
-        self._auto_class = None
-        if unknown := sorted(set(facts) - set(PROCESSOR_FACTS) - PROCESSOR_FOREIGN_KEYS):
-            raise ConfigError(f"{type(self).__name__}: unknown {', '.join(map(_with_near_names, unknown))}")
-        defaults = {"padding": None, "channel_order": "RGB", "value_range": [0.0, 1.0]}
-        for name, value in facts_of(*block_of({**defaults, **facts})).items():
+        facts = {"padding": None, "channel_order": "RGB", "value_range": [0.0, 1.0], **facts}
+        block, size = block_of(facts)
+        checked = facts_of(block, size)
+        if wrong := processor_differences({**facts, **checked}, {**checked, **standard_keys(block)}):
+            raise ConfigError(f"{type(self).__name__}: {'; '.join(wrong)}")
+        for name, value in checked.items():
             setattr(self, name, value)
 
     @classmethod
@@ -3678,7 +3643,7 @@ class TimmTowerImageProcessor(BaseImageProcessor):
         hands it to the model and to us, and both follow.
 
         Raises:
-            ArgumentError: a keyword looks like a fact misspelt.
+            ArgumentError: a keyword looks like a fact misspelt, or belongs into the call.
         """
         return_unused = kwargs.pop("return_unused_kwargs", False)
         given = {name: kwargs.pop(name) for name in PROCESSOR_FACTS if name in kwargs}
@@ -3687,29 +3652,27 @@ class TimmTowerImageProcessor(BaseImageProcessor):
                 raise ArgumentError(f"{cls.__name__}: image_size is another name of size; give one of them")
             given["size"] = kwargs.pop("image_size")
         for name in kwargs:
-            if name in ("mean", "std") or difflib.get_close_matches(name, PROCESSOR_FACTS, n=1, cutoff=0.75):
-                raise ArgumentError(f"{cls.__name__}: unknown {_with_near_names(name)}")
-        processor = cls(**{**image_processor_dict, **given})
+            if name in ("mean", "std", *STANDARD_KEYS) or near_names(name, PROCESSOR_FACTS, 0.75):
+                raise ArgumentError(
+                    f"{cls.__name__}: unknown {name}{near_names(name, PROCESSOR_FACTS)}; steps are left out in the call"
+                )
+        processor = cls(**image_processor_dict)
+        processor = cls(**{**processor._facts(), **given}) if given else processor
         return (processor, kwargs) if return_unused else processor
 
     def to_dict(self) -> dict[str, Any]:
         """What `preprocessor_config.json` holds."""
-        kind, auto_map = type(self).__name__, dict(PROCESSOR_AUTO_MAP)
-        return {**self._facts(), "image_processor_type": kind, "auto_map": auto_map}
+        named = {"image_processor_type": type(self).__name__, "auto_map": dict(PROCESSOR_AUTO_MAP)}
+        facts = self._facts()
+        return {**facts, **standard_keys(block_of(facts)[0]), **named}
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """Write `preprocessor_config.json`, and for remote code `core/` with the code, unless the folder has one."""
-        code = Path(save_directory) / "core"
-        if type(self)._auto_class is not None and not code.exists():
-            code.mkdir(parents=True)
-            for file in {__file__, *get_relative_import_files(__file__)}:
-                shutil.copyfile(file, code / Path(file).name)
-        saved = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        path, config = (Path(save_directory, name) for name in ("preprocessor_config.json", "config.json"))
-        if config.is_file() and json.loads(config.read_text()).get("model_type") == TimmTowerConfig.model_type:
-            facts = facts_in_tower(json.loads(path.read_text()))  # as the tower itself writes it
-            path.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
-        return saved
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write `preprocessor_config.json`; beside a tower, as the tower itself writes it."""
+        path, content = Path(json_file_path), self.to_dict()
+        if _is_tower(path.with_name("config.json")):
+            content = facts_in_tower(content)
+        path.unlink(missing_ok=True)  # a link is replaced, what it points to stays
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def preprocess(
         self,
@@ -3717,17 +3680,21 @@ class TimmTowerImageProcessor(BaseImageProcessor):
         return_tensors: str | None = None,
         device: str | torch.device | None = None,
         input_data_format: str | None = None,
-        **unknown: Any,
+        **steps: bool | None,
     ) -> BatchFeature:
         """Preprocess one image or a list of them.
 
         Args:
             images: PIL images; numpy arrays `[H, W]`, `[H, W, C]`, `[C, H, W]` or a batch of these, uint8 or floats
-                in [0, 1]; tensors `[C, H, W]` or `[B, C, H, W]`, likewise; paths and URLs; or a flat list of these.
+                in [0, 1], and uint16 or int32 where they are grey; tensors `[C, H, W]` or `[B, C, H, W]`, uint8 or
+                floats; paths and URLs; or a list of these, which may hold further lists.
             return_tensors: `"pt"` or `"np"`: one array of the batch; None: a list of tensors `[C, height, width]`.
-            device: Where the tensor path runs and where the result lies; by default each image's own.
+            device: Where the tensor path runs and where the result is; by default each image's own.
             input_data_format: `channels_first` or `channels_last` of arrays and tensors. By default tensors have their
                 channels first, and arrays where their shape shows them.
+            steps: transformers' names of steps, taken where they say what is done. `do_resize=False`: the images have
+                the tower's size already, and are neither padded nor cropped. `do_rescale=False`: they are floats in
+                [0, 1]; True: they are not. `do_convert_rgb=False`: they have the tower's mode.
 
         Returns:
             `pixel_values`: `[B, C, height, width]`, float32.
@@ -3736,18 +3703,12 @@ class TimmTowerImageProcessor(BaseImageProcessor):
             ArgumentError: an image, or a keyword, that cannot be used.
             ConfigError: an attribute has been set to what cannot be used.
         """
-        if unknown:
-            raise ArgumentError(
-                f"{type(self).__name__}: unknown {', '.join(sorted(unknown))}. A call takes return_tensors, device and "
-                "input_data_format; the steps are the tower's (size, interpolation, ...) and none is left out."
-            )
         if return_tensors not in (None, "pt", "np"):
             raise ArgumentError(f"return_tensors={return_tensors!r}: expected 'pt', 'np' or None")
         if input_data_format not in (None, "channels_first", "channels_last"):
             raise ArgumentError(f"input_data_format={input_data_format!r}: not 'channels_first' or 'channels_last'")
-        prepared = _Call(self._facts(), device, input_data_format)
-        images = list(images) if isinstance(images, (list, tuple)) else [images]
-        done = [made for image in images for made in prepared(image)]
+        prepared = _Call(self._facts(), device, input_data_format, steps)
+        done = [made for image in _flat(images) for made in prepared(image)]
         if not done:
             raise ArgumentError("no images: expected one at least")
         if return_tensors is None:
@@ -3760,18 +3721,68 @@ class TimmTowerImageProcessor(BaseImageProcessor):
         return facts_of(*block_of({name: getattr(self, name) for name in PROCESSOR_FACTS}))
 
 
+def _is_tower(config: Path) -> bool:
+    try:
+        found = json.loads(config.read_bytes()) if config.is_file() else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.get("model_type") == TimmTowerConfig.model_type
+
+
+def _flat(images: Any, depth: int = 0) -> Iterator[Any]:
+    if not isinstance(images, (list, tuple)):
+        yield images
+        return
+    if depth == _DEEPEST_LIST:
+        raise ArgumentError(f"images: lists within lists, more than {_DEEPEST_LIST} deep")
+    for image in images:
+        yield from _flat(image, depth + 1)
+
+
+def _opened(source: str) -> Image.Image:
+    """The image of a path, a URL or base64 text, upright and in its own mode: transformers' `load_image` clips it."""
+    try:
+        if source.startswith(("http://", "https://")):
+            with urlopen(Request(source, headers={"User-Agent": "transformers"}), timeout=60) as response:
+                image = Image.open(BytesIO(response.read()))
+        elif os.path.isfile(source):
+            image = Image.open(source)
+        else:
+            text = source.partition(",")[2] if source.startswith("data:image/") else source
+            image = Image.open(BytesIO(base64.b64decode(text, validate=True)))
+        return ImageOps.exif_transpose(image)
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ArgumentError(
+            f"{shown(source)}: expected the path or the URL of an image, or its base64 text: {shown(str(error))}"
+        ) from error
+
+
 class _Call:
     """One call of the processor: image -> its `[C, height, width]` tensors."""
 
-    def __init__(self, facts: dict[str, Any], device: Any, data_format: str | None) -> None:
+    def __init__(self, facts: dict[str, Any], device: Any, data_format: str | None, given: dict[str, Any]) -> None:
         self.block, self.size = block_of(facts)
         self.channels = len(self.block["mean"])
         self.transform = transform_of(self.block, self.size)
         self.device, self.data_format = device, data_format
+        self.given = {name: value for name, value in given.items() if value is not None}
+        whole = self.given.get("do_resize") is False or standard_keys(self.block).get("do_center_crop") is False
+        only_true = ("do_normalize",) if whole else ("do_normalize", "do_center_crop")
+        for name, value in self.given.items():
+            usable = (True,) if name in only_true else (True, False)
+            if name not in TimmTowerImagesKwargs.__annotations__ or value not in usable:
+                raise ArgumentError(
+                    f"TimmTowerImageProcessor: {name}={shown(value)} cannot be had. A call takes "
+                    f"{', '.join(TimmTowerImagesKwargs.__annotations__)}; the other steps are the tower's (size, "
+                    "interpolation, ...) and none is left out."
+                )
+        if self.given.get("do_resize") is False:
+            steps = self.transform.transforms
+            self.transform.transforms = steps[[isinstance(step, MaybeToTensor) for step in steps].index(True) :]
 
     def __call__(self, image: Any) -> Iterator[torch.Tensor]:
         if isinstance(image, (str, os.PathLike)):
-            image = load_image(os.fspath(image))
+            image = _opened(os.fspath(image))
         if isinstance(image, Image.Image):
             yield self._exact(image)
         elif isinstance(image, np.ndarray):
@@ -3779,8 +3790,6 @@ class _Call:
                 yield self._from_array(array)
         elif isinstance(image, torch.Tensor):
             yield from self._from_tensor(image, self.data_format or "channels_first")
-        elif isinstance(image, (list, tuple)):
-            raise ArgumentError("a list within the list of images: expected a flat list, one image after the other")
         else:
             raise ArgumentError(
                 f"an image of type {type(image).__name__}: expected a PIL image, a numpy array, a torch tensor, a path "
@@ -3788,37 +3797,45 @@ class _Call:
             )
 
     def _exact(self, image: Image.Image) -> torch.Tensor:
-        mode = _PIL_MODES.get(self.channels)
-        if mode is None:
-            raise ArgumentError(
-                f"a PIL image (mode {image.mode}), but the tower takes {self.channels} channels: pass arrays or tensors"
-            )
-        if image.mode != mode:
-            _warn_of_clipping(image)
-            image = image.convert(mode)
-        made: torch.Tensor = self.transform(image)
+        converted = in_channels(image, self.channels)
+        if converted is not image and self.given.get("do_convert_rgb") is False:
+            raise ArgumentError(f"do_convert_rgb=False, but the image has mode {image.mode} and not {converted.mode}")
+        self._check_steps([image.height, image.width], rescales=True)
+        made: torch.Tensor = self.transform(converted)
         return made if self.device is None else made.to(self.device)
 
+    def _check_steps(self, size: list[int], rescales: bool) -> None:
+        """Refuse a step that was asked for, or out, and does not fit an image of this height and width."""
+        if self.given.get("do_rescale", rescales) is not rescales:
+            raise ArgumentError(
+                f"do_rescale={not rescales}: uint8 and PIL images are divided by 255, floats are in [0, 1] already"
+            )
+        if self.given.get("do_resize") is False and size != self.size:
+            raise ArgumentError(f"do_resize=False: an image of {size}, but the tower takes {self.size} (height, width)")
+
     def _from_array(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
-        """One image; uint8 of one, three or four channels through PIL, all else through torch."""
+        """One image; uint8 of one, three or four channels and deeper grey through PIL, all else through torch."""
         if array.ndim == 2:
             array = array[:, :, None]
         elif array.ndim != 3:
             raise ArgumentError(f"an array of shape {array.shape}: expected [H, W], [H, W, C] or [C, H, W]")
         elif self._data_format(array.shape) == "channels_first":
             array = array.transpose(1, 2, 0)
-        if array.dtype == np.uint8 and self.channels in _PIL_MODES and array.shape[-1] in (1, 3, 4):
+        if 0 in array.shape:
+            raise ArgumentError(f"an array of shape {array.shape}: it is empty")
+        depth = {"uint8": (1, 3, 4), "uint16": (1,), "int32": (1,)}.get(array.dtype.name, ())
+        if self.channels in PIL_MODES and array.shape[-1] in depth:
             pixels = array[:, :, 0] if array.shape[-1] == 1 else array
-            return self._exact(Image.fromarray(np.ascontiguousarray(pixels)))
+            return self._exact(Image.fromarray(np.array(pixels, array.dtype.newbyteorder("="))))
         if array.dtype != np.uint8 and array.dtype.kind != "f":
             raise ArgumentError(f"an array of {array.dtype}: expected uint8, or floating point in [0, 1]")
-        tensor = torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
-        return next(self._from_tensor(tensor, "channels_first"))
+        kind = np.uint8 if array.dtype == np.uint8 else np.float32
+        return next(self._from_tensor(torch.from_numpy(np.array(array.transpose(2, 0, 1), kind)), "channels_first"))
 
     def _data_format(self, shape: tuple[int, ...]) -> str:
         if self.data_format is not None:
             return self.data_format
-        counts = {1, 3, 4} if self.channels in _PIL_MODES else {1, self.channels}
+        counts = {1, 3, 4} if self.channels in PIL_MODES else {1, self.channels}
         first, last = shape[0] in counts, shape[-1] in counts
         if first == last:
             raise ArgumentError(
@@ -3835,25 +3852,119 @@ class _Call:
             batch = batch.permute(0, 3, 1, 2)
         if self.device is not None:
             batch = batch.to(self.device)
-        yield from transform_tensor(batch, self.block, self.size)
+        batch = _checked_tensor(batch, self.channels)
+        self._check_steps(list(batch.shape[-2:]), rescales=not batch.is_floating_point())
+        yield from transform_tensor(batch, self.transform)
 
 
-def _with_near_names(name: str) -> str:
-    near = difflib.get_close_matches(name, PROCESSOR_FACTS, n=2)
-    return f"{name} (did you mean {' or '.join(near)}?)" if near else name
+def transform_tensor(images: torch.Tensor, transform: TowerTransform) -> torch.Tensor:
+    """timm's steps on a batch; only the resizing is done by torch instead of PIL.
+
+    Args:
+        images: `[B, C, H, W]`, uint8, or floating point in [0, 1].
+        transform: The tower's, for evaluation.
+
+    Returns:
+        `[B, C, height, width]`, float32, on the device of `images`; differentiable where `images` are floats.
+
+    Raises:
+        ArgumentError: torch has no such interpolation, or the images become too large on the way.
+    """
+    transform.check_cost(*images.shape[-2:])
+    for step in transform.transforms:
+        if isinstance(step, PadToSquare):
+            images = _pad_tensor(images, step)
+        elif isinstance(step, Resize):
+            images = _resize_tensor(images, _resize_target(images, step.size), step.interpolation)
+        elif isinstance(step, ResizeKeepRatio):
+            target = step.get_params(images, step.size, step.longest)  # type: ignore[no-untyped-call]
+            images = _resize_tensor(images, target, step.interpolation)
+        elif isinstance(step, CenterCropOrPad):  # channel by channel: torchvision pads tensors with one number only
+            fill = _color_of(images, step.fill).tolist()
+            images = torch.cat(
+                [center_crop_or_pad(images[:, i : i + 1], step.size, fill=value) for i, value in enumerate(fill)], 1
+            )
+        elif isinstance(step, MaybeToTensor):
+            images = images if images.is_floating_point() else images.float().div(255)
+        else:
+            images = step(images)  # cropping, normalising and our own steps take both kinds
+    return images
 
 
-def _warn_of_clipping(image: Image.Image) -> None:
-    if not image.mode.startswith(("I", "F")):
-        return
-    extrema: Any = image.getextrema()
-    least, most = extrema
-    if least < 0 or most > 255 or (image.mode == "F" and most <= 1):
-        warnings.warn(
-            f"an image of mode {image.mode} with values from {least} to {most}: PIL's convert takes white for 255 and "
-            "clips what is not from 0 to 255, and timm has the same. Scale it to 8 bits first.",
-            stacklevel=2,
+def _checked_tensor(images: torch.Tensor, channels: int) -> torch.Tensor:
+    if images.ndim != 4 or 0 in images.shape or images.is_meta:
+        raise ArgumentError(f"a tensor of shape {list(images.shape)}: expected [C, H, W] or [B, C, H, W], not empty")
+    if images.shape[1] == 1 and channels == 3:
+        images = images.expand(-1, channels, -1, -1)
+    if images.shape[1] != channels:
+        raise ArgumentError(
+            f"a tensor of shape {list(images.shape)}: expected {channels} channels first, [B, {channels}, H, W]; with "
+            "channels last pass input_data_format='channels_last'"
         )
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise ArgumentError(f"a tensor of {images.dtype}: expected uint8, or floating point in [0, 1]")
+    images = images.float()
+    least, most = (bound.item() for bound in images.detach().aminmax())
+    if not (least >= 0 and most <= 1):
+        raise ArgumentError(
+            f"a floating point tensor with values from {least:.4g} to {most:.4g}: expected [0, 1], before mean and "
+            "std. Divide by 255 what goes to 255; what is normalised already goes to the model as it is."
+        )
+    return images
+
+
+def _resize_target(images: torch.Tensor, size: int | Sequence[int]) -> list[int]:
+    """Height and width that torchvision's `Resize` gives: a single number is the shorter side."""
+    if not isinstance(size, int):
+        return list(size)
+    height, width = images.shape[-2:]
+    longer = int(size * max(height, width) / min(height, width))
+    return [size, longer] if height <= width else [longer, size]
+
+
+def _resize_tensor(images: torch.Tensor, size: Sequence[int], mode: InterpolationMode) -> torch.Tensor:
+    height, width = size
+    if mode == InterpolationMode.NEAREST:
+        rows, columns = _nearest(images.shape[-2], height), _nearest(images.shape[-1], width)
+        return images[..., rows, :][..., columns]
+    try:
+        # As PIL does: rows first, then columns, and what bicubic and lanczos overshoot is cut after each of them. uint8
+        # is also rounded in between, as PIL's is, where torch has no kernel of its own for it.
+        for target in ([images.shape[-2], width], [height, width]):
+            images = tv_functional.resize(images, target, interpolation=mode, antialias=True)
+            images = images.clamp(0, 1) if images.is_floating_point() else images
+    except (NotImplementedError, ValueError) as error:
+        raise ArgumentError(
+            f"this torch and torchvision cannot resize tensors with interpolation {mode.value!r}; pass PIL images or "
+            "uint8 numpy arrays"
+        ) from error
+    return images
+
+
+def _nearest(before: int, after: int) -> list[int]:
+    """The pixels that PIL takes: it adds up the step in double precision, where torch's modes multiply in single."""
+    step = before / after
+    position, taken = step * 0.5, []
+    for _ in range(after):
+        taken.append(min(int(position), before - 1))
+        position += step
+    return taken
+
+
+def _color_of(images: torch.Tensor, color: Any) -> torch.Tensor:
+    fill = torch.tensor(color, device=images.device).clamp(0, 255)
+    return (fill / 255 if images.is_floating_point() else fill).to(images.dtype)
+
+
+def _pad_tensor(images: torch.Tensor, step: PadToSquare) -> torch.Tensor:
+    batch, channels, height, width = images.shape
+    side = max(height, width)
+    left, top = step.corner(width, height)
+    canvas = _color_of(images, step.color).view(1, channels, 1, 1).repeat(batch, 1, side, side)
+    canvas[..., top : top + height, left : left + width] = images
+    return canvas
 
 # --- tower.py
 
@@ -4010,7 +4121,7 @@ def has_classifier(weights: Mapping[str, torch.Tensor]) -> bool:
 def plain_defaults() -> Iterator[None]:
     """float32 on the CPU for what is made inside, whatever the process has set as its default dtype and device.
 
-    What a constructor computes (relative positions, rotary tables) is then the same everywhere.
+    What a constructor computes (relative positions, rotary tables) is then the same everywhere. Also a decorator.
     """
     wanted = torch.get_default_dtype()
     with torch.device("cpu"):

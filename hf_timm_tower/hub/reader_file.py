@@ -30,8 +30,6 @@ READER_MODULES = (
     "graph_head",
     "head",
     "image_processing",
-    "tensor_transform",
-    "processor_config",
     "image_processor",
     "tower",
     "weights",
