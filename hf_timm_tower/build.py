@@ -14,8 +14,8 @@ from .reader.head import LIVE, SUBCLASS, builtin_head, rebuild_head
 from .reader.image_processing import check_preprocess, preprocess_from_timm
 from .reader.model_args import check_names
 from .reader.tower import HeadInput, Tower, build_tower, check_buildable, make_classifier
-from .reader.trunk import create_trunk, float_dtype, native_size
-from .trunk_facts import TrunkOutput, UnsupportedPool, check_pool, own_pool, supported_pools, trunk_output
+from .reader.trunk import UnsupportedPool, create_trunk, float_dtype, native_size, own_pool
+from .trunk_facts import TrunkOutput, check_pool, offered_pools, settle_arguments, trunk_output
 
 # --- arguments -> config
 
@@ -31,7 +31,7 @@ def checked_arguments(model_kwargs: Any) -> dict[str, Any]:
         return {}
     if not isinstance(model_kwargs, dict):
         raise ArgumentError(f"model_kwargs={model_kwargs!r}: expected a dict of arguments of timm.create_model")
-    check_names(model_kwargs, from_trunk=False)
+    check_names(model_kwargs)
     return dict(model_kwargs)
 
 
@@ -103,14 +103,14 @@ def head_fields(
 
 def build_parts(
     config: TimmTowerConfig,
-    make_trunk: Callable[[], nn.Module],
+    make_trunk: Callable[[TimmTowerConfig], nn.Module],
     make_head: Callable[[TimmTowerConfig], nn.Module],
 ) -> tuple[TimmTowerConfig, nn.Module, nn.Module, HeadInput]:
     """Trunk and head of a config, and the config completed by what they are.
 
     Args:
         config: Fresh or completed; it is not changed.
-        make_trunk: Makes the trunk, or gives one that is there already.
+        make_trunk: The config, with all that timm must be told -> the trunk.
         make_head: The completed config -> the head.
 
     Returns:
@@ -122,14 +122,13 @@ def build_parts(
     """
     fresh, example = config.num_features is None, None
     try:
-        trunk = make_trunk()
+        config = settle_arguments(config) if fresh else copy.deepcopy(config)
+        trunk = make_trunk(config)
     except UnsupportedPool as error:
         raise with_supported(error, config) from error
     if fresh:
         config, output = resolve_config(config, trunk)
         example = example_input(config, trunk, output)
-    else:
-        config = copy.deepcopy(config)
     head = make_head(config)
     if config.head is not None:
         if example is not None:
@@ -155,7 +154,7 @@ def build_for_transformers(config: TimmTowerConfig, with_classifier: bool, make_
         made = builtin_head(done) if stored is None else rebuild_head(stored) if make_head is None else make_head()
         return made.to(dtype=torch.get_default_dtype())
 
-    done, trunk, head, _ = build_parts(config, lambda: create_trunk(config), head_of)
+    done, trunk, head, _ = build_parts(config, create_trunk, head_of)
     return Tower(done, trunk, head, make_classifier(done) if with_classifier else None)
 
 
@@ -196,7 +195,7 @@ def resolve_config(config: TimmTowerConfig, trunk: nn.Module) -> tuple[TimmTower
 
 def with_supported(error: UnsupportedPool, config: TimmTowerConfig) -> ConfigError:
     """A refused pool -> an error that lists the pools which the trunk supports."""
-    return ConfigError(f"{error} Supported pools: {', '.join(supported_pools(config)) or 'none'}.")
+    return ConfigError(f"{error} Supported pools: {', '.join(offered_pools(config)) or 'none'}.")
 
 
 def example_input(config: TimmTowerConfig, trunk: nn.Module, output: TrunkOutput | None = None) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Saving, loading and pushing of a tower: the methods of `PyTorchModelHubMixin`, made strict."""
 
+import copy
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from .load import check_device, load_tower
 from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, FolderError, TowerError
 from .reader.weights import floating_dtype
-from .save import Extras, save_tower, storable_config
+from .save import Extras, save_tower, storable_config, with_weights
 from .subclassing import OVERRIDABLE, added_arguments, overrides
 
 
@@ -60,6 +61,9 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         evaluated_on: str | None = None,
         include_code: bool | None = None,
         max_shard_size: int | str = "5GB",
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        save_function: Any = None,
         **push_to_hub_kwargs: Any,
     ) -> str | None:
         """Save config, weights, fingerprint and card, load them back, compare, and put them in place at once.
@@ -79,6 +83,10 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             include_code: None: the folder carries this package's core, so that stock transformers can load it. True:
                 also the source of the head, where it cannot be stored in another form. False: no code at all.
             max_shard_size: Largest weight file, in bytes or as `"5GB"`.
+            is_main_process: False saves nothing: another process does.
+            state_dict: The weights, where they had to be gathered from several processes.
+            save_function: Taken and not called: accelerate's scripts pass `accelerator.save`; the files of a tower are
+                written by this package, which loads them back and compares.
             push_to_hub_kwargs: For `push_to_hub`.
 
         Returns:
@@ -93,10 +101,12 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             raise ArgumentError(f"save_pretrained: unknown keyword {', '.join(sorted(push_to_hub_kwargs))}")
         if config is not None:
             raise ArgumentError("save_pretrained: a tower saves its own config; change tower.config instead")
+        if not is_main_process:
+            return None
         cards = CardOptions(
             as_tags(tags), license, model_card_kwargs or {}, metrics, evaluated_on, include_code is not False, repo_id
         )
-        self._save(save_directory, include_code, max_shard_size, cards)
+        self._save(save_directory, include_code, max_shard_size, cards, state_dict=state_dict)
         if not push_to_hub:
             return None
         push_to_hub_kwargs = {
@@ -119,18 +129,24 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         cards: CardOptions,
         trunk: TrunkSource | None = None,
         access: Access | None = None,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
     ) -> tuple[TowerFacts, TimmTowerConfig]:
         cls = type(self)
-        stored, sources, proven, known = storable_config(
-            self, own_head=overrides(cls, "_create_head"), include_code=include_code
+        tower = self if state_dict is None else with_weights(self, state_dict)
+        proven, known = storable_config(
+            tower,
+            own_trunk=overrides(cls, "_create_trunk"),
+            own_head=overrides(cls, "_create_head"),
+            include_code=include_code,
         )
+        stored, sources = copy.deepcopy(proven.stored), proven.sources
         stored.tower_class = cls.__name__ if any(overrides(cls, step) for step in OVERRIDABLE) else None
         stored.tower_kwargs = added_arguments(self) or None
         stored.trunk_source = None if trunk is None else trunk.to_json()
-        facts = describe_tower(self, stored)
+        facts = describe_tower(tower, stored)
         extras = Extras(partial(cards.make, facts, stored), include_code is not False, sources, max_shard_size)
         load = partial(load_tower, cls, trust_remote_code=bool(sources), access=access)
-        self._fingerprint = save_tower(self, stored, folder, load, extras, form_is_proven=known)
+        self._fingerprint = save_tower(tower, stored, folder, load, extras, form_is_proven=known)
         self._proven = proven
         return facts, stored
 

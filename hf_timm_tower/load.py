@@ -23,7 +23,7 @@ from .reader.image_processing import check_preprocess
 from .reader.processor_config import check_processor
 from .reader.skip_init import Budget, skip_init
 from .reader.tower import CLASSIFIER, Tower, build_tower, has_classifier, plain_defaults
-from .reader.trunk import buffers_as_timm, native_size
+from .reader.trunk import buffers_as_timm, float_dtype, native_size
 from .reader.weights import StoredTower, assign_weights
 from .subclassing import rebuild
 
@@ -97,8 +97,8 @@ def _check_against_fingerprint(config: TimmTowerConfig, fingerprint: dict[str, A
     shape = outputs[""].get("shape") if isinstance(outputs, dict) and isinstance(outputs.get(""), dict) else None
     if isinstance(shape, list) and len(shape) == 2 and config.embed_dim is not None and shape[1] != config.embed_dim:
         raise ConfigError(
-            f"embed_dim={config.embed_dim}, but fingerprint.json holds an embedding of width {shown(shape[1])}: one was "
-            "edited"
+            f"embed_dim={config.embed_dim}, but fingerprint.json holds an embedding of width {shown(shape[1])}: "
+            "one was edited"
         )
 
 
@@ -156,7 +156,6 @@ def load_tower(
         check_given_head(tower)  # code of this process made a part: the outputs must be those of the save
     if dtype is not None:
         tower.to(dtype)
-        buffers_as_timm(tower.trunk)
     return tower  # type: ignore[no-any-return]
 
 
@@ -174,9 +173,7 @@ def load_bare(folder: str | os.PathLike[str], *, trust_head_code: bool = False) 
     make_head = None
     if (stored.config.head or {}).get("form") == CODE:
         make_head = partial(_trusted_head, stored.config.head or {}, folder, trust_head_code, None)
-    make = partial(
-        build_tower, stored.config, with_classifier=has_classifier(stored.weights), make_head=make_head
-    )
+    make = partial(build_tower, stored.config, with_classifier=has_classifier(stored.weights), make_head=make_head)
     return _construct(stored, stored.weights, make, str(folder), None)
 
 
@@ -195,7 +192,7 @@ def _construct(
     if not strict:
         weights = _without_unexpected(weights, tower, where)
     assign_weights(tower, weights, source=where, device=device)
-    buffers_as_timm(tower.trunk)  # type: ignore[arg-type]
+    buffers_as_timm(tower.trunk, float_dtype(tower.trunk))  # type: ignore[arg-type]
     return tower.eval()
 
 
@@ -227,16 +224,16 @@ def check_given_head(tower: Loaded) -> None:
         named = f"the head registered as {shown(spec.get('name'))}" if spec.get("form") == "registered" else "the head"
         raise HeadError(
             f"{named} ({type(tower.head).__name__}) takes the stored weights but gives other outputs than the saved "
-            f"{shown(spec.get('class', 'head'))} ({found}). Register or pass the class that the tower was saved with; to "
-            "change the head on purpose, load the tower and set tower.head."
+            f"{shown(spec.get('class', 'head'))} ({found}). Register or pass the class that the tower was saved with; "
+            "to change the head on purpose, load the tower and set tower.head."
         )
 
 
 def _check_class(cls: type[nn.Module], config: TimmTowerConfig, folder: str | os.PathLike[str]) -> None:
     if config.tower_class is not None and not any(base.__name__ == config.tower_class for base in cls.__mro__):
         raise ConfigError(
-            f"{folder}: this tower was saved by {shown(config.tower_class)}, a subclass of TimmModel that changes how it "
-            f"is built or run. Load it with the from_pretrained(...) of that class, not of {cls.__name__}."
+            f"{folder}: this tower was saved by {shown(config.tower_class)}, a subclass of TimmModel that changes how "
+            f"it is built or run. Load it with the from_pretrained(...) of that class, not of {cls.__name__}."
         )
 
 
@@ -254,9 +251,7 @@ def _without_classifier(
     return {key: tensor for key, tensor in weights.items() if not key.startswith(f"{CLASSIFIER}.")}
 
 
-def _without_unexpected(
-    weights: Mapping[str, torch.Tensor], tower: nn.Module, where: str
-) -> dict[str, torch.Tensor]:
+def _without_unexpected(weights: Mapping[str, torch.Tensor], tower: nn.Module, where: str) -> dict[str, torch.Tensor]:
     places = tower.state_dict().keys()
     if unexpected := sorted(set(weights) - set(places)):
         warnings.warn(

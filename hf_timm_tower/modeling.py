@@ -3,6 +3,7 @@
 The files, the card and the commit are those of `TimmModel`.
 """
 
+import copy
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,12 +20,13 @@ from .hub.card import TowerFacts, describe_tower
 from .hub.card_options import CardOptions, as_tags
 from .hub.download import Access
 from .hub.push import COMMIT_MESSAGE, default_repo_id, push_folder
+from .interop.timm_face import TimmFace
 from .load import check_given_head, load_bare, read_tower
 from .reader import modeling as reader
 from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, WeightsError
 from .reader.modeling import MODEL_TAGS, TimmTowerModelOutput, TowerLoading
-from .reader.tower import Tower, plain_defaults
+from .reader.tower import Tower
 from .reader.weights import StoredTower
 from .save import Extras, save_tower, storable_config, with_weights
 from .training.freezing import describe_frozen, note_fixed
@@ -45,7 +47,7 @@ _PUSH_OPTIONS = frozenset(
 )
 
 
-class SavesTower(reader.TimmTowerPreTrainedModel):
+class SavesTower(TimmFace, reader.TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
     """What the two classes below have beside the reader's: strict reading, saving, pushing."""
 
     def __init__(self, config: TimmTowerConfig, _loading: TowerLoading | None = None) -> None:
@@ -88,6 +90,7 @@ class SavesTower(reader.TimmTowerPreTrainedModel):
         metrics: Mapping[str, float] | None = None,
         evaluated_on: str | None = None,
         include_code: bool | None = None,
+        save_function: Any = None,
         **kwargs: Any,
     ) -> None:
         """Save as `TimmModel.save_pretrained` does: the same files, loaded back and compared before they are in place.
@@ -112,6 +115,8 @@ class SavesTower(reader.TimmTowerPreTrainedModel):
             evaluated_on: Id of the data set that they were measured on.
             include_code: None: the folder carries its reader, so that it loads where this package is not installed.
                 True: also the source of the head, where it cannot be stored in another form. False: no code at all.
+            save_function: Taken and not called: accelerate's scripts pass `accelerator.save`; the files of a tower are
+                written by this package, which loads them back and compares.
             kwargs: For `push_to_hub`.
 
         Raises:
@@ -198,10 +203,19 @@ class SavesTower(reader.TimmTowerPreTrainedModel):
             _refuse_with_adapter(cards, allow_patterns, ignore_patterns, delete_patterns)
             stock: Any = PreTrainedModel.push_to_hub
             return str(
-                stock(self, repo_id, commit_message=commit_message, commit_description=commit_description, private=private,
-                      token=token, revision=revision, create_pr=create_pr, max_shard_size=max_shard_size,
-                      tags=list(as_tags(tags)))
-            )  # fmt: skip
+                stock(
+                    self,
+                    repo_id,
+                    commit_message=commit_message,
+                    commit_description=commit_description,
+                    private=private,
+                    token=token,
+                    revision=revision,
+                    create_pr=create_pr,
+                    max_shard_size=max_shard_size,
+                    tags=list(as_tags(tags)),
+                )
+            )
         return self._push(
             repo_id,
             None,
@@ -250,13 +264,9 @@ class SavesTower(reader.TimmTowerPreTrainedModel):
     ) -> tuple[TowerFacts, TimmTowerConfig]:
         if getattr(self, "hf_quantizer", None) is not None:
             raise WeightsError("a quantized tower is not saved: save it as it was before, and quantize when loading")
-        tower: Any = self
-        own = self.state_dict(keep_vars=True)
-        if state_dict is not None and any(
-            key not in state_dict or state_dict[key].data_ptr() != tensor.data_ptr() for key, tensor in own.items()
-        ):
-            tower = with_weights(self, state_dict, self._twin)
-        stored, sources, proven, known = storable_config(tower, include_code=include_code)
+        tower: Any = self if state_dict is None else with_weights(self, state_dict)
+        proven, known = storable_config(tower, include_code=include_code)
+        stored, sources = copy.deepcopy(proven.stored), proven.sources
         stored.frozen = describe_frozen(Tower(self.config, self.trunk, self.head))
         stored.trunk_source = None
         stored.architectures = [type(self).__name__]
@@ -269,10 +279,6 @@ class SavesTower(reader.TimmTowerPreTrainedModel):
         )
         self._proven = proven
         return facts, stored
-
-    def _twin(self) -> Tower:
-        with plain_defaults():
-            return build_for_transformers(self.config, self._has_classifier, None)
 
     def _push(
         self,
@@ -299,11 +305,11 @@ class SavesTower(reader.TimmTowerPreTrainedModel):
             )
 
 
-class TimmTowerModel(SavesTower, reader.TimmTowerModel):
+class TimmTowerModel(SavesTower, reader.TimmTowerModel):  # type: ignore[no-untyped-call]
     __doc__ = reader.TimmTowerModel.__doc__
 
 
-class TimmTowerForImageClassification(SavesTower, reader.TimmTowerForImageClassification):
+class TimmTowerForImageClassification(SavesTower, reader.TimmTowerForImageClassification):  # type: ignore[no-untyped-call]
     __doc__ = reader.TimmTowerForImageClassification.__doc__
 
 

@@ -5,6 +5,7 @@ the live ones (autocast, compiled or replaced forwards, activation checkpointing
 and gradients are not touched.
 """
 
+import dis
 from collections import OrderedDict
 from typing import Any
 
@@ -19,9 +20,10 @@ from .reader.errors import HeadError, TowerError, WeightsError
 from .reader.freezing import hold_at_call
 from .reader.tower import Tower
 from .reader.trunk import native_size
-from .trunk_facts import training_attributes, what_changed
+from .trunk_changes import compare_training, what_changed
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_HOOKS = (*_FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
 # What compilers and trainers put on a module: torch.compile, accelerate, torch's own activation checkpointing.
 _WRAPPED = ("_compiled_call_impl", "_original_forward", "_old_forward", "_hf_hook")
 _WRAPPER_CHILD = "_checkpoint_wrapped_module"
@@ -31,8 +33,8 @@ def bare_tower(tower: Any) -> nn.Module:
     """A live tower without what is wrapped around it and its parts, on the same parameters.
 
     Args:
-        tower: With `config`, `trunk`, `head` and maybe `classifier`. A TimmModel stays one of its class, since a subclass
-            may have parts and a forward of its own; of a transformers model trunk, head and classifier are taken.
+        tower: With `config`, `trunk`, `head` and maybe `classifier`. A TimmModel stays one of its class, since a
+            subclass may have parts and a forward of its own; of a transformers model its parts are taken.
 
     Raises:
         TowerError: a module of the trunk has a forward that was put on it by hand.
@@ -69,8 +71,8 @@ def bare_copy(module: nn.Module, name: str = "trunk", made: dict[int, nn.Module]
     fields = _own_fields(module)
     if (replaced := fields.pop("forward", None)) is not None and not _wraps_own_forward(replaced, module):
         raise TowerError(
-            f"the tower was not saved: the forward of {name} ({type(module).__name__}) was replaced on the module, which "
-            "no config can describe. Take it off, or subclass TimmModel and override _create_trunk."
+            f"the tower was not saved: the forward of {name} ({type(module).__name__}) was replaced on the module, "
+            "which no config can describe. Take it off, or subclass TimmModel and override _create_trunk."
         )
     twin = made[id(module)] = type(module).__new__(type(module))
     twin.__dict__.update(fields)
@@ -109,6 +111,51 @@ def _wraps_own_forward(replaced: Any, module: nn.Module) -> bool:
 def _is_structural(hook: Any) -> bool:
     """Hooks that are part of what a module is: torch's old weight and spectral norm, and frozen statistics."""
     return hook is hold_at_call or type(hook).__module__.startswith("torch.nn.utils.")
+
+
+def _may_change(hook: Any) -> bool:
+    """Whether a forward hook may give another input or output: one whose code returns nothing but None cannot."""
+    code = getattr(getattr(hook, "__func__", hook), "__code__", None)
+    if code is None:
+        return True
+    steps = list(dis.get_instructions(code))
+    returns = [number for number, step in enumerate(steps) if step.opname == "RETURN_VALUE"]
+    constants = [step.argval for step in steps if step.opname == "RETURN_CONST"]
+    last = [steps[number - 1] for number in returns]
+    return any(value is not None for value in constants) or any(
+        step.opname != "LOAD_CONST" or step.argval is not None for step in last
+    )
+
+
+def refuse_changing_hooks(tower: Any, config: TimmTowerConfig, outputs: dict[str, torch.Tensor]) -> None:
+    """Refuse a trunk whose forward hooks change what it gives: they are code, and would be lost without a word.
+
+    Hooks that only look (profilers, features that are kept) are no part of the tower. Those whose code can return
+    nothing are not called.
+
+    Args:
+        tower: Live.
+        config: That of the save.
+        outputs: Of the tower without hooks, from `prove`.
+
+    Raises:
+        TowerError: names the modules.
+    """
+    hooked = [
+        f"trunk.{name}".rstrip(".")
+        for name, module in tower.trunk.named_modules()
+        for key in _FORWARD_HOOKS
+        for hook in getattr(module, key).values()
+        if not _is_structural(hook) and _may_change(hook)
+    ]
+    if not hooked:
+        return
+    live = Tower(tower.config, tower.trunk, copy_head(tower.head))
+    if not _same_outputs(run_probe(live, config.in_chans, native_size(config)), outputs):
+        raise TowerError(
+            f"the tower was not saved: forward hooks of {', '.join(hooked[:4])} change what the trunk gives, and hooks "
+            "are not stored. Remove them, or subclass TimmModel and override _create_trunk."
+        )
 
 
 def prove(bare: Any, again: Any, config: TimmTowerConfig, *, form_is_proven: bool) -> dict[str, torch.Tensor]:
@@ -179,17 +226,12 @@ def _compare_weights(bare: nn.Module, again: nn.Module) -> None:
 
 def _compare_behaviour(trunk: nn.Module, again: nn.Module) -> None:
     """Rates and momenta act in training only, so that no output shows them."""
-    for name, module in trunk.named_modules():
-        twin = again.get_submodule(name)
-        ours, theirs = training_attributes(module), training_attributes(twin)
-        odd = {key: (ours.get(key), theirs.get(key)) for key in ours.keys() | theirs if ours.get(key) != theirs.get(key)}
-        if odd or type(module) is not type(twin):
-            values = ", ".join(f"{key}={now!r} (from the config {built!r})" for key, (now, built) in sorted(odd.items()))
-            raise TowerError(
-                f"the tower was not saved: trunk.{name} ({type(module).__name__}) was changed after it was built: "
-                f"{values or f'from the config it is a {type(twin).__name__}'}. {what_changed(trunk, again)} Give the "
-                "value when the tower is built (drop_path=..., patch_drop=..., model_kwargs={...})."
-            )
+    if odd := compare_training(trunk, again):
+        raise TowerError(
+            f"the tower was not saved: the trunk was changed after it was built: {'; '.join(odd[:4])}. "
+            f"{what_changed(trunk, again)} Give such values when the tower is built (drop_path=..., patch_drop=..., "
+            "model_kwargs={...})."
+        )
 
 
 def _reset(bare: Any) -> Any:
@@ -228,6 +270,6 @@ def _compare_outputs(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tens
             difference = (tensor.double() - back.double()).abs().max().item() if tensor.shape == back.shape else "shape"
             raise TowerError(
                 f"the tower was not saved: loaded back it gives other outputs at {path or 'the embedding'} (largest "
-                f"difference {difference}). The trunk or head holds something that neither its config nor its state dict "
-                "has; subclass TimmModel and override _create_trunk or _create_head."
+                f"difference {difference}). The trunk or head holds something that neither its config nor its "
+                "state dict has; subclass TimmModel and override _create_trunk or _create_head."
             )

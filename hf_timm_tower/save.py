@@ -4,7 +4,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,17 @@ from .files.staging import staged_folder
 from .heads.stored_form import store_head
 from .hub.reader_file import AUTO_MAP, write_reader
 from .hub.trunk_source import is_separable
-from .proof import bare_tower, form_of, prove
+from .proof import bare_tower, form_of, prove, refuse_changing_hooks
 from .reader.config import TimmTowerConfig
 from .reader.errors import FormatError, WeightsError
 from .reader.graph_head import GraphHead
 from .reader.head import LIVE, SUBCLASS, builtin_head
 from .reader.processor_config import facts_in_tower, processor_dict
 from .reader.skip_init import skip_init
-from .reader.tower import Tower
 from .reader.trunk import native_size
 from .reader.weights import assign_weights
 from .training.freezing import describe_frozen, head_without_lock
+from .trunk_facts import record_changes
 
 
 @dataclass(frozen=True)
@@ -52,58 +52,57 @@ class Extras:
 
 @dataclass(frozen=True)
 class ProvenForm:
-    """What an earlier save of the same tower has proven, and for which form of it.
+    """What an earlier save of the same tower found and proved, and for which form of it.
 
     Attributes:
         form: From `proof.form_of`.
         config: The config that it was proven for, as JSON.
-        head: The head's stored form.
-        embed_dim: Width of the embedding.
+        stored: The config in its stored form.
         sources: Files that the head needs.
     """
 
     form: tuple[Any, ...]
     config: str
-    head: dict[str, Any] | None
-    embed_dim: int | None
+    stored: TimmTowerConfig
     sources: Mapping[str, str]
 
 
 def storable_config(
-    tower: Any, *, own_head: bool = False, include_code: bool | None = None
-) -> tuple[TimmTowerConfig, dict[str, str], ProvenForm, bool]:
-    """A copy of the tower's config with the head in the form in which it comes back, verified, and files it needs.
+    tower: Any, *, own_trunk: bool = False, own_head: bool = False, include_code: bool | None = None
+) -> tuple[ProvenForm, bool]:
+    """The tower's config with trunk and head in the form in which they come back, verified, and files it needs.
 
     Args:
         tower: With `config` (completed), `trunk` and `head`; it is not changed.
+        own_trunk: A subclass of TimmModel makes the trunk by its own code.
         own_head: A subclass of TimmModel makes the head by its own code.
         include_code: True: a head that comes back in no other form is stored as code.
 
     Returns:
-        The config, with what is frozen now; file name -> text; what is proven by this; whether an earlier save of this
-        tower in this process proved the same form.
+        What is stored, with what is frozen now; and whether an earlier save of this tower in this process proved the
+        same form, so that only weights may have changed.
 
     Raises:
-        HeadError: no form works.
+        HeadError: no form of the head works.
+        ConfigError: the trunk was changed in a way that no config says.
     """
-    config, trunk, live = tower.config, tower.trunk, tower.head
-    stored: TimmTowerConfig = copy.deepcopy(config)
-    key = json.dumps(stored.to_dict(), sort_keys=True, default=str) + repr((own_head, include_code))
-    earlier: ProvenForm | None = getattr(tower, "_proven", None)
+    key = json.dumps([tower.config.to_dict(), own_trunk, own_head, include_code], sort_keys=True, default=str)
     form = form_of(tower)
+    earlier: ProvenForm | None = getattr(tower, "_proven", None)
     if earlier is not None and earlier.form == form and earlier.config == key:
-        stored.head, stored.embed_dim = copy.deepcopy(earlier.head), earlier.embed_dim
-        stored.proj = "none" if stored.head is not None else stored.proj
+        stored = copy.deepcopy(earlier.stored)
         stored.frozen = describe_frozen(tower)
-        return stored, dict(earlier.sources), earlier, True
+        return replace(earlier, stored=stored), True
+    stored = copy.deepcopy(tower.config) if own_trunk else record_changes(tower.trunk, copy.deepcopy(tower.config))
     sources: dict[str, str] = {}
+    live = tower.head
     if stored.head is None and not _is_builtin(live, stored):
         # somebody put another head in its place, or other layers into it
         stored.head, stored.proj = {"form": LIVE}, "none"
     if stored.head is not None:
         name = stored.head.get("class") if isinstance(live, GraphHead) else None
         with head_without_lock(tower):
-            head, example = _on_cpu(live), example_input(stored, trunk)
+            head, example = _on_cpu(live), example_input(stored, tower.trunk)
             stored.embed_dim = None
             stored.embed_dim = check_embedding(stored, head, example)
             if own_head:
@@ -112,8 +111,7 @@ def storable_config(
                 stored.head, sources = store_head(head, example, stored, include_code=bool(include_code))
         stored.head["class"] = name or type(live).__name__
     stored.frozen = describe_frozen(tower)
-    proven = ProvenForm(form, key, copy.deepcopy(stored.head), stored.embed_dim, sources)
-    return stored, sources, proven, False
+    return ProvenForm(form, key, stored, sources), False
 
 
 def save_tower(
@@ -153,6 +151,8 @@ def save_tower(
             _write_weights(staging, bare, config, extras.max_shard_size)
             again = load(staging)
             outputs = prove(bare, again, config, form_is_proven=form_is_proven)
+            if not form_is_proven:
+                refuse_changing_hooks(tower, config, outputs)
             fingerprint = make_fingerprint(outputs, again, config.in_chans, native_size(config))
             write_json(staging / FINGERPRINT_NAME, fingerprint)
             write_sentence_files(staging, Path(folder), outputs)
@@ -161,19 +161,17 @@ def save_tower(
     return fingerprint
 
 
-def with_weights(tower: Any, state_dict: Mapping[str, torch.Tensor], build: Callable[[], Tower]) -> Tower:
-    """The tower with other weights, where they had to be gathered from several devices or processes: a twin.
+def with_weights(tower: Any, state_dict: Mapping[str, torch.Tensor]) -> Any:
+    """The tower with other weights, where they had to be gathered from several devices or processes: a bare copy.
 
     Raises:
         WeightsError: the weights are not the tower's.
     """
-    with skip_init():
-        twin = build()
     own = tower.state_dict(keep_vars=True)
+    if own.keys() == state_dict.keys() and all(own[key].data_ptr() == state_dict[key].data_ptr() for key in own):
+        return tower
+    twin = bare_tower(tower)
     assign_weights(twin, state_dict, source="state_dict", device="cpu")
-    for name, parameter in twin.named_parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(own[name].requires_grad if name in own else True)
     return twin
 
 

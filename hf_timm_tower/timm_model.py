@@ -3,7 +3,6 @@
 import copy
 import os
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
 from typing import Any, Literal, Self
 
 import timm
@@ -22,25 +21,27 @@ from .build import (
 from .heads.registry import CustomHead, make_custom_head
 from .hub_mixin import TowerHubMixin
 from .interop.mixin import InterchangeMixin
+from .interop.timm_face import TimmFace
 from .interop.timm_repo import is_timm_source, open_timm_source
 from .interop.timm_weights import fill_trunk
+from .interop.torchscript import ScriptableTower
 from .reader.config import TimmTowerConfig, check_size
 from .reader.errors import ConfigError, HeadError
 from .reader.freezing import keep_statistics
 from .reader.head import LIVE, SUBCLASS, builtin_head, rebuild_head
 from .reader.image_processing import make_transform
 from .reader.tower import HeadInput, run_head
-from .reader.trunk import BUILD_ERRORS, create_trunk, float_dtype
+from .reader.trunk import BUILD_ERRORS, create_trunk, float_dtype, remove_classifier
 from .subclassing import REBUILDING, overrides, rebuild
 from .training.feature_cache import CachedFeatures, cache_features, forward_from_cache
 from .training.freezing import describe_frozen, frozen_context, note_fixed
 from .training.layer_groups import LayerGroup, layer_groups
 from .training.lock import Patterns, lock, unlock
-from .training.param_groups import no_weight_decay, param_groups, summary_table
-from .trunk_facts import check_made_again, describe_trunk, remove_classifier
+from .training.param_groups import param_groups, summary_table
+from .trunk_facts import check_rebuilt, trunk_arguments
 
 
-class TimmModel(InterchangeMixin, TowerHubMixin):
+class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
     """A timm trunk and a head as one model: image `[B, in_chans, H, W]` in, embedding `[B, embed_dim]` out.
 
     Args:
@@ -96,9 +97,10 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
             return
         model_args = checked_arguments(model_kwargs)
         add_rates(model_args, drop_path, patch_drop)
+        own_head = overrides(type(self), "_create_head")
+        fields = head_fields(own_head, embed_dim, pool, proj, proj_bias, drop, custom_head)
         if is_timm_source(model_name):
             source = open_timm_source(model_name, with_weights=pretrained)
-            fields = head_fields(overrides(type(self), "_create_head"), embed_dim, pool, proj, proj_bias, drop, custom_head)
             self._assemble(source.config(fields, image_size=image_size, model_args=model_args), custom_head)
             if pretrained:
                 fill_trunk(self.trunk, self.config, source)
@@ -109,15 +111,19 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
             model_args=model_args,
             image_size=list(image_size) if isinstance(image_size, Sequence) else image_size,
             in_chans=in_chans,
-            **head_fields(overrides(type(self), "_create_head"), embed_dim, pool, proj, proj_bias, drop, custom_head),
+            **fields,
         )
         self._assemble(config, custom_head, pretrained=pretrained)
 
     def _assemble(self, config: TimmTowerConfig, custom_head: CustomHead | None, pretrained: bool = False) -> None:
-        self.config = config
-        self._assemble_on(partial(self._create_trunk, pretrained=pretrained), custom_head)
+        def make_trunk(settled: TimmTowerConfig) -> nn.Module:
+            self.config = settled
+            return self._create_trunk(pretrained=pretrained)
 
-    def _assemble_on(self, make_trunk: Callable[[], nn.Module], custom_head: CustomHead | None) -> None:
+        self.config = config
+        self._assemble_on(make_trunk, custom_head)
+
+    def _assemble_on(self, make_trunk: Callable[[TimmTowerConfig], nn.Module], custom_head: CustomHead | None) -> None:
         fresh = self.config.num_features is None
 
         def make_head(config: TimmTowerConfig) -> nn.Module:
@@ -201,15 +207,15 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
         Raises:
             ConfigError: timm cannot tell how the model was made, or building it again gives other weights.
         """
-        described = describe_trunk(trunk)
+        described = trunk_arguments(trunk)
         fields = head_fields(overrides(cls, "_create_head"), embed_dim, pool, proj, proj_bias, drop, custom_head)
         config = TimmTowerConfig(**described, **fields, classifier="reset")
-        check_made_again(trunk, config)
+        check_rebuilt(trunk, config, with_classifier=True)
         tower = cls.__new__(cls)
         nn.Module.__init__(tower)
         tower.config = config
 
-        def bared() -> nn.Module:
+        def bared(settled: TimmTowerConfig) -> nn.Module:
             remove_classifier(trunk, config)
             return trunk
 
@@ -223,6 +229,10 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
         with frozen_context(self.trunk, x):
             features = self.trunk(x)
         return run_head(self.head, self._head_input, features)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` scripts in the tower's place."""
+        return ScriptableTower(self.trunk, self.head, self._head_input)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images `[B, in_chans, H, W]` -> the trunk's unpooled features, in the trunk's own layout."""
@@ -317,7 +327,7 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
                 trunk.set_input_size(img_size=tuple(size))  # type: ignore[operator]
             except BUILD_ERRORS as error:
                 raise ConfigError(f"{config.architecture} cannot take image_size={size}: {error}") from error
-            now = describe_trunk(trunk)["model_args"]
+            now = trunk_arguments(trunk)["model_args"]
             kept = {key: now[key] for key in now if key not in ("num_classes", "global_pool")}
             config.model_args = {**(config.model_args or {}), **kept}
         config, output = resolve_config(config, trunk)
@@ -344,7 +354,7 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
             ) from error
 
     def layer_groups(self) -> list[LayerGroup]:
-        """The tower's layer groups from input to output, each parameter in one of them. See `training/layer_groups.py`."""
+        """The layer groups from input to output, each parameter in one of them. See `training/layer_groups.py`."""
         return layer_groups(self)
 
     def lock(
@@ -414,12 +424,8 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
         min_scale: float = 0.0,
         no_decay: Collection[str] = (),
     ) -> list[dict[str, Any]]:
-        """Parameter groups for any optimizer, on request with layer-wise rates. See `finetuning.param_groups`."""
+        """Parameter groups for any optimizer, on request with layer-wise rates. See `training.param_groups`."""
         return param_groups(self, lr, weight_decay, layer_decay, min_scale=min_scale, no_decay=no_decay)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that get no weight decay because trunk or head say so."""
-        return no_weight_decay(self)
 
     def cache_features(
         self,

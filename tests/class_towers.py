@@ -8,8 +8,8 @@ import torch
 
 from hf_timm_tower import TimmModel
 from hf_timm_tower.reader.config import TimmTowerConfig
-from hf_timm_tower.reader.pools import ALL_POOLS
-from hf_timm_tower.reader.trunk import native_cfg, offered_pools
+from hf_timm_tower.reader.trunk import native_cfg
+from hf_timm_tower.trunk_facts import ALL_POOLS, offered_pools
 
 WIDTH = 24
 

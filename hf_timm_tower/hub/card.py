@@ -17,9 +17,9 @@ import torch.nn as nn
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from ..reader.tower import CLASSIFIER
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ArgumentError
+from ..reader.tower import CLASSIFIER
 from .card_merge import MODEL_INDEX, Wanted, merge_card, new_card, recorded_repo
 from .card_snippets import CLASSIFICATION_TAG, PIPELINE_TAG, image_size, use_section
 

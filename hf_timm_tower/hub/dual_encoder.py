@@ -30,10 +30,10 @@ PAIR_AUTO_MAP = {
 def make_self_contained(folder: Any) -> None:
     """Let a folder of a `VisionTextDualEncoderModel` with a tower inside load where this package is absent.
 
-    `modeling_timm_tower.py` is written into it and named by its config, so that `pipeline("zero-shot-image-classification", ...,
-    trust_remote_code=True)` and `AutoModel` work with transformers and timm alone; where this package is imported,
-    nothing changes. Weights are written anew in the layout in which mapped tensors are aligned: kernels may give other
-    last bits for weights at odd addresses.
+    `modeling_timm_tower.py` is written into it and named by its config, so that `AutoModel` and
+    `pipeline("zero-shot-image-classification", ..., trust_remote_code=True)` work with transformers and timm alone;
+    where this package is imported, nothing changes. Weights are written anew in the layout in which mapped tensors are
+    aligned: kernels may give other last bits for weights at odd addresses.
 
     Args:
         folder: What `VisionTextDualEncoderModel.save_pretrained` wrote.

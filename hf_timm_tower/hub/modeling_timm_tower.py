@@ -4,44 +4,46 @@ This is the code that `trust_remote_code=True` runs, all of it: the modules of h
 in the order of their imports. It reads JSON and safetensors, builds a timm model and a head, and has no other business.
 """
 
-from PIL import Image
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
 import copy
-from dataclasses import dataclass, field, fields
 import difflib
-from functools import lru_cache, partial
 import functools
 import hashlib
-from huggingface_hub import hf_hub_download
-from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 import inspect
 import json
 import math
-import numpy as np
 import os
-from pathlib import Path
 import reprlib
+import shutil
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, fields
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, TypedDict, TypeVar
+
+import numpy as np
+import timm
+import timm.layers
+import torch
+import torch.nn.functional as functional
+from huggingface_hub import hf_hub_download
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-import shutil
-import timm
 from timm.data.config import resolve_data_config
 from timm.data.transforms import CenterCropOrPad, MaybeToTensor, ResizeKeepRatio, center_crop_or_pad
 from timm.data.transforms_factory import create_transform
 from timm.layers import norm as timm_norm
-import timm.layers
 from timm.layers.attention_pool2d import AttentionPool2d, RotAttentionPool2d
 from timm.layers.drop import DropPath
 from timm.layers.layer_scale import LayerScale
 from timm.layers.mlp import Mlp
 from torch import nn
-import torch
 from torch.distributions.dirichlet import _Dirichlet
-import torch.nn as nn
-import torch.nn.functional as functional
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -64,8 +66,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.generic import ModelOutput
 from transformers.utils.hub import cached_file
 from transformers.utils.loading_report import LoadStateDictInfo
-from typing import Any, ClassVar, Literal, Self, TypeVar, TypedDict
-import warnings
 
 # --- errors.py
 

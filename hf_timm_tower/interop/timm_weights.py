@@ -9,13 +9,13 @@ import torch.nn as nn
 from torch.overrides import TorchFunctionMode
 
 from ..build import checked_arguments, head_fields
-from ..subclassing import overrides
 from ..hub.download import Access
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import WeightsError
 from ..reader.head import CustomHead
 from ..reader.trunk import native_cfg, remove_classifier
 from ..reader.weights import assign_weights
+from ..subclassing import overrides
 from .timm_repo import TimmSource, create_model, open_timm_source
 
 if TYPE_CHECKING:

@@ -58,9 +58,7 @@ class EvalTower(nn.Module):
     def __init__(self, tower: nn.Module) -> None:
         super().__init__()
         config, trunk, head = (getattr(tower, name, None) for name in ("config", "trunk", "head"))
-        if not (
-            isinstance(config, TimmTowerConfig) and isinstance(trunk, nn.Module) and isinstance(head, nn.Module)
-        ):
+        if not (isinstance(config, TimmTowerConfig) and isinstance(trunk, nn.Module) and isinstance(head, nn.Module)):
             raise ArgumentError(f"a {type(tower).__name__} is no tower: it has no config, trunk and head")
         self.config, self.trunk, self.head = config, trunk, head
         self.arrangement = HeadInput.of(config, trunk)
@@ -119,9 +117,7 @@ def trace(model: EvalTower) -> ExportedProgram:
     """
     images = model.images(_TRACED_BATCH)
     with torch.no_grad(), eval_mode(model), reasons("torch.export", model):
-        return torch.export.export(
-            model, (images,), dynamic_shapes={"images": {0: Dim("batch")}}, strict=False
-        )
+        return torch.export.export(model, (images,), dynamic_shapes={"images": {0: Dim("batch")}}, strict=False)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """What of a stored tower is frozen: applied to a tower that was just built.
 
-A parameter is frozen by `requires_grad`. Running statistics are frozen by a hook on the module that has them, which puts
-it into eval mode before every forward: so they stay after `.train()` on any part, in copies and pickles and in anybody's
-training loop, and neither the module tree nor the state dict changes.
+A parameter is frozen by `requires_grad`. Running statistics are frozen by a hook on the module that has them, which
+puts it into eval mode before every forward: so they stay after `.train()` on any part, in copies and pickles and in
+anybody's training loop, and neither the module tree nor the state dict changes.
 """
 
 import difflib
@@ -80,7 +80,7 @@ def check_frozen(frozen: dict[str, Any] | None) -> None:
 
 
 def frozen_names(tower: nn.Module, frozen: dict[str, Any]) -> tuple[set[str], set[str]]:
-    """The parameters and the modules with statistics that a frozen state names, each for itself or by a module above it.
+    """The parameters, and the modules with statistics, that a frozen state names by themselves or by a module above.
 
     Raises:
         ConfigError: not a frozen state, or it names what the tower does not have.

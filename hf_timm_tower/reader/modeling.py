@@ -35,7 +35,7 @@ from .freezing import apply_frozen, keep_statistics
 from .head import CODE, make_code_head, refuse_code
 from .skip_init import Budget, skip_init
 from .tower import CLASSIFIER, Tower, build_tower, has_classifier, init_classifier, plain_defaults, run_head
-from .trunk import buffers_as_timm, native_size
+from .trunk import buffers_as_timm, float_dtype, native_size
 from .weights import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -262,7 +262,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             return  # nothing is loaded yet
         _put_buffers(self, self._computed)
         self._computed = None
-        buffers_as_timm(self.trunk)
+        buffers_as_timm(self.trunk, float_dtype(self.trunk))
         # What is on meta is on the disk: transformers loads it when it runs.
         state = {key: tensor for key, tensor in self.state_dict(keep_vars=True).items() if not tensor.is_meta}
         if fresh := [key for key, tensor in state.items() if not getattr(tensor, "_is_hf_initialized", False)]:
@@ -303,8 +303,8 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         Args:
             pretrained_model_name_or_path: A folder, or a repository's id.
             config: A config that was loaded already, or where to load it from.
-            dtype: Cast floating-point weights; None and `"auto"` keep every tensor's own, which transformers
-                otherwise makes one for all.
+            dtype: Cast floating-point weights; None and `"auto"` keep every tensor's own, whatever `dtype` of the
+                config says.
             torch_dtype: The old name of `dtype`.
             ignore_mismatched_sizes: Weights that are missing, unexpected or of another shape are no error: they get
                 fresh values or are left out, and a warning lists them.
@@ -374,12 +374,11 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             weights = {key: tensor for key, tensor in weights.items() if key not in loading.left_out}
         if load_config.hf_quantizer is not None or load_config.ignore_mismatched_sizes or len(devices) > 1:
             return stock(model, weights, None, load_config, *args, **kwargs)
-        keeps = loading.keeps_dtypes and stored.config.dtype is None
         assign_weights(
             model,
             weights,
             source=str(folder),
-            dtype=None if keeps else floating_dtype(load_config.dtype),
+            dtype=None if loading.keeps_dtypes else floating_dtype(load_config.dtype),
             device=devices.pop(),
             allow_missing=loading.fresh,
         )
@@ -459,7 +458,7 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
 
     _has_classifier = True
 
-    classifier: nn.Linear
+    classifier: nn.Module
 
     def __init__(self, config: TimmTowerConfig, _loading: TowerLoading | None = None) -> None:
         super().__init__(config, _loading)
@@ -673,7 +672,8 @@ def _warn_of_changes(loading: TowerLoading, info: Mapping[str, Any]) -> None:
     """List fresh weights, and those in the files that the model leaves out."""
     fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
     left_out = sorted({*loading.left_out, *info["unexpected_keys"]})
-    for keys, what in ((fresh, "fresh random weights, to be trained"), (left_out, "weights that this model leaves out")):
+    found = {"fresh random weights, to be trained": fresh, "weights that this model leaves out": left_out}
+    for what, keys in found.items():
         if keys:
             warnings.warn(f"{loading.place}: {what}: {', '.join(shown(key)[1:-1] for key in keys)}", stacklevel=4)
 

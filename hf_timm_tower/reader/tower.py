@@ -106,7 +106,10 @@ def build_tower(
         raise ConfigError("num_features=None: the config is not completed; hf_timm_tower.TimmModel completes it")
     config = copy.deepcopy(config)
     trunk = create_trunk(config)
-    head = builtin_head(config) if config.head is None else rebuild_head(config.head) if make_head is None else make_head()
+    if config.head is None:
+        head: nn.Module = builtin_head(config)
+    else:
+        head = rebuild_head(config.head) if make_head is None else make_head()
     return Tower(config, trunk, head, make_classifier(config) if with_classifier else None)
 
 
@@ -125,8 +128,8 @@ def check_buildable(config: TimmTowerConfig) -> None:
         raise HeadError("the config says that there is a custom head, but not which: save the tower with its head")
 
 
-def make_classifier(config: TimmTowerConfig) -> nn.Linear:
-    """A fresh classifier `[B, embed_dim]` -> `[B, num_labels]`.
+def make_classifier(config: TimmTowerConfig) -> nn.Module:
+    """A fresh classifier `[B, embed_dim]` -> `[B, num_labels]`; nothing where the trunk's own gives the scores.
 
     Raises:
         ConfigError: the embedding has no width, or there are no labels.
@@ -135,6 +138,10 @@ def make_classifier(config: TimmTowerConfig) -> nn.Linear:
         raise ConfigError(
             "a classifier needs an embedding of a known width; this tower's head gives a tuple, a dict or another rank"
         )
+    if config.is_classifier:
+        if config.num_labels != config.embed_dim:
+            config.num_labels = config.embed_dim
+        return nn.Identity()
     if not config.num_labels:
         raise ConfigError("num_labels=0: a classifier needs at least one label; pass num_labels=... or id2label={...}")
     layer = nn.Linear(config.embed_dim, config.num_labels)

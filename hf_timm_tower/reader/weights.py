@@ -46,8 +46,8 @@ class StoredTower:
 def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
     """Key -> tensor of a tower's weight files, which lie in one folder with their index.
 
-    Tensors are mapped; those at odd addresses are copied, since kernels may give other last bits for them. Keys that the
-    index calls tied or shared hold one tensor.
+    Tensors are mapped; those at odd addresses are copied, since kernels may give other last bits for them. Keys that
+    the index calls tied or shared hold one tensor.
 
     Raises:
         FormatError: a file is damaged, or the index does not fit the files.
@@ -63,7 +63,7 @@ def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
         if isinstance(weight_map, dict):
             listed = {key for key, name in weight_map.items() if name == file.name}
             if odd := sorted(listed ^ tensors.keys()):
-                raise FormatError(f"{file}: the index and the file disagree on {len(odd)} keys, such as {shown(odd[0])}")
+                raise FormatError(f"{file}: {len(odd)} keys are not where the index puts them, such as {shown(odd[0])}")
         found.update(tensors)
     found = {key: tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone() for key, tensor in found.items()}
     metadata = index.get("metadata")
@@ -71,10 +71,12 @@ def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
         groups = metadata.get(kind, []) if isinstance(metadata, dict) else []
         for group in groups if isinstance(groups, list) else []:
             if not isinstance(group, list) or any(key not in found for key in group):
-                raise FormatError(f"{files[0].with_name(INDEX_FILE)}: metadata.{kind} names unknown keys: {shown(group)}")
+                raise FormatError(f"{files[0].parent / INDEX_FILE}: metadata.{kind} names unknown keys: {shown(group)}")
             first = found[group[0]]
             if odd := [key for key in group if not same_bytes_of(found[key], first)]:
-                raise FormatError(f"{files[0].with_name(INDEX_FILE)}: {shown(odd[0])} is {kind} to another key but differs")
+                raise FormatError(
+                    f"{files[0].parent / INDEX_FILE}: {shown(odd[0])} is {kind} with another key but differs"
+                )
             found.update((key, first if kind == "tied" else first.view(first.shape)) for key in group[1:])
     return found
 
@@ -192,8 +194,8 @@ def assign_weights(
     after = module.state_dict(keep_vars=True)
     if refused := [key for key, value in values.items() if after[key] is not value]:
         raise WeightsError(
-            f"{source}: {_listed(refused)} did not reach the module: it overrides how attributes are set or a state dict "
-            "is loaded, which a tower cannot use"
+            f"{source}: {_listed(refused)} did not reach the module: it overrides how attributes are set or a state "
+            "dict is loaded, which a tower cannot use"
         )
     if device is not None:
         _move_computed_buffers(module, device)

@@ -1,8 +1,8 @@
 """What of a tower is frozen: set, described for a config, and what a frozen trunk need not compute.
 
-A parameter is frozen by `requires_grad`, running statistics by a hook (see `reader/freezing.py`). A custom head may have
-parameters that it was made with as not trainable, and timm itself freezes some that only a classifier needs
-(EfficientViM's `weights`); they are part of head and trunk, not of the frozen state, and no lock or unlock touches them.
+A parameter is frozen by `requires_grad`, running statistics by a hook (see `reader/freezing.py`). A custom head may
+have parameters that it was made with as not trainable, and timm itself freezes some that only a classifier needs
+(EfficientViM's `weights`); they are part of head and trunk, not of the frozen state: no lock or unlock touches them.
 """
 
 import copy
@@ -48,7 +48,7 @@ def describe_frozen(tower: nn.Module) -> dict[str, list[str]] | None:
     state = {
         # a module whose other parameters never train is frozen as a whole
         "parameters": smallest_cover(frozen, [name for name in parameters if name not in fixed]),
-        "statistics": smallest_cover(held, [name for name, module in tower.named_modules() if keeps_statistics(module)]),
+        "statistics": smallest_cover(held, [name for name, part in tower.named_modules() if keeps_statistics(part)]),
     }
     return {key: names for key, names in state.items() if names} or None
 
