@@ -1,4 +1,4 @@
-"""A Hub of the tests' own: scripts/local_hub.py in a process of its own, on a free port of this machine.
+"""A Hub of the tests' own: scripts/local_hub in a process of its own, on a free port of this machine.
 
     with LocalHub(tmp_path / "hub", users={"ann": "hf_ann", "bob": "hf_bob"}) as hub:
         fresh_process(code, env=hub.env(tmp_path / "cache"))
@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-_SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "local_hub.py"
+_SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "local_hub"
 # Requests to the hub itself, whatever proxy the machine has.
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -149,7 +149,7 @@ class LocalHub:
             return json.loads(answer.read())
 
     def faults(self, *rules: dict[str, Any]) -> None:
-        """Put these rules in place of all before (see scripts/_local_hub/faults.py); none clears."""
+        """Put these rules in place of all before (see scripts/local_hub/faults.py); none clears."""
         self._ask("/_local/faults", "PUT", list(rules))
 
     def rules(self) -> list[dict[str, Any]]:

@@ -1,9 +1,11 @@
 """Repositories as an enemy, a bug or a slip of the hand would make them: mutations of a good tower's files."""
 
 import json
+import os
 import random
 import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 Files = dict[str, bytes]
@@ -243,3 +245,164 @@ def mutant(good: Files, seed: int) -> tuple[str, Files]:
     for name in [name for name in files if name.startswith("core/")] + ["evil.py", "head_code.py", "__init__.py"]:
         files[name] = EVIL
     return mutate.__name__, files
+
+
+# --- in a folder, where there is more than files
+
+
+def in_fingerprint(files: Files, dice: random.Random) -> None:
+    document = json.loads(files["fingerprint.json"])
+    change_json(document, dice, dice.randint(1, 3))
+    files["fingerprint.json"] = json.dumps(document).encode()
+
+
+def in_processor(files: Files, dice: random.Random) -> None:
+    document = json.loads(files["preprocessor_config.json"])
+    change_json(document, dice, dice.randint(1, 3))
+    files["preprocessor_config.json"] = json.dumps(document).encode()
+
+
+def with_copied_part(files: Files, dice: random.Random) -> None:
+    """A part of one JSON file in the place of a part of the same or another one."""
+    names = sorted(name for name in files if name.endswith(".json"))
+    name, other = dice.choice(names), dice.choice(names)
+    document, source = json.loads(files[name]), json.loads(files[other])
+    ways = dice.choice(places(document) or [()]), dice.choice(places(source) or [()])
+    value = source
+    for step in ways[1]:
+        value = value[step]
+    if ways[0]:
+        *way, last = ways[0]
+        parent = document
+        for step in way:
+            parent = parent[step]
+        parent[last] = value
+    files[name] = json.dumps(document).encode()
+
+
+CARDS = (
+    b"",
+    b"\xff\xfe\x00",
+    b"---\n---\n",
+    b"---\nlicense: [\n---\n",
+    b"---\n" + b"a: &a [x]\n" + b"".join(b"b%d: &b%d [*a, *a]\n" % (n, n) for n in range(30)) + b"---\n",
+    b"---\na: &a [*a]\n---\n",
+    b"---\nx: !!python/object/apply:os.system ['true']\n---\n",
+    b"---\nlicense: mit\n" * 500,
+    b"---\n" + b"tags:\n" + b"- x\n" * 20_000 + b"---\n",
+    b"<!-- hf_timm_tower: " * 300,
+    b"[" * 50_000,
+    b"| a " * 20_000,
+    b"\x1b[2J\x1b]0;title\x07",
+)
+
+
+def in_card(files: Files, dice: random.Random) -> None:
+    card = files["README.md"]
+    act = dice.randrange(4)
+    if act == 0:
+        files["README.md"] = dice.choice(CARDS)
+    elif act == 1:
+        at = dice.randrange(len(card))
+        files["README.md"] = card[:at] + dice.choice(CARDS)[:5000] + card[at:]
+    elif act == 2:
+        lines = card.splitlines(keepends=True)
+        for _ in range(dice.choice((1, 3, 30))):
+            place = dice.randrange(len(lines))
+            lines[place : place + dice.randrange(3)] = [dice.choice(lines)] * dice.randrange(3)
+        files["README.md"] = b"".join(lines)
+    else:
+        files["README.md"] = card[: dice.randrange(len(card))]
+
+
+STRAY_NAMES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "generation_config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "trunk-00001-of-00002.safetensors",
+    "modeling_timm_tower.py",
+    "modeling_evil.py",
+    "core/evil.py",
+    "core",
+    ".tower-commit/plan.json",
+    ".tower-commit/new/config.json",
+    ".tower-commit",
+    ".tower.tower-save-1",
+    "README.md",
+    "Config.json",
+    "x/y/z",
+)
+
+
+def put_stray(folder: Path, outside: Path, good: Files, dice: random.Random) -> None:
+    """Something that is no file of the tower, or a file of it that is no file, beside or in place of what is there.
+
+    Args:
+        folder: The tower's folder.
+        outside: A folder with a file `secret`, which nothing may read or change.
+        good: The tower's files, for contents that look right.
+        dice: What is put where.
+    """
+    name = dice.choice(STRAY_NAMES if dice.random() < 0.7 else sorted(name for name in good if "/" not in name))
+    path = folder / name
+    for parent in reversed(path.relative_to(folder).parents):
+        if (folder / parent).is_file():
+            (folder / parent).unlink()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        path = path / "inside"
+    path.unlink(missing_ok=True)
+    act = dice.randrange(6)
+    if act == 0:
+        path.mkdir()
+    elif act == 1:
+        path.symlink_to(dice.choice((outside / "secret", outside, Path("/dev/zero"), path, Path("/proc/self/environ"))))
+    elif act == 2:
+        os.mkfifo(path)
+    elif act == 3:
+        plan = {"replace": ["../outside/secret"], "remove": ["../outside/secret", "config.json"], "version": 1}
+        path.write_bytes(json.dumps(plan).encode())
+    elif act == 4:
+        path.write_bytes(EVIL)
+    else:
+        path.write_bytes(dice.choice([good[each] for each in sorted(good)]))
+
+
+FOLDER_MUTATORS: tuple[Callable[[Files, random.Random], None], ...] = (
+    *MUTATORS,
+    in_config,
+    in_graph,
+    in_index,
+    in_header,
+    in_fingerprint,
+    in_processor,
+    with_copied_part,
+    in_card,
+)
+
+
+def folder_mutant(good: Files, seed: int, folder: Path, outside: Path) -> str:
+    """Write a bad copy of a good tower into an empty folder; what kind it is."""
+    dice = random.Random(seed)
+    files = dict(good)
+    number = seed % (len(FOLDER_MUTATORS) + 2)
+    if number < len(FOLDER_MUTATORS):
+        mutate = FOLDER_MUTATORS[number]
+        mutate(files, dice)
+        kind = mutate.__name__
+    else:
+        kind = "put_stray"
+    files |= {"evil.py": EVIL, "head_code.py": EVIL, "__init__.py": EVIL}
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    if kind == "put_stray":
+        for _ in range(dice.choice((1, 1, 3))):
+            put_stray(folder, outside, good, dice)
+    return kind

@@ -53,7 +53,7 @@ def loopback_hub(store: Path) -> Iterator[Hub]:
         HubStepFailed: it does not start.
     """
     token = "hf_demo"
-    command = [sys.executable, str(HERE.parent / "local_hub.py"), f"--store={store}", "--port=0", "--until-input-ends"]
+    command = [sys.executable, str(HERE.parent / "local_hub"), f"--store={store}", "--port=0", "--until-input-ends"]
     process = subprocess.Popen(
         [*command, f"--token=demo={token}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

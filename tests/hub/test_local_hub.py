@@ -3,9 +3,12 @@
 Clients run in processes of their own: the address of the Hub is read when `huggingface_hub` is imported.
 """
 
+import functools
 import hashlib
+import importlib.util
 import json
 import random
+import signal
 import subprocess
 import sys
 import textwrap
@@ -14,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
+from types import ModuleType
 from urllib.parse import quote, unquote
 
 import psutil
@@ -23,6 +27,19 @@ from ..local_hub import LocalHub
 
 ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., str]
+
+
+@functools.cache
+def git_patterns() -> ModuleType:
+    """scripts/local_hub/git_patterns.py, which imports nothing of the rest."""
+    path = ROOT / "scripts" / "local_hub" / "git_patterns.py"
+    spec = importlib.util.spec_from_file_location("git_patterns", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
 
 CLIENT = """
 import hashlib, os, sys, tempfile, threading, time
@@ -527,7 +544,7 @@ def test_nothing_outside_the_store_is_reached_and_nobody_from_outside(client: Ru
 
 
 def test_help_is_quick_and_unknown_faults_are_refused() -> None:
-    script = str(ROOT / "scripts" / "local_hub.py")
+    script = str(ROOT / "scripts" / "local_hub")
     shown = subprocess.run([sys.executable, "-X", "importtime", script, "--help"], capture_output=True, text=True)
     assert shown.returncode == 0
     assert "--store" in shown.stdout
@@ -537,3 +554,55 @@ def test_help_is_quick_and_unknown_faults_are_refused() -> None:
         refused = subprocess.run([sys.executable, script, "--fault", words], capture_output=True, text=True)
         assert (refused.returncode, refused.stdout) == (2, "")
         assert "fault: " in refused.stderr
+
+
+# (pattern, path): each makes a regular expression of the same meaning go back and forth without end.
+SLOW_AS_REGEX = [
+    ("*a" * 30 + "b", "a" * 200),
+    ("**a" * 30 + "b", "a" * 200),
+    ("**/" * 40 + "b", "a/" * 100 + "a"),
+    ("*[ab]" * 30 + "c", "ab" * 100),
+    ("*?" * 60 + "b", "a" * 200),
+    ("/*a**/" * 20 + "b", "aa/" * 66 + "a"),
+]
+
+
+def test_patterns_match_as_git_does(tmp_path: Path) -> None:
+    patterns = ["*.log", "/top", "a/*", "**/deep", "a/**/z", "x?y", "x[!b]y", "[ab].txt", "[!ab].md", "build/"]
+    patterns += ["!keep.log", "q\\*", "a/**", "[z-a]"]
+    paths = "1.log d/2.log top d/top a/1 a/b/c d/e/deep deep a/z a/b/z a/b/c/z xzy x/y a.txt c.txt a.md c.md build/1"
+    paths = [*paths.split(), "keep.log", "d/build/x", "q*", "qq", "other"]
+    for path in paths:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    for chosen in ([each] for each in patterns):
+        (tmp_path / ".gitignore").write_text("\n".join(chosen))
+        command = ["git", "-C", str(tmp_path), "check-ignore", "--no-index", "--stdin"]
+        asked = subprocess.run(command, input="\n".join(paths), capture_output=True, text=True)
+        found = [path for path in paths if git_patterns().is_ignored(path, chosen[0])]
+        assert found == asked.stdout.split(), chosen
+
+
+@pytest.mark.parametrize(("pattern", "path"), SLOW_AS_REGEX)
+def test_no_pattern_costs_more_than_its_length(pattern: str, path: str) -> None:
+    def too_long(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGVTALRM, too_long)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 20)  # a match takes milliseconds, the regular expression years
+    try:
+        assert not git_patterns().is_ignored(path, pattern)
+        assert not git_patterns().is_lfs(path, f"{pattern} filter=lfs")
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def test_files_of_patterns_are_read_up_to_a_size() -> None:
+    patterns = git_patterns()
+    assert patterns.is_ignored("a", "b\n" * (patterns.MAX_LINES - 1) + "a")
+    for text in ("a\n" * (patterns.MAX_LINES + 1), "*" * (patterns.MAX_PATTERN + 1)):
+        with pytest.raises(ValueError, match="patterns"):
+            patterns.is_ignored("a", text)
+        with pytest.raises(ValueError, match="patterns"):
+            patterns.is_lfs("a", text)

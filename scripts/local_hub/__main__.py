@@ -4,7 +4,7 @@
 It speaks the Hub's own protocol to the unmodified `huggingface_hub` client, keeps everything in one folder, and listens
 on 127.0.0.1 only.
 
-    python scripts/local_hub.py --store my_hub
+    python scripts/local_hub --store my_hub
 
 then, in another terminal, the lines that it prints, and push and load as usual.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 _TOKEN = "you=hf_local"
 _FAULTS = """\
-faults, for trying out what goes wrong (scripts/_local_hub/faults.py says more):
+faults, for trying out what goes wrong (scripts/local_hub/faults.py says more):
 
   --fault 'status=503 path=/resolve/ nth=2'        the second download request fails once
   --fault 'status=429 retry_after=1 times=3'       the first three requests of any kind
@@ -33,6 +33,7 @@ while it runs: GET, PUT and DELETE /_local/faults (a JSON list), GET /_local/log
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog="local_hub",
         description=(__doc__ or "").partition("\n\n    python")[0],
         epilog=_FAULTS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -76,14 +77,15 @@ def _print_exports(url: str, token: str) -> None:
 
 def main() -> int:
     arguments = _arguments()
-    # Not before now: --help needs none of it. The folder is on the path already, except under `python -P`.
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    # Not before now: --help needs none of it. Python puts this folder on the path; its parent finds the package.
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [str(here.parent), *(entry for entry in sys.path if Path(entry).resolve() != here)]
     try:
-        from _local_hub import faults
-        from _local_hub.accounts import Accounts, User
-        from _local_hub.errors import HubError
-        from _local_hub.names import check_repo_part
-        from _local_hub.server import serve
+        from local_hub import faults
+        from local_hub.accounts import Accounts, User
+        from local_hub.errors import HubError
+        from local_hub.names import check_repo_part
+        from local_hub.server import serve
     except ModuleNotFoundError as error:
         print(f"{error}. Install what the hub needs: pip install 'hf_timm_tower[hub]'", file=sys.stderr)
         return 2

@@ -186,11 +186,15 @@ def upload_plan(
         except (binascii.Error, TypeError, ValueError) as error:
             raise bad_request(f"the sample of {path!r} is not base64") from error
         # As on the Hub, binary files are LFS whatever .gitattributes says.
-        lfs = is_lfs(path, attributes) or size > LARGEST_REGULAR or b"\0" in sample
+        try:
+            by_attributes, ignored = is_lfs(path, attributes), is_ignored(path, ignore)
+        except ValueError as error:
+            raise bad_request(f"{path!r}: {error}") from error
+        lfs = by_attributes or size > LARGEST_REGULAR or b"\0" in sample
         answer: dict[str, Any] = {
             "path": path,
             "uploadMode": "lfs" if lfs else "regular",
-            "shouldIgnore": is_ignored(path, ignore),
+            "shouldIgnore": ignored,
         }
         present = base.files.get(path)
         if present is not None:
