@@ -181,7 +181,7 @@ class TimmTowerImageProcessor(BaseImageProcessor):
         if input_data_format not in (None, "channels_first", "channels_last"):
             raise ArgumentError(f"input_data_format={input_data_format!r}: not 'channels_first' or 'channels_last'")
         prepared = _Call(self._facts(), device, input_data_format, steps)
-        done = [made for image in _flat(images) for made in prepared(image)]
+        done = [made for image in _flat_images(images) for made in prepared(image)]
         if not done:
             raise ArgumentError("no images: expected one at least")
         if return_tensors is None:
@@ -202,14 +202,14 @@ def _is_tower(config: Path) -> bool:
     return isinstance(found, dict) and found.get("model_type") == TimmTowerConfig.model_type
 
 
-def _flat(images: Any, depth: int = 0) -> Iterator[Any]:
+def _flat_images(images: Any, depth: int = 0) -> Iterator[Any]:
     if not isinstance(images, (list, tuple)):
         yield images
         return
     if depth == _DEEPEST_LIST:
         raise ArgumentError(f"images: lists within lists, more than {_DEEPEST_LIST} deep")
     for image in images:
-        yield from _flat(image, depth + 1)
+        yield from _flat_images(image, depth + 1)
 
 
 def _opened(source: str) -> Image.Image:
