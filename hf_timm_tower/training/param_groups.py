@@ -111,7 +111,7 @@ def group_matcher(tower: nn.Module, coarse: bool = False) -> Callable[[str], int
         )
         after = of[classifier]
     else:
-        of = auto_group_layers(trunk)
+        of = auto_group_layers(trunk)  # type: ignore[no-untyped-call]
     known = {f"trunk.{name}": number for name, number in of.items()}
     return lambda name: known.get(name, after)
 
