@@ -181,7 +181,7 @@ def offered_pools(config: TimmTowerConfig, among: Sequence[str] = ALL_POOLS) -> 
     found = []
     for pool in among:
         try:
-            trial = settle_arguments(TimmTowerConfig(**same, pool=pool))
+            trial = _settled(TimmTowerConfig(**same, pool=pool))
             trunk = create_trunk(trial, initialise=False)
             check_pool(trunk, trial, trunk_output(trunk, trial.in_chans, native_size(trial)))
         except ConfigError:
@@ -197,23 +197,32 @@ def settle_arguments(config: TimmTowerConfig) -> TimmTowerConfig:
     own pool (a ViT with `class_token=False`) is built with the tower's.
 
     Raises:
-        ConfigError: timm cannot build the trunk with these arguments in either way.
+        UnsupportedPool: timm cannot build the trunk with this pool, but with others.
+        ConfigError: timm cannot build the trunk with these arguments in any way.
     """
+    try:
+        return _settled(config)
+    except UnsupportedPool:
+        raise
+    except ConfigError as error:
+        if offered_pools(config):
+            raise UnsupportedPool(config, str(error)) from error
+        raise
+
+
+def _settled(config: TimmTowerConfig) -> TimmTowerConfig:
     config = copy.deepcopy(config)
     arguments = dict(config.model_args or {})
     if config.image_size is not None and "img_size" not in arguments and _must_be_told(config):
         config.model_args = dict(sorted({**arguments, "img_size": list(native_size(config))}.items()))
-    existed = bool(set(FROM_TRUNK) & set(arguments))
-    if existed or not arguments or (config.classifier == "construct" and config.pool != "default"):
+    if not arguments or set(FROM_TRUNK) & set(arguments):
         return config
     try:
         create_trunk(config, initialise=False)
     except UnsupportedPool:
         raise
     except ConfigError as error:
-        if config.pool == "default":
-            if offered_pools(config, among=[pool for pool in ALL_POOLS if pool != "default"]):
-                raise UnsupportedPool(config, f"timm cannot build the trunk with its own pool ({error})") from error
+        if config.classifier == "construct" or config.pool == "default":
             raise
         with_pool = copy.deepcopy(config)
         with_pool.classifier = "construct"

@@ -237,8 +237,8 @@ def buffers_as_timm(module: nn.Module, dtype: torch.dtype) -> None:
     for part in module.modules():
         computed = {id(part._buffers[name]) for name in part._non_persistent_buffers_set if name in part._buffers}
         if any(id(buffer) in computed and buffer.is_floating_point() for buffer in part.buffers(recurse=False)):
-            part._apply(
-                lambda tensor, computed=computed: (  # type: ignore[misc]
+            part._apply(  # type: ignore[no-untyped-call]
+                lambda tensor, computed=computed: (
                     # One buffer that several modules hold stays one.
                     cast.setdefault(id(tensor), tensor.to(dtype))
                     if id(tensor) in computed and tensor.is_floating_point()
