@@ -283,7 +283,7 @@ class SavesTower(TimmFace, reader.TimmTowerPreTrainedModel):  # type: ignore[no-
         stored = copy.deepcopy(proven.stored)
         stored.frozen = describe_frozen(Tower(self.config, self.trunk, self.head))
         stored.trunk_source = None if trunk is None else trunk.to_json()
-        stored.architectures = [type(self).__name__]
+        stored.architectures = [type(self).__name__.removeprefix("FSDP")]  # FSDP2 renames the class in place
         stored.dtype = None
         vars(stored).pop("use_cache", None)  # of Trainer, not of the tower
         load = partial(load_bare, trust_head_code=bool(proven.sources))

@@ -374,7 +374,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         folder = Path(checkpoint_files[0]).parent
         _refuse_changed(stored.config, model.config, folder)
         weights = dict(stored.weights)
-        saved_with_one = type(model).__name__ in (stored.config.architectures or ())
+        saved_with_one = type(model).__name__.removeprefix("FSDP") in (stored.config.architectures or ())
         if model._has_classifier and not has_classifier(weights) and not saved_with_one:
             loading.fresh += [f"{CLASSIFIER}.{name}" for name in model.classifier.state_dict()]
         if not model._has_classifier:

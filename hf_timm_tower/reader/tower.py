@@ -71,6 +71,8 @@ class Tower(nn.Module):
         classifier: A layer on top of the embedding, stored beside it; `forward` leaves it out.
     """
 
+    _tp_plan = _pp_plan = None  # transformers asks a `base_model` for these
+
     def __init__(
         self, config: TimmTowerConfig, trunk: nn.Module, head: nn.Module, classifier: nn.Module | None = None
     ) -> None:
