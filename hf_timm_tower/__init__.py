@@ -13,12 +13,12 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "TimmModel": ".timm_model",
     "TimmTowerConfig": ".reader.config",
-    "TimmTowerForImageClassification": ".reader.modeling",
+    "TimmTowerForImageClassification": ".modeling",
     "TimmTowerImageProcessor": ".reader.image_processor",
-    "TimmTowerModel": ".reader.modeling",
+    "TimmTowerModel": ".modeling",
     "Verification": ".files.fingerprint",
     "make_self_contained": ".hub.dual_encoder",
-    "register_head": ".reader.head",
+    "register_head": ".heads.registry",
     "TowerError": ".reader.errors",
     "ArgumentError": ".reader.errors",
     "ConfigError": ".reader.errors",
@@ -33,7 +33,9 @@ _HOME = {
 
 if TYPE_CHECKING:
     from .files.fingerprint import Verification
+    from .heads.registry import register_head
     from .hub.dual_encoder import make_self_contained
+    from .modeling import TimmTowerForImageClassification, TimmTowerModel
     from .reader.config import TimmTowerConfig
     from .reader.errors import (
         ArgumentError,
@@ -47,9 +49,7 @@ if TYPE_CHECKING:
         TowerError,
         WeightsError,
     )
-    from .reader.head import register_head
     from .reader.image_processor import TimmTowerImageProcessor
-    from .reader.modeling import TimmTowerForImageClassification, TimmTowerModel
     from .timm_model import TimmModel
 
 __all__ = [

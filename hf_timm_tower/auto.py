@@ -24,7 +24,7 @@ def _register_config() -> None:
 
 
 def _register_models() -> None:
-    auto, own = importlib.import_module(f"{_AUTO}.modeling_auto"), importlib.import_module(f"{_READER}.modeling")
+    auto, own = importlib.import_module(f"{_AUTO}.modeling_auto"), importlib.import_module(f"{__package__}.modeling")
     auto.AutoModel.register(own.TimmTowerModel.config_class, own.TimmTowerModel)
     face = own.TimmTowerForImageClassification
     auto.AutoModelForImageClassification.register(face.config_class, face)
@@ -59,7 +59,7 @@ _PENDING = [
         f"{_AUTO}.configuration_auto", ("transformers.configuration_utils", f"{_READER}.config"), _register_config
     ),
     _Registration(
-        f"{_AUTO}.modeling_auto", ("transformers.modeling_utils", f"{_READER}.config", f"{_READER}.modeling"),
+        f"{_AUTO}.modeling_auto", ("transformers.modeling_utils", f"{_READER}.config", f"{__package__}.modeling"),
         _register_models,
     ),
     _Registration(

@@ -1,29 +1,31 @@
 """Saving, loading and pushing of a tower: the methods of `PyTorchModelHubMixin`, made strict."""
 
+import copy
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn as nn
 from huggingface_hub import PyTorchModelHubMixin
 
 from .files.fingerprint import Verification, compare, run_probe
-from .files.folder import Beside, save_tower
+from .heads.registry import CustomHead
 from .hub.card import CardOptions, TowerFacts, as_tags, tower_facts
 from .hub.download import Access
 from .hub.fetch import fetch_tower
-from .hub.push import COMMIT_MESSAGE, default_repo_id, push_folder
-from .hub.trunk_source import TrunkSource, find_trunk
-from .load import check_device, check_given_head, load_tower, storable_config
-from .reader.build import as_dtype
+from .hub.push import COMMIT_MESSAGE, PushOptions, default_repo_id, files_of, push_folder
+from .hub.trunk_source import TrunkSource, find_trunk, kept_trunk_source
+from .load import check_device, load_tower
 from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, FolderError, TowerError
-from .reader.head import CODE, CustomHead
+from .reader.weights import floating_dtype
+from .save import Extras, save_tower, storable_config, with_weights
+from .subclassing import OVERRIDABLE, added_arguments, overrides
 
 
 class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
@@ -58,6 +60,9 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         evaluated_on: str | None = None,
         include_code: bool | None = None,
         max_shard_size: int | str = "5GB",
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        save_function: Any = None,
         **push_to_hub_kwargs: Any,
     ) -> str | None:
         """Save config, weights, fingerprint and card, load them back, compare, and put them in place at once.
@@ -77,6 +82,10 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             include_code: None: the folder carries this package's core, so that stock transformers can load it. True:
                 also the source of the head, where it cannot be stored in another form. False: no code at all.
             max_shard_size: Largest weight file, in bytes or as `"5GB"`.
+            is_main_process: False saves nothing: another process does.
+            state_dict: The weights, where they had to be gathered from several processes.
+            save_function: Taken and not called: accelerate's scripts pass `accelerator.save`; the files of a tower are
+                written by this package, which loads them back and compares.
             push_to_hub_kwargs: For `push_to_hub`.
 
         Returns:
@@ -91,10 +100,12 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             raise ArgumentError(f"save_pretrained: unknown keyword {', '.join(sorted(push_to_hub_kwargs))}")
         if config is not None:
             raise ArgumentError("save_pretrained: a tower saves its own config; change tower.config instead")
+        if not is_main_process:
+            return None
         cards = CardOptions(
             as_tags(tags), license, model_card_kwargs or {}, metrics, evaluated_on, include_code is not False, repo_id
         )
-        self._save(save_directory, include_code, max_shard_size, cards)
+        self._save(save_directory, include_code, max_shard_size, cards, state_dict=state_dict)
         if not push_to_hub:
             return None
         push_to_hub_kwargs = {
@@ -117,13 +128,25 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         cards: CardOptions,
         trunk: TrunkSource | None = None,
         access: Access | None = None,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
     ) -> tuple[TowerFacts, TimmTowerConfig]:
-        stored, sources = storable_config(self, include_code)
+        cls = type(self)
+        tower = self if state_dict is None else with_weights(self, state_dict)
+        proven, known = storable_config(
+            tower,
+            own_trunk=overrides(cls, "_create_trunk"),
+            own_head=overrides(cls, "_create_head"),
+            include_code=include_code,
+        )
+        stored, sources = copy.deepcopy(proven.stored), proven.sources
+        stored.tower_class = cls.__name__ if any(overrides(cls, step) for step in OVERRIDABLE) else None
+        stored.tower_kwargs = added_arguments(self) or None
         stored.trunk_source = None if trunk is None else trunk.to_json()
-        facts = tower_facts(self)
-        beside = Beside(partial(cards.make, facts, stored), include_code is not False, sources)
-        load = partial(load_tower, type(self), trust_remote_code=bool(sources), access=access)
-        self._fingerprint = save_tower(self, stored, folder, load, max_shard_size, beside)
+        facts = tower_facts(tower)
+        extras = Extras(partial(cards.make, facts, stored), include_code is not False, sources, max_shard_size)
+        load = partial(load_tower, cls, trust_remote_code=bool(sources), access=access)
+        self._fingerprint = save_tower(tower, stored, folder, load, extras, form_is_proven=known)
+        self._proven = proven
         return facts, stored
 
     def push_to_hub(  # type: ignore[override]
@@ -145,7 +168,7 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         metrics: Mapping[str, float] | None = None,
         evaluated_on: str | None = None,
         include_code: bool | None = None,
-        trunk: str | None = None,
+        trunk: str | Literal[False] | None = None,
         max_shard_size: int | str = "5GB",
     ) -> str:
         """Save the tower, checked as by `save_pretrained`, and push it in one commit.
@@ -171,7 +194,8 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             evaluated_on: As in `save_pretrained`.
             include_code: As in `save_pretrained`.
             trunk: `org/name@revision` of a tower or timm repository that has this tower's trunk, bit for bit. Only the
-                head is pushed; loading fetches the trunk from there, at the commit that it has now.
+                head is pushed; loading fetches the trunk from there, at the commit that it has now. None: the trunk
+                that the tower was loaded with, where it has one elsewhere. False: the whole tower is pushed.
             max_shard_size: Largest weight file.
 
         Returns:
@@ -179,32 +203,39 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
 
         Raises:
             HeadError, TowerError: the tower cannot be saved; nothing was sent.
-            WeightsError: the trunk is not the one that `trunk` names.
+            WeightsError: the trunk is not the one that `trunk` names, or no longer the one that the tower was loaded
+                with.
             HubError: the repository cannot be written; nothing was committed.
         """
         if config is not None:
             raise ArgumentError("push_to_hub: a tower pushes its own config; change tower.config instead")
         access = Access(token=token)
-        source = None if trunk is None else find_trunk(trunk, self.state_dict(), access)
+        if isinstance(trunk, str):
+            source: TrunkSource | None = find_trunk(trunk, self.state_dict(), access)
+        else:
+            source = kept_trunk_source(self.config, self.state_dict(), access) if trunk is None else None
         cards = CardOptions(
             as_tags(tags), license, model_card_kwargs or {}, metrics, evaluated_on, include_code is not False
         )
         with tempfile.TemporaryDirectory(prefix="hf_timm_tower_push_") as scratch:
             folder = Path(scratch, "tower")
             facts, stored = self._save(folder, include_code, max_shard_size, cards, source, access)
-            weights = (self._fingerprint or {}).get("weights")
+            weights = (self._fingerprint or {})["weights"]
             return push_folder(
                 folder,
                 repo_id,
                 lambda name, card: replace(cards, repo_id=name).make(facts, stored, card, weights),
-                commit_message=commit_message,
-                private=private,
-                token=token,
-                branch=branch,
-                create_pr=create_pr,
-                allow_patterns=allow_patterns,
-                ignore_patterns=ignore_patterns,
-                delete_patterns=delete_patterns,
+                files_of(folder),
+                PushOptions(
+                    commit_message=commit_message,
+                    private=private,
+                    token=token,
+                    branch=branch,
+                    create_pr=create_pr,
+                    allow_patterns=allow_patterns,
+                    ignore_patterns=ignore_patterns,
+                    delete_patterns=delete_patterns,
+                ),
             )
 
     @classmethod
@@ -227,6 +258,7 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         verify: bool = False,
         image_size: int | Sequence[int] | None = None,
         frozen: bool = True,
+        mmap: bool = True,
     ) -> Self:
         """Load a tower from a folder or a repository, in eval mode. Reads JSON and safetensors, runs nobody's code.
 
@@ -249,16 +281,18 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             verify: Run the probe and raise unless the numbers are those of the saved tower within tolerance.
             image_size: Change the input size after loading, as `set_input_size`.
             frozen: Freeze what was frozen when the tower was saved; False: everything trains.
+            mmap: Map the weight files, so that they are not copied; False reads them into memory, for files that
+                somebody may overwrite in place (`cp`) while the tower is in use.
 
         Raises:
             FolderError, FormatError, WeightsError, ConfigError, HeadError: by what is wrong with the folder.
         """
         for place in (device, map_location):
             check_device(place)
-        cast = as_dtype(dtype)
         if device is not None and map_location is not None and torch.device(device) != torch.device(map_location):
             raise ArgumentError(f"device={device} and map_location={map_location} contradict each other")
         access = Access(token, cache_dir, force_download, local_files_only)
+        cast = floating_dtype(dtype)
         folder = fetch_tower(
             pretrained_model_name_or_path,
             revision=revision,
@@ -266,30 +300,24 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             subfolder=subfolder,
             trust_remote_code=trust_remote_code,
         )
-        load = partial(
-            load_tower,
+        tower = load_tower(
             cls,
             folder,
             custom_head=custom_head,
             strict=strict,
             trust_remote_code=trust_remote_code,
             origin=f"{pretrained_model_name_or_path}" + (f"@{revision}" if revision else ""),
+            dtype=cast,
             device=device if device is not None else map_location,
             access=replace(access, force_download=False),
             frozen=frozen,
+            mmap=mmap,
         )
-        tower = load()
-        head = tower.config.head or {}
-        by_code = head.get("form") in ("registered", CODE) or tower.config.tower_class is not None
-        if custom_head is not None or (by_code and tower._fingerprint is not None):
-            check_given_head(tower)  # code of this process made a part: the numbers must be those of the save
-        if cast is not None:
-            tower = load(dtype=cast)
         if verify:
             found = tower.verify()
             if found.status == "different":
                 raise TowerError(
-                    f"{pretrained_model_name_or_path} does not give the numbers it was saved with: {found}"
+                    f"{pretrained_model_name_or_path} does not give the outputs it was saved with: {found}"
                 )
         if image_size is not None:
             tower.set_input_size(image_size)

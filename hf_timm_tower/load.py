@@ -1,50 +1,105 @@
-"""A tower's own way to a folder and back: which config is stored, and how a stored one becomes a tower."""
+"""Folder -> tower: parse, audit, construct. Both `TimmModel` and a save's proof load through here."""
 
 import os
 import warnings
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn as nn
 
-from .files.assign import assign_weights
-from .files.folder import read_tower
-from .heads.head_code import construct_code, refuse_code
+from .files.checkpoint import CONFIG_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME, read_weights
+from .files.fingerprint import compare, run_probe
+from .files.open_folder import OpenFolder, read_folder
+from .heads.registry import CustomHead
 from .hub.download import Access
-from .reader import build
-from .reader.build import as_dtype, match_buffers
+from .hub.trunk_source import merged, parse_trunk_source, read_trunk
 from .reader.config import TimmTowerConfig
-from .reader.errors import ArgumentError, ConfigError, FolderError, HeadError
-from .reader.freezing import restore_frozen
-from .reader.head import CustomHead, code_file
-from .reader.skip_init import no_init
-from .subclassing import STEPS, added_arguments, overrides, rebuild
+from .reader.errors import ArgumentError, ConfigError, HeadError, shown
+from .reader.freezing import apply_frozen
+from .reader.head import CODE, check_stored, make_code_head, refuse_code
+from .reader.image_processing import check_preprocess
+from .reader.processor_config import check_processor
+from .reader.skip_init import Budget, skip_init
+from .reader.tower import CLASSIFIER, Tower, build_tower, has_classifier, plain_defaults
+from .reader.trunk import buffers_as_timm, float_dtype, native_size
+from .reader.weights import StoredTower, assign_weights
+from .subclassing import rebuild
 
-if TYPE_CHECKING:
-    from .hub_mixin import TowerHubMixin
 
-T = TypeVar("T", bound="TowerHubMixin")
+class Loaded(Protocol):
+    """What `load_tower` makes: a tower that keeps its fingerprint."""
+
+    config: TimmTowerConfig
+    trunk: nn.Module
+    head: nn.Module
+    _fingerprint: dict[str, Any] | None
 
 
-def storable_config(tower: "TowerHubMixin", include_code: bool | None = None) -> tuple[TimmTowerConfig, dict[str, str]]:
-    """The tower's config with its head in the form in which it comes back, verified, and source files that it needs.
+T = TypeVar("T", bound=nn.Module)
+
+
+def read_tower(folder: str | os.PathLike[str], access: Access | None = None, *, mmap: bool = True) -> StoredTower:
+    """Parse and audit a tower's folder: JSON and safetensors, nothing else.
 
     Args:
-        tower: The tower; it is not changed.
-        include_code: True: a head that comes back in no other form is stored as code.
+        folder: The folder.
+        access: How to reach the repository of a trunk that is stored elsewhere.
+        mmap: Map the weight files; False reads them into memory.
 
     Raises:
-        HeadError: no form works.
+        FolderError: there is no folder or a file is missing.
+        FormatError: a file is damaged, too large or of a newer version.
+        ConfigError: the config does not describe a tower.
     """
-    cls = type(tower)
-    stored, sources = build.storable_config(
-        tower, own_head=overrides(cls, "_create_head"), include_code=include_code
+    described, weights, fingerprint, processor = read_folder(folder, partial(_parse, mmap=mmap))
+    kind = described.get("model_type")
+    if kind != TimmTowerConfig.model_type:
+        raise ConfigError(
+            f"{os.path.join(folder, CONFIG_NAME)}: model_type is {shown(kind)}, not {TimmTowerConfig.model_type!r}: "
+            "this is not a tower saved by hf_timm_tower."
+        )
+    described.pop("auto_map", None)  # of the files, not of the tower: every save decides on it anew
+    config = TimmTowerConfig(**described)
+    check_stored(config.head, config.tower_class)
+    if config.num_features is None or config.layout is None or config.image_size is None:
+        raise ConfigError(f"{os.path.join(folder, CONFIG_NAME)}: num_features, layout and image_size must be there")
+    check_preprocess(config.preprocess or {}, config.in_chans)
+    _check_against_fingerprint(config, fingerprint or {})
+    if processor is not None:
+        check_processor(processor, config)
+    if config.trunk_source is not None:
+        trunk = read_trunk(parse_trunk_source(config.trunk_source), access or Access())
+        weights = merged(weights, trunk, str(folder))
+    return StoredTower(config, weights, fingerprint)
+
+
+def _parse(
+    files: OpenFolder, mmap: bool
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any] | None, dict[str, Any] | None]:
+    config = files.read_json(CONFIG_NAME)
+    fingerprint, processor = (
+        files.read_json(name) if files.has(name) else None for name in (FINGERPRINT_NAME, PREPROCESSOR_NAME)
     )
-    stored.tower_class = cls.__name__ if any(overrides(cls, step) for step in STEPS) else None
-    stored.tower_kwargs = added_arguments(tower) or None
-    return stored, sources
+    return config, read_weights(files, mmap=mmap), fingerprint, processor
+
+
+def _check_against_fingerprint(config: TimmTowerConfig, fingerprint: dict[str, Any]) -> None:
+    """Widths and sizes are in both files; one that was edited by hand shows."""
+    probe, outputs = fingerprint.get("probe"), fingerprint.get("outputs")
+    described = [1, config.in_chans, *native_size(config)]
+    if probe is not None and probe != described:
+        raise ConfigError(
+            f"image_size and in_chans of config.json describe images {described}, fingerprint.json was made with "
+            f"{shown(probe)}: one of them was edited. Another size is taken with from_pretrained(..., image_size=...)."
+        )
+    shape = outputs[""].get("shape") if isinstance(outputs, dict) and isinstance(outputs.get(""), dict) else None
+    if isinstance(shape, list) and len(shape) == 2 and config.embed_dim is not None and shape[1] != config.embed_dim:
+        raise ConfigError(
+            f"embed_dim={config.embed_dim}, but fingerprint.json holds an embedding of width {shown(shape[1])}: one was "
+            "edited"
+        )
 
 
 def load_tower(
@@ -53,83 +108,135 @@ def load_tower(
     *,
     custom_head: CustomHead | None = None,
     strict: bool = True,
-    dtype: torch.dtype | str | None = None,
+    dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     access: Access | None = None,
     trust_remote_code: bool = False,
     origin: str | None = None,
     frozen: bool = True,
+    mmap: bool = True,
 ) -> T:
-    """A folder -> a tower in eval mode. Parameters are the mapped files themselves, nothing is initialised.
+    """A folder -> a tower of TimmModel or a subclass, in eval mode. Parameters are the mapped files themselves.
 
     Args:
         cls: TimmModel or a subclass.
         folder: A tower's folder.
         custom_head: Takes the place of the stored head.
         strict: False ignores weights that the tower has no place for, with a warning.
-        dtype: Cast floating-point weights.
+        dtype: Cast floating-point weights, as `tower.to(dtype)`.
         device: Where the weights go.
-        access: How to reach the repository of a trunk that lies elsewhere.
+        access: How to reach the repository of a trunk that is stored elsewhere.
         trust_remote_code: Run the source of a head that is stored as code.
         origin: Repository and revision that the folder comes from, for messages.
         frozen: Freeze what was frozen when the tower was saved.
+        mmap: Map the weight files; False reads them into memory.
 
     Raises:
         TowerError: by what is wrong with the folder.
     """
-    files = read_tower(folder, access)
-    _check_class(cls, files.config, folder)
-    if custom_head is None and (file := code_file({"head": files.config.head})):
-        if not trust_remote_code:
-            repo, _, revision = (origin or str(folder)).partition("@")
-            raise refuse_code(files.config.head or {}, repo=repo, revision=revision or None, file=file)
-        if files.head_source is None:
-            raise FolderError(f"{Path(folder, file)} is missing, the source of the tower's head; download it again")
-        with no_init(budget=files.budget()):
-            custom_head = construct_code(files.config.head or {}, files.head_source, where=f"{Path(folder, file)}")
-    with no_init(budget=files.budget()):
-        tower = rebuild(cls, files.config, custom_head)
-    weights = _without_classifier(files.weights, folder)
-    if len(weights) < len(files.weights):
+    stored = read_tower(folder, access, mmap=mmap)
+    _check_class(cls, stored.config, folder)
+    weights = _without_classifier(stored.weights, folder)
+
+    def make() -> nn.Module:
+        head = custom_head
+        if head is None and (stored.config.head or {}).get("form") == CODE:
+            head = _trusted_head(stored.config.head or {}, folder, trust_remote_code, origin)
+        return rebuild(cls, stored.config, head)
+
+    tower: Any = _construct(stored, weights, make, str(folder), device, strict=strict)
+    if len(weights) < len(stored.weights):
         tower.config.architectures = None
-    if not strict:
-        weights = _without_strangers(weights, tower, folder)
-    assign_weights(tower, weights, source=str(folder), dtype=as_dtype(dtype), device=device)
-    if dtype is None:
-        match_buffers(tower.trunk)
-    if frozen:
-        restore_frozen(tower, files.config.frozen)
-    else:
+    if not frozen:
         tower.config.frozen = None
-    tower._fingerprint = files.fingerprint
+    apply_frozen(tower, tower.config.frozen)
+    tower._fingerprint = stored.fingerprint
+    by_code = (tower.config.head or {}).get("form") in ("registered", CODE) or tower.config.tower_class is not None
+    if custom_head is not None or (by_code and stored.fingerprint is not None):
+        check_given_head(tower)  # code of this process made a part: the outputs must be those of the save
+    if dtype is not None:
+        tower.to(dtype)
+    return tower  # type: ignore[no-any-return]
+
+
+def load_bare(
+    folder: str | os.PathLike[str], *, trust_head_code: bool = False, access: Access | None = None
+) -> Tower:
+    """A folder -> its tower on the CPU, in eval mode, with the classifier if the folder has one.
+
+    Args:
+        folder: The folder.
+        trust_head_code: Run the source of a head that is stored as code.
+        access: How to reach the repository of a trunk that is stored elsewhere.
+
+    Raises:
+        TowerError: by what is wrong with the folder.
+    """
+    stored = read_tower(folder, access)
+    make_head = None
+    if (stored.config.head or {}).get("form") == CODE:
+        make_head = partial(_trusted_head, stored.config.head or {}, folder, trust_head_code, None)
+    make = partial(build_tower, stored.config, with_classifier=has_classifier(stored.weights), make_head=make_head)
+    return _construct(stored, stored.weights, make, str(folder), None)
+
+
+def _construct(
+    stored: StoredTower,
+    weights: Mapping[str, torch.Tensor],
+    make: Callable[[], T],
+    where: str,
+    device: str | torch.device | None,
+    *,
+    strict: bool = True,
+) -> T:
+    """Build without initialisation and within the budget, put the weights in, eval mode."""
+    with plain_defaults(), skip_init(Budget.for_weights(stored.nbytes)):
+        tower = make()
+    if not strict:
+        weights = _without_unexpected(weights, tower, where)
+    assign_weights(tower, weights, source=where, device=device)
+    buffers_as_timm(tower.trunk, float_dtype(tower.trunk))  # type: ignore[arg-type]
     return tower.eval()
 
 
-def check_given_head(tower: "TowerHubMixin") -> None:
+def _trusted_head(
+    spec: dict[str, Any], folder: str | os.PathLike[str], trust_remote_code: bool, origin: str | None
+) -> nn.Module:
+    if not trust_remote_code:
+        repo, _, revision = (origin or str(folder)).partition("@")
+        raise refuse_code(spec, repo=repo, revision=revision or None)
+    return make_code_head(spec, str(folder))
+
+
+def check_given_head(tower: Loaded) -> None:
     """A head of another class may have the same weights; the fingerprint tells them apart.
 
     Raises:
-        HeadError: it gives other numbers than the head that was saved.
+        HeadError: it gives other outputs than the head that was saved.
     """
+    spec = tower.config.head or {}
     if tower._fingerprint is None:
         raise HeadError(
             f"custom_head={type(tower.head).__name__}: the folder has no fingerprint.json to check it against. Load "
             "the tower without it and set tower.head."
         )
-    found = tower.verify()
+    size, module = native_size(tower.config), tower
+    outputs = run_probe(module, tower.config.in_chans, size)  # type: ignore[arg-type]
+    found = compare(tower._fingerprint, module, outputs, tower.config.in_chans, size)  # type: ignore[arg-type]
     if found.status == "different":
+        named = f"the head registered as {shown(spec.get('name'))}" if spec.get("form") == "registered" else "the head"
         raise HeadError(
-            f"the head {type(tower.head).__name__} takes the stored weights but gives other numbers than the saved "
-            f"{(tower.config.head or {}).get('class', 'head')} ({found}). To change the head on purpose, load the "
-            "tower and set tower.head."
+            f"{named} ({type(tower.head).__name__}) takes the stored weights but gives other outputs than the saved "
+            f"{shown(spec.get('class', 'head'))} ({found}). Register or pass the class that the tower was saved with; to "
+            "change the head on purpose, load the tower and set tower.head."
         )
 
 
-def _check_class(cls: type["TowerHubMixin"], config: TimmTowerConfig, folder: str | os.PathLike[str]) -> None:
+def _check_class(cls: type[nn.Module], config: TimmTowerConfig, folder: str | os.PathLike[str]) -> None:
     if config.tower_class is not None and not any(base.__name__ == config.tower_class for base in cls.__mro__):
         raise ConfigError(
-            f"{folder}: this tower was saved by {config.tower_class}, a subclass of TimmModel that changes how it is "
-            f"built or run. Load it with {config.tower_class}.from_pretrained(...), not {cls.__name__}."
+            f"{folder}: this tower was saved by {shown(config.tower_class)}, a subclass of TimmModel that changes how it "
+            f"is built or run. Load it with the from_pretrained(...) of that class, not of {cls.__name__}."
         )
 
 
@@ -137,26 +244,23 @@ def _without_classifier(
     weights: Mapping[str, torch.Tensor], folder: str | os.PathLike[str]
 ) -> Mapping[str, torch.Tensor]:
     """The same but for the classifier of a `TimmTowerForImageClassification`, which a tower has no place for."""
-    if not build.has_classifier(weights):
+    if not has_classifier(weights):
         return weights
     warnings.warn(
         f"{folder} holds a classifier on top of the tower, which is left out: this is the tower alone, its output the "
         "embedding. TimmTowerForImageClassification.from_pretrained loads both.",
         stacklevel=4,
     )
-    return {key: tensor for key, tensor in weights.items() if not key.startswith(f"{build.CLASSIFIER}.")}
+    return {key: tensor for key, tensor in weights.items() if not key.startswith(f"{CLASSIFIER}.")}
 
 
-def _without_strangers(
-    weights: Mapping[str, torch.Tensor], tower: nn.Module, folder: str | os.PathLike[str]
-) -> dict[str, torch.Tensor]:
+def _without_unexpected(weights: Mapping[str, torch.Tensor], tower: nn.Module, where: str) -> dict[str, torch.Tensor]:
     places = tower.state_dict().keys()
-    strangers = sorted(set(weights) - set(places))
-    if strangers:
+    if unexpected := sorted(set(weights) - set(places)):
         warnings.warn(
-            f"{folder}: strict=False ignores {len(strangers)} weights that the tower has no place for: "
-            f"{', '.join(strangers[:5])}",
-            stacklevel=4,
+            f"{where}: strict=False ignores {len(unexpected)} weights that the tower has no place for: "
+            f"{', '.join(shown(key)[1:-1] for key in unexpected[:5])}",
+            stacklevel=5,
         )
     return {key: tensor for key, tensor in weights.items() if key in places}
 

@@ -6,19 +6,18 @@ So a subclass with a constructor or steps of its own is built by its own code, a
 import inspect
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+import torch.nn as nn
+
+from .heads.registry import CustomHead
 from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, HeadError
-from .reader.head import CustomHead
 
-if TYPE_CHECKING:
-    from .hub_mixin import TowerHubMixin
-
-T = TypeVar("T", bound="TowerHubMixin")
+T = TypeVar("T", bound=nn.Module)
 
 # Steps of a tower that a subclass may replace; the stored tower then needs that subclass.
-STEPS = ("_create_trunk", "_create_head", "forward", "forward_features", "forward_head", "__init__")
+OVERRIDABLE = ("_create_trunk", "_create_head", "forward", "forward_features", "forward_head", "__init__")
 
 
 @dataclass(frozen=True)
@@ -32,13 +31,13 @@ class Stored:
 REBUILDING: ContextVar[Stored | None] = ContextVar("rebuilding", default=None)
 
 
-def overrides(cls: type["TowerHubMixin"], name: str) -> bool:
+def overrides(cls: type[nn.Module], name: str) -> bool:
     """Whether a subclass replaces one of TimmModel's steps."""
     return any(name in base.__dict__ for base in cls.__mro__[: _depth(cls)])
 
 
-def _depth(cls: type["TowerHubMixin"]) -> int:
-    return next(index for index, base in enumerate(cls.__mro__) if base.__module__ == f"{__package__}.timm_model")
+def _depth(cls: type[nn.Module]) -> int:
+    return next(index for index, base in enumerate(cls.__mro__) if "_is_tower_base" in base.__dict__)
 
 
 def rebuild(cls: type[T], config: TimmTowerConfig, custom_head: CustomHead | None = None) -> T:
@@ -64,7 +63,7 @@ def rebuild(cls: type[T], config: TimmTowerConfig, custom_head: CustomHead | Non
         REBUILDING.reset(token)
 
 
-def added_arguments(tower: "TowerHubMixin") -> dict[str, Any]:
+def added_arguments(tower: Any) -> dict[str, Any]:
     """Arguments that a subclass adds to the constructor, as it was called.
 
     Args:

@@ -9,43 +9,38 @@ import timm
 import torch
 import torch.nn as nn
 
-from .arguments import add_rates, checked_arguments, head_fields
+from .build import (
+    add_rates,
+    build_parts,
+    check_embedding,
+    checked_arguments,
+    example_input,
+    head_fields,
+    resolve_config,
+)
+from .heads.registry import CustomHead, make_custom_head
 from .hub_mixin import TowerHubMixin
 from .interop.mixin import InterchangeMixin
+from .interop.timm_face import TimmFace
 from .interop.timm_repo import is_timm_source, open_timm_source
 from .interop.timm_weights import fill_trunk
 from .reader.config import TimmTowerConfig, check_size
-from .reader.errors import ArgumentError, ConfigError, HeadError
-from .reader.freezing import describe_frozen, frozen_context, note_fixed
-from .reader.frozen_statistics import keep_statistics
-from .reader.head import LIVE, SUBCLASS, CustomHead, make_custom_head, rebuild_head
+from .reader.errors import ConfigError, HeadError
+from .reader.freezing import keep_statistics
+from .reader.head import LIVE, SUBCLASS, builtin_head, rebuild_head
 from .reader.image_processing import make_transform
-from .reader.pools import PoolRefused
-from .reader.tower import (
-    arrange,
-    check_embedding,
-    complete,
-    head_input,
-    make_builtin,
-    run_head,
-    with_offers,
-)
-from .reader.trunk import (
-    BUILD_ERRORS,
-    check_made_again,
-    create_trunk,
-    describe_trunk,
-    float_dtype,
-    remove_classifier,
-)
+from .reader.tower import HeadInput, run_head
+from .reader.trunk import BUILD_ERRORS, create_trunk, float_dtype, remove_classifier
 from .subclassing import REBUILDING, overrides, rebuild
 from .training.feature_cache import CachedFeatures, cache_features, forward_from_cache
+from .training.freezing import describe_frozen, frozen_context, note_fixed
 from .training.layer_groups import LayerGroup, layer_groups
 from .training.lock import Patterns, lock, unlock
-from .training.param_groups import no_weight_decay, param_groups, summary_table
+from .training.param_groups import param_groups, summary_table
+from .trunk_facts import check_rebuilt, trunk_arguments
 
 
-class TimmModel(InterchangeMixin, TowerHubMixin):
+class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
     """A timm trunk and a head as one model: image `[B, in_chans, H, W]` in, embedding `[B, embed_dim]` out.
 
     Args:
@@ -75,6 +70,8 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
         HeadError: the custom head does not fit what the pool leaves, or gives another width than `embed_dim`.
     """
 
+    _is_tower_base = True  # where `subclassing` stops looking for what a subclass overrides
+
     def __init__(
         self,
         model_name: str,
@@ -99,9 +96,10 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
             return
         model_args = checked_arguments(model_kwargs)
         add_rates(model_args, drop_path, patch_drop)
+        own_head = overrides(type(self), "_create_head")
+        fields = head_fields(own_head, embed_dim, pool, proj, proj_bias, drop, custom_head)
         if is_timm_source(model_name):
             source = open_timm_source(model_name, with_weights=pretrained)
-            fields = head_fields(type(self), embed_dim, pool, proj, proj_bias, drop, custom_head)
             self._assemble(source.config(fields, image_size=image_size, model_args=model_args), custom_head)
             if pretrained:
                 fill_trunk(self.trunk, self.config, source)
@@ -112,40 +110,33 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
             model_args=model_args,
             image_size=list(image_size) if isinstance(image_size, Sequence) else image_size,
             in_chans=in_chans,
-            **head_fields(type(self), embed_dim, pool, proj, proj_bias, drop, custom_head),
+            **fields,
         )
         self._assemble(config, custom_head, pretrained=pretrained)
 
     def _assemble(self, config: TimmTowerConfig, custom_head: CustomHead | None, pretrained: bool = False) -> None:
-        if custom_head is not None and config.pool in ("abs_attn", "rot_attn"):
-            raise ArgumentError(f"pool={config.pool!r} is itself a head with weights; a custom head takes pool='none'")
-        self.config = config
-        try:
-            trunk = self._create_trunk(pretrained=pretrained)
-        except PoolRefused as error:
-            raise with_offers(error, config) from error
-        self._add_head(trunk, custom_head)
+        def make_trunk(settled: TimmTowerConfig) -> nn.Module:
+            self.config = settled
+            return self._create_trunk(pretrained=pretrained)
 
-    def _add_head(self, trunk: nn.Module, custom_head: CustomHead | None) -> None:
+        self.config = config
+        self._assemble_on(make_trunk, custom_head)
+
+    def _assemble_on(self, make_trunk: Callable[[TimmTowerConfig], nn.Module], custom_head: CustomHead | None) -> None:
         fresh = self.config.num_features is None
-        example = None
-        if fresh:
-            self.config, output = complete(self.config, trunk)
-            if self.config.head is not None:
-                example = head_input(self.config, trunk, output)
-        assert self.config.num_features is not None
-        self.trunk = trunk
-        self._custom_head = custom_head
-        self.head = self._create_head(self.config.num_features, self.config.embed_dim)
-        del self._custom_head
+
+        def make_head(config: TimmTowerConfig) -> nn.Module:
+            self.config = config
+            self._custom_head = custom_head  # for `_create_head`, whose signature is its users'
+            head = self._create_head(config.num_features, config.embed_dim)  # type: ignore[arg-type]
+            del self._custom_head
+            return head
+
+        self.config, trunk, head, self._head_input = build_parts(self.config, make_trunk, make_head)
+        self.trunk, self.head = trunk, head
         if fresh and not isinstance(custom_head, nn.Module):
             anchor = next(trunk.parameters())
-            self.head.to(device=anchor.device, dtype=float_dtype(trunk))
-        if self.config.head is not None and example is not None:
-            self.config.embed_dim = check_embedding(self.config, self.head, example)
-        if self.config.head is not None:
-            self.config.head.setdefault("class", type(self.head).__name__)
-        self._arrangement = arrange(self.config, trunk)
+            head.to(device=anchor.device, dtype=float_dtype(trunk))
         note_fixed(self)
         self._fingerprint: dict[str, Any] | None = None
 
@@ -171,8 +162,7 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
             raise HeadError("the config says that there is a custom head, but not which: pass custom_head=...")
         if self.config.head is not None and form != SUBCLASS:
             return rebuild_head(self.config.head)
-        head, self.config.embed_dim = make_builtin(self.config)
-        return head
+        return builtin_head(self.config)
 
     @classmethod
     def from_config(cls, config: TimmTowerConfig, custom_head: CustomHead | None = None) -> Self:
@@ -216,18 +206,19 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
         Raises:
             ConfigError: timm cannot tell how the model was made, or building it again gives other weights.
         """
-        described = describe_trunk(trunk)
-        fields = head_fields(cls, embed_dim, pool, proj, proj_bias, drop, custom_head)
+        described = trunk_arguments(trunk)
+        fields = head_fields(overrides(cls, "_create_head"), embed_dim, pool, proj, proj_bias, drop, custom_head)
         config = TimmTowerConfig(**described, **fields, classifier="reset")
-        check_made_again(trunk, config)
+        check_rebuilt(trunk, config, with_classifier=True)
         tower = cls.__new__(cls)
         nn.Module.__init__(tower)
         tower.config = config
-        try:
+
+        def bared(settled: TimmTowerConfig) -> nn.Module:
             remove_classifier(trunk, config)
-            tower._add_head(trunk, custom_head)
-        except PoolRefused as error:
-            raise with_offers(error, config) from error
+            return trunk
+
+        tower._assemble_on(bared, custom_head)
         return tower
 
     # --- running
@@ -236,7 +227,7 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
         """Images `[B, in_chans, H, W]` -> the embedding `[B, embed_dim]`, or whatever a custom head returns."""
         with frozen_context(self.trunk, x):
             features = self.trunk(x)
-        return run_head(self.head, self._arrangement, features)
+        return run_head(self.head, self._head_input, features)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images `[B, in_chans, H, W]` -> the trunk's unpooled features, in the trunk's own layout."""
@@ -247,7 +238,7 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
         """Features of `forward_features` -> what `forward` gives."""
         with frozen_context(self.trunk, features):
             pooled = self.trunk.forward_head(features)  # type: ignore[operator]
-        return run_head(self.head, self._arrangement, pooled)
+        return run_head(self.head, self._head_input, pooled)
 
     def forward_intermediates(
         self,
@@ -320,7 +311,7 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
         config = self._resized(copy.deepcopy(self.trunk), size)
         self._resized(self.trunk, size)
         self.config = config
-        self._arrangement = arrange(self.config, self.trunk)
+        self._head_input = HeadInput.of(self.config, self.trunk)
 
     def _resized(self, trunk: nn.Module, size: list[int]) -> TimmTowerConfig:
         """Resize a trunk and say what the config then is; the head must still fit."""
@@ -331,17 +322,17 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
                 trunk.set_input_size(img_size=tuple(size))  # type: ignore[operator]
             except BUILD_ERRORS as error:
                 raise ConfigError(f"{config.architecture} cannot take image_size={size}: {error}") from error
-            now = describe_trunk(trunk)["model_args"]
+            now = trunk_arguments(trunk)["model_args"]
             kept = {key: now[key] for key in now if key not in ("num_classes", "global_pool")}
             config.model_args = {**(config.model_args or {}), **kept}
-        config, output = complete(config, trunk)
+        config, output = resolve_config(config, trunk)
         if config.pool == "abs_attn" and config.feat_size != self.config.feat_size:
             raise ConfigError(
                 f"image_size={size}: pool='abs_attn' has a position for every place of a {self.config.feat_size} map, "
                 f"which would become {config.feat_size}; pool='rot_attn' takes any size"
             )
         if config.head is not None:
-            check_embedding(config, self.head, head_input(config, trunk, output))
+            check_embedding(config, self.head, example_input(config, trunk, output))
         return config
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -358,7 +349,7 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
             ) from error
 
     def layer_groups(self) -> list[LayerGroup]:
-        """The tower's layer groups from input to output, each parameter in one of them. See `training/layer_groups.py`."""
+        """The layer groups from input to output, each parameter in one of them. See `training/layer_groups.py`."""
         return layer_groups(self)
 
     def lock(
@@ -428,12 +419,8 @@ class TimmModel(InterchangeMixin, TowerHubMixin):
         min_scale: float = 0.0,
         no_decay: Collection[str] = (),
     ) -> list[dict[str, Any]]:
-        """Parameter groups for any optimizer, on request with layer-wise rates. See `finetuning.param_groups`."""
+        """Parameter groups for any optimizer, on request with layer-wise rates. See `training.param_groups`."""
         return param_groups(self, lr, weight_decay, layer_decay, min_scale=min_scale, no_decay=no_decay)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that get no weight decay because trunk or head say so."""
-        return no_weight_decay(self)
 
     def cache_features(
         self,

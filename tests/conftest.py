@@ -30,6 +30,35 @@ ROOT = Path(__file__).resolve().parents[1]
 
 torch.set_num_threads(1)
 
+_CLASS_SWEEP = "test_every_class.py"
+
+
+def pytest_report_header() -> str:
+    """Which classes of timm the sweeps of this run take."""
+    from .timm_classes import describe_choice
+
+    return describe_choice()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the classes of timm that this run does not take, and put together what looks at one class's tower."""
+    from .timm_classes import chosen_classes, smallest_of_each_class
+
+    left_out = smallest_of_each_class().keys() - chosen_classes()
+    class_of = {item: set(getattr(getattr(item, "callspec", None), "id", "").split("-")) for item in items}
+    kept = [item for item in items if not class_of[item] & left_out]
+    config.hook.pytest_deselected(items=[item for item in items if class_of[item] & left_out])
+    order = {name: number for number, name in enumerate(smallest_of_each_class())}
+    places = [place for place, item in enumerate(kept) if item.path.name == _CLASS_SWEEP]
+    sweep = sorted(
+        (kept[place] for place in places),
+        key=lambda item: min((order[name] for name in class_of[item] & order.keys()), default=-1),
+    )
+    for place, item in zip(places, sweep, strict=True):
+        kept[place] = item
+    items[:] = kept
+
 
 def _seed_everything(seed: int) -> None:
     random.seed(seed)
@@ -60,7 +89,7 @@ def _package_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fresh_process(_package_only: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """`fresh_process(code_or_script, *args, env=None, timeout=300)` runs a new Python and returns what it printed.
 

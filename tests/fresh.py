@@ -14,7 +14,7 @@ def _context() -> ForkServerContext:
     global _CONTEXT
     if _CONTEXT is None:
         _CONTEXT = multiprocessing.get_context("forkserver")
-        _CONTEXT.set_forkserver_preload(["hf_timm_tower.timm_model"])
+        _CONTEXT.set_forkserver_preload(["hf_timm_tower.timm_model", "hf_timm_tower.modeling"])
     return _CONTEXT
 
 

@@ -1,10 +1,16 @@
-"""The smallest architecture of every model class of timm.
+"""The smallest architecture of every model class of timm, and those that a run of the tests takes.
 
-Finding it means building all 1,371 architectures on the meta device, minutes of work, so the list for one version of
+Finding them means building all 1,371 architectures on the meta device, minutes of work, so the list for one version of
 timm is kept beside this file. `python -m tests.timm_classes` writes it anew.
+
+A run takes a sixth of the classes, which one by the hash of the commit: a person waits for minutes, and every class has
+its turn within a few commits. TOWER_CLASSES says otherwise: `all`, or the number of a sixth. The quick six are
+always taken.
 """
 
 import json
+import os
+import subprocess
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,6 +18,11 @@ import timm
 import torch
 
 LIST = Path(__file__).with_name("timm_classes.json")
+
+# One of each kind of trunk: maps in both orders, tokens, attention pool, non-persistent buffers, wide heads.
+QUICK = ("test_resnet", "test_vit", "test_mambaout", "test_coatnet", "mobilenetv3_small_050", "efficientvim_m1")
+
+PARTS = 6
 
 
 def find_smallest() -> dict[str, str]:
@@ -31,6 +42,43 @@ def smallest_of_each_class() -> dict[str, str]:
     """The list for this timm: the kept one where the version is the same, else found now."""
     kept = json.loads(LIST.read_text())
     return dict(kept["smallest"]) if kept["timm"] == timm.__version__ else find_smallest()
+
+
+@lru_cache(maxsize=1)
+def _part() -> tuple[int | None, str]:
+    """Which sixth of the classes this run takes, None for all of them, and why."""
+    wanted = os.environ.get("TOWER_CLASSES", "")
+    if wanted == "all":
+        return None, "TOWER_CLASSES=all"
+    if wanted:
+        if not wanted.isdecimal():
+            raise ValueError(f"TOWER_CLASSES={wanted!r}: expected 'all' or a number")
+        return int(wanted) % PARTS, f"TOWER_CLASSES={wanted}"
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=LIST.parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return 0, "no commit is known here"
+    return int(head, 16) % PARTS, f"commit {head[:12]}"
+
+
+@lru_cache(maxsize=1)
+def chosen_classes() -> frozenset[str]:
+    """The classes of `smallest_of_each_class` that this run takes: of every six neighbours in size one, and QUICK."""
+    part, _ = _part()
+    return frozenset(
+        key
+        for number, (key, architecture) in enumerate(smallest_of_each_class().items())
+        if part is None or number % PARTS == part or architecture in QUICK
+    )
+
+
+def describe_choice() -> str:
+    """One line for the header of a run."""
+    part, why = _part()
+    which = "all" if part is None else f"sixth {part}"
+    return f"timm classes: {len(chosen_classes())} of {len(smallest_of_each_class())} ({which}, {why})"
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def write_weights(
         raise folder_error(f"{folder}: an earlier save's weights cannot be removed", error) from error
 
 
-def read_weights(folder: str | os.PathLike[str] | OpenFolder) -> dict[str, Tensor]:
+def read_weights(folder: str | os.PathLike[str] | OpenFolder, *, mmap: bool = True) -> dict[str, Tensor]:
     """Read all weights of a folder: those of its index, or of a plain `model.safetensors`.
 
     Args:

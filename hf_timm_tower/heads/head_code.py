@@ -143,25 +143,6 @@ def construct_code(spec: Mapping[str, Any], source: str, *, where: str) -> nn.Mo
         raise HeadError(f"{where}: {_call(cls, spec['kwargs'])} fails: {_at(error, str(module.__file__))}") from error
 
 
-def refuse_code(spec: Mapping[str, Any], *, repo: str, revision: str | None, file: str) -> HeadError:
-    """The error for a head of code that nobody said to trust.
-
-    Args:
-        spec: `config.head`.
-        repo: The repository or folder.
-        revision: Its commit, None for a folder.
-        file: The path of the code in it.
-    """
-    at = f" at revision {revision}" if revision else ""
-    again = f'"{repo}"' + (f', revision="{revision}"' if revision else "")
-    return HeadError(
-        f"the head of {repo}{at} is the class {spec.get('class')!r}, stored as code in {file}. Code of a repository is "
-        f"not run unless you say so, and nothing was run. Read {file}{at} first; then either\n"
-        f"  - from_pretrained({again}, trust_remote_code=True) runs it, or\n"
-        f"  - from_pretrained({again}, custom_head=...) takes a head of your own, checked against the weights"
-    )
-
-
 # Running
 
 

@@ -8,65 +8,32 @@ of two models as transformers saves it therefore does not load without this pack
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
 from ..files.aligned import write_aligned
-from ..files.checkpoint import CODE_NAME, CONFIG_NAME, read_json, write_json
+from ..files.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, read_json, write_json
+from ..files.open_folder import OpenFolder
 from ..reader.config import TimmTowerConfig
-from ..reader.errors import ConfigError
-from ..reader.modeling import TimmTowerModel
-from .code_files import DOOR, write_code
+from ..reader.errors import ConfigError, shown
+from .reader_file import READER_NAME, write_reader
 
-AUTO_MAP = {
-    "AutoConfig": f"{CODE_NAME}/{DOOR}.TowerTextConfig",
-    "AutoImageProcessor": f"{CODE_NAME}/{DOOR}.TimmTowerImageProcessor",
-    "AutoModel": f"{CODE_NAME}/{DOOR}.TowerTextModel",
+_MODULE = READER_NAME.removesuffix(".py")
+PAIR_AUTO_MAP = {
+    "AutoConfig": f"{_MODULE}.TowerTextConfig",
+    "AutoImageProcessor": f"{_MODULE}.TimmTowerImageProcessor",
+    "AutoModel": f"{_MODULE}.TowerTextModel",
 }
 # None for AutoModelForZeroShotImageClassification, in whose list transformers does not have this model: its pipeline
 # then takes the class that the config names, and asks nobody to trust code where this package is imported.
 
 
-@strict
-class TowerTextConfig(VisionTextDualEncoderConfig):  # type: ignore[no-untyped-call]
-    """transformers' config of two models; reading one makes towers known to transformers."""
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        if TimmTowerConfig.model_type not in CONFIG_MAPPING:
-            AutoConfig.register(TimmTowerConfig.model_type, TimmTowerConfig)
-            AutoModel.register(TimmTowerConfig, TimmTowerModel)
-        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Not so: transformers would copy the code into the top of each folder that is saved."""
-
-
-class TowerTextModel(VisionTextDualEncoderModel):  # type: ignore[no-untyped-call]
-    """transformers' model of a vision and a text model, with a tower for the former."""
-
-    config_class = TowerTextConfig
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """As in the config."""
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers saves it, and self-contained."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            make_self_contained(save_directory)
-
-
 def make_self_contained(folder: Any) -> None:
     """Let a folder of a `VisionTextDualEncoderModel` with a tower inside load where this package is absent.
 
-    `core/` is written into it and named by its config, so that `pipeline("zero-shot-image-classification", ...,
-    trust_remote_code=True)` and `AutoModel` work with transformers and timm alone; where this package is imported,
-    nothing changes. Weights are written anew in the layout in which mapped tensors are aligned: kernels may give other
-    last bits for weights at odd addresses.
+    `modeling_timm_tower.py` is written into it and named by its config, so that `AutoModel` and
+    `pipeline("zero-shot-image-classification", ..., trust_remote_code=True)` work with transformers and timm alone;
+    where this package is imported, nothing changes. The model's weights are written anew in the layout in which mapped
+    tensors are aligned: kernels may give other last bits for weights at odd addresses. No other file is touched.
 
     Args:
         folder: What `VisionTextDualEncoderModel.save_pretrained` wrote.
@@ -81,10 +48,12 @@ def make_self_contained(folder: Any) -> None:
     if not isinstance(vision, dict) or vision.get("model_type") != TimmTowerConfig.model_type:
         raise ConfigError(
             f"{folder / CONFIG_NAME}: expected a {VisionTextDualEncoderConfig.model_type} with a tower as its vision "
-            f"model, found model_type {config.get('model_type')!r}; a tower by itself carries its code already"
+            f"model, found model_type {shown(config.get('model_type'))}; a tower by itself carries its code already"
         )
-    write_code(folder)
-    for path in sorted(folder.glob("*.safetensors")):
-        write_aligned(path, load_file(path))
-    names = {"architectures": [VisionTextDualEncoderModel.__name__], "auto_map": AUTO_MAP}
+    write_reader(folder)
+    with OpenFolder(folder) as opened:
+        index = opened.read_json(INDEX_NAME).get("weight_map") if opened.has(INDEX_NAME) else {"": SINGLE_NAME}
+        for name in sorted(set(index.values()) if isinstance(index, dict) else ()):
+            write_aligned(folder / name, opened.read_tensors(name))
+    names = {"architectures": [VisionTextDualEncoderModel.__name__], "auto_map": PAIR_AUTO_MAP}
     write_json(folder / CONFIG_NAME, {**config, **names})

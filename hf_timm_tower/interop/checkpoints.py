@@ -6,21 +6,22 @@ lacks, are errors unless the caller lists them. All or nothing: after an error t
 
 import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
-from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 from ..files.aligned import same_bits
 from ..files.assign import find_ties
-from ..reader.errors import ArgumentError, WeightsError
+from ..reader.errors import ArgumentError, WeightsError, shown
 from ..reader.trunk import BUILD_ERRORS
-from .weight_source import WeightSource, from_mapping, open_weights, shapes_of
+from ..training.layer_groups import smallest_cover
+from .positions import resample_positions
+from .weight_source import SETS, WeightSource, choose_set, from_mapping, open_weights, shapes_of
 
 if TYPE_CHECKING:
     from ..timm_model import TimmModel
@@ -81,11 +82,12 @@ def load_trunk(
     tower: "TimmModel",
     source: str | os.PathLike[str] | Mapping[str, Any],
     *,
+    weights: str | None = None,
     prefix: str | None = None,
     remap: Mapping[str, str] | None = None,
     ignore: Collection[str] = (),
     keep: Collection[str] = (),
-    resample: bool = False,
+    resample: bool | Sequence[int] = False,
     timm_filter: bool = False,
     allow_pickle: bool = False,
 ) -> TrunkReport:
@@ -94,14 +96,18 @@ def load_trunk(
     Args:
         tower: The tower; its head is not touched.
         source: A `.safetensors` file, a file of `torch.save`, or a state dict (dictionaries inside are looked into).
+        weights: Which weights of a training checkpoint: `model`, `ema` (their running average), or the name of its
+            entry (`teacher`); the rest of it, optimizer and all, is left aside. None looks at everything.
         prefix: What stands before the trunk's keys (`teacher.backbone.`, `visual.trunk.`, `""` for nothing); None
             finds it among the usual ones.
         remap: Key, or beginning of keys that ends in a dot -> what the trunk calls it; after the prefix is off.
         ignore: Patterns (`*` and `?`) of keys of the checkpoint that may be left over, with or without the prefix.
         keep: Patterns of keys of the trunk that the checkpoint may lack: they stay as they are.
-        resample: Resample position embeddings that are made for another size, by timm.
+        resample: Resample position embeddings that are made for another size, by timm: True for a square grid of
+            patches, `(rows, columns)` of the checkpoint's grid for any other.
         timm_filter: Have the checkpoint converted by timm's own `checkpoint_filter_fn` for this architecture.
-        allow_pickle: Read a file of `torch.save`, with `weights_only=True`.
+        allow_pickle: Read a file of `torch.save`, with `weights_only=True` (an `argparse.Namespace` inside is passed
+            over; any other class is refused).
 
     Returns:
         What matched, what was left over, what is missing, what was resampled.
@@ -116,32 +122,36 @@ def load_trunk(
     if any(tensor.is_meta for tensor in own.values()):
         raise WeightsError("the trunk is on the meta device: it has no memory to load into; build the tower for real")
     if isinstance(source, Mapping):
-        weights = from_mapping(source, "the state dict")
+        found = from_mapping(source, "the state dict")
     else:
-        weights = open_weights(source, allow_pickle)
-    prefix = _find_prefix(weights, trunk, remap or {}, timm_filter) if prefix is None else _with_dot(prefix)
-    stripped = {key.removeprefix(prefix): key for key in weights.specs if key.startswith(prefix)}
+        found = open_weights(source, allow_pickle)
+    if weights is not None:
+        found = choose_set(found, weights)
+    prefix = _find_prefix(found, trunk, remap or {}, timm_filter) if prefix is None else _with_dot(prefix)
+    stripped = {key.removeprefix(prefix): key for key in found.specs if key.startswith(prefix)}
     if not stripped:
-        raise WeightsError(f"{weights.where}: no key begins with prefix={prefix!r}; the first are {_first(weights)}")
-    names = _remapped(stripped, remap or {}, weights.where)
+        raise WeightsError(f"{found.where}: no key begins with prefix={prefix!r}; the first are {_first(found)}")
+    names = _remapped(stripped, remap or {}, found.where)
 
     wanted = names if timm_filter else {key: name for key, name in names.items() if key in own}
-    read = weights.read(list(wanted.values()))
+    read = found.read(list(wanted.values()))
     tensors = {key: read[name] for key, name in wanted.items()}
     made: dict[str, tuple[int, ...]] = {}
     if timm_filter:
         tensors, vanished, made = _filtered(trunk, tensors)
     else:
         vanished = [key for key in names if key not in own]
+    unclear: list[str] = []
     if resample:
-        made |= _resample_positions(trunk, own, tensors)
+        resampled, unclear = resample_positions(trunk, tensors, None if resample is True else resample)
+        made |= resampled
 
-    outside = [key for key in weights.specs if not key.startswith(prefix)]
+    outside = [key for key in found.specs if not key.startswith(prefix)]
     left_over = outside + [names[key] for key in vanished] + [names.get(key, key) for key in tensors if key not in own]
     missing = [key for key in own if key not in tensors]
     tensors = {key: tensor for key, tensor in tensors.items() if key in own}
     report = TrunkReport(
-        source=weights.where,
+        source=found.where,
         prefix=prefix,
         matched={key: names.get(key, key) for key in tensors},
         left_over=tuple(left_over),
@@ -149,14 +159,14 @@ def load_trunk(
         resampled={key: (shape, tuple(own[key].shape)) for key, shape in made.items() if _differs(own, key, shape)},
         converted=tuple(key for key, shape in made.items() if key in own and not _differs(own, key, shape)),
         cast={key: tensor.dtype for key, tensor in tensors.items() if tensor.dtype != own[key].dtype},
-        not_weights=weights.others,
+        not_weights=found.others,
     )
-    problems = _problems(report, own, tensors, ignore, keep, resample)
-    problems += _broken_ties(trunk, own, tensors)
+    problems = _problems(report, own, tensors, found.specs, ignore, keep, bool(resample))
+    problems += unclear + _broken_ties(trunk, own, tensors)
     if problems:
         hints = _hints(trunk, timm_filter) if missing else []
         raise WeightsError(
-            f"{weights.where}: nothing was loaded.\n" + "\n".join(f"  {line}" for line in [*problems, *hints])
+            f"{found.where}: nothing was loaded.\n" + "\n".join(f"  {line}" for line in [*problems, *hints])
         )
     trunk.load_state_dict({**{key: own[key].detach() for key in missing}, **tensors}, strict=True)
     # What was known of the earlier weights is no longer true.
@@ -188,12 +198,17 @@ def _find_prefix(weights: WeightSource, trunk: nn.Module, remap: Mapping[str, st
     if best == 0:
         hints = "".join(f" {hint}." for hint in _hints(trunk, timm_filter))
         raise WeightsError(
-            f"{weights.where}: no key is one of the trunk's, under any of the prefixes {sorted(candidates)}. The first "
-            f"keys are {_first(weights)}, the trunk's {', '.join(list(own)[:3])}: pass prefix=... and remap=....{hints}"
+            f"{weights.where}: no key is one of the trunk's, under any of the prefixes {shown(sorted(candidates))}. "
+            f"The first keys are {_first(weights)}, the trunk's {_some(list(own)[:3])}: pass prefix=... and "
+            f"remap=....{hints}"
         )
     if len(near) > 1:
-        found = ", ".join(f"{candidate!r} ({scores[candidate]} of {len(own)} keys)" for candidate in near)
-        raise WeightsError(f"{weights.where}: the trunk could be under several prefixes, pass prefix=... of: {found}")
+        listed = ", ".join(f"{shown(candidate)} ({scores[candidate]} of {len(own)} keys)" for candidate in near)
+        sets = [name for name, entries in SETS.items() if any(each.partition(".")[0] in entries for each in near)]
+        or_set = f", or {' or '.join(f'weights={name!r}' for name in sets)}" if len(sets) > 1 else ""
+        raise WeightsError(
+            f"{weights.where}: the trunk could be under several prefixes, pass prefix=... of: {listed}{or_set}"
+        )
     return near[0]
 
 
@@ -209,7 +224,9 @@ def _remapped(stripped: Mapping[str, str], remap: Mapping[str, str], where: str)
         if entry is not None:
             used.add(entry)
         if new in names:
-            raise WeightsError(f"{where}: {names[new]} and {name} would both be {new}; one entry of remap is too many")
+            raise WeightsError(
+                f"{where}: {_some([names[new], name])} would both be {_some([new])}; one entry of remap is too many"
+            )
         names[new] = name
     if idle := sorted(set(remap) - used):
         raise ArgumentError(f"remap: no key of {where} is or begins with {', '.join(idle)} (a beginning ends in a dot)")
@@ -259,23 +276,6 @@ def _filter_of(trunk: nn.Module) -> Any:
     return getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
 
 
-def _resample_positions(
-    trunk: nn.Module, own: Mapping[str, Tensor], tensors: dict[str, Tensor]
-) -> dict[str, tuple[int, ...]]:
-    """Resample `pos_embed` in place of `tensors` where it is for another grid; key -> its shape before."""
-    found, grid = tensors.get("pos_embed"), getattr(getattr(trunk, "patch_embed", None), "grid_size", None)
-    if found is None or grid is None or "pos_embed" not in own or found.shape == own["pos_embed"].shape:
-        return {}
-    prefix = 0 if getattr(trunk, "no_embed_class", False) else int(getattr(trunk, "num_prefix_tokens", 1))
-    places = found.shape[1] - prefix if found.ndim == 3 else 0
-    side = int(max(places, 0) ** 0.5)
-    if side == 0 or side * side != places or found.shape[-1] != own["pos_embed"].shape[-1]:
-        return {}
-    with torch.no_grad():
-        tensors["pos_embed"] = resample_abs_pos_embed(found, new_size=list(grid), num_prefix_tokens=prefix)
-    return {"pos_embed": tuple(found.shape)}
-
-
 # Judging
 
 
@@ -287,6 +287,7 @@ def _problems(
     report: TrunkReport,
     own: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
+    stored: Collection[str],
     ignore: Collection[str],
     keep: Collection[str],
     resample: bool,
@@ -295,21 +296,31 @@ def _problems(
     left_over = [key for key in report.left_over if not _listed(key, report.prefix, ignore)]
     missing = [key for key in report.missing if not _listed(key, "", keep)]
     if left_over:
+        covers = [key.removeprefix(report.prefix) for key in _patterns(left_over, [*stored, *left_over])]
         lines.append(
             f"{len(left_over)} of the checkpoint have no place in the trunk: {_some(left_over)}. Name what may be left "
-            f"out: ignore={_patterns(left_over, report.prefix)}"
+            f"out: ignore={_listing(covers)}"
         )
     if missing:
-        lines.append(
-            f"{len(missing)} of the trunk are not in the checkpoint: {_some(missing)}. Name what may stay as it is: "
-            f"keep={_patterns(missing, '')}; or what it is called there: remap={{...}}"
-        )
+        line = f"{len(missing)} of the trunk are not in the checkpoint: {_some(missing)}. "
+        layers = [key for key in missing if own[key].ndim > 1 and own[key].is_floating_point()]
+        if layers:
+            line += (
+                f"Among them are weights of layers, {_some(layers)}, which would stay random in a new trunk: they are "
+                "called otherwise there (remap={...}), or it is the checkpoint of another model. `keep` takes names"
+            )
+        else:
+            line += (
+                f"Name what may stay as it is: keep={_listing(_patterns(missing, own))}; or what it is called there: "
+                "remap={...}"
+            )
+        lines.append(line)
     shapes, ours = shapes_of(tensors), shapes_of(own)
     wrong = [key for key in tensors if shapes[key] != ours[key]]
     if wrong:
-        shown = [f"{key} {list(shapes[key])}, expected {list(ours[key])}" for key in wrong]
+        both = [f"{key} {list(shapes[key])}, expected {list(ours[key])}" for key in wrong]
         hint = "" if resample or "pos_embed" not in wrong else ". Positions for another size: resample=True"
-        lines.append(f"{len(wrong)} have another shape: {_some(shown)}{hint}")
+        lines.append(f"{len(wrong)} have another shape: {_some(both)}{hint}")
     if report.resampled and not resample:
         lines.append(f"timm's filter resampled {_some(list(report.resampled))}: say that you want it, resample=True")
     kinds = [key for key, dtype in report.cast.items() if dtype.is_floating_point != own[key].is_floating_point()]
@@ -339,21 +350,29 @@ def _listed(key: str, prefix: str, patterns: Collection[str]) -> bool:
     return any(fnmatchcase(key, pattern) or fnmatchcase(key.removeprefix(prefix), pattern) for pattern in patterns)
 
 
-def _patterns(keys: list[str], prefix: str) -> list[str]:
-    """A few patterns that cover the keys and nothing under the prefix, for a message."""
-    found = set()
-    for key in keys:
-        parts = key.removeprefix(prefix).split(".")
-        depth = 1
-        while depth < len(parts) and not key.startswith(prefix) and prefix.startswith(".".join(parts[:depth]) + "."):
-            depth += 1
-        found.add(key if depth == len(parts) else ".".join(parts[:depth]) + ".*")
-    return sorted(found) if len(found) <= 2 * _SHOWN else ["..."]
+def _patterns(chosen: Collection[str], everything: Collection[str]) -> list[str]:
+    """The fewest patterns that fit the chosen keys and no other: kinds (`*.num_batches_tracked`), or modules."""
+    last = {key: key.rpartition(".")[2] for key in everything}
+    spared = {last[key] for key in everything if key not in set(chosen)}
+    kinds = sorted({f"*.{last[key]}" for key in chosen if "." in key and last[key] not in spared})
+    covers = smallest_cover(chosen, everything)
+    found = sorted(cover if cover in last else f"{cover}.*" for cover in covers)
+    if len(kinds) < len(found) and all(_listed(key, "", kinds) for key in chosen):
+        return kinds
+    return found
+
+
+def _listing(patterns: list[str]) -> str:
+    """For a message; a list that was cut short is none to copy."""
+    if len(patterns) > 4 * _SHOWN:
+        return f"[...], {len(patterns)} patterns, from {_some(patterns)}"
+    return f"[{', '.join(shown(pattern) for pattern in patterns)}]"
 
 
 def _first(weights: WeightSource) -> str:
-    return ", ".join(list(weights.specs)[:3]) or "none at all"
+    return _some(list(weights.specs)[:3]) or "none at all"
 
 
 def _some(keys: Collection[str]) -> str:
-    return ", ".join(list(keys)[:_SHOWN]) + (", ..." if len(keys) > _SHOWN else "")
+    """A few of them, printable and short."""
+    return ", ".join(shown(key, 160)[1:-1] for key in list(keys)[:_SHOWN]) + (", ..." if len(keys) > _SHOWN else "")

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..hub.download import Access
 from ..load import check_device
-from ..reader.build import as_dtype
 from ..reader.config import TimmTowerConfig
 from ..reader.head import CustomHead
+from ..reader.weights import floating_dtype
 from .checkpoints import TrunkReport, load_trunk
 from .open_clip import tower_from_open_clip
 from .open_clip_config import preprocess_entries
@@ -80,7 +80,7 @@ class InterchangeMixin(nn.Module):
             image_size=image_size,
             allow_pickle=allow_pickle,
             device=device,
-            dtype=as_dtype(dtype),
+            dtype=floating_dtype(dtype),
             revision=revision,
             access=Access(token, cache_dir, force_download, local_files_only),
         )
@@ -144,37 +144,23 @@ class InterchangeMixin(nn.Module):
         self,
         source: str | os.PathLike[str] | Mapping[str, Any],
         *,
+        weights: str | None = None,
         prefix: str | None = None,
         remap: Mapping[str, str] | None = None,
         ignore: Collection[str] = (),
         keep: Collection[str] = (),
-        resample: bool = False,
+        resample: bool | Sequence[int] = False,
         timm_filter: bool = False,
         allow_pickle: bool = False,
     ) -> TrunkReport:
-        """Put the weights of a checkpoint into the trunk, whatever its keys are called; see `interop.checkpoints`.
+        """Put the weights of a checkpoint into the trunk, in place, whatever its keys are called, or change nothing.
 
-        Args:
-            source: A `.safetensors` file, a file of `torch.save`, or a state dict, also inside of dictionaries.
-            prefix: What stands before the trunk's keys; None finds it among the usual ones.
-            remap: Key, or beginning of keys that ends in a dot -> what the trunk calls it; after the prefix is off.
-            ignore: Patterns (`*` and `?`) of keys of the checkpoint that may be left over, with or without the prefix.
-            keep: Patterns of keys of the trunk that the checkpoint may lack: they stay as they are.
-            resample: Resample position embeddings that are made for another size, by timm.
-            timm_filter: Have the checkpoint converted by timm's own `checkpoint_filter_fn` for this architecture.
-            allow_pickle: Read a file of `torch.save`, with `weights_only=True`.
-
-        Returns:
-            What matched, what was left over, what is missing, what was resampled; print it for a table.
-
-        Raises:
-            WeightsError: something does not fit or is not accounted for; lists all of it. Nothing was loaded.
-            ArgumentError: an entry of `remap` that fits no key, or a filter that timm does not have.
-            FolderError, FormatError: the file cannot be read.
+        See `interop.checkpoints.load_trunk` for arguments and errors.
         """
         return load_trunk(
             cast("TimmModel", self),
             source,
+            weights=weights,
             prefix=prefix,
             remap=remap,
             ignore=ignore,

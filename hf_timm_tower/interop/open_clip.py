@@ -17,16 +17,16 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..files.assign import assign_weights
 from ..files.checkpoint import read_json
 from ..files.strict_json import shorten
 from ..hub.download import Access, download_files
 from ..reader.config import TimmTowerConfig, check_size
 from ..reader.errors import ArgumentError, ConfigError, FolderError, FormatError, HubError, WeightsError
 from ..reader.image_processing import check_preprocess
-from ..reader.pools import own_pool
 from ..reader.skip_init import no_init
-from ..reader.trunk import describe_trunk, eval_mode, native_cfg, takes_img_size
+from ..reader.trunk import eval_mode, has_fixed_size, native_cfg, own_pool
+from ..reader.weights import assign_weights
+from ..trunk_facts import trunk_arguments
 from .open_clip_config import VISION_PREFIX, VisionArguments, preprocess_entries, vision_arguments
 from .weight_source import WeightSource, from_mapping, open_weights, shapes_of
 
@@ -266,11 +266,11 @@ def _from_model(cls: type[T], model: nn.Module, preprocess_cfg: Mapping[str, Any
         return tower
     state = {f"{VISION_PREFIX}{key}": tensor for key, tensor in visual.state_dict().items()}
     weights = from_mapping(state, type(model).__name__)
-    described = describe_trunk(trunk)
+    described = trunk_arguments(trunk)
     args = {key: value for key, value in described["model_args"].items() if key not in ("num_classes", "global_pool")}
     # A trunk without a size of its own says what timm trains it at, not what open_clip gives it.
     name, size = described["architecture"], described["image_size"]
-    if hasattr(visual, "image_size") and not takes_img_size(native_cfg(name), args):
+    if hasattr(visual, "image_size") and not has_fixed_size(native_cfg(name), args):
         size = check_size("image_size", visual.image_size)
     arguments = {"model_name": name, "image_size": size, **_head_arguments(trunk, head)}
     tower = _build(cls, _Found(VisionArguments(arguments, size), entries, weights, args), None, None)

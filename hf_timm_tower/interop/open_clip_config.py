@@ -11,7 +11,7 @@ from typing import Any
 
 from ..reader.config import ATTENTION_POOLS, TimmTowerConfig, check_size
 from ..reader.errors import ConfigError
-from ..reader.trunk import native_cfg, takes_img_size
+from ..reader.trunk import has_fixed_size, native_cfg
 
 VISION_PREFIX = "visual."
 """What stands before the vision tower's keys in the state dict of an open_clip model."""
@@ -114,7 +114,7 @@ def vision_arguments(model_cfg: Mapping[str, Any], where: str) -> VisionArgument
         pool = "default" if proj in ("linear", "mlp") else "none"
     declared = check_size("image_size", found["image_size"])
     cfg = native_cfg(name)
-    fixed = takes_img_size(cfg, {}) or pool == "abs_attn"
+    fixed = has_fixed_size(cfg, {}) or pool == "abs_attn"
     return VisionArguments(
         {
             "model_name": name,
@@ -203,7 +203,7 @@ def model_cfg_of(config: TimmTowerConfig) -> dict[str, Any]:
         cannot.append(f"pool={config.pool!r} with proj={config.proj!r}")
     cfg = native_cfg(config.architecture)
     size, native = check_size("image_size", config.image_size), list(cfg["input_size"][1:])
-    if size != native and (takes_img_size(cfg, {}) or config.pool == "abs_attn"):
+    if size != native and (has_fixed_size(cfg, {}) or config.pool == "abs_attn"):
         cannot.append(f"weights for {size} pixels (open_clip builds {config.architecture} for {native})")
     if cannot:
         raise ConfigError(f"open_clip's vision_cfg cannot say what this tower is: {'; '.join(cannot)}")

@@ -18,9 +18,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from ..reader.errors import ArgumentError, ConfigError, WeightsError
-from ..reader.freezing import freeze, restore_frozen
-from ..reader.frozen_statistics import hold, keeps_statistics
+from ..reader.freezing import hold, keeps_statistics
 from ..reader.trunk import native_size
+from ..training.freezing import freeze, restore_frozen
 
 _MISSING = "Found missing adapter keys"
 # What peft puts into the names of parameters of a module that it copies.

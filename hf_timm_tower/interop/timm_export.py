@@ -29,7 +29,7 @@ from ..reader.config import ATTENTION_POOLS, TimmTowerConfig
 from ..reader.errors import ArgumentError, ConfigError, FolderError, HeadError, WeightsError
 from ..reader.model_args import encode
 from ..reader.skip_init import no_init
-from ..reader.tower import arrange, run_head
+from ..reader.tower import HeadInput, run_head
 from ..reader.trunk import BUILD_ERRORS, eval_mode, float_dtype, native_cfg, split_tag
 
 # The classifier may be a convolution, or have a bias of zeros where the projection has none: kernels round otherwise.
@@ -316,7 +316,7 @@ def _config_json(
 def _forward(config: TimmTowerConfig, trunk: nn.Module, head: nn.Module | None) -> Callable[[Tensor], Any]:
     if head is None:
         return trunk
-    arrangement = arrange(config, trunk)
+    arrangement = HeadInput.of(config, trunk)
     return lambda images: run_head(head, arrangement, trunk(images))
 
 

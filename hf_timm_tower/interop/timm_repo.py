@@ -25,9 +25,9 @@ from ..hub.identify import identify
 from ..reader.config import TimmTowerConfig, check_architecture, check_size
 from ..reader.errors import ConfigError, FolderError, FormatError, WeightsError
 from ..reader.image_processing import preprocess_from_timm
-from ..reader.model_args import check_names, decode, encode
+from ..reader.model_args import FROM_TRUNK, check_names, decode, encode
 from ..reader.skip_init import no_init
-from ..reader.trunk import BUILD_ERRORS, native_cfg, takes_img_size
+from ..reader.trunk import BUILD_ERRORS, has_fixed_size, native_cfg
 from .weight_source import open_weights
 
 PICKLE_NAME = "pytorch_model.bin"
@@ -221,7 +221,7 @@ def _describe(stored: dict[str, Any], place: str) -> TimmSource:
     if isinstance(args["num_classes"], bool) or not isinstance(args["num_classes"], int):
         raise FormatError(f"{where}: num_classes={args['num_classes']!r}: expected a whole number")
     args["num_classes"] = max(0, args["num_classes"])
-    check_names(args, from_trunk=True)
+    check_names(args, recorded=FROM_TRUNK)
     cfg["architecture"], cfg["input_size"] = arch, (channels, height, width)
     return TimmSource(place, architecture, args, [height, width], channels, cfg, size is not None, shown_size, None)
 
@@ -328,7 +328,7 @@ def create_model(
     """
     kwargs = {key: decode(value, f"model_args.{key}") for key, value in model_args.items()}
     cfg = {**source.pretrained_cfg, "num_classes": source.num_classes}
-    if has_size or takes_img_size(native_cfg(source.architecture.partition(".")[0]), kwargs):
+    if has_size or has_fixed_size(native_cfg(source.architecture.partition(".")[0]), kwargs):
         kwargs["img_size"] = tuple(image_size)
     kwargs["in_chans"] = in_chans
     if with_weights:

@@ -8,13 +8,14 @@ import torch
 import torch.nn as nn
 from torch.overrides import TorchFunctionMode
 
-from ..arguments import checked_arguments, head_fields
-from ..files.assign import assign_weights
+from ..build import checked_arguments, head_fields
 from ..hub.download import Access
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import WeightsError
 from ..reader.head import CustomHead
 from ..reader.trunk import native_cfg, remove_classifier
+from ..reader.weights import assign_weights
+from ..subclassing import overrides
 from .timm_repo import TimmSource, create_model, open_timm_source
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def tower_from_timm(
         WeightsError: a weight of the trunk is missing or does not fit.
     """
     found = open_timm_source(source, revision=revision, access=access, allow_pickle=allow_pickle)
-    fields = head_fields(cls, embed_dim, pool, proj, proj_bias, drop, custom_head)
+    fields = head_fields(overrides(cls, "_create_head"), embed_dim, pool, proj, proj_bias, drop, custom_head)
     config = found.config(fields, image_size=image_size, model_args=checked_arguments(model_kwargs))
     tower = cls.from_config(config, custom_head=custom_head)
     fill_trunk(tower.trunk, tower.config, found)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ..reader.errors import ConfigError
 from ..reader.skip_init import no_init
-from ..reader.trunk import create_trunk, describe_trunk
-from ..subclassing import STEPS, overrides
+from ..reader.trunk import create_trunk
+from ..subclassing import OVERRIDABLE, overrides
+from ..trunk_facts import trunk_arguments
 from .open_clip_config import VISION_PREFIX, model_cfg_of, preprocess_cfg_of, vision_arguments
 from .weight_source import shapes_of
 
@@ -39,7 +40,7 @@ def to_open_clip_model_cfg(tower: "TimmModel") -> dict[str, Any]:
     Raises:
         ConfigError: as `to_open_clip_state_dict`.
     """
-    changed = [step for step in STEPS if overrides(type(tower), step)]
+    changed = [step for step in OVERRIDABLE if overrides(type(tower), step)]
     if changed:
         raise ConfigError(f"{type(tower).__name__} overrides {', '.join(changed)}, of which open_clip knows nothing")
     model_cfg = model_cfg_of(tower.config)
@@ -106,7 +107,7 @@ def fit_inside_open_clip(tower: "TimmModel", state: dict[str, Any], prefix: str)
     twin.load_state_dict({key: value.detach().cpu() for key, value in incoming.items()}, strict=True, assign=True)
     size = tuple(tower.config.image_size)  # type: ignore[arg-type]
     twin.set_input_size(img_size=size)  # type: ignore[operator]
-    windows = describe_trunk(twin)["model_args"].get("window_size")
+    windows = trunk_arguments(twin)["model_args"].get("window_size")
     if windows is not None:
         # Swin's windows grow with the size in set_input_size, but not in the constructor.
         tower.trunk.set_input_size(img_size=size, window_size=windows)  # type: ignore[operator]

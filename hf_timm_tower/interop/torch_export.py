@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ..files.aligned import folder_error
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ArgumentError, ConfigError, ExportError, TowerError
-from ..reader.tower import arrange, run_head
+from ..reader.tower import HeadInput, run_head
 from ..reader.trunk import BUILD_ERRORS, eval_mode, float_dtype
 
 TOLERANCE = 1e-4
@@ -58,12 +58,10 @@ class EvalTower(nn.Module):
     def __init__(self, tower: nn.Module) -> None:
         super().__init__()
         config, trunk, head = (getattr(tower, name, None) for name in ("config", "trunk", "head"))
-        if not (
-            isinstance(config, TimmTowerConfig) and isinstance(trunk, nn.Module) and isinstance(head, nn.Module)
-        ):
+        if not (isinstance(config, TimmTowerConfig) and isinstance(trunk, nn.Module) and isinstance(head, nn.Module)):
             raise ArgumentError(f"a {type(tower).__name__} is no tower: it has no config, trunk and head")
         self.config, self.trunk, self.head = config, trunk, head
-        self.arrangement = arrange(config, trunk)
+        self.arrangement = HeadInput.of(config, trunk)
 
     def forward(self, images: torch.Tensor) -> Any:
         """Images `[B, in_chans, H, W]` -> what the tower gives."""
@@ -119,9 +117,7 @@ def trace(model: EvalTower) -> ExportedProgram:
     """
     images = model.images(_TRACED_BATCH)
     with torch.no_grad(), eval_mode(model), reasons("torch.export", model):
-        return torch.export.export(
-            model, (images,), dynamic_shapes={"images": {0: Dim("batch")}}, strict=False
-        )
+        return torch.export.export(model, (images,), dynamic_shapes={"images": {0: Dim("batch")}}, strict=False)
 
 
 @contextmanager

@@ -3,8 +3,12 @@
 So that of a checkpoint which also holds a text tower, an optimizer or a teacher, only the wanted part is in memory.
 """
 
+import argparse
 import os
+import pathlib
 import pickle
+import re
+import types
 import zipfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -16,10 +20,26 @@ from torch import Tensor
 
 from ..files.aligned import folder_error
 from ..files.safetensors_header import ALIGNMENT, MAX_HEADER_BYTES, Entry, parse_header
-from ..reader.errors import FolderError, FormatError
+from ..reader.errors import FolderError, FormatError, WeightsError, shown
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".tar", ".pkl", ".th", ".pyth")
 
+SETS = {
+    "model": ("state_dict", "model", "model_state", "model_state_dict"),
+    "ema": ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "model_ema_state_dict", "ema_model"),
+}
+"""What training scripts call the trained weights and their running average (timm, MAE, DeiT, detectron's heirs)."""
+
+# What training scripts store beside the weights (the command line's arguments, a folder) and torch refuses by default.
+# Making one of these again sets attributes and calls nothing of the file's choosing. Paths are stored under the
+# module's name in the Python that wrote them.
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    types.SimpleNamespace,
+    *((pathlib.PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
+    *((pathlib.PureWindowsPath, f"{module}.WindowsPath") for module in ("pathlib", "pathlib._local")),
+]
+_REFUSED_CLASS = re.compile(r"GLOBAL (\S+) was not an allowed global")
 _MAX_DEPTH = 16
 _MAX_PIECE = 2**30
 
@@ -81,14 +101,38 @@ def from_mapping(state: Mapping[Any, Any], where: str) -> WeightSource:
     tensors: dict[str, Tensor] = {}
     others: list[str] = []
     _flatten(state, "", tensors, others, where, 0)
-    specs = {
-        key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for key, tensor in tensors.items()
-    }
+    specs = {key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for key, tensor in tensors.items()}
 
     def read(keys: Collection[str]) -> dict[str, Tensor]:
-        return {key: _own_copy(tensors[key], f"{where}: {key}") for key in keys}
+        return {key: _own_copy(tensors[key], f"{where}: {shown(key)}") for key in keys}
 
     return WeightSource(where, specs, tuple(others), read)
+
+
+def choose_set(source: WeightSource, name: str) -> WeightSource:
+    """One set of weights of a training checkpoint that holds several; the rest of it is left aside.
+
+    Args:
+        source: The checkpoint.
+        name: An entry of it, or `model` or `ema` under whatever name (`SETS`) the checkpoint has them.
+
+    Raises:
+        WeightsError: there is no such entry, or several could be meant; names the entries there are.
+    """
+    entries = list(dict.fromkeys(key.partition(".")[0] for key in source.specs if "." in key))
+    found = [name] if name in entries else [entry for entry in SETS.get(name, ()) if entry in entries]
+    if len(found) != 1:
+        among = f"it could be {' or '.join(found)}" if found else "no entry is called so"
+        listed = ", ".join(shown(entry) for entry in entries[:8]) or "none"
+        raise WeightsError(f"{source.where}: weights={name!r}: {among}; its entries with weights are {listed}")
+    prefix = f"{found[0]}."
+    full = {key.removeprefix(prefix): key for key in source.specs if key.startswith(prefix)}
+    return WeightSource(
+        f"{source.where}[{found[0]!r}]",
+        {key: source.specs[name] for key, name in full.items()},
+        tuple(key.removeprefix(prefix) for key in source.others if key.startswith(prefix)),
+        lambda keys: {key: source.read([full[key]])[full[key]] for key in keys},
+    )
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -108,7 +152,7 @@ def _flatten(
         elif not isinstance(value, Tensor):
             others.append(key)
         elif key in tensors:
-            raise FormatError(f"{where}: {key} is there twice, as a key with dots and in a dictionary of its own")
+            raise FormatError(f"{where}: {shown(key)} is there twice, as a key with dots and in a dictionary")
         else:
             tensors[key] = value
 
@@ -123,11 +167,14 @@ def _own_copy(tensor: Tensor, where: str) -> Tensor:
 def _load_pickle(path: Path) -> Mapping[Any, Any]:
     try:
         # Mapped where the format allows it, so that what is not asked for does not come into memory.
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals(_HARMLESS):
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
+        named = _REFUSED_CLASS.search(str(error))
         raise FormatError(
-            f"{path} holds more than tensors, which could run code when it is read: {_first_line(error)} Save the "
-            "weights alone, best as .safetensors."
+            f"{path} holds more than tensors ({shown(named[1]) if named else _first_line(error)}), which could run "
+            "code when it is read. Save the weights alone where that class is known, "
+            "torch.save(model.state_dict(), ...), best as .safetensors."
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
         raise FormatError(f"{path}: torch cannot read it: {_first_line(error)}") from error
@@ -139,8 +186,7 @@ def _load_pickle(path: Path) -> Mapping[Any, Any]:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0] if len(lines[0]) < 300 else lines[0][:300] + "..."
+    return shown((str(error).strip() or type(error).__name__).splitlines()[0], 300)
 
 
 def _open_safetensors(path: Path) -> WeightSource:
@@ -176,7 +222,7 @@ def _read_entry(file: Any, entry: Entry, start: int, path: Path) -> Tensor:
     while target:
         got = file.readinto(target[:_MAX_PIECE])
         if not got:
-            raise FormatError(f"{path}: ends inside of {entry.key}; it was cut off while it was read")
+            raise FormatError(f"{path}: ends inside of {shown(entry.key)}; it was cut off while it was read")
         target = target[got:]
     return raw.view(entry.dtype).view(entry.shape)
 

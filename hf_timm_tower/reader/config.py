@@ -7,6 +7,7 @@ pool), after which the config is a full description.
 
 import difflib
 import math
+import warnings
 from typing import Any, ClassVar, Literal
 
 import timm
@@ -14,9 +15,9 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from .errors import ConfigError, FormatError
+from .errors import ConfigError, FormatError, shown
 from .freezing import check_frozen
-from .model_args import check_names, decode, encode
+from .model_args import FROM_TRUNK, RECORDED, check_names, decode, encode
 
 FORMAT_VERSION = 1
 
@@ -29,7 +30,8 @@ ATTENTION_POOLS = ("abs_attn", "rot_attn")
 OUR_POOLS = ("token_avg", "default", "none")
 PROJECTIONS = ("linear", "mlp", "none")
 
-# Keys that transformers itself writes into or expects of any config; everything else that is not a field is refused.
+# Keys that transformers itself writes into or expects of any config; everything else that is not a field is refused
+# when a config is read, and dropped with a warning when a tower is saved. `custom_pipelines` names code: never written.
 _TRANSFORMERS_KEYS = frozenset(
     {
         "model_type",
@@ -89,7 +91,7 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         tower_class: Name of the subclass of TimmModel that is needed to rebuild the tower, None for TimmModel itself.
         tower_kwargs: Arguments that such a subclass adds to the constructor.
         frozen: What of the tower is frozen (`reader/freezing.py`), None where everything trains.
-        trunk_source: Where the trunk's weights lie, where not beside the head: repository, commit and digests.
+        trunk_source: Where the trunk's weights are stored, if not beside the head: repository, commit and digests.
         timm_version: The timm that the tower was built with.
         format_version: Version of this format.
 
@@ -139,12 +141,18 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What `config.json` holds: every field of ours, and of transformers' fields those that were set."""
+        """What `config.json` holds: every field of ours, and of transformers' fields those that were set.
+
+        Attributes that somebody put onto the config are no part of a tower: they are dropped with a warning.
+        """
         written: dict[str, Any] = super().to_diff_dict()
         everything = self.to_dict()
         for name in OUR_FIELDS:
             written[name] = everything[name]
-        return written
+        written.pop("custom_pipelines", None)
+        if dropped := sorted(set(written) - set(OUR_FIELDS) - _TRANSFORMERS_KEYS):
+            warnings.warn(f"not stored: a tower has no such fields: {', '.join(map(shown, dropped))}", stacklevel=2)
+        return {name: value for name, value in written.items() if name not in dropped}
 
 
 OUR_FIELDS = tuple(name for name in TimmTowerConfig.__annotations__ if name != "attribute_map")
@@ -172,7 +180,7 @@ _catch_strict_errors()
 def _check_version(kwargs: dict[str, Any]) -> None:
     version = kwargs.get("format_version", FORMAT_VERSION)
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise FormatError(f"format_version={version!r}: expected a whole number from 1 to {FORMAT_VERSION}")
+        raise FormatError(f"format_version={shown(version)}: expected a whole number from 1 to {FORMAT_VERSION}")
     if version > FORMAT_VERSION:
         raise FormatError(
             f"format_version={version}: this hf_timm_tower reads versions up to {FORMAT_VERSION}. "
@@ -182,11 +190,12 @@ def _check_version(kwargs: dict[str, Any]) -> None:
 
 def _unknown_keys(unknown: dict[str, Any]) -> str:
     lines = []
-    for key, value in sorted(unknown.items()):
-        near = difflib.get_close_matches(key, OUR_FIELDS, n=2)
+    for key, value in sorted(unknown.items())[:5]:
+        near = difflib.get_close_matches(key[:80], OUR_FIELDS, n=2)
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-        lines.append(f"{key}={_short(value)}{hint}")
-    return f"TimmTowerConfig: unknown key{'s' if len(lines) > 1 else ''} {', '.join(lines)}"
+        lines.append(f"{shown(key)[1:-1]}={shown(value)}{hint}")
+    more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+    return f"TimmTowerConfig: unknown key{'s' if len(unknown) > 1 else ''} {', '.join(lines)}{more}"
 
 
 def _check_labels(kwargs: dict[str, Any]) -> None:
@@ -194,16 +203,11 @@ def _check_labels(kwargs: dict[str, Any]) -> None:
     count = kwargs.get("num_labels")
     if count is not None:
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_LABELS:
-            raise ConfigError(f"num_labels={_short(count)}: expected a whole number from 0 to {MAX_LABELS}")
+            raise ConfigError(f"num_labels={shown(count)}: expected a whole number from 0 to {MAX_LABELS}")
     for name in ("id2label", "label2id"):
         labels = kwargs.get(name)
         if labels is not None and (not isinstance(labels, dict) or len(labels) > MAX_LABELS):
-            raise ConfigError(f"{name}={_short(labels)}: expected an object of at most {MAX_LABELS} labels")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+            raise ConfigError(f"{name}={shown(labels)}: expected an object of at most {MAX_LABELS} labels")
 
 
 def _check(config: TimmTowerConfig) -> None:
@@ -219,7 +223,7 @@ def _check(config: TimmTowerConfig) -> None:
     if isinstance(config.drop, bool) or not (math.isfinite(config.drop) and 0 <= config.drop < 1):
         raise ConfigError(f"drop={config.drop!r}: expected a probability, 0 <= drop < 1")
     if config.pool is not None and (len(config.pool) > 64 or not config.pool.isprintable()):
-        raise ConfigError(f"pool={_short(config.pool)}: not the name of a pool")
+        raise ConfigError(f"pool={shown(config.pool)}: not the name of a pool")
     if config.proj == "":
         config.proj = None
     if config.proj is not None and config.proj not in PROJECTIONS:
@@ -231,19 +235,19 @@ def _check(config: TimmTowerConfig) -> None:
         by_trunk = config.proj in (None, "none") and config.head is None and not attention
         config.classifier = "construct" if by_trunk and config.pool not in OUR_POOLS else "reset"
     model_args = dict(config.model_args or {})
-    check_names(model_args, from_trunk=config.classifier == "reset")
+    check_names(model_args, recorded=(*RECORDED, *(FROM_TRUNK if config.classifier == "reset" else ())))
     config.model_args = {key: encode(value, f"model_args.{key}") for key, value in sorted(model_args.items())}
     for key, value in config.model_args.items():
         decode(value, f"model_args.{key}")
     config.drop = float(config.drop)
     check_frozen(config.frozen)
     if config.tower_kwargs and config.tower_class is None:
-        raise ConfigError(f"tower_kwargs={_short(config.tower_kwargs)}: only a subclass (tower_class) has any")
+        raise ConfigError(f"tower_kwargs={shown(config.tower_kwargs)}: only a subclass (tower_class) has any")
 
 
 def _check_int(name: str, value: Any, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ConfigError(f"{name}={_short(value)}: expected a whole number from 1 to {most}")
+        raise ConfigError(f"{name}={shown(value)}: expected a whole number from 1 to {most}")
 
 
 def check_size(name: str, value: Any) -> list[int]:
@@ -257,7 +261,7 @@ def check_size(name: str, value: Any) -> list[int]:
         isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= MAX_IMAGE_SIZE for side in pair
     ):
         raise ConfigError(
-            f"{name}={_short(value)}: expected an int or (height, width), each from 1 to {MAX_IMAGE_SIZE} pixels"
+            f"{name}={shown(value)}: expected an int or (height, width), each from 1 to {MAX_IMAGE_SIZE} pixels"
         )
     return pair
 
@@ -274,14 +278,14 @@ def check_architecture(name: str, saved_with: str | None = None) -> None:
     """
     if ":" in name or "/" in name:
         raise ConfigError(
-            f"architecture={_short(name)}: expected a name of timm's registry (timm.list_models()), without a scheme "
+            f"architecture={shown(name)}: expected a name of timm's registry (timm.list_models()), without a scheme "
             "or a path; weights of a repository or a folder are loaded with from_pretrained."
         )
     arch = name.split(".", 1)[0]
     if timm.is_model(arch):
         return
-    near = difflib.get_close_matches(arch, timm.list_models(), n=4, cutoff=0.5)
+    near = difflib.get_close_matches(arch[:80], timm.list_models(), n=4, cutoff=0.5)
     hint = f" Near names: {', '.join(near)}." if near else ""
     if saved_with and saved_with != timm.__version__:
-        hint += f" The config was saved with timm {saved_with}, which has it: pip install timm=={saved_with}"
-    raise ConfigError(f"architecture={_short(name)} is unknown to timm {timm.__version__}.{hint}")
+        hint += f" The config was saved with timm {shown(saved_with)[1:-1]}, which has it: install that version"
+    raise ConfigError(f"architecture={shown(name)} is unknown to timm {timm.__version__}.{hint}")

@@ -1,204 +1,123 @@
-"""What of a tower is frozen, as a config keeps it, and what a frozen trunk need not compute.
+"""What of a stored tower is frozen: applied to a tower that was just built.
 
-A parameter is frozen by `requires_grad`, running statistics by a hook (`frozen_statistics`). A custom head may have
-parameters that it was made with as not trainable, and timm shuts some that only a classifier needs (EfficientViM's
-`weights`); they are part of head and trunk, not of the frozen state, and no lock or unlock touches them.
+A parameter is frozen by `requires_grad`. Running statistics are frozen by a hook on the module that has them, which
+puts it into eval mode before every forward: so they stay after `.train()` on any part, in copies and pickles and in
+anybody's training loop, and neither the module tree nor the state dict changes.
 """
 
-import copy
 import difflib
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-import torch
 import torch.nn as nn
 
-from ..training.layer_groups import smallest_cover
-from .errors import ConfigError
-from .frozen_statistics import hold, hold_at_call, hold_only, is_held, keeps_statistics, release
+from .errors import ConfigError, shown
 
-_KEYS = ("parameters", "statistics")
-_MOST_NAMES = 100_000
+_FROZEN_KEYS = ("parameters", "statistics")
+_MOST_FROZEN = 100_000
 
 
-def freeze(tower: nn.Module, frozen: Collection[str], statistics: Collection[str]) -> None:
-    """Freeze the parameters of these names, and the statistics of the modules of these names; open all others."""
-    fixed = _fixed(tower)
-    for name, parameter in tower.named_parameters():
-        _set_grad(parameter, name not in frozen and name not in fixed)
-    hold_only(tower, statistics)
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether the module itself has state that moves in train mode: running statistics, or spectral norm's vectors.
 
-
-def note_fixed(tower: nn.Module) -> None:
-    """Remember which parameters head and trunk were made with as not trainable; to be called when they are made."""
-    in_head = {
-        name for name, parameter in tower.named_parameters() if name.startswith("head.") and not parameter.requires_grad
-    }
-    in_trunk = {f"trunk.{name}" for name in _shut_by_timm(tower.trunk)}  # type: ignore[arg-type]
-    tower._fixed_in_head = frozenset(in_head | in_trunk)  # type: ignore[assignment]
-
-
-def describe_frozen(tower: nn.Module) -> dict[str, list[str]] | None:
-    """The frozen state for a config, None where everything trains.
-
-    Returns:
-        `parameters`: what is frozen; `statistics`: whose running statistics are; each absent where empty. A name is
-        one of a parameter, or of a module and stands for all in it: `["trunk"]` is the whole trunk.
+    Running statistics are buffers called `running_...` (`running_mean`; `running_std` in a BatchRenorm of somebody's
+    own), as in torch and timm, or `moving_...`, as elsewhere. State under other names, such as a queue, is not known.
     """
-    fixed = _fixed(tower)
-    parameters = {name: parameter for name, parameter in tower.named_parameters() if _can_train(parameter)}
-    frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad and name not in fixed]
-    held = [name for name, module in tower.named_modules() if is_held(module)]
-    state = {
-        # a module whose other parameters never train is frozen as a whole
-        "parameters": smallest_cover(frozen, [name for name in parameters if name not in fixed]),
-        "statistics": smallest_cover(held, _keepers(tower)),
-    }
-    return {key: names for key, names in state.items() if names} or None
+    buffers = module._buffers
+    return any(
+        buffer is not None
+        and (name.startswith(("running_", "moving_")) or (name.endswith("_u") and f"{name[:-1]}v" in buffers))
+        for name, buffer in buffers.items()
+    )
+
+
+def hold_at_call(module: nn.Module, inputs: Any) -> None:
+    """The hook."""
+    module.training = False
+
+
+def is_held(module: nn.Module) -> bool:
+    """Whether the module's statistics are frozen."""
+    return any(hook is hold_at_call for hook in module._forward_pre_hooks.values())
+
+
+def hold(module: nn.Module) -> None:
+    """Freeze the module's statistics."""
+    if not is_held(module):
+        # before other hooks: that of the old spectral norm looks at the mode too
+        module.register_forward_pre_hook(hold_at_call, prepend=True)
+    module.training = False
+
+
+def keep_statistics(tower: nn.Module) -> None:
+    """Put modules with frozen statistics into eval mode now; to be called at the end of a tower's `train`.
+
+    They go there by themselves before each forward. But a module that took the place of another since (`SyncBatchNorm`
+    for `BatchNorm`) has no hook yet; it gets one here.
+    """
+    names: tuple[str, ...] = getattr(tower, "_held_statistics", ())
+    if not names:
+        return
+    modules = dict(tower.named_modules())
+    for name in names:
+        if name in modules and keeps_statistics(modules[name]):
+            hold(modules[name])
 
 
 def check_frozen(frozen: dict[str, Any] | None) -> None:
-    """Refuse what is not a frozen state as `describe_frozen` gives it.
+    """Refuse what is not a frozen state: `parameters` and `statistics`, each a list of names.
 
     Raises:
         ConfigError: with what was found.
     """
-    if frozen is None:
-        return
-    unknown = sorted(str(key) for key in frozen if key not in _KEYS)
-    if unknown:
-        raise ConfigError(f"frozen: unknown key {', '.join(unknown)[:80]}; expected {' and '.join(_KEYS)}")
-    for key, names in frozen.items():
+    for key, names in (frozen or {}).items():
+        if key not in _FROZEN_KEYS:
+            raise ConfigError(f"frozen: unknown key {shown(key)}; expected {' and '.join(_FROZEN_KEYS)}")
         if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-            raise ConfigError(f"frozen[{key!r}]: expected a list of names, found {str(names)[:80]}")
-        if len(names) > _MOST_NAMES:
-            raise ConfigError(f"frozen[{key!r}]: {len(names)} names, expected at most {_MOST_NAMES}")
+            raise ConfigError(f"frozen[{key!r}]: expected a list of names, found {shown(names)}")
+        if len(names) > _MOST_FROZEN:
+            raise ConfigError(f"frozen[{key!r}]: {len(names)} names, expected at most {_MOST_FROZEN}")
 
 
-def restore_frozen(tower: nn.Module, frozen: dict[str, Any] | None) -> None:
-    """Freeze what a config says was frozen, and open all else; without a word about it the tower stays as it was built.
-
-    Args:
-        tower: Built from the config.
-        frozen: From `describe_frozen`.
+def frozen_names(tower: nn.Module, frozen: dict[str, Any]) -> tuple[set[str], set[str]]:
+    """The parameters, and the modules with statistics, that a frozen state names by themselves or by a module above.
 
     Raises:
         ConfigError: not a frozen state, or it names what the tower does not have.
     """
     check_frozen(frozen)
-    if frozen is None:
-        return
     first_names = {id(parameter): name for name, parameter in tower.named_parameters()}
     every_name = dict(tower.named_parameters(remove_duplicate=False))
-    parameters = _stand_for(frozen.get("parameters", []), every_name, "parameters")
-    statistics = _stand_for(frozen.get("statistics", []), _keepers(tower), "statistics")
-    freeze(tower, {first_names[id(every_name[name])] for name in parameters}, statistics)
+    parameters = _names_under(frozen.get("parameters", []), every_name, "parameters")
+    keepers = [name for name, module in tower.named_modules() if keeps_statistics(module)]
+    statistics = _names_under(frozen.get("statistics", []), keepers, "statistics")
+    return {first_names[id(every_name[name])] for name in parameters}, statistics
 
 
-@contextmanager
-def head_without_lock(tower: nn.Module) -> Iterator[nn.Module]:
-    """The tower's head as it is with nothing frozen, for a while: a lock is no part of the head's own form."""
-    head: nn.Module = tower.head  # type: ignore[assignment]
-    fixed = _fixed(tower)
-    shut = [
-        parameter
-        for name, parameter in tower.named_parameters()
-        if name.startswith("head.") and name not in fixed and not parameter.requires_grad
-    ]
-    held = [(module, module.training) for module in head.modules() if is_held(module)]
-    try:
-        for module, _ in held:
-            release(module, head.training)
-        for parameter in shut:
-            _set_grad(parameter, True)
-        yield head
-    finally:
-        for parameter in shut:
-            _set_grad(parameter, False)
-        for module, mode in held:
+def apply_frozen(tower: nn.Module, frozen: dict[str, Any] | None) -> None:
+    """Freeze what a config says was frozen, in a tower that was just built from it; None leaves it as it was built.
+
+    Raises:
+        ConfigError: not a frozen state, or it names what the tower does not have.
+    """
+    if frozen is None:
+        return
+    parameters, statistics = frozen_names(tower, frozen)
+    for name, parameter in tower.named_parameters():
+        if name in parameters:
+            parameter.requires_grad_(False)
+    hold_all(tower, statistics)
+
+
+def hold_all(tower: nn.Module, names: Collection[str]) -> None:
+    """Freeze the statistics of the modules of these names in the tower."""
+    for name, module in tower.named_modules():
+        if name in names:
             hold(module)
-            module.training = mode
+    tower._held_statistics = tuple(sorted(names))  # type: ignore[assignment]
 
 
-def frozen_context(trunk: nn.Module, *inputs: Any) -> AbstractContextManager[Any]:
-    """What to run a trunk in: `torch.no_grad()` if no gradient can flow through it, else nothing.
-
-    Args:
-        trunk: A module.
-        inputs: What it is called with.
-    """
-    if not torch.is_grad_enabled() or needs_graph(trunk, *inputs):
-        return nullcontext()
-    return torch.no_grad()
-
-
-def needs_graph(module: nn.Module, *inputs: Any) -> bool:
-    """Whether a gradient may flow through a call of the module, as it is now.
-
-    It may if a parameter, a buffer or an input requires grad; and somebody's forward hook or replaced `forward` may
-    bring in tensors from elsewhere (prompts), so these count as well.
-    """
-    for value in inputs:
-        if not isinstance(value, torch.Tensor) or value.requires_grad:
-            return True
-    # written for speed, it runs in every training step: 0.1 ms for 300 modules
-    waiting: list[nn.Module | None] = [module]
-    while waiting:
-        part = waiting.pop()
-        if part is None:
-            continue
-        if part._forward_hooks or "forward" in part.__dict__:
-            return True
-        if part._forward_pre_hooks:
-            for hook in part._forward_pre_hooks.values():
-                if hook is not hold_at_call:
-                    return True
-        if part._parameters:
-            for parameter in part._parameters.values():
-                if parameter is not None and parameter.requires_grad:
-                    return True
-        if part._buffers:
-            for buffer in part._buffers.values():
-                if buffer is not None and buffer.requires_grad:
-                    return True
-        if part._modules:
-            waiting.extend(part._modules.values())
-    return False
-
-
-def _fixed(tower: nn.Module) -> set[str]:
-    noted: frozenset[str] = getattr(tower, "_fixed_in_head", frozenset())
-    return {name for name, parameter in tower.named_parameters() if name in noted and not parameter.requires_grad}
-
-
-def _shut_by_timm(trunk: nn.Module) -> list[str]:
-    """Names of parameters that timm itself shuts, whatever else somebody has frozen in this trunk."""
-    if all(parameter.requires_grad for parameter in trunk.parameters()) or not hasattr(trunk, "reset_classifier"):
-        return []
-    # timm shuts them in `reset_classifier`, so ask a copy, of no memory, that is open
-    memo: dict[int, Any] = {id(each): nn.Parameter(each.to("meta"), each.requires_grad) for each in trunk.parameters()}
-    twin: Any = copy.deepcopy(trunk, memo | {id(each): each.to("meta") for each in trunk.buffers()})
-    for parameter in twin.parameters():
-        _set_grad(parameter, True)
-    twin.reset_classifier(twin.num_classes)
-    return [name for name, parameter in twin.named_parameters() if _can_train(parameter) != parameter.requires_grad]
-
-
-def _keepers(tower: nn.Module) -> list[str]:
-    return [name for name, module in tower.named_modules() if keeps_statistics(module)]
-
-
-def _can_train(parameter: nn.Parameter) -> bool:
-    return parameter.is_floating_point() or parameter.is_complex()
-
-
-def _set_grad(parameter: nn.Parameter, trains: bool) -> None:
-    if parameter.requires_grad != trains and _can_train(parameter):
-        parameter.requires_grad_(trains)
-
-
-def _stand_for(entries: Sequence[str], names: Iterable[str], key: str) -> set[str]:
+def _names_under(entries: Sequence[str], names: Iterable[str], key: str) -> set[str]:
     """The names that the entries stand for: each for itself and all under it."""
     under: dict[str, list[str]] = {}
     for name in names:
@@ -208,9 +127,9 @@ def _stand_for(entries: Sequence[str], names: Iterable[str], key: str) -> set[st
             at = name.rfind(".", 0, at)
     missing = [entry for entry in entries if entry not in under]
     if missing:
-        near = difflib.get_close_matches(missing[0], list(under), n=3)
+        near = difflib.get_close_matches(missing[0][:80], list(under)[:10_000], n=3)
         hint = f" (near: {', '.join(near)})" if near else ""
         raise ConfigError(
-            f"frozen[{key!r}]: the tower has no {', '.join(missing[:5])[:200]}{hint}; the config is of another tower"
+            f"frozen[{key!r}]: the tower has no {shown(missing[0])}{hint}; the config is of another tower"
         )
     return {name for entry in entries for name in under[entry]}

@@ -21,8 +21,7 @@ from ..files.open_folder import require_plain_name
 from ..heads.to_graph import construct, describe
 from ..heads.verify import verify_head
 from .config import TimmTowerConfig
-from .errors import ArgumentError, ConfigError, FormatError, HeadError
-from .graph_dry_run import check_runs
+from .errors import ArgumentError, ConfigError, FormatError, HeadError, shown
 from .skip_init import no_init
 
 HeadFactory = Callable[..., nn.Module]
@@ -336,9 +335,7 @@ def rebuild_head(spec: dict[str, Any]) -> nn.Module:
     """
     form = spec.get("form")
     if form == "graph":
-        rebuilt = construct(spec.get("graph"))
-        check_runs(spec.get("graph"))
-        return rebuilt
+        return construct(spec.get("graph"))
     if form == "registered":
         name, kwargs = spec.get("name"), spec.get("kwargs", {})
         if not isinstance(name, str) or not isinstance(kwargs, dict):
@@ -363,3 +360,28 @@ def _copy_weights(source: nn.Module, target: nn.Module) -> None:
         target.load_state_dict({key: value.detach().clone() for key, value in theirs.items()})
     except RuntimeError as error:
         raise HeadError(f"rebuilt with other weight shapes: {error}") from error
+
+
+def refuse_code(spec: dict[str, Any], *, repo: str, revision: str | None) -> HeadError:
+    """The error for a head of code that nobody said to trust."""
+    file = code_file({"head": spec}) or ""
+    at = f" at revision {shown(revision)[1:-1]}" if revision else ""
+    again = f'"{repo}"' + (f', revision="{revision}"' if revision else "")
+    return HeadError(
+        f"the head of {repo}{at} is the class {shown(spec.get('class'))}, stored as code in {file}. Code of a repository "
+        f"is not run unless you say so, and nothing was run. Read {file}{at} first; then either\n"
+        f"  - from_pretrained({again}, trust_remote_code=True) runs it, or\n"
+        f"  - from_pretrained({again}, custom_head=...) takes a head of your own, checked against the weights"
+    )
+
+
+def make_code_head(spec: dict[str, Any], place: str, **download: Any) -> nn.Module:
+    """STUB: a head that is stored as code, which runs here: to be called where it is trusted."""
+    from pathlib import Path
+
+    from transformers.utils.hub import cached_file
+
+    from ..heads.head_code import construct_code
+    file = code_file({"head": spec}) or ""
+    path = Path(cached_file(place, file, **download) or file)
+    return construct_code(spec, path.read_text(encoding="utf-8"), where=str(path))

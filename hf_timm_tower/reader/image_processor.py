@@ -31,7 +31,7 @@ from ..training.layer_groups import layer_groups as _layer_groups  # noqa: F401
 from .config import TimmTowerConfig
 from .errors import ArgumentError, ConfigError
 from .freezing import check_frozen as _check_frozen  # noqa: F401  # see below
-from .frozen_statistics import hold as _hold  # noqa: F401
+from .freezing import hold as _hold  # noqa: F401
 from .image_processing import transform_of
 from .model_args import check_names as _check_names  # noqa: F401
 from .processor_config import (

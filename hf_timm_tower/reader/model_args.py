@@ -7,13 +7,14 @@ so that what was built first is what is rebuilt later.
 """
 
 import math
+from collections.abc import Collection
 from functools import lru_cache, partial
 from typing import Any
 
 import timm.layers
 import torch.nn as nn
 
-from .errors import ConfigError
+from .errors import ConfigError, shown
 
 MAX_DEPTH = 8
 MAX_ITEMS = 4096
@@ -46,8 +47,10 @@ FORBIDDEN = {
     "drop_path": "use the tower's drop_path argument, or drop_path_rate here",
 }
 
-# Arguments that say how a trunk that already exists was made. Only `TimmModel.from_trunk` records them.
+# Arguments that a config records of a trunk, though nobody passes them: of one that existed before its tower
+# (`TimmModel.from_trunk`), and of any.
 FROM_TRUNK = ("num_classes", "global_pool")
+RECORDED = ("img_size",)
 
 
 @lru_cache(maxsize=1)
@@ -152,16 +155,23 @@ def _lookup(value: dict[str, Any], where: str) -> type[nn.Module]:
     return cls
 
 
-def check_names(model_args: dict[str, Any], *, from_trunk: bool) -> None:
-    """Refuse arguments that fetch, read files, or belong to another argument of the tower.
+def check_names(model_args: dict[str, Any], *, recorded: Collection[str] = ()) -> None:
+    """Refuse arguments that fetch, read files, or belong to another argument of the tower, and rates that are none.
+
+    Args:
+        model_args: Arguments of `timm.create_model`.
+        recorded: Names of `FROM_TRUNK` and `RECORDED` that may be there.
 
     Raises:
         ConfigError: names the argument and what to use instead.
     """
-    for name in model_args:
+    for name, value in model_args.items():
         if not isinstance(name, str) or not name.isidentifier():
-            raise ConfigError(f"model_args: {name!r} is not the name of an argument")
-        if model_args[name] is None:
+            raise ConfigError(f"model_args: {shown(name)} is not the name of an argument")
+        if value is None:
             raise ConfigError(f"model_args: {name}=None is dropped by timm, whose default then holds; leave it out")
-        if name in FORBIDDEN and not (from_trunk and name in FROM_TRUNK):
+        if name in FORBIDDEN and name not in recorded:
             raise ConfigError(f"model_args: {name!r} is not accepted here: {FORBIDDEN[name]}.")
+        if name.endswith("drop_rate") or name == "drop_path_rate":
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise ConfigError(f"model_args: {name}={shown(value)}: expected a rate, 0 <= {name} <= 1")

@@ -14,7 +14,7 @@ from .image_processing import check_preprocess, completed_preprocess
 PROCESSOR_TYPE = "TimmTowerImageProcessor"
 # Where transformers finds the class in a tower's folder, under trust_remote_code. A list: of a plain name transformers
 # makes a video processor's, and asks every pipeline's user to trust its code.
-PROCESSOR_AUTO_MAP = {"AutoImageProcessor": [f"core/image_processor.{PROCESSOR_TYPE}", None]}
+PROCESSOR_AUTO_MAP = {"AutoImageProcessor": [f"modeling_timm_tower.{PROCESSOR_TYPE}", None]}
 # Keys that transformers itself writes into a processor's file.
 PROCESSOR_FOREIGN_KEYS = frozenset({"image_processor_type", "auto_map", "processor_class", "feature_extractor_type"})
 

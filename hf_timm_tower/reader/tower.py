@@ -1,22 +1,25 @@
-"""Config -> tower, and the one forward that both faces use."""
+"""A completed config -> a tower, and the one forward that every class of a tower uses."""
 
 import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from .config import TimmTowerConfig
+from .config import ATTENTION_POOLS, TimmTowerConfig
 from .errors import ConfigError, HeadError
-from .head import builtin_head, output_of, width_of
-from .image_processing import check_preprocess, preprocess_from_timm
-from .pools import PoolRefused, class_and_patch_tokens, own_pool
-from .trunk import TrunkOutput, check_pool, float_dtype, native_size, offered_pools, trunk_output
+from .head import LIVE, SUBCLASS, builtin_head, rebuild_head
+from .trunk import class_and_patch_tokens, create_trunk
+
+CLASSIFIER = "classifier"
+"""Name of the classifier that an image classification model has on top of its tower, in modules and weight keys."""
 
 
 @dataclass(frozen=True)
-class Arrangement:
+class HeadInput:
     """How the trunk's features become the head's input.
 
     Attributes:
@@ -29,6 +32,17 @@ class Arrangement:
     to_nchw: bool = False
     per_position: bool = False
 
+    @classmethod
+    def of(cls, config: TimmTowerConfig, trunk: nn.Module) -> "HeadInput":
+        """What a completed config asks for."""
+        if config.pool == "token_avg":
+            return cls(prefix=class_and_patch_tokens(trunk))
+        wants_map = config.head is not None or config.pool in ATTENTION_POOLS
+        return cls(
+            to_nchw=wants_map and config.layout == "NHWC",
+            per_position=not wants_map and config.layout == "NCHW" and config.proj in ("linear", "mlp"),
+        )
+
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
         """Features as the trunk gives them -> the head's input."""
         if self.prefix is not None:
@@ -39,121 +53,119 @@ class Arrangement:
         return features
 
 
-def arrange(config: TimmTowerConfig, trunk: nn.Module) -> Arrangement:
-    """The arrangement that a completed config needs."""
-    if config.pool == "token_avg":
-        return Arrangement(prefix=class_and_patch_tokens(trunk))
-    wants_map = config.head is not None or config.pool in ("abs_attn", "rot_attn")
-    return Arrangement(
-        to_nchw=wants_map and config.layout == "NHWC",
-        per_position=not wants_map and config.layout == "NCHW" and config.proj in ("linear", "mlp"),
-    )
-
-
-def run_head(head: nn.Module, arrangement: Arrangement, features: torch.Tensor) -> Any:
+def run_head(head: nn.Module, head_input: HeadInput, features: torch.Tensor) -> Any:
     """Pooled or unpooled features of the trunk -> the embedding (whatever the head returns)."""
-    inputs = arrangement(features)
-    if arrangement.per_position:
+    inputs = head_input(features)
+    if head_input.per_position:
         return head(inputs.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     return head(inputs)
 
 
-def complete(config: TimmTowerConfig, trunk: nn.Module) -> tuple[TimmTowerConfig, TrunkOutput]:
-    """The config, completed by what the trunk is (pool, width, layout, input size, preprocessing), and its output.
-
-    Raises:
-        ConfigError: pool, image size and trunk do not go together; a stored config does not describe this trunk.
-    """
-    done = copy.deepcopy(config)
-    done.image_size = native_size(config)
-    output = trunk_output(trunk, done.in_chans, done.image_size)
-    try:
-        check_pool(trunk, done, output)
-    except PoolRefused as error:
-        raise with_offers(error, config) from error
-    if done.pool == "default" and hasattr(trunk, "reset_classifier"):
-        name = own_pool(trunk)
-        done.pool = {None: "default", "": "none"}.get(name, name)
-    if done.proj is None and done.head is None and done.pool not in ("abs_attn", "rot_attn"):
-        if done.embed_dim is None:
-            raise ConfigError(
-                "embed_dim=None: proj=None makes the trunk's own classifier the projection, of that width"
-            )
-        if output.width != done.embed_dim:
-            raise ConfigError(
-                f"proj=None: the trunk {done.architecture} has no classifier to project with; it gives width "
-                f"{output.width}, not embed_dim={done.embed_dim}. Use proj='linear', 'mlp' or 'none'."
-            )
-    done.layout = output.layout
-    done.num_features = 2 * output.width if done.pool == "token_avg" else output.width
-    done.feat_size = list(output.size) if output.layout in ("NCHW", "NHWC") else None
-    if done.preprocess is None:
-        done.preprocess = preprocess_from_timm(trunk.pretrained_cfg, done.in_chans)  # type: ignore[arg-type]
-    check_preprocess(done.preprocess, done.in_chans)
-    return done, output
-
-
-def with_offers(error: PoolRefused, config: TimmTowerConfig) -> ConfigError:
-    """A refused pool -> an error that lists the pools which the trunk offers."""
-    return ConfigError(f"{error} It offers: {', '.join(offered_pools(config)) or 'none'}.")
-
-
-def head_example(config: TimmTowerConfig, trunk: nn.Module) -> torch.Tensor:
-    """An input for the head of a completed config, of the sizes and dtype that the trunk gives: `[2, ...]`."""
-    output = trunk_output(trunk, config.in_chans, native_size(config))
-    return head_input(config, trunk, output)
-
-
-def head_input(config: TimmTowerConfig, trunk: nn.Module, output: TrunkOutput) -> torch.Tensor:
-    """The same from an output that is known already."""
-    shape = {
-        "NC": (2, output.width),
-        "NLC": (2, *output.size, output.width),
-        "NCHW": (2, output.width, *output.size),
-        "NHWC": (2, *output.size, output.width),
-    }[output.layout]
-    generator = torch.Generator().manual_seed(0)
-    return arrange(config, trunk)(torch.randn(shape, generator=generator).to(float_dtype(trunk)))
-
-
-def check_embedding(config: TimmTowerConfig, head: nn.Module, example: torch.Tensor) -> int | None:
-    """Width of what the head really gives; what the user said must agree.
+class Tower(nn.Module):
+    """Trunk and head, and nothing else: what a folder holds and what a save compares.
 
     Args:
         config: A completed config.
-        head: Built-in or custom.
-        example: From `head_example`.
+        trunk: The trunk.
+        head: The head.
+        classifier: A layer on top of the embedding, stored beside it; `forward` leaves it out.
+    """
 
-    Returns:
-        The embedding's width, None where the head gives a tuple, a dict or another rank.
+    def __init__(
+        self, config: TimmTowerConfig, trunk: nn.Module, head: nn.Module, classifier: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.trunk = trunk
+        self.head = head
+        if classifier is not None:
+            self.add_module(CLASSIFIER, classifier)
+        self.head_input = HeadInput.of(config, trunk)
+
+    def forward(self, images: torch.Tensor) -> Any:
+        """Images `[B, in_chans, H, W]` -> the embedding `[B, embed_dim]`, or whatever a custom head returns."""
+        return run_head(self.head, self.head_input, self.trunk(images))
+
+
+def build_tower(
+    config: TimmTowerConfig, *, with_classifier: bool = False, make_head: Callable[[], nn.Module] | None = None
+) -> Tower:
+    """A tower with fresh weights, in train mode, from a completed config alone.
+
+    Args:
+        config: Completed; it is not changed.
+        with_classifier: Add the classifier of `config.num_labels` classes.
+        make_head: Makes a head that is stored as code, and trusted; None refuses such heads.
 
     Raises:
-        HeadError: the head fails on what the pool leaves, or gives another width than `embed_dim`.
+        ConfigError: the config is not completed, needs a subclass of TimmModel, or describes no tower.
+        HeadError: the head cannot be rebuilt in this process.
     """
-    where = f"what pool={config.pool!r} of {config.architecture} leaves ({config.layout})"
-    width = width_of(output_of(head, example, where))
-    if width is None:
-        return config.embed_dim
-    if config.embed_dim is not None and width != config.embed_dim:
-        raise HeadError(
-            f"embed_dim={config.embed_dim}, but the head {type(head).__name__} gives width {width}. "
-            f"Pass embed_dim={width}, or embed_dim=None to take what the head gives."
-        )
-    return width
+    check_buildable(config)
+    if config.num_features is None:
+        raise ConfigError("num_features=None: the config is not completed; hf_timm_tower.TimmModel completes it")
+    config = copy.deepcopy(config)
+    trunk = create_trunk(config)
+    if config.head is None:
+        head: nn.Module = builtin_head(config)
+    else:
+        head = rebuild_head(config.head) if make_head is None else make_head()
+    return Tower(config, trunk, head, make_classifier(config) if with_classifier else None)
 
 
-def make_builtin(config: TimmTowerConfig) -> tuple[nn.Sequential, int | None]:
-    """The built-in head of a completed config, and the embedding's width (no run needed: it follows).
+def check_buildable(config: TimmTowerConfig) -> None:
+    """Refuse a config that no code but that of its own class can build.
 
     Raises:
-        ConfigError: `proj="none"` with an `embed_dim` that is not the trunk's width.
+        ConfigError, HeadError: says what is needed.
     """
-    head = builtin_head(config)
-    if len(head):
-        return head, config.embed_dim
-    if config.embed_dim is not None and config.embed_dim != config.num_features:
+    if config.tower_class is not None:
         raise ConfigError(
-            f"embed_dim={config.embed_dim}: with proj={config.proj!r} the embedding is what the trunk gives, of width "
-            f"{config.num_features}. Pass embed_dim={config.num_features} or None, or use proj='linear'."
+            f"this tower was saved by {config.tower_class}, a subclass of TimmModel that changes how it is built or "
+            f"run; transformers' classes cannot build it. Load it with {config.tower_class}.from_pretrained(...)."
         )
-    return head, config.num_features
+    if config.head is not None and config.head.get("form") in (LIVE, SUBCLASS):
+        raise HeadError("the config says that there is a custom head, but not which: save the tower with its head")
+
+
+def make_classifier(config: TimmTowerConfig) -> nn.Linear:
+    """A fresh classifier `[B, embed_dim]` -> `[B, num_labels]`.
+
+    Raises:
+        ConfigError: the embedding has no width, or there are no labels.
+    """
+    if config.embed_dim is None:
+        raise ConfigError(
+            "a classifier needs an embedding of a known width; this tower's head gives a tuple, a dict or another rank"
+        )
+    if not config.num_labels:
+        raise ConfigError("num_labels=0: a classifier needs at least one label; pass num_labels=... or id2label={...}")
+    layer = nn.Linear(config.embed_dim, config.num_labels)
+    init_classifier(layer)
+    return layer
+
+
+def init_classifier(layer: nn.Linear) -> None:
+    """Fresh weights as transformers gives its own classifiers: normal of deviation 0.02, bias 0."""
+    nn.init.normal_(layer.weight, std=0.02)
+    nn.init.zeros_(layer.bias)
+
+
+def has_classifier(weights: Mapping[str, torch.Tensor]) -> bool:
+    """Whether among these weights there are those of a classifier."""
+    return any(key.startswith(f"{CLASSIFIER}.") for key in weights)
+
+
+@contextmanager
+def plain_defaults() -> Iterator[None]:
+    """float32 on the CPU for what is made inside, whatever the process has set as its default dtype and device.
+
+    What a constructor computes (relative positions, rotary tables) is then the same everywhere.
+    """
+    wanted = torch.get_default_dtype()
+    with torch.device("cpu"):
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(wanted)

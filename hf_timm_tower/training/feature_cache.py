@@ -25,8 +25,8 @@ from ..files.disk import locked_folder
 from ..files.fingerprint import TOLERANCES, fixed_seed, weight_digests
 from ..heads.batch_formula import same_bytes
 from ..reader.errors import ArgumentError, ConfigError, FolderError
-from ..reader.frozen_statistics import is_held, keeps_statistics
-from ..reader.tower import Arrangement, run_head
+from ..reader.freezing import is_held, keeps_statistics
+from ..reader.tower import HeadInput, run_head
 from ..reader.trunk import eval_mode, float_dtype
 from .feature_rows import ImageRows, Sample, take_sample
 from .feature_store import Column, Plan, prepare_folder, read_plan, read_table, rows_written, write_rows
@@ -139,7 +139,7 @@ def forward_from_cache(tower: "TimmModel", features: torch.Tensor) -> Any:
 
     The trunk is not looked at: it must be as it was when the features were made.
     """
-    return run_head(tower.head, Arrangement(per_position=tower._arrangement.per_position), features)
+    return run_head(tower.head, HeadInput(per_position=tower._head_input.per_position), features)
 
 
 def cache_features(
@@ -241,7 +241,7 @@ def _features_of(tower: "TimmModel", images: torch.Tensor) -> torch.Tensor:
     """Images on the CPU -> the head's input, on the trunk's device."""
     device = next(tower.trunk.parameters()).device
     with torch.no_grad():
-        return tower._arrangement(tower.trunk(images.to(device, float_dtype(tower.trunk))))
+        return tower._head_input(tower.trunk(images.to(device, float_dtype(tower.trunk))))
 
 
 def _check_trunk_frozen(tower: "TimmModel") -> None:
@@ -310,7 +310,7 @@ def _made_of(tower: "TimmModel", rows: ImageRows, sample: Sample, dtype: torch.d
         "model_args": config.model_args,
         "pool": config.pool,
         "image_size": config.image_size,
-        "arrangement": [tower._arrangement.prefix, tower._arrangement.to_nchw],
+        "arrangement": [tower._head_input.prefix, tower._head_input.to_nchw],
         **rows.identity(config),
         **{f"sampled {name}": digest for name, digest in sample.digests.items()},
         "features dtype": str(dtype),

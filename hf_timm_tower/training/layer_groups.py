@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch.nn as nn
 from timm.models import group_parameters
 
-from ..reader.frozen_statistics import keeps_statistics
+from ..reader.freezing import keeps_statistics
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Containers are opened to this depth: stages, a stage, its blocks.

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import torch.nn as nn
 
 from ..reader.errors import ArgumentError
-from ..reader.freezing import freeze
+from .freezing import freeze
 from .layer_groups import LayerGroup, layer_groups
 
 Patterns = str | Sequence[str]

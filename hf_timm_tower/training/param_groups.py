@@ -1,14 +1,16 @@
 """Fine-tuning: parameter groups for an optimizer, and the table of what trains."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch.nn as nn
+from timm.models._manipulate import group_with_matcher
+from timm.optim._param_groups import auto_group_layers
 
 from ..reader.errors import ArgumentError
-from ..reader.frozen_statistics import is_held
+from ..reader.freezing import is_held
 from .layer_groups import layer_groups
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -77,6 +79,41 @@ def param_groups(
     if not made:
         raise ArgumentError("everything is frozen, so there is nothing to optimize; unlock() opens the tower")
     return list(made.values())
+
+
+def group_matcher(tower: nn.Module, coarse: bool = False) -> Callable[[str], int | float]:
+    """timm's layer groups for `timm.optim`, `timm.models.group_parameters` and whoever else asks a model for them.
+
+    The trunk's groups are those of the bare trunk in timm, with the rates that timm gives them there: all that comes
+    after the trunk (head, classifier) is the last one, as timm's classifier is.
+
+    Args:
+        tower: A module with a `trunk`.
+        coarse: Stages instead of blocks, where timm tells them apart.
+
+    Returns:
+        Name of a parameter or of a module -> number of its group.
+    """
+    trunk: Any = tower.trunk
+    after: int | float = math.inf
+    if hasattr(trunk, "group_matcher"):
+        names = [name for name, _ in trunk.named_parameters()]
+        names += [
+            name for name, part in trunk.named_modules() if next(part.parameters(recurse=False), None) is not None
+        ]
+        classifier = getattr(trunk, "pretrained_cfg", {}).get("classifier") or "classifier"
+        classifier = f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"
+        # numbers by timm's own hand; it closes the gaps between those that it then groups
+        of = group_with_matcher(
+            ((name, None) for name in dict.fromkeys([*names, classifier])),
+            trunk.group_matcher(coarse=coarse),
+            reverse=True,
+        )
+        after = of[classifier]
+    else:
+        of = auto_group_layers(trunk)
+    known = {f"trunk.{name}": number for name, number in of.items()}
+    return lambda name: known.get(name, after)
 
 
 def no_weight_decay(tower: nn.Module) -> set[str]:

@@ -20,7 +20,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from ..reader.errors import ArgumentError
-from ..reader.freezing import describe_frozen
+from .freezing import describe_frozen
 from .layer_groups import layer_groups
 from .lock import unlock
 

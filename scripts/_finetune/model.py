@@ -8,7 +8,7 @@ import timm
 from transformers import AutoConfig
 
 from hf_timm_tower import ArgumentError, TimmModel, TimmTowerForImageClassification
-from hf_timm_tower.reader.freezing import describe_frozen
+from hf_timm_tower.training.freezing import describe_frozen
 from hf_timm_tower.training.lock import lock, unlock
 
 from .arguments import ModelArguments

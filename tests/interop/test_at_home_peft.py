@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from hf_timm_tower import ArgumentError, TimmModel, WeightsError
 from hf_timm_tower.interop.peft import add_lora, load_lora, lora_config, merge_lora
-from hf_timm_tower.reader.modeling import TimmTowerForImageClassification, TimmTowerModel
+from hf_timm_tower.modeling import TimmTowerForImageClassification, TimmTowerModel
 
-from ..promises.test_comes_back import randomise
+from ..class_towers import randomise
 
 FACES = [TimmModel, TimmTowerModel]
 NAMES = {"test_vit": ["qkv", "fc1"], "test_convnext": ["fc1", "fc2"]}

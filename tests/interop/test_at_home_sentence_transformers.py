@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize
 
 from hf_timm_tower import TimmModel
-from hf_timm_tower.reader.modeling import TimmTowerForImageClassification
+from hf_timm_tower.modeling import TimmTowerForImageClassification
 
 from ..local_hub import LocalHub
 

@@ -9,15 +9,12 @@ from typing import Any
 import onnx
 import onnxruntime
 import pytest
-import timm
 import torch
 from torch import nn
 
 from hf_timm_tower import ConfigError, ExportError, FolderError, TimmModel
 from hf_timm_tower.interop.onnx import export_onnx
 from hf_timm_tower.interop.torch_export import export_torch
-
-from ..timm_classes import smallest_of_each_class
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "export.py"
 
@@ -173,42 +170,3 @@ def test_the_scripts_help_does_not_pay_for_torch(fresh_process: Callable[..., st
         assert "torch" not in sys.modules
     """
     assert "--format" in fresh_process(code)
-
-
-# What CI runs: the classes whose two exports cost least, by measurement (together 9 minutes on one core). The rest is
-# for `-m wide`.
-CHEAPEST = (
-    "resnet.ResNet efficientnet.EfficientNet byobnet.ByobNet starnet.StarNet mambaout.MambaOut maxxvit.MaxxVit "
-    "vovnet.VovNet vision_transformer.VisionTransformer fasternet.FasterNet nfnet.NormFreeNet cspnet.CspNet "
-    "senet.SENet resnetv2.ResNetV2 regnet.RegNet convnext.ConvNeXt cspnext.CspNext "
-    "vision_transformer_relpos.VisionTransformerRelPos lcnetv2.LCNetV2 dla.DLA mobilenetv3.MobileNetV3 "
-    "inception_next.MetaNeXt efficientformer.EfficientFormer cpubone.CPUBone hgnet.HighPerfGpuNet selecsls.SelecSls "
-    "swiftformer.SwiftFormer efficientvim.EfficientViM edgenext.EdgeNeXt metaformer.MetaFormer iformer.IFormer "
-    "deit.VisionTransformerDistilled lowformer.LowFormer visformer.Visformer pit.PoolingVisionTransformer "
-    "repghost.RepGhostNet efficientvit_mit.EfficientVit ghostnet.GhostNet xception_aligned.XceptionAligned "
-    "fastvit.FastVit pvt_v2.PyramidVisionTransformerV2 tresnet.TResNet nest.Nest mlp_mixer.MlpMixer dpn.DPN "
-    "efficientformer_v2.EfficientFormerV2 crossvit.CrossVit "
-).split()
-
-
-def test_forty_classes_and_more_are_exported_where_ci_runs_the_slow_tests() -> None:
-    assert len(set(CHEAPEST) & smallest_of_each_class().keys()) >= 44
-
-
-@pytest.mark.parametrize("how", FORMATS)
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, id=key, marks=pytest.mark.slow if key in CHEAPEST else pytest.mark.wide)
-        for key, name in smallest_of_each_class().items()
-    ],
-)
-def test_a_model_class_is_exported(how: str, name: str, tmp_path: Path) -> None:
-    with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in timm.create_model(name).parameters())
-    if size > 60_000_000:
-        pytest.skip("too large for one thread")
-    export, file, _ = FORMATS[how]
-    tower = TimmModel(name, pool="default", proj="none")
-    export(tower, tmp_path / file, check=False)
-    compare(tower, how, tmp_path / file)

@@ -1,12 +1,17 @@
 """`load_trunk`: a checkpoint in somebody's own key layout, all of it accounted for or nothing loaded."""
 
+import argparse
+import ast
+import re
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import pytest
 import timm
+import timm.utils
 import torch
 from safetensors.torch import save_file
 
@@ -25,7 +30,7 @@ def trunk_weights(name: str = "test_vit", seed: int = 2, **kwargs: Any) -> dict[
     """Weights of a plain timm model without a classifier, as somebody else trained them."""
     torch.manual_seed(seed)
     state = timm.create_model(name, num_classes=0, **kwargs).state_dict()
-    return {key: torch.randn_like(value) for key, value in state.items()}
+    return {key: torch.randn_like(value) if value.is_floating_point() else value for key, value in state.items()}
 
 
 def under(prefix: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -148,6 +153,39 @@ def test_missing_weights_are_an_error_unless_kept() -> None:
     assert torch.equal(ours.trunk.cls_token, weights["cls_token"])
 
 
+def old_torch(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A checkpoint from before BatchNorm counted its batches."""
+    return {key: value for key, value in weights.items() if not key.endswith("num_batches_tracked")}
+
+
+def half_a_norm(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in weights.items() if key != "layer3.0.bn1.bias"}
+
+
+@pytest.mark.parametrize("lacks", [old_torch, half_a_norm])
+def test_what_the_error_offers_to_keep_fits_that_and_nothing_else(lacks: Callable[..., Any]) -> None:
+    weights = trunk_weights("test_resnet")
+    torch.manual_seed(1)
+    ours = TimmModel("test_resnet", 16)
+    with pytest.raises(WeightsError) as error:
+        load_trunk(ours, lacks(weights))
+    keep = ast.literal_eval(re.search(r"keep=(\[[^\]]*\])", str(error.value))[1])
+    load_trunk(ours, lacks(weights), keep=keep)
+    for gone in ("layer3.", "layer1.0.conv1", "layer3.0.bn1.weight", "conv1.0.weight"):
+        less = {key: value for key, value in lacks(weights).items() if not key.startswith(gone)}
+        with pytest.raises(WeightsError, match="not in the checkpoint"):
+            load_trunk(ours, less, keep=keep)
+
+
+def test_layers_that_are_missing_are_not_offered_to_be_kept_random() -> None:
+    weights = {key: value for key, value in trunk_weights("test_resnet").items() if not key.startswith("layer3.")}
+    ours = TimmModel("test_resnet", 16)
+    with pytest.raises(WeightsError, match=r"layer3.0.conv1.*stay random.*remap") as error:
+        load_trunk(ours, weights)
+    assert "keep=" not in str(error.value)
+    load_trunk(ours, weights, keep=["layer3.*"])  # by name it is the caller's word
+
+
 def test_remap_renames_keys_and_beginnings_of_keys() -> None:
     weights = trunk_weights()
     theirs = {
@@ -173,6 +211,37 @@ def test_positions_for_another_size_are_resampled_only_when_asked() -> None:
     expected.load_state_dict(weights)
     expected.set_input_size(160)  # timm's own resampling
     assert torch.equal(ours.trunk.pos_embed, expected.pos_embed)
+
+
+def test_a_grid_that_is_not_square_is_resampled_as_what_it_is_or_asked_for() -> None:
+    for size in ((96, 160), (64, 256)):  # 6 x 10 = 60 places, and 4 x 16 = 64, which is a square too
+        grid = (size[0] // 16, size[1] // 16)
+        weights = trunk_weights(img_size=size)
+        expected = timm.create_model("test_vit", num_classes=0, img_size=size)
+        expected.load_state_dict(weights)
+        expected.set_input_size(160)  # timm knows the grid that it has
+        ours = tower()
+        load_trunk(ours, weights, resample=grid)
+        assert torch.equal(ours.trunk.pos_embed, expected.pos_embed)
+        with pytest.raises(ArgumentError, match="120 places, pos_embed of the checkpoint has 6"):
+            load_trunk(ours, weights, resample=(10, 12))
+        # into a tower of that size: the same number of places, but are they the same places?
+        wide = tower(image_size=size)
+        load_trunk(wide, weights)
+        assert torch.equal(wide.trunk.pos_embed, weights["pos_embed"])
+        load_trunk(wide, weights, resample=grid)
+        assert torch.equal(wide.trunk.pos_embed, weights["pos_embed"])
+    with pytest.raises(WeightsError, match=r"60 places.*the trunk's is 10 x 10.*resample=\(rows, columns\)"):
+        load_trunk(tower(), trunk_weights(img_size=(96, 160)), resample=True)
+    square = trunk_weights(img_size=128)  # 8 x 8: as many places as 4 x 16
+    with pytest.raises(WeightsError, match=r"64 places.*the trunk's is 4 x 16"):
+        load_trunk(tower(image_size=(64, 256)), square, resample=True)
+    ours = tower(image_size=(64, 256))
+    load_trunk(ours, square, resample=(8, 8))
+    assert not torch.equal(ours.trunk.pos_embed, square["pos_embed"])
+    for wrong in ((8, 0), (8,), "64", (8.0, 8.0)):
+        with pytest.raises(ArgumentError, match="rows and columns"):
+            load_trunk(ours, square, resample=wrong)
 
 
 def test_a_wrong_shape_is_never_resampled_away() -> None:
@@ -232,6 +301,86 @@ def test_pickles_are_refused_unless_asked_for_and_never_run_code(tmp_path: Path)
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:-8])
     with pytest.raises(FormatError, match="cut off"):
         load_trunk(tower(), tmp_path / "cut.safetensors")
+
+
+NAMESPACE = argparse.Namespace(model="test_vit", lr=0.1, betas=(0.9, 0.95), output_dir=Path("runs"))
+
+
+def by_timm(trained: torch.nn.Module, average: torch.nn.Module, folder: Path) -> Path:
+    ema = timm.utils.ModelEmaV3(trained)
+    ema.module.load_state_dict(average.state_dict())
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.1, momentum=0.9)
+    trained(IMAGE).sum().backward()
+    optimizer.step()
+    saver = timm.utils.CheckpointSaver(
+        trained, optimizer, args=NAMESPACE, model_ema=ema, checkpoint_dir=str(folder), recovery_dir=str(folder)
+    )
+    saver.save_checkpoint(epoch=0, metric=1.0)
+    return folder / "last.pth.tar"
+
+
+def by_deit(trained: torch.nn.Module, average: torch.nn.Module, folder: Path) -> Path:
+    """As DeiT's main.py writes it; MAE's leaves the average out."""
+    optimizer = torch.optim.AdamW(trained.parameters())
+    trained(IMAGE).sum().backward()
+    optimizer.step()
+    checkpoint = {
+        "model": trained.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2).state_dict(),
+        "epoch": 3,
+        "model_ema": average.state_dict(),
+        "scaler": torch.amp.GradScaler("cpu").state_dict(),
+        "args": NAMESPACE,
+    }
+    torch.save(checkpoint, folder / "checkpoint.pth", _use_new_zipfile_serialization=False)
+    return folder / "checkpoint.pth"
+
+
+@pytest.mark.parametrize("write", [by_timm, by_deit])
+def test_training_checkpoints_give_the_weights_that_are_named(write: Callable[..., Path], tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    trained, average = (timm.create_model("test_vit", num_classes=3) for _ in range(2))
+    path = write(trained, average, tmp_path)
+    for name, model in (("model", trained), ("ema", average)):
+        ours = tower()
+        report = load_trunk(ours, path, weights=name, ignore=["head.*"], allow_pickle=True)
+        assert_holds(ours, {key: value for key, value in model.state_dict().items() if not key.startswith("head.")})
+        assert report.left_over == ("head.weight", "head.bias")
+        assert not report.prefix
+    with pytest.raises(WeightsError, match="weights='model' or weights='ema'"):
+        load_trunk(tower(), path, ignore=["*"], allow_pickle=True)
+    with pytest.raises(WeightsError, match=r"weights='teacher': no entry is called so; .*optimizer"):
+        load_trunk(tower(), path, weights="teacher", allow_pickle=True)
+    # by its own name, and from memory
+    ours = tower()
+    state = {"teacher": trained.state_dict(), "student": average.state_dict(), "args": NAMESPACE}
+    load_trunk(ours, state, weights="teacher", ignore=["head.*"])
+    assert torch.equal(ours.trunk.cls_token, trained.cls_token)
+
+
+def test_a_namespace_lets_nothing_else_in(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return eval, (f"__import__('pathlib').Path({str(tmp_path / 'ran')!r}).touch()",)
+
+    torch.save({"model": trunk_weights(), "args": argparse.Namespace(a=Evil())}, tmp_path / "e.pth")
+    with pytest.raises(FormatError, match=r"holds more than tensors \('eval'\)"):
+        load_trunk(tower(), tmp_path / "e.pth", weights="model", allow_pickle=True)
+    assert not (tmp_path / "ran").exists()
+    torch.save({"model": trunk_weights(), "best": Fraction(1, 2)}, tmp_path / "f.pth")
+    with pytest.raises(FormatError, match=r"holds more than tensors \('fractions.Fraction'\)"):
+        load_trunk(tower(), tmp_path / "f.pth", weights="model", allow_pickle=True)
+
+
+def test_keys_of_a_checkpoint_are_shown_printable_and_short() -> None:
+    state = {**trunk_weights(), "\x1b[2J\nrm -rf": torch.ones(1), "x" * 10_000: torch.ones(1)}
+    with pytest.raises(WeightsError) as error:
+        load_trunk(tower(), state)
+    text = str(error.value)
+    assert "\x1b" not in text
+    assert "\nrm" not in text
+    assert len(text) < 1500
 
 
 def test_half_precision_is_cast_to_the_trunk_s_and_reported() -> None:

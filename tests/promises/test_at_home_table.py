@@ -21,8 +21,8 @@ from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizerFast, VisionTextDualEncoderModel
 
 from hf_timm_tower import ConfigError, TimmModel, make_self_contained
+from hf_timm_tower.modeling import TimmTowerForImageClassification, TimmTowerModel
 from hf_timm_tower.reader.image_processor import TimmTowerImageProcessor
-from hf_timm_tower.reader.modeling import TimmTowerForImageClassification, TimmTowerModel
 
 from ..home_processes import Environment, make_environment
 from ..hub_worker import HubWorker

@@ -1,6 +1,7 @@
-"""In transformers a tower is one of its own: every timm class by `AutoModel`, the order of imports, and the errors.
+"""In transformers a tower is one of its own: the order of imports, and the errors.
 
-The table of Auto classes and pipelines, by folder and by repository, is in test_at_home_table.
+The table of Auto classes and pipelines, by folder and by repository, is in test_at_home_table; every timm class by
+`AutoModel` in test_every_class.
 """
 
 from pathlib import Path
@@ -12,8 +13,6 @@ from transformers import AutoModel
 from hf_timm_tower import TimmModel
 
 from ..home_processes import make_environment
-from ..timm_classes import smallest_of_each_class
-from .test_comes_back import QUICK, pools_of, randomise, size_to_test
 
 
 @pytest.fixture(scope="module")
@@ -60,30 +59,6 @@ def test_the_package_may_be_imported_last(tower: Path, tmp_path: Path) -> None:
     assert printed.split() == ["TimmTowerConfig", "TimmTowerImageProcessor", "TimmTowerModel"]
 
 
-def check_auto_model(architecture: str, folder: Path) -> None:
-    """Both faces give the same bits, with and without the features of inner layers."""
-    pool, proj = pools_of(architecture)[0]
-    width = 16 if proj == "linear" else None
-    tower = TimmModel(architecture, width, pool=pool, proj=proj, image_size=size_to_test(architecture))
-    randomise(tower)
-    tower.save_pretrained(folder)
-    image = torch.randn(1, tower.config.in_chans, *tower.config.image_size)
-    del tower
-    with torch.no_grad():
-        expected = TimmModel.from_pretrained(folder)(image)
-        model = AutoModel.from_pretrained(folder)
-        found = [model(image).pooler_output]
-        if hasattr(model.trunk, "forward_intermediates"):
-            found.append(model(image, output_hidden_states=True).pooler_output)
-    assert torch.isfinite(expected).all()
-    assert all(torch.equal(embedding, expected) for embedding in found)
-
-
-@pytest.mark.parametrize("architecture", QUICK)
-def test_auto_model_equals_timm_model(architecture: str, tmp_path: Path) -> None:
-    check_auto_model(architecture, tmp_path)
-
-
 def test_a_trunk_without_a_head_of_its_own_runs_once(tmp_path: Path) -> None:
     # timm's `forward_head` of this class raises; a tower as wide as timm has it has 300 million parameters
     narrow = {"channel_multiplier": 0.1}
@@ -96,9 +71,3 @@ def test_a_trunk_without_a_head_of_its_own_runs_once(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(model(image).pooler_output, tower.eval()(image))
     assert len(calls) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", list(smallest_of_each_class()))
-def test_auto_model_equals_timm_model_for_every_timm_class(name: str, tmp_path: Path) -> None:
-    check_auto_model(smallest_of_each_class()[name], tmp_path)

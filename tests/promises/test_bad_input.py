@@ -134,7 +134,7 @@ def test_impossible_pool_lists_the_pools_that_there_are(name: str, pool: str) ->
         TimmModel(name, embed_dim=8, pool=pool)
     if pool.isprintable():
         assert name in str(caught.value)
-        offers = str(caught.value).partition("It offers: ")[2].rstrip(".").split(", ")
+        offers = str(caught.value).partition("Supported pools: ")[2].rstrip(".").split(", ")
         assert "avg" in offers
         assert pool not in offers
 

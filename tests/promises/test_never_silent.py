@@ -28,7 +28,7 @@ from hf_timm_tower import (
     register_head,
 )
 from hf_timm_tower.reader.config import ATTENTION_POOLS
-from hf_timm_tower.reader.trunk import offered_pools
+from hf_timm_tower.trunk_facts import offered_pools
 
 
 class Head(nn.Module):
@@ -547,10 +547,10 @@ def test_every_offered_pool_is_another_vector(name: str, image: torch.Tensor) ->
 
 
 def test_pool_that_the_trunk_takes_and_ignores_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"pool='map'.*It offers: .*avg"):
+    with pytest.raises(ConfigError, match=r"pool='map'.*Supported pools: .*avg"):
         TimmModel("test_resnet", embed_dim=8, pool="map")
     # reset_classifier of timm's levit takes the name and keeps its average
-    with pytest.raises(ConfigError, match="It offers"):
+    with pytest.raises(ConfigError, match="Supported pools"):
         TimmModel("levit_128s", embed_dim=8, pool="max")
 
 

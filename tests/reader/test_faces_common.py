@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from hf_timm_tower import ConfigError, TimmModel, TimmTowerConfig
-from hf_timm_tower.reader.modeling import TimmTowerForImageClassification, TimmTowerModel
+from hf_timm_tower.modeling import TimmTowerForImageClassification, TimmTowerModel
 
 FACES = [TimmTowerModel, TimmTowerForImageClassification]
 Classifier = TimmTowerForImageClassification

@@ -77,7 +77,7 @@ def test_the_list_holds_modules_of_torch_and_timm_only() -> None:
 @pytest.mark.parametrize("name", sorted(FORBIDDEN))
 def test_a_forbidden_name_says_what_to_use_instead(name: str) -> None:
     with pytest.raises(ConfigError, match=f"'{name}' is not accepted here: "):
-        check_names({name: 1}, from_trunk=False)
+        check_names({name: 1})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -11,7 +11,7 @@ import torch.nn as nn
 from transformers import AutoModelForImageClassification
 
 from hf_timm_tower import ConfigError, HeadError, TimmModel, WeightsError
-from hf_timm_tower.reader.modeling import TimmTowerForImageClassification, TimmTowerModel
+from hf_timm_tower.modeling import TimmTowerForImageClassification, TimmTowerModel
 
 LABELS = {0: "cat", 1: "dog", 2: "owl"}
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn as nn
 
 from hf_timm_tower import ArgumentError, ConfigError, TimmTowerConfig
-from hf_timm_tower.reader.trunk import create_trunk, describe_trunk, eval_mode, offered_pools, trunk_output
+from hf_timm_tower.reader.trunk import create_trunk, eval_mode
+from hf_timm_tower.trunk_facts import offered_pools, trunk_arguments, trunk_output
 
 
 def config(name: str, **arguments: Any) -> TimmTowerConfig:
@@ -74,14 +75,14 @@ def test_every_offered_pool_builds_and_no_other(name: str) -> None:
 )
 def test_a_model_is_described_so_that_it_is_made_again(name: str, kwargs: dict[str, Any]) -> None:
     model = timm.create_model(name, **kwargs)
-    described = describe_trunk(model)
+    described = trunk_arguments(model)
     made = create_trunk(
         TimmTowerConfig(
             **described, pool="default", proj=None, embed_dim=kwargs.get("num_classes", 1000), classifier="reset"
         )
     )
     again = timm.create_model(name, **kwargs)
-    assert describe_trunk(again) == described
+    assert trunk_arguments(again) == described
     assert {k: v.shape for k, v in made.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
     assert repr(made) == repr(model), "drop rates and activations too"
 
@@ -89,7 +90,7 @@ def test_a_model_is_described_so_that_it_is_made_again(name: str, kwargs: dict[s
 def test_a_model_that_timm_did_not_make_is_refused() -> None:
     for model in (nn.Linear(2, 2), nn.Sequential()):
         with pytest.raises(ConfigError, match="create_model"):
-            describe_trunk(model)
+            trunk_arguments(model)
 
 
 def test_an_argument_that_the_model_does_not_take_is_named() -> None:

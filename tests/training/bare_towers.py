@@ -6,7 +6,7 @@ import timm
 import torch
 import torch.nn as nn
 
-from hf_timm_tower.reader.freezing import frozen_context, note_fixed
+from hf_timm_tower.training.freezing import frozen_context, note_fixed
 
 
 class Tower(nn.Module):

@@ -11,10 +11,10 @@ import torch.nn as nn
 from timm.models import group_parameters
 
 from hf_timm_tower import ConfigError, TimmModel
-from hf_timm_tower.reader.freezing import note_fixed
-from hf_timm_tower.reader.frozen_statistics import is_held
+from hf_timm_tower.reader.freezing import is_held
 from hf_timm_tower.reader.skip_init import no_init
 from hf_timm_tower.reader.trunk import eval_mode
+from hf_timm_tower.training.freezing import note_fixed
 from hf_timm_tower.training.layer_groups import LayerGroup, layer_groups
 from hf_timm_tower.training.lock import lock, unlock
 

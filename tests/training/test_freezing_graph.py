@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from hf_timm_tower import TimmModel, TimmTowerConfig, TimmTowerModel
-from hf_timm_tower.reader.freezing import frozen_context
+from hf_timm_tower.training.freezing import frozen_context
 from hf_timm_tower.training.layer_groups import layer_groups
 from hf_timm_tower.training.lock import lock, unlock
 

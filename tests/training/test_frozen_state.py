@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_timm_tower import ConfigError, TimmModel, TimmTowerConfig
-from hf_timm_tower.reader.frozen_statistics import is_held
+from hf_timm_tower.reader.freezing import is_held
 
 
 def trainable(tower: nn.Module) -> set[str]:

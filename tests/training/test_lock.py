@@ -15,13 +15,8 @@ import torch.nn as nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from hf_timm_tower.reader.errors import ArgumentError, ConfigError
-from hf_timm_tower.reader.freezing import (
-    check_frozen,
-    describe_frozen,
-    head_without_lock,
-    restore_frozen,
-)
-from hf_timm_tower.reader.frozen_statistics import keep_statistics, keeps_statistics
+from hf_timm_tower.reader.freezing import check_frozen, keep_statistics, keeps_statistics
+from hf_timm_tower.training.freezing import describe_frozen, head_without_lock, restore_frozen
 from hf_timm_tower.training.layer_groups import layer_groups, smallest_cover
 from hf_timm_tower.training.lock import lock, unlock
 

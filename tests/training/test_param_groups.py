@@ -12,8 +12,8 @@ from timm.models import group_parameters
 
 from hf_timm_tower import ArgumentError, TimmModel, TimmTowerConfig, TimmTowerModel, TowerError
 from hf_timm_tower.interop.peft import add_lora, lora_config, merge_lora
-from hf_timm_tower.reader.freezing import describe_frozen
 from hf_timm_tower.reader.skip_init import no_init
+from hf_timm_tower.training.freezing import describe_frozen
 from hf_timm_tower.training.layer_groups import layer_groups
 from hf_timm_tower.training.lock import lock, unlock
 from hf_timm_tower.training.param_groups import no_weight_decay, param_groups, summary_table

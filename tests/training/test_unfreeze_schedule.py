@@ -14,7 +14,7 @@ from packaging.version import Version
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_timm_tower import ArgumentError, TimmTowerConfig, TimmTowerForImageClassification
-from hf_timm_tower.reader.frozen_statistics import is_held
+from hf_timm_tower.reader.freezing import is_held
 from hf_timm_tower.training.layer_groups import layer_groups
 from hf_timm_tower.training.unfreeze_schedule import Stage, UnfreezeSchedule, parse_schedule
 

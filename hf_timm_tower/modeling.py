@@ -1,0 +1,328 @@
+"""Towers as transformers models, as this package has them: the reader's classes, and saving and pushing.
+
+The files, the card and the commit are those of `TimmModel`.
+"""
+
+import copy
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from .build import build_for_transformers
+from .hub.card import CardOptions, TowerFacts, as_tags, tower_facts
+from .hub.download import Access
+from .hub.push import COMMIT_MESSAGE, PushOptions, default_repo_id, files_of, push_folder
+from .hub.trunk_source import TrunkSource, kept_trunk_source
+from .interop.timm_face import TimmFace
+from .load import check_given_head, load_bare, read_tower
+from .reader import modeling as reader
+from .reader.config import TimmTowerConfig
+from .reader.errors import ArgumentError, WeightsError
+from .reader.modeling import MODEL_TAGS, TimmTowerModelOutput, TowerLoading
+from .reader.tower import Tower
+from .reader.weights import StoredTower
+from .save import Extras, save_tower, storable_config, with_weights
+from .training.freezing import describe_frozen, note_fixed
+
+__all__ = ["TimmTowerForImageClassification", "TimmTowerModel", "TimmTowerModelOutput"]
+
+_PUSH_OPTIONS = frozenset(
+    {
+        "allow_patterns",
+        "commit_description",
+        "commit_message",
+        "create_pr",
+        "delete_patterns",
+        "ignore_patterns",
+        "private",
+        "revision",
+        "trunk",
+    }
+)
+
+
+class SavesTower(TimmFace, reader.TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
+    """What the two classes below have beside the reader's: strict reading, saving, pushing."""
+
+    def __init__(self, config: TimmTowerConfig, _loading: TowerLoading | None = None) -> None:
+        super().__init__(config, _loading)
+        note_fixed(self)
+
+    @staticmethod
+    def _build(config: TimmTowerConfig, with_classifier: bool, make_head: Any) -> Tower:
+        return build_for_transformers(config, with_classifier, make_head)
+
+    @staticmethod
+    def _read(files: Sequence[str], loading: TowerLoading) -> StoredTower:
+        return read_tower(Path(files[0]).parent, Access(**loading.access()))
+
+    def _after_loading(self, loading: TowerLoading) -> None:
+        if loading.stored is None or loading.stored.fingerprint is None:
+            return
+        if (self.config.head or {}).get("form") == "registered":
+            bare: Any = Tower(self.config, self.trunk, self.head)
+            bare._fingerprint = loading.stored.fingerprint
+            check_given_head(bare)
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
+        variant: str | None = None,
+        token: str | bool | None = None,
+        save_peft_format: bool = True,
+        save_original_format: bool = True,
+        safe_serialization: bool = True,
+        *,
+        repo_id: str | None = None,
+        tags: str | Sequence[str] | None = None,
+        license: str | None = None,
+        model_card_kwargs: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        evaluated_on: str | None = None,
+        include_code: bool | None = None,
+        save_function: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save as `TimmModel.save_pretrained` does: the same files, loaded back and compared before they are in place.
+
+        Args:
+            save_directory: A folder, existing or not; files in it that are not the tower's are kept, and so is what
+                a person wrote into the card.
+            is_main_process: False saves nothing: another process does.
+            state_dict: The weights, where they had to be gathered from several processes.
+            push_to_hub: Push as well.
+            max_shard_size: Largest weight file, in bytes or as `"5GB"`.
+            variant: Refused: a tower has one set of weights.
+            token: For pushing.
+            save_peft_format: For a model with an adapter, of which only the adapter is saved.
+            save_original_format: Of transformers; a tower has one format.
+            safe_serialization: True, as older transformers and sentence-transformers pass it; False is refused.
+            repo_id: For the card, and where to push; the folder's name by default.
+            tags: Further tags for the card, beside those of `add_model_tags`.
+            license: For the card; never guessed.
+            model_card_kwargs: Further metadata for the card: `base_model`, `datasets`, `language`, ...
+            metrics: Name -> figure, for the card's table and its `model-index`.
+            evaluated_on: Id of the data set that they were measured on.
+            include_code: None: the folder carries its reader, so that it loads where this package is not installed.
+                True: also the source of the head, where it cannot be stored in another form. False: no code at all.
+            save_function: Taken and not called: accelerate's scripts pass `accelerator.save`; the files of a tower are
+                written by this package, which loads them back and compares.
+            kwargs: For `push_to_hub`.
+
+        Raises:
+            HeadError: the head cannot be stored in any form; nothing was written.
+            FolderError: the folder cannot be written; what was there before is whole.
+            HubError: it was saved, but could not be pushed.
+        """
+        cards = self._cards(tags, license, model_card_kwargs, metrics, evaluated_on, include_code, repo_id)
+        if getattr(self, "_hf_peft_config_loaded", False):
+            _refuse_with_adapter(cards)
+            if push_to_hub and repo_id is not None:
+                kwargs["repo_id"] = repo_id
+            stock: Any = PreTrainedModel.save_pretrained
+            stock(self, save_directory, is_main_process, state_dict, push_to_hub, token=token,
+                  save_peft_format=save_peft_format, **kwargs)  # fmt: skip
+            return
+        if not safe_serialization:
+            raise ArgumentError("safe_serialization=False: a tower is saved as safetensors and never as pickle")
+        unknown = sorted(set(kwargs) - (_PUSH_OPTIONS if push_to_hub else set()))
+        if variant is not None or unknown:
+            raise ArgumentError(f"save_pretrained: {', '.join(unknown) or 'variant'} cannot be honoured")
+        if not is_main_process:
+            return
+        self._save(save_directory, state_dict, max_shard_size, include_code, cards)
+        if push_to_hub:
+            place = repo_id or default_repo_id(save_directory)
+            self._push(place, state_dict, max_shard_size, include_code, cards, token=token, **kwargs)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "5GB",
+        tags: str | Sequence[str] | None = None,
+        license: str | None = None,
+        model_card_kwargs: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        evaluated_on: str | None = None,
+        include_code: bool | None = None,
+        allow_patterns: list[str] | str | None = None,
+        ignore_patterns: list[str] | str | None = None,
+        delete_patterns: list[str] | str | None = None,
+        trunk: Literal[False] | None = None,
+    ) -> str:
+        """Save the tower, checked as by `save_pretrained`, and push it in one commit, as `TimmModel.push_to_hub` does.
+
+        What the Hub has already is not sent again, files that an earlier tower left go, and of a card that was edited
+        on the Hub only the parts between our markers change. Of a model with an adapter, transformers pushes the
+        adapter, in its own way.
+
+        Args:
+            repo_id: `name` or `org/name`; made where it does not exist.
+            commit_message: The commit's first line.
+            commit_description: What stands under it.
+            private: Of the repository, where this call makes it.
+            token: With the right to write; the one that is logged in by default.
+            revision: The branch, made where it does not exist; the main one by default.
+            create_pr: Open a pull request instead of committing.
+            max_shard_size: Largest weight file, in bytes or as `"5GB"`.
+            tags: As in `save_pretrained`.
+            license: As in `save_pretrained`.
+            model_card_kwargs: As in `save_pretrained`.
+            metrics: As in `save_pretrained`.
+            evaluated_on: As in `save_pretrained`.
+            include_code: As in `save_pretrained`.
+            allow_patterns: Push only files that match.
+            ignore_patterns: Do not push files that match.
+            delete_patterns: Delete further files of the repository that match.
+            trunk: None: of a tower whose trunk is stored in another repository, only the head is pushed. False: the
+                whole tower is.
+
+        Returns:
+            The commit's address (the pull request's with `create_pr`).
+
+        Raises:
+            HeadError, TowerError: the tower cannot be saved; nothing was sent.
+            WeightsError: the trunk is no longer the one that the tower was loaded with.
+            HubError: the repository cannot be written; nothing was committed.
+        """
+        cards = self._cards(tags, license, model_card_kwargs, metrics, evaluated_on, include_code, None)
+        if getattr(self, "_hf_peft_config_loaded", False):
+            _refuse_with_adapter(cards, allow_patterns, ignore_patterns, delete_patterns)
+            stock: Any = PreTrainedModel.push_to_hub
+            return str(
+                stock(self, repo_id, commit_message=commit_message, commit_description=commit_description, private=private,
+                      token=token, revision=revision, create_pr=create_pr, max_shard_size=max_shard_size,
+                      tags=list(as_tags(tags)))
+            )  # fmt: skip
+        return self._push(
+            repo_id,
+            None,
+            max_shard_size,
+            include_code,
+            cards,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            allow_patterns=allow_patterns,
+            ignore_patterns=ignore_patterns,
+            delete_patterns=delete_patterns,
+            trunk=trunk,
+        )
+
+    def _cards(
+        self,
+        tags: str | Sequence[str] | None,
+        license: str | None,
+        more: Mapping[str, Any] | None,
+        metrics: Mapping[str, float] | None,
+        evaluated_on: str | None,
+        include_code: bool | None,
+        repo_id: str | None,
+    ) -> CardOptions:
+        added = [tag for tag in self.model_tags or () if tag not in MODEL_TAGS]
+        return CardOptions(
+            tags=tuple(dict.fromkeys((*added, *as_tags(tags)))),
+            license=license,
+            more=more or {},
+            metrics=metrics,
+            evaluated_on=evaluated_on,
+            include_code=include_code is not False,
+            repo_id=repo_id,
+        )
+
+    def _save(
+        self,
+        folder: str | os.PathLike[str],
+        state_dict: Mapping[str, torch.Tensor] | None,
+        max_shard_size: int | str,
+        include_code: bool | None,
+        cards: CardOptions,
+        trunk: TrunkSource | None = None,
+        access: Access | None = None,
+    ) -> tuple[TowerFacts, TimmTowerConfig, dict[str, str]]:
+        if getattr(self, "hf_quantizer", None) is not None:
+            raise WeightsError("a quantized tower is not saved: save it as it was before, and quantize when loading")
+        tower: Any = self if state_dict is None else with_weights(self, state_dict)
+        proven, known = storable_config(tower, include_code=include_code)
+        stored, sources = copy.deepcopy(proven.stored), proven.sources
+        stored.frozen = describe_frozen(Tower(self.config, self.trunk, self.head))
+        stored.trunk_source = None if trunk is None else trunk.to_json()
+        stored.architectures = [type(self).__name__]
+        stored.dtype = None
+        vars(stored).pop("use_cache", None)  # of Trainer, not of the tower
+        facts = tower_facts(tower)
+        extras = Extras(partial(cards.make, facts, stored), include_code is not False, sources, max_shard_size)
+        load = partial(load_bare, trust_head_code=bool(sources), access=access)
+        fingerprint = save_tower(tower, stored, folder, load, extras, form_is_proven=known)
+        self._proven = proven
+        return facts, stored, fingerprint["weights"]
+
+    def _push(
+        self,
+        repo_id: str,
+        state_dict: Mapping[str, torch.Tensor] | None,
+        max_shard_size: int | str,
+        include_code: bool | None,
+        cards: CardOptions,
+        *,
+        commit_message: str | None = None,
+        revision: str | None = None,
+        token: bool | str | None = None,
+        trunk: Literal[False] | None = None,
+        **options: Any,
+    ) -> str:
+        access = Access(token=token)
+        state = self.state_dict() if state_dict is None else state_dict
+        source = kept_trunk_source(self.config, state, access) if trunk is None else None
+        with tempfile.TemporaryDirectory(prefix="hf_timm_tower_push_") as scratch:
+            folder = Path(scratch, "tower")
+            local = replace(cards, repo_id=None)
+            facts, stored, weights = self._save(
+                folder, state_dict, max_shard_size, include_code, local, source, access
+            )
+            return push_folder(
+                folder,
+                repo_id,
+                lambda name, card: replace(cards, repo_id=name).make(facts, stored, card, weights),
+                files_of(folder),
+                PushOptions(commit_message or COMMIT_MESSAGE, branch=revision, token=token, **options),
+            )
+
+
+class TimmTowerModel(SavesTower, reader.TimmTowerModel):  # type: ignore[no-untyped-call]
+    __doc__ = reader.TimmTowerModel.__doc__
+
+
+class TimmTowerForImageClassification(SavesTower, reader.TimmTowerForImageClassification):  # type: ignore[no-untyped-call]
+    __doc__ = reader.TimmTowerForImageClassification.__doc__
+
+
+def _refuse_with_adapter(cards: CardOptions, *patterns: Any) -> None:
+    """An adapter is saved and pushed by transformers, which has no place for these."""
+    asked = (cards.license, cards.more or None, cards.metrics or None, cards.evaluated_on, *patterns)
+    if any(value is not None for value in asked) or not cards.include_code:
+        raise ArgumentError(
+            "a model with an adapter: transformers saves and pushes the adapter alone, with its own card; license, "
+            "metrics, further metadata, include_code=False and patterns cannot be honoured. Merge the adapter first."
+        )

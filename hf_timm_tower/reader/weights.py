@@ -1,0 +1,261 @@
+"""Weights from a tower's files into a module: every key fits or nothing is touched; ties stay ties."""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from .config import TimmTowerConfig
+from .errors import ArgumentError, FormatError, HubError, WeightsError, shown
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_MAX_INDEX_BYTES = 32 * 1024**2
+_ALIGNMENT = 64  # bytes; what torch's CPU allocator aligns to
+
+
+@dataclass(frozen=True)
+class StoredTower:
+    """What a tower's folder holds, as far as loading needs it.
+
+    Attributes:
+        config: The config, validated.
+        weights: Key -> tensor on mapped memory; keys of a tie have one tensor object.
+        fingerprint: The JSON of `fingerprint.json`, None where there is none or it was not read.
+    """
+
+    config: TimmTowerConfig
+    weights: Mapping[str, torch.Tensor]
+    fingerprint: dict[str, Any] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(tensor.nbytes for tensor in self.weights.values())
+
+
+def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
+    """Key -> tensor of a tower's weight files, which lie in one folder with their index.
+
+    Tensors are mapped; those at odd addresses are copied, since kernels may give other last bits for them. Keys that
+    the index calls tied or shared hold one tensor.
+
+    Raises:
+        FormatError: a file is damaged, or the index does not fit the files.
+    """
+    index = _read_index(files[0].with_name(INDEX_FILE))
+    weight_map = index.get("weight_map")
+    found: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            tensors = load_file(file)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise FormatError(f"{file}: not a safetensors file that can be read: {error}") from error
+        if isinstance(weight_map, dict):
+            listed = {key for key, name in weight_map.items() if name == file.name}
+            if odd := sorted(listed ^ tensors.keys()):
+                raise FormatError(f"{file}: {len(odd)} keys are not where the index puts them, such as {shown(odd[0])}")
+        found.update(tensors)
+    found = {key: tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone() for key, tensor in found.items()}
+    metadata = index.get("metadata")
+    for kind in ("tied", "shared"):
+        groups = metadata.get(kind, []) if isinstance(metadata, dict) else []
+        for group in groups if isinstance(groups, list) else []:
+            if not isinstance(group, list) or any(key not in found for key in group):
+                raise FormatError(f"{files[0].parent / INDEX_FILE}: metadata.{kind} names unknown keys: {shown(group)}")
+            first = found[group[0]]
+            if odd := [key for key in group if not same_bytes_of(found[key], first)]:
+                raise FormatError(
+                    f"{files[0].parent / INDEX_FILE}: {shown(odd[0])} is {kind} with another key but differs"
+                )
+            found.update((key, first if kind == "tied" else first.view(first.shape)) for key in group[1:])
+    return found
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    if path.stat().st_size > _MAX_INDEX_BYTES:
+        raise FormatError(f"{path}: {path.stat().st_size} bytes, at most {_MAX_INDEX_BYTES} are read")
+    try:
+        index = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not JSON: {error}") from error
+    return index if isinstance(index, dict) else {}
+
+
+def fetch_pinned_trunk(source: Mapping[str, Any], **access: Any) -> dict[str, torch.Tensor]:
+    """`trunk.*` -> tensor of a trunk in another repository, at the pinned commit and with the pinned digests.
+
+    Args:
+        source: `config.trunk_source`, checked.
+        access: `token`, `cache_dir`, `local_files_only`, `force_download` of huggingface_hub.
+
+    Raises:
+        HubError: the repository cannot be read.
+        WeightsError: a file there is not the one that was pinned.
+    """
+    repo_id, commit = source["repo_id"], source["commit"]
+    found: dict[str, torch.Tensor] = {}
+    for name, digest in source["files"].items():
+        try:
+            path = Path(hf_hub_download(repo_id, name, revision=commit, **access))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise HubError(
+                f"only the head is stored here; its trunk is stored in {repo_id} at commit {commit}, and {shown(name)} "
+                f"could not be fetched: {error}"
+            ) from error
+        with open(path, "rb") as file:
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        if actual != digest:
+            raise WeightsError(
+                f"{shown(name)} of {repo_id} at commit {commit} has SHA-256 {actual}, the head was published for "
+                f"{digest}: it is another trunk, and the embedding would be another one"
+            )
+        found.update(load_file(path))
+    aligned = {key: tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone() for key, tensor in found.items()}
+    if source["layout"] == "tower":
+        return {key: tensor for key, tensor in aligned.items() if key.startswith("trunk.")}
+    return {f"trunk.{key}": tensor for key, tensor in aligned.items() if key not in source["unused"]}
+
+
+def same_bytes_of(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have one dtype, one shape and the same bytes (NaN equals the same NaN; -0.0 is not 0.0)."""
+    if a is b:
+        return True
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8).to("cpu") for t in (a, b)))
+
+
+def assign_weights(
+    module: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    source: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | int | None = None,
+    allow_missing: Collection[str] = (),
+) -> None:
+    """Make `tensors` the parameters and persistent buffers of `module`, without copying. All or nothing.
+
+    Each parameter is replaced by a new one on the given tensor, with the old one's `requires_grad`. Keys that hold the
+    same tensor object become one parameter. A tie that the module itself has stays, and keys that only repeat it may be
+    missing. Buffers that no file holds go to `device` too, unless they are on meta.
+
+    Args:
+        module: Built on any device, `meta` included; its values are not looked at.
+        tensors: Key -> tensor.
+        source: Where they come from, for the error's text.
+        dtype: Floating tensors are cast to it; None keeps each tensor's own.
+        device: Where everything goes; None leaves it where it is.
+        allow_missing: Keys that may be missing: those stay what they are.
+
+    Raises:
+        WeightsError: missing, unexpected or wrongly shaped keys, or tied keys that differ: one error that lists them.
+    """
+    state = module.state_dict(keep_vars=True)
+    own_ties: dict[int, list[str]] = {}
+    for key, tensor in state.items():
+        own_ties.setdefault(id(tensor), []).append(key)
+    full, differing = dict(tensors), list[str]()
+    for keys in own_ties.values():
+        if len(keys) > 1 and (given := [key for key in keys if key in full]):
+            differing += [key for key in given[1:] if not same_bytes_of(full[key], full[given[0]])]
+            full.update((key, full[given[0]]) for key in keys)
+    if problems := _misfits(state, full, allow_missing, differing):
+        raise WeightsError(
+            f"{source}: the weights do not fit, nothing was loaded.\n"
+            + "\n".join(f"  {line}" for line in problems)
+            + "\nThe config that builds this tower and the weights must come from the same save."
+        )
+    memory: dict[Any, torch.Tensor] = {}  # one memory for one memory
+    moved: dict[tuple[int, bool], torch.Tensor] = {}  # one parameter for one tensor object
+    values: dict[str, torch.Tensor] = {}
+    for key, tensor in full.items():
+        old = state[key]
+        name = (id(tensor), isinstance(old, nn.Parameter))
+        if name not in moved:
+            view = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else id(tensor)
+            cast = dtype if tensor.is_floating_point() else None
+            new = memory.setdefault(view, tensor.detach().to(device=device, dtype=cast))
+            moved[name] = nn.Parameter(new, requires_grad=old.requires_grad) if name[1] else new.view(new.shape)
+        values[key] = moved[name]
+    module.load_state_dict(values, strict=False, assign=True)
+    after = module.state_dict(keep_vars=True)
+    if refused := [key for key, value in values.items() if after[key] is not value]:
+        raise WeightsError(
+            f"{source}: {_listed(refused)} did not reach the module: it overrides how attributes are set or a state "
+            "dict is loaded, which a tower cannot use"
+        )
+    if device is not None:
+        _move_computed_buffers(module, device)
+
+
+def _move_computed_buffers(module: nn.Module, device: torch.device | str | int) -> None:
+    moved: dict[int, torch.Tensor] = {}
+    for part in module.modules():
+        for name in part._non_persistent_buffers_set:
+            buffer = part._buffers.get(name)
+            if buffer is not None and not buffer.is_meta:
+                # One buffer that several modules hold stays one.
+                part._buffers[name] = moved.setdefault(id(buffer), buffer.to(device))
+
+
+def _misfits(
+    state: Mapping[str, Any], given: Mapping[str, torch.Tensor], allowed: Collection[str], differing: list[str]
+) -> list[str]:
+    """One line for each kind of misfit."""
+    shapes, kinds = [], []
+    for key in state.keys() & given.keys():
+        expected, found = state[key], given[key]
+        if not isinstance(expected, torch.Tensor):
+            kinds.append(f"{key}: the module wants a {type(expected).__name__}, only tensors are stored")
+        elif isinstance(expected, (UninitializedParameter, UninitializedBuffer)):
+            continue  # a lazy module, which takes the shape it is given
+        elif expected.shape != found.shape:
+            shapes.append(f"{key}: found {list(found.shape)}, expected {list(expected.shape)}")
+        elif _number_kind(expected) != _number_kind(found):
+            kinds.append(f"{key}: found {found.dtype}, expected {expected.dtype}")
+    lines = [
+        ("missing", [key for key in state if key not in given and key not in allowed]),
+        ("unexpected", [key for key in given if key not in state]),
+        ("of another shape", shapes),
+        ("of another kind of number", kinds),
+        ("one parameter in the tower but different in the file", differing),
+    ]
+    return [f"{len(keys)} {what}: {_listed(keys)}" for what, keys in lines if keys]
+
+
+def _number_kind(tensor: torch.Tensor) -> str:
+    if tensor.is_floating_point():
+        return "real"
+    return "complex" if tensor.is_complex() else "bool" if tensor.dtype == torch.bool else "integer"
+
+
+def _listed(keys: Iterable[str], limit: int = 5) -> str:
+    ordered = sorted(keys)
+    return ", ".join(shown(key)[1:-1] for key in ordered[:limit]) + (", ..." if len(ordered) > limit else "")
+
+
+def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating-point dtype, given as such or by name.
+
+    Raises:
+        ArgumentError: not one.
+    """
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if found is None and dtype is None:
+        return None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ArgumentError(f"dtype={dtype!r} is not a floating-point dtype of torch or the name of one")
+    return found
