@@ -1,4 +1,4 @@
-"""Tokens and other secrets stay out of messages; pinned files are known by their bytes; a config's source is checked."""
+"""Tokens and other secrets stay out of messages; pinned files are known by their bytes; a source is checked."""
 
 import os
 from pathlib import Path
