@@ -162,17 +162,20 @@ def load_tower(
 
 
 @plain_defaults()
-def load_bare(folder: str | os.PathLike[str], *, trust_head_code: bool = False) -> Tower:
+def load_bare(
+    folder: str | os.PathLike[str], *, trust_head_code: bool = False, access: Access | None = None
+) -> Tower:
     """A folder -> its tower on the CPU, in eval mode, with the classifier if the folder has one.
 
     Args:
         folder: The folder.
         trust_head_code: Run the source of a head that is stored as code.
+        access: How to reach the repository of a trunk that is stored elsewhere.
 
     Raises:
         TowerError: by what is wrong with the folder.
     """
-    stored = read_tower(folder)
+    stored = read_tower(folder, access)
     make_head = None
     if (stored.config.head or {}).get("form") == CODE:
         make_head = partial(_trusted_head, stored.config.head or {}, folder, trust_head_code, None)

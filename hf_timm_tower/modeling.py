@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -174,6 +174,7 @@ class SavesTower(TimmFace, reader.TimmTowerPreTrainedModel):  # type: ignore[no-
         allow_patterns: list[str] | str | None = None,
         ignore_patterns: list[str] | str | None = None,
         delete_patterns: list[str] | str | None = None,
+        trunk: Literal[False] | None = None,
     ) -> str:
         """Save the tower, checked as by `save_pretrained`, and push it in one commit, as `TimmModel.push_to_hub` does.
 
@@ -199,6 +200,8 @@ class SavesTower(TimmFace, reader.TimmTowerPreTrainedModel):  # type: ignore[no-
             allow_patterns: Push only files that match.
             ignore_patterns: Do not push files that match.
             delete_patterns: Delete further files of the repository that match.
+            trunk: None: a trunk that is stored in another repository stays there, and only the head is pushed. False:
+                the whole tower is pushed.
 
         Returns:
             The commit's address (the pull request's with `create_pr`).
@@ -240,12 +243,10 @@ class SavesTower(TimmFace, reader.TimmTowerPreTrainedModel):  # type: ignore[no-
         )
         with tempfile.TemporaryDirectory(prefix="hf_timm_tower_push_") as scratch:
             folder = Path(scratch, "tower")
-            saved = self._save(folder, options, trunk=self._kept_trunk(token))
+            access = Access(token=token)
+            pinned = kept_trunk_source(self.config, self.state_dict(), access) if trunk is None else None
+            saved = self._save(folder, options, trunk=pinned, access=access)
             return push_folder(folder, repo_id, partial(saved.card, options.cards), saved.names, push)
-
-    def _kept_trunk(self, token: bool | str | None) -> TrunkSource | None:
-        """The trunk that the tower was loaded with, where that is stored in another repository."""
-        return kept_trunk_source(self.config, self.state_dict(), Access(token=token))
 
     def _options(
         self,
@@ -275,6 +276,7 @@ class SavesTower(TimmFace, reader.TimmTowerPreTrainedModel):  # type: ignore[no-
         options: SaveOptions,
         state_dict: Mapping[str, torch.Tensor] | None = None,
         trunk: TrunkSource | None = None,
+        access: Access | None = None,
     ) -> Saved:
         if getattr(self, "hf_quantizer", None) is not None:
             raise WeightsError("a quantized tower is not saved: save it as it was before, and quantize when loading")
@@ -286,7 +288,7 @@ class SavesTower(TimmFace, reader.TimmTowerPreTrainedModel):  # type: ignore[no-
         stored.architectures = [type(self).__name__.removeprefix("FSDP")]  # FSDP2 renames the class in place
         stored.dtype = None
         vars(stored).pop("use_cache", None)  # of Trainer, not of the tower
-        load = partial(load_bare, trust_head_code=bool(proven.sources))
+        load = partial(load_bare, trust_head_code=bool(proven.sources), access=access)
         saved = save_tower(tower, stored, folder, load, options, sources=proven.sources, form_is_proven=known)
         self._proven = proven
         return saved

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,15 +16,17 @@ from .build import check_embedding, example_input
 from .files.assign import find_ties
 from .files.checkpoint import CARD_NAME, CONFIG_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME, write_json, write_weights
 from .files.fingerprint import make_fingerprint
+from .files.open_folder import OpenFolder
 from .files.sentence_files import write_sentence_files
 from .files.staging import staged_folder
 from .heads.stored_form import store_any_head
 from .hub.card import CardOptions, TowerFacts, tower_facts
-from .hub.reader_file import AUTO_MAP, reader_lines, write_reader
+from .hub.card_merge import MAX_CARD_BYTES
+from .hub.reader_file import AUTO_MAP, write_reader
 from .hub.trunk_source import is_separable
 from .proof import bare_tower, form_of, prove, refuse_changing_hooks
 from .reader.config import TimmTowerConfig
-from .reader.errors import FormatError, WeightsError
+from .reader.errors import FormatError, WeightsError, shown
 from .reader.graph_head import GraphHead
 from .reader.head import LIVE, SUBCLASS, builtin_head
 from .reader.image_processing import facts_in_tower, processor_dict
@@ -165,8 +168,14 @@ def save_tower(
     Raises:
         TowerError: nothing was written: the folder cannot be written, or what was loaded back is not the same.
     """
+    if config.trunk_source is None and tower.config.trunk_source is not None:
+        warnings.warn(
+            f"the trunk of this tower is stored in {shown(tower.config.trunk_source.get('repo_id'))}; what is saved here "
+            "holds it whole, and whoever publishes it publishes the trunk. push_to_hub pushes the head alone.",
+            stacklevel=4,
+        )
     cards, with_reader = options.cards, options.include_code is not False
-    cards = replace(cards, include_code=with_reader, code_lines=reader_lines() if with_reader else None)
+    cards = replace(cards, include_code=with_reader)
     with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         bare = bare_tower(tower)
         facts = tower_facts(tower)
@@ -216,8 +225,11 @@ def _written(config: TimmTowerConfig, include_code: bool) -> dict[str, Any]:
 
 def _read_card(folder: Path) -> str | None:
     path = folder / CARD_NAME
+    if not path.is_symlink() and not path.exists():
+        return None
     try:
-        return path.read_bytes().decode("utf-8") if path.exists() else None
+        with OpenFolder(folder) as opened:
+            return opened.read_bytes(CARD_NAME, MAX_CARD_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise FormatError(f"{path}: not UTF-8 text ({error}); save it as UTF-8, or move it away") from error
 
@@ -230,7 +242,7 @@ def _write_weights(staging: Path, tower: nn.Module, config: TimmTowerConfig, max
     ties = find_ties(tower, state)
     if not is_separable((*ties.tied, *ties.shared)):
         raise WeightsError("the head shares weights with the trunk, so it cannot be published without it")
-    head = {key: tensor for key, tensor in state.items() if key.startswith("head.")}
+    head = {key: tensor for key, tensor in state.items() if not key.startswith("trunk.")}
     if not head:
         raise WeightsError("the head has no weights, so there is nothing to publish beside the trunk")
     write_weights(staging, tower, max_shard_size, state=head)

@@ -23,6 +23,7 @@ from ..reader.config import TimmTowerConfig
 from ..reader.errors import ArgumentError
 from ..reader.tower import CLASSIFIER
 from .card_merge import MODEL_INDEX, Record, merge_card
+from .reader_file import READER_NAME
 
 PIPELINE_TAG, CLASSIFICATION_TAG = "image-feature-extraction", "image-classification"
 
@@ -102,10 +103,9 @@ class CardOptions:
             "evaluated_task": ...}`.
         metrics: Name of a metric -> figure, for a table and for `model-index`.
         evaluated_on: Id of the data set that they were measured on.
-        include_code: Whether `modeling_timm_tower.py` is in the repository, so that transformers can load the tower
-            without this package.
+        include_code: Whether the reader is in the repository, so that transformers can load the tower without this
+            package.
         repo_id: The repository (or folder) that the snippets load; None keeps what the existing card says.
-        code_lines: Number of lines of `modeling_timm_tower.py`, None to say nothing of it.
     """
 
     tags: Sequence[str] = ()
@@ -115,7 +115,6 @@ class CardOptions:
     evaluated_on: str | None = None
     include_code: bool = True
     repo_id: str | None = None
-    code_lines: int | None = None
 
     def make(
         self,
@@ -147,7 +146,8 @@ class CardOptions:
         tags = ["timm_tower", "timm", config.architecture.partition(".")[0]]
         own = {"library_name": _LIBRARY_NAME, "pipeline_tag": task, "tags": tags}
         values = {**figures, **_values(config, facts, repo_id), "task": task, "include_code": self.include_code}
-        values |= {"title": name if re.fullmatch(r"[\w.-]+", name) else _code(name), "code_lines": self.code_lines}
+        values |= {"title": name if re.fullmatch(r"[\w.-]+", name) else _code(name), "reader": READER_NAME}
+        values["reader_lines"] = Path(__file__).with_name(READER_NAME).read_bytes().count(b"\n")
         template = Path(__file__).with_name("card_template.md").read_text(encoding="utf-8")
 
         def render(data: dict[str, Any]) -> ModelCard:

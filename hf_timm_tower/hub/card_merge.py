@@ -66,7 +66,8 @@ class Record:
         try:
             stored = cls(**json.loads(found[0][3])) if found else cls()
             names = isinstance(stored.sections, list) and isinstance(stored.repo_id, (str, type(None)))
-            _check_metadata({**stored.own}), _check_metadata({**stored.given})
+            _check_metadata({**stored.own})
+            _check_metadata({**stored.given})
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
             return cls()
         return stored if names else cls()
@@ -310,7 +311,8 @@ def _with_figures(index: Any, changes: Mapping[Piece, Any], source: Any) -> list
     for model in index:
         results = []
         for result in model["results"]:
-            changed = [_revalued(metric, changes.get(_name(result, metric), metric["value"])) for metric in result["metrics"]]
+            values = ((metric, changes.get(_name(result, metric), metric["value"])) for metric in result["metrics"])
+            changed = [_revalued(metric, value) for metric, value in values]
             if metrics := [metric for metric in changed if metric is not None]:
                 results.append({**result, "metrics": metrics})
         models.append({**model, "results": results})

@@ -1304,8 +1304,8 @@ def buffers_as_timm(module: nn.Module, dtype: torch.dtype) -> None:
     for part in module.modules():
         computed = {id(part._buffers[name]) for name in part._non_persistent_buffers_set if name in part._buffers}
         if any(id(buffer) in computed and buffer.is_floating_point() for buffer in part.buffers(recurse=False)):
-            part._apply(
-                lambda tensor, computed=computed: (  # type: ignore[misc]
+            part._apply(  # type: ignore[no-untyped-call]
+                lambda tensor, computed=computed: (
                     # One buffer that several modules hold stays one.
                     cast.setdefault(id(tensor), tensor.to(dtype))
                     if id(tensor) in computed and tensor.is_floating_point()
@@ -3708,7 +3708,7 @@ class TimmTowerImageProcessor(BaseImageProcessor):
         if input_data_format not in (None, "channels_first", "channels_last"):
             raise ArgumentError(f"input_data_format={input_data_format!r}: not 'channels_first' or 'channels_last'")
         prepared = _Call(self._facts(), device, input_data_format, steps)
-        done = [made for image in _flat(images) for made in prepared(image)]
+        done = [made for image in _flat_images(images) for made in prepared(image)]
         if not done:
             raise ArgumentError("no images: expected one at least")
         if return_tensors is None:
@@ -3729,14 +3729,14 @@ def _is_tower(config: Path) -> bool:
     return isinstance(found, dict) and found.get("model_type") == TimmTowerConfig.model_type
 
 
-def _flat(images: Any, depth: int = 0) -> Iterator[Any]:
+def _flat_images(images: Any, depth: int = 0) -> Iterator[Any]:
     if not isinstance(images, (list, tuple)):
         yield images
         return
     if depth == _DEEPEST_LIST:
         raise ArgumentError(f"images: lists within lists, more than {_DEEPEST_LIST} deep")
     for image in images:
-        yield from _flat(image, depth + 1)
+        yield from _flat_images(image, depth + 1)
 
 
 def _opened(source: str) -> Image.Image:
@@ -4027,6 +4027,8 @@ class Tower(nn.Module):
         head: The head.
         classifier: A layer on top of the embedding, stored beside it; `forward` leaves it out.
     """
+
+    _tp_plan = _pp_plan = None  # transformers asks a `base_model` for these
 
     def __init__(
         self, config: TimmTowerConfig, trunk: nn.Module, head: nn.Module, classifier: nn.Module | None = None
@@ -4722,7 +4724,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         folder = Path(checkpoint_files[0]).parent
         _refuse_changed(stored.config, model.config, folder)
         weights = dict(stored.weights)
-        saved_with_one = type(model).__name__ in (stored.config.architectures or ())
+        saved_with_one = type(model).__name__.removeprefix("FSDP") in (stored.config.architectures or ())
         if model._has_classifier and not has_classifier(weights) and not saved_with_one:
             loading.fresh += [f"{CLASSIFIER}.{name}" for name in model.classifier.state_dict()]
         if not model._has_classifier:

@@ -20,6 +20,7 @@ from ..files.sentence_files import MODULES_NAME, SENTENCE_NAME, are_edited
 from ..reader.errors import FormatError, HubError
 from .card_merge import MAX_CARD_BYTES
 from .download import Access, check_token, download_files, hub_errors
+from .reader_file import READER_NAME
 
 COMMIT_MESSAGE = "Push a tower with hf_timm_tower"
 
@@ -169,7 +170,7 @@ def _kept(repo_id: str, commit: str | None, remote: list[str], token: str | bool
 
 def _stale(remote: list[str], pushed: list[str], delete_patterns: list[str] | str | None) -> list[str]:
     """What an earlier tower left in the repository, and what the caller wants deleted."""
-    gone = [name for name in remote if is_own_file(name, remote)]
+    gone = [name for name in remote if name == READER_NAME or is_own_file(name, remote)]
     if delete_patterns is not None:
         gone += list(filter_repo_objects(remote, allow_patterns=delete_patterns))
     return sorted(set(gone) - set(pushed) - {".gitattributes"})

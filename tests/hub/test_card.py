@@ -201,8 +201,8 @@ def test_names_from_a_foreign_config_are_text_and_nothing_else() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["\x1b[2J\x1b]0;owned\x07", "a\nb", "verified\u202ecod.exe", "https://evil.example", "www.evil.example", "[x](y)", "<img src=x>",
-     "|x|", "``` ", "@someone", "&lt;", "**bold**", "\ud800", "a" * 10_000],
+    ["\x1b[2J\x1b]0;owned\x07", "a\nb", "verified\u202ecod.exe", "https://evil.example", "www.evil.example", "[x](y)",
+     "<img src=x>", "|x|", "``` ", "@someone", "&lt;", "**bold**", "\ud800", "a" * 10_000],
 )  # fmt: skip
 def test_text_of_a_foreign_config_is_printable_short_and_no_markup(name: str) -> None:
     fields = {
