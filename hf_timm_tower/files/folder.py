@@ -15,26 +15,20 @@ from ..hub.code_files import AUTO_MAP, write_code
 from ..hub.download import Access
 from ..hub.trunk_source import is_separable, merged, parse_trunk_source, read_trunk
 from ..reader.config import TimmTowerConfig
-from ..reader.errors import ConfigError, FormatError, HeadError, TowerError, WeightsError
+from ..reader.errors import ConfigError, HeadError, TowerError, WeightsError
 from ..reader.head import check_stored, code_file
 from ..reader.image_processing import check_preprocess
 from ..reader.processor_config import check_processor, facts_in_tower, processor_dict
 from ..reader.trunk import native_size
-from .aligned import same_bits
-from .assign import find_ties
-from .checkpoint import (
-    CARD_NAME,
-    CONFIG_NAME,
-    FINGERPRINT_NAME,
-    PREPROCESSOR_NAME,
-    read_weights,
-    write_json,
-    write_weights,
-)
 from .fingerprint import make_fingerprint, run_probe
-from .open_folder import OpenFolder, read_folder
-from .sentence_files import write_sentence_files
-from .staging import staged_folder
+from .json import write_json
+from .names import CARD_NAME, CONFIG_NAME, FINGERPRINT_NAME, INDEX_NAME, PREPROCESSOR_NAME
+from .open_folder import OpenFolder, read_text
+from .same_save import check_config
+from .sentence_transformers import write_sentence_files
+from .staging import read_folder, staged_folder
+from .ties import find_ties, same_bits
+from .weights import read_weights, write_weights
 
 # A config may ask for somewhat more than its weight files hold (buffers, tables); not for another order of size.
 _BUDGET_FACTOR, _BUDGET_SLACK = 4, 2**30
@@ -94,7 +88,7 @@ def read_tower(folder: str | os.PathLike[str], access: Access | None = None) -> 
         FormatError: a file is damaged, too large or of a newer version.
         ConfigError: the config does not describe a tower.
     """
-    config, weights, fingerprint, processor, source = read_folder(folder, _read)
+    config, weights, fingerprint, processor, source, index = read_folder(folder, _read)
     kind = config.get("model_type")
     if kind != TimmTowerConfig.model_type:
         raise ConfigError(
@@ -110,6 +104,7 @@ def read_tower(folder: str | os.PathLike[str], access: Access | None = None) -> 
     _check_against_fingerprint(described, fingerprint or {})
     if processor is not None:
         check_processor(processor, described)
+    check_config(config, index, os.fspath(folder))
     if described.trunk_source is not None:
         trunk = read_trunk(parse_trunk_source(described.trunk_source), access or Access())
         weights = merged(weights, trunk, str(folder))
@@ -134,18 +129,21 @@ def _check_against_fingerprint(config: TimmTowerConfig, fingerprint: dict[str, A
 
 def _read(
     files: OpenFolder,
-) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any] | None, dict[str, Any] | None, str | None]:
+) -> tuple[
+    dict[str, Any],
+    dict[str, torch.Tensor],
+    dict[str, Any] | None,
+    dict[str, Any] | None,
+    str | None,
+    dict[str, Any] | None,
+]:
     config = files.read_json(CONFIG_NAME)
-    fingerprint, processor = (
-        files.read_json(name) if files.has(name) else None for name in (FINGERPRINT_NAME, PREPROCESSOR_NAME)
+    fingerprint, index, processor = (
+        files.read_json(name) if files.has(name) else None for name in (FINGERPRINT_NAME, INDEX_NAME, PREPROCESSOR_NAME)
     )
-    source = None
-    if (name := code_file(config)) and files.has(name):
-        try:
-            source = files.read_bytes(name).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise FormatError(f"{files.path / name}: not UTF-8 text: {error}") from error
-    return config, read_weights(files), fingerprint, processor, source
+    name = code_file(config)
+    source = files.read_text(name) if name and files.has(name) else None
+    return config, read_weights(files), fingerprint, processor, source, index
 
 
 def save_tower(
@@ -197,7 +195,7 @@ def save_tower(
         write_json(staging / FINGERPRINT_NAME, fingerprint)
         write_sentence_files(staging, Path(folder), outputs)
         if beside.card is not None:
-            (staging / CARD_NAME).write_bytes(beside.card(_read_card(Path(folder))).encode("utf-8"))
+            (staging / CARD_NAME).write_bytes(beside.card(read_text(Path(folder, CARD_NAME))).encode("utf-8"))
     return fingerprint
 
 
@@ -207,14 +205,6 @@ def _written(config: TimmTowerConfig, include_code: bool) -> dict[str, Any]:
     written["architectures"] = written.get("architectures") or ["TimmTowerModel"]
     written.pop("auto_map", None)
     return {**written, "auto_map": AUTO_MAP} if include_code else written
-
-
-def _read_card(folder: Path) -> str | None:
-    path = folder / CARD_NAME
-    try:
-        return path.read_bytes().decode("utf-8") if path.exists() else None
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: not UTF-8 text ({error}); save it as UTF-8, or move it away") from error
 
 
 def _write_weights(

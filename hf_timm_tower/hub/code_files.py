@@ -7,7 +7,7 @@ run: where they run as a tower's own code, out of transformers' cache, they copy
 import re
 from pathlib import Path
 
-from ..files.checkpoint import CODE_NAME
+from ..files.names import CODE_NAME
 from ..reader.errors import FolderError
 
 DOOR = "doors"

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..files.aligned import write_aligned
-from ..files.checkpoint import CODE_NAME, CONFIG_NAME, read_json, write_json
+from ..files.json import write_json
+from ..files.names import CODE_NAME, CONFIG_NAME
+from ..files.open_folder import read_json
+from ..files.safetensors_layout import write_aligned
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ConfigError
 from ..reader.modeling import TimmTowerModel

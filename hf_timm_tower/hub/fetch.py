@@ -10,8 +10,8 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants
 
-from ..files.checkpoint import CONFIG_NAME, FINGERPRINT_NAME, INDEX_NAME, PREPROCESSOR_NAME, SINGLE_NAME, read_json
-from ..files.open_folder import require_plain_name
+from ..files.names import CONFIG_NAME, FINGERPRINT_NAME, INDEX_NAME, PREPROCESSOR_NAME, SINGLE_NAME
+from ..files.open_folder import read_json, require_plain_name
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ConfigError, FolderError, FormatError, HubError
 from ..reader.head import code_file

@@ -12,8 +12,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
-from ..files.checkpoint import CARD_NAME, is_own_file
-from ..files.sentence_files import MODULES_NAME, SENTENCE_NAME, are_edited
+from ..files.names import CARD_NAME, is_own_file
+from ..files.sentence_transformers import MODULES_NAME, SENTENCE_NAME, are_edited
 from ..reader.errors import HubError
 from .download import Access, download_files, hub_errors
 

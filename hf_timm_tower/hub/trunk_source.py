@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ..files.aligned import same_bits
-from ..files.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, OpenFolder, read_json
-from ..files.open_folder import require_plain_name
+from ..files.names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from ..files.open_folder import OpenFolder, read_json, require_plain_name
+from ..files.ties import same_bits
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ConfigError, FolderError, FormatError, HubError, WeightsError
 from .download import Access, download_files, file_sha256

@@ -16,8 +16,7 @@ import torch.nn as nn
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
-from ..files.aligned import same_bits
-from ..files.assign import find_ties
+from ..files.ties import find_ties, same_bits
 from ..reader.errors import ArgumentError, WeightsError
 from ..reader.trunk import BUILD_ERRORS
 from .weight_source import WeightSource, from_mapping, open_weights, shapes_of

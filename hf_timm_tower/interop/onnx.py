@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from ..files.aligned import folder_error
+from ..files.disk import folder_error
 from ..reader.errors import ConfigError, ExportError, FolderError
 from ..reader.trunk import float_dtype
 from .onnxruntime import Session

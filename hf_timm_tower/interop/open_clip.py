@@ -18,11 +18,11 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..files.assign import assign_weights
-from ..files.checkpoint import read_json
-from ..files.strict_json import shorten
+from ..files.open_folder import read_json
 from ..hub.download import Access, download_files
 from ..reader.config import TimmTowerConfig, check_size
 from ..reader.errors import ArgumentError, ConfigError, FolderError, FormatError, HubError, WeightsError
+from ..reader.errors import shown as shorten
 from ..reader.image_processing import check_preprocess
 from ..reader.pools import own_pool
 from ..reader.skip_init import no_init

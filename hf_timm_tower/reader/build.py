@@ -10,8 +10,8 @@ import torch
 import torch.nn as nn
 
 from ..files.assign import assign_weights
-from ..files.checkpoint import HEAD_CODE_NAME
 from ..files.folder import building_budget, read_tower
+from ..files.names import HEAD_CODE_NAME
 from ..heads.head_code import construct_code, describe_code
 from .config import TimmTowerConfig
 from .errors import ArgumentError, ConfigError, HeadError

@@ -13,18 +13,16 @@ import safetensors
 import timm
 import torch
 
-from ..files.aligned import write_aligned
-from ..files.assign import Ties
-from ..files.checkpoint import WeightPlan
 from ..files.disk import locked_folder
 from ..files.fingerprint import probe_image
 from ..files.folder import TowerFiles
+from ..files.json import parse_json
 from ..files.open_folder import OpenFolder
-from ..files.recovery import Plan
-from ..files.safetensors_header import Entry
-from ..files.sentence_files import sentence_files
+from ..files.safetensors_layout import Entry, write_aligned
+from ..files.sentence_transformers import sentence_files
 from ..files.staging import staged_folder
-from ..files.strict_json import parse_json
+from ..files.ties import Ties
+from ..files.weights import WeightPlan
 from ..heads.batch_formula import check_formula
 from ..heads.dead_code import prune
 from ..heads.head_code import describe_code

@@ -11,8 +11,8 @@ from torch import nn
 from transformers.utils.hub import cached_file
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from ..files.checkpoint import INDEX_NAME, SINGLE_NAME
 from ..files.fingerprint import compare, run_probe
+from ..files.names import INDEX_NAME, SINGLE_NAME
 from ..heads.head_code import construct_code, refuse_code
 from ..hub.download import Access
 from .build import Tower

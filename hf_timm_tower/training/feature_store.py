@@ -23,8 +23,9 @@ import numpy as np
 import torch
 
 from ..files.disk import sync
-from ..files.strict_json import MAX_JSON_BYTES, parse_json, shorten
+from ..files.json import MAX_JSON_BYTES, parse_json
 from ..reader.errors import FolderError, FormatError
+from ..reader.errors import shown as shorten
 
 STORE_VERSION = 1
 MANIFEST, PROGRESS = "manifest.json", "progress.txt"

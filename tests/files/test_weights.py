@@ -13,21 +13,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hf_timm_tower.files.aligned import same_bits, write_aligned
-from hf_timm_tower.files.checkpoint import (
-    HEAD_NAME,
-    INDEX_NAME,
-    SINGLE_NAME,
-    TRUNK_NAME,
-    OpenFolder,
-    assign_weights,
-    plan_weights,
-    read_folder,
-    read_json,
-    read_weights,
-    write_json,
-    write_weights,
-)
+from hf_timm_tower.files.assign import assign_weights
+from hf_timm_tower.files.json import write_json
+from hf_timm_tower.files.names import HEAD_NAME, INDEX_NAME, SINGLE_NAME, TRUNK_NAME
+from hf_timm_tower.files.open_folder import OpenFolder, read_json
+from hf_timm_tower.files.safetensors_layout import write_aligned
+from hf_timm_tower.files.staging import read_folder
+from hf_timm_tower.files.ties import same_bits
+from hf_timm_tower.files.weights import plan_weights, read_weights, write_weights
 from hf_timm_tower.reader.errors import ConfigError, FolderError, FormatError, WeightsError
 
 
