@@ -84,9 +84,10 @@ def _refuse_overlaps(keys: list[str], state: Mapping[str, Tensor], parameters: C
     for key in ordered:
         begin, end = span(key)
         if begin < reach and (key in parameters or widest in parameters):
+            both = ", ".join(sorted((widest, key)))
             raise WeightsError(
-                f"{', '.join(sorted((widest, key)))} overlap in memory but are different views of it; a file keeps no views, so they "
-                "would come back as two independent tensors. Compute one from the other in forward, or clone it"
+                f"{both} overlap in memory but are different views of it; a file keeps no views, so they would "
+                "come back as two independent tensors. Compute one from the other in forward, or clone it"
             )
         if end > reach:
             reach, widest = end, key

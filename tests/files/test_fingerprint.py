@@ -158,7 +158,7 @@ class Noisy(torch.nn.Module):
 
 
 def test_a_probe_draws_what_seed_0_gives_and_takes_no_random_number_from_others() -> None:
-    tower = TimmModel("test_resnet", 8, custom_head=Noisy(64, 8)).eval()
+    tower = TimmModel("test_resnet", 8, custom_head=Noisy(96, 8)).eval()
     torch.manual_seed(0)
     random.seed(0)
     with torch.no_grad():
@@ -182,7 +182,7 @@ def test_torchs_generator_is_never_seeded_during_a_probe(monkeypatch: pytest.Mon
             return super().forward(torch.nn.functional.dropout(x, 0.1, training=True))
 
     seen: list[torch.Tensor] = []
-    tower = TimmModel("test_resnet", 8, custom_head=Watching(64, 8))
+    tower = TimmModel("test_resnet", 8, custom_head=Watching(96, 8))
     state = torch.get_rng_state()
     seen.clear()
     run_probe(tower, 3, [160, 160])

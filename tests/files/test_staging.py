@@ -312,7 +312,7 @@ def tree(folder: Path, but: set[str] = frozenset()) -> dict[str, object]:  # typ
 
 def strange_neighbours(target: Path) -> None:
     """Things that no save wrote, many under names that look as if one had."""
-    for name in ("Trunk.safetensors", "CONFIG.JSON", "readme.md", "trunk.safetensors.bak", "head_code.py", "-rf", "a\nb"):
+    for name in ("Trunk.safetensors", "CONFIG.JSON", "readme.md", "trunk.safetensors.bak", "head_code.py", "-r", "a\n"):
         (target / name).write_text("mine")
     os.chmod(target / "CONFIG.JSON", 0o400)
     (target / "adapter_model.safetensors").write_bytes(b"mine")
