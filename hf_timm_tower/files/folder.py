@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +23,9 @@ from ..reader.processor_config import check_processor, facts_in_tower, processor
 from ..reader.trunk import native_size
 from .fingerprint import make_fingerprint, run_probe
 from .json import write_json
-from .names import CARD_NAME, CONFIG_NAME, FINGERPRINT_NAME, INDEX_NAME, PREPROCESSOR_NAME
+from .names import CARD_NAME, CONFIG_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME
 from .open_folder import OpenFolder, read_text
-from .same_save import check_config
+from .same_save import mismatch, tie_digests
 from .sentence_transformers import write_sentence_files
 from .staging import read_folder, staged_folder
 from .ties import find_ties, same_bits
@@ -88,7 +89,7 @@ def read_tower(folder: str | os.PathLike[str], access: Access | None = None) -> 
         FormatError: a file is damaged, too large or of a newer version.
         ConfigError: the config does not describe a tower.
     """
-    config, weights, fingerprint, processor, source, index = read_folder(folder, _read)
+    config, weights, fingerprint, processor, source, digests = read_folder(folder, _read)
     kind = config.get("model_type")
     if kind != TimmTowerConfig.model_type:
         raise ConfigError(
@@ -104,7 +105,8 @@ def read_tower(folder: str | os.PathLike[str], access: Access | None = None) -> 
     _check_against_fingerprint(described, fingerprint or {})
     if processor is not None:
         check_processor(processor, described)
-    check_config(config, index, os.fspath(folder))
+    if (words := mismatch(fingerprint, config, digests, os.fspath(folder))) is not None:
+        warnings.warn(words, stacklevel=4)
     if described.trunk_source is not None:
         trunk = read_trunk(parse_trunk_source(described.trunk_source), access or Access())
         weights = merged(weights, trunk, str(folder))
@@ -135,15 +137,17 @@ def _read(
     dict[str, Any] | None,
     dict[str, Any] | None,
     str | None,
-    dict[str, Any] | None,
+    dict[str, str],
 ]:
     config = files.read_json(CONFIG_NAME)
-    fingerprint, index, processor = (
-        files.read_json(name) if files.has(name) else None for name in (FINGERPRINT_NAME, INDEX_NAME, PREPROCESSOR_NAME)
+    fingerprint, processor = (
+        files.read_json(name) if files.has(name) else None for name in (FINGERPRINT_NAME, PREPROCESSOR_NAME)
     )
     name = code_file(config)
     source = files.read_text(name) if name and files.has(name) else None
-    return config, read_weights(files), fingerprint, processor, source, index
+    digests: dict[str, str] = {}
+    weights = read_weights(files, digests=digests)
+    return config, weights, fingerprint, processor, source, digests
 
 
 def save_tower(
@@ -191,7 +195,7 @@ def save_tower(
             # file brings them: the comparison that counts is between equal layouts.
             here = run_probe(_plainly_laid_out(tower), config.in_chans, size)
         _compare_outputs(here, outputs, exact=device.type == "cpu")
-        fingerprint = make_fingerprint(outputs, again, config.in_chans, size)
+        fingerprint = {**make_fingerprint(outputs, again, config.in_chans, size), **tie_digests(staging)}
         write_json(staging / FINGERPRINT_NAME, fingerprint)
         write_sentence_files(staging, Path(folder), outputs)
         if beside.card is not None:

@@ -129,16 +129,22 @@ class OpenFolder:
             self._json[name] = self.read_bytes(name, max_bytes)
         return parse_object(self._json[name], f"{self.path / name}", max_depth)
 
-    def read_tensors(self, name: str, mmap: bool = True) -> dict[str, Tensor]:
-        """The tensors of the safetensors file `name`; see `safetensors_read.read_aligned`."""
-        return self.read_weights(name, mmap)[0]
+    def read_tensors(
+        self, name: str, mmap: bool = True, digests: dict[str, str] | None = None
+    ) -> dict[str, Tensor]:
+        """The tensors of the safetensors file `name`; see `safetensors_read.read_aligned`.
 
-    def read_weights(self, name: str, mmap: bool = True) -> tuple[dict[str, Tensor], str]:
-        """The same, and the file's `safetensors_read.file_digest`."""
+        Args:
+            name: The file.
+            mmap: False reads into memory of its own.
+            digests: Takes the `file_digest` of the file under its name.
+        """
         descriptor = self._open_present(name)
         try:
             where = f"{self.path / name}"
-            return read_aligned_descriptor(descriptor, where, mmap), file_digest(descriptor, where)
+            if digests is not None:
+                digests[name] = file_digest(descriptor, where)
+            return read_aligned_descriptor(descriptor, where, mmap)
         finally:
             os.close(descriptor)
 

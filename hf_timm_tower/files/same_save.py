@@ -1,4 +1,6 @@
-"""That the files of a folder come from one save: the index's metadata has digests of the others.
+"""That the files of a folder come from one save: `fingerprint.json` has digests of the others.
+
+(Not the index, which stays as it is when only a head was trained.)
 
 A half-finished copy, an rsync or a checkout of some files gives the head of one save beside the trunk of another, and
 a config that was edited to another activation has the same shapes as before. Neither shows in keys and shapes. Against
@@ -8,10 +10,13 @@ somebody who wants to deceive this is no help: they can write the index too.
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from ..reader.errors import ConfigError, FormatError, shown
-from .names import CONFIG_NAME, INDEX_NAME
+from ..reader.errors import FormatError, shown
+from .names import CONFIG_NAME, FINGERPRINT_NAME, INDEX_NAME
+from .open_folder import read_json
+from .safetensors_read import digest_of_file
 
 _KEY = "digests"
 # What decides which outputs the weights give. Labels, names, versions, what is frozen and how images are prepared may
@@ -35,71 +40,52 @@ _FIELDS = (
 )
 
 
-def tie_digests(config: Mapping[str, Any] | None, files: Mapping[str, str]) -> dict[str, Any]:
-    """What the index's metadata says of the other files.
+def tie_digests(folder: Path) -> dict[str, Any]:
+    """What `fingerprint.json` says of the other files of a save, which are written already."""
+    index = read_json(folder / INDEX_NAME)
+    files = {name: digest_of_file(folder / name) for name in sorted(set(index["weight_map"].values()))}
+    return {_KEY: {"config": _of_config(read_json(folder / CONFIG_NAME)), "files": files}}
+
+
+def mismatch(
+    fingerprint: Mapping[str, Any] | None, config: Mapping[str, Any], files: Mapping[str, str], where: str
+) -> str | None:
+    """Whether config and weight files are those that a fingerprint was saved with.
 
     Args:
-        config: The JSON of `config.json`; None where there is none.
+        fingerprint: The JSON of `fingerprint.json`; None where there is none.
+        config: The JSON of `config.json`, compared in what changes the outputs.
         files: Weight file -> its `file_digest`.
-    """
-    return {_KEY: {"files": dict(files), **({} if config is None else {"config": _of_config(config)})}}
+        where: The folder, for the message.
 
-
-def file_digests(metadata: Mapping[str, Any], where: str) -> dict[str, str]:
-    """Weight file -> digest, of an index's metadata; empty where it was written without.
+    Returns:
+        What is not, and what to do; None where all is as it was saved, or nothing tells.
 
     Raises:
-        FormatError: it is not what `tie_digests` writes.
+        FormatError: the fingerprint has something else in place of the digests.
     """
-    return _table(metadata, "files", where)
-
-
-def check_files(metadata: Mapping[str, Any], found: Mapping[str, str], where: str) -> None:
-    """Compare weight files with those that were saved.
-
-    Args:
-        metadata: Of the index.
-        found: Weight file -> digest.
-        where: The folder, for the error.
-
-    Raises:
-        FormatError: a file of another save, or one that was changed.
-    """
-    saved = file_digests(metadata, f"{where}/{INDEX_NAME}")
-    other = sorted(name for name, digest in found.items() if name in saved and saved[name] != digest)
+    digests = (fingerprint or {}).get(_KEY, {})
+    saved = digests.get("files", {}) if isinstance(digests, dict) else None
+    fields = digests.get("config", {}) if isinstance(digests, dict) else None
+    if not isinstance(saved, dict) or not isinstance(fields, dict):
+        raise FormatError(f"{where}/{FINGERPRINT_NAME}: {_KEY} must map config and files, found {shown(digests)}")
+    other = sorted(name for name, digest in files.items() if saved.get(name, digest) != digest)
     if other:
-        raise FormatError(
-            f"{where}: {', '.join(other[:5])} is not of the save that {INDEX_NAME} is of: files of two saves are "
-            "mixed, or one was changed. Copy the folder again, whole; where a file was replaced on purpose, "
-            f"remove 'metadata': {{'{_KEY}': ...}} from the index."
+        return (
+            f"{where}: {', '.join(other[:5])} is not of the save that {FINGERPRINT_NAME} is of: files of two saves are "
+            "mixed, or one was changed, and the tower may give other outputs. Copy or download the folder again, "
+            "whole; where it was changed on purpose, save the tower again."
         )
-
-
-def check_config(config: Mapping[str, Any], index: Mapping[str, Any] | None, where: str) -> None:
-    """Compare a config with the one that the weights were saved with, in what changes the outputs.
-
-    Args:
-        config: The JSON of `config.json`.
-        index: The JSON of the index; None where there is none.
-        where: The folder, for the error.
-
-    Raises:
-        ConfigError: it was edited, or is of another save; names the fields.
-        FormatError: the index has something else in place of the digests.
-    """
-    metadata = (index or {}).get("metadata")
-    saved = _table(metadata, "config", f"{where}/{INDEX_NAME}") if isinstance(metadata, dict) else {}
-    if not saved:
-        return
     now = _of_config(config)
-    changed = [field for field in _FIELDS if saved.get(field) != now.get(field)]
+    changed = [field for field in _FIELDS if fields and fields.get(field) != now.get(field)]
     if changed:
         values = ", ".join(f"{field}={shown(config.get(field), 40)}" for field in changed[:4])
-        raise ConfigError(
+        return (
             f"{where}/{CONFIG_NAME}: {values} is not what the weights were saved with: the file was edited or is of "
-            "another save, and the tower would give other outputs. Undo it, or copy the folder again, whole. To change "
-            "the tower on purpose, load it as it was saved, build one with the other value, and save that."
+            "another save, and the tower gives other outputs. Undo it, or copy the folder again, whole; where it was "
+            "changed on purpose, save the tower again."
         )
+    return None
 
 
 def _of_config(config: Mapping[str, Any]) -> dict[str, str]:
@@ -109,11 +95,3 @@ def _of_config(config: Mapping[str, Any]) -> dict[str, str]:
 def _digest(value: Any) -> str:
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _table(metadata: Mapping[str, Any], part: str, where: str) -> dict[str, str]:
-    digests = metadata.get(_KEY, {})
-    found = digests.get(part, {}) if isinstance(digests, dict) else None
-    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise FormatError(f"{where}: metadata.{_KEY} must map config and files to digests, found {shown(digests)}")
-    return found

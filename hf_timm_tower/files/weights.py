@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from ..reader.errors import ConfigError, FolderError, FormatError, WeightsError, shown
 from .disk import folder_error
 from .json import write_json
-from .names import CLASSIFIER_NAME, CONFIG_NAME, HEAD_NAME, INDEX_NAME, SINGLE_NAME, TRUNK_NAME, is_weight_file
-from .open_folder import OpenFolder, read_json, require_plain_name
+from .names import CLASSIFIER_NAME, HEAD_NAME, INDEX_NAME, SINGLE_NAME, TRUNK_NAME, is_weight_file
+from .open_folder import OpenFolder, require_plain_name
 from .safetensors_layout import write_aligned
-from .safetensors_read import digest_of_file
-from .same_save import check_files, tie_digests
 from .staging import read_folder
 from .ties import find_ties, same_bits
 
@@ -99,8 +97,7 @@ def write_weights(
 ) -> None:
     """Write the weights of `module` and their index into `folder`, the same bytes for the same weights.
 
-    Write `config.json` before: the index holds digests of it and of the weight files (see `same_save`). All keys of a
-    tied parameter are written, and the groups recorded in the index (`metadata.tied`: one parameter
+    All keys of a tied parameter are written, and the groups recorded in the index (`metadata.tied`: one parameter
     under several names; `metadata.shared`: several parameters on the same memory). Weight files of an earlier save
     that this one does not have are removed. To replace a tower that is in use, write into a `staged_folder`.
 
@@ -126,9 +123,7 @@ def write_weights(
     plan = plan_weights(state, max_shard_size)
     for name, keys in plan.files.items():
         write_aligned(folder / name, {key: state[key] for key in keys})
-    config = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).exists() else None
-    digests = tie_digests(config, {name: digest_of_file(folder / name) for name in plan.files})
-    metadata: dict[str, Any] = {"format": "pt", "total_size": plan.total_bytes, **digests}
+    metadata: dict[str, Any] = {"format": "pt", "total_size": plan.total_bytes}
     if ties.tied:
         metadata["tied"] = [list(group) for group in ties.tied]
     if ties.shared:
@@ -142,12 +137,15 @@ def write_weights(
         raise folder_error(f"{folder}: an earlier save's weights cannot be removed", error) from error
 
 
-def read_weights(folder: str | os.PathLike[str] | OpenFolder, mmap: bool = True) -> dict[str, Tensor]:
+def read_weights(
+    folder: str | os.PathLike[str] | OpenFolder, mmap: bool = True, digests: dict[str, str] | None = None
+) -> dict[str, Tensor]:
     """Read all weights of a folder: those of its index, or of a plain `model.safetensors`.
 
     Args:
         folder: a path, which is read so that only one save is seen; or a folder that is open already.
         mmap: False reads into memory of its own; see `safetensors_read.read_aligned`.
+        digests: takes the `file_digest` of each weight file.
 
     Returns:
         key -> tensor on the CPU, 64-byte aligned, mapped where the file allows it. Keys that the index calls tied
@@ -159,15 +157,15 @@ def read_weights(folder: str | os.PathLike[str] | OpenFolder, mmap: bool = True)
         FormatError: a damaged file, or an index that does not fit its files.
     """
     if isinstance(folder, OpenFolder):
-        return _read_weights(folder, mmap)
-    return read_folder(folder, lambda opened: _read_weights(opened, mmap))
+        return _read_weights(folder, mmap, digests)
+    return read_folder(folder, lambda opened: _read_weights(opened, mmap, digests))
 
 
-def _read_weights(folder: OpenFolder, mmap: bool) -> dict[str, Tensor]:
+def _read_weights(folder: OpenFolder, mmap: bool, digests: dict[str, str] | None) -> dict[str, Tensor]:
     has_single = folder.has(SINGLE_NAME)
     if not folder.has(INDEX_NAME):
         if has_single:
-            return folder.read_tensors(SINGLE_NAME, mmap)
+            return folder.read_tensors(SINGLE_NAME, mmap, digests)
         raise FolderError(
             f"{folder.path}: no weights, neither {INDEX_NAME} nor {SINGLE_NAME}; the folder is incomplete or not a "
             "tower: download or save it again"
@@ -192,14 +190,13 @@ def _read_weights(folder: OpenFolder, mmap: bool) -> dict[str, Tensor]:
         if not name.endswith(".safetensors"):
             raise FormatError(f"{where}: names {shown(name)}; only .safetensors files are read")
     tensors: dict[str, Tensor] = {}
-    digests: dict[str, str] = {}
     for name in sorted(listed):
         if not folder.has(name):
             raise FolderError(
                 f"{folder.path / name} is missing, the index puts {_count(listed[name])} there; the folder is "
                 "incomplete: download or save it again"
             )
-        found, digests[name] = folder.read_weights(name, mmap)
+        found = folder.read_tensors(name, mmap, digests)
         if lacking := listed[name] - found.keys():
             raise FormatError(f"{folder.path / name}: lacks {_count(lacking)} that the index puts there")
         if unlisted := found.keys() - listed[name]:
@@ -207,7 +204,6 @@ def _read_weights(folder: OpenFolder, mmap: bool) -> dict[str, Tensor]:
             what = "the index puts into another file" if elsewhere else "the index does not list"
             raise FormatError(f"{folder.path / name}: holds {_count(elsewhere or unlisted)} that {what}")
         tensors.update(found)
-    check_files(metadata, digests, f"{folder.path}")
     for kind in ("tied", "shared"):
         for group in _groups(metadata.get(kind, []), kind, tensors, where):
             first = tensors[group[0]]
