@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -162,3 +163,23 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def make_parents(target: Path) -> list[Path]:
+    """Make the folders above the target; those that were missing, outermost first."""
+    made: list[Path] = []
+    for parent in reversed([parent for parent in target.parents if not parent.exists()]):
+        try:
+            parent.mkdir()
+        except FileExistsError:
+            continue  # another save made it meanwhile
+        made.append(parent)
+    return made
+
+
+def copy_ownership(target: Path, new: Path) -> None:
+    """Give the new folder the old one's mode, attributes (access lists) and owner."""
+    wanted, found = os.stat(target), os.stat(new)
+    if hasattr(os, "chown") and (wanted.st_uid, wanted.st_gid) != (found.st_uid, found.st_gid):
+        os.chown(new, wanted.st_uid, wanted.st_gid)
+    shutil.copystat(target, new)

@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 from ..reader.errors import FolderError, TowerError
 from .disk import (
     CAN_EXCHANGE,
+    copy_ownership,
     exchange_folders,
     folder_error,
     identity,
@@ -35,6 +36,7 @@ from .disk import (
     is_mount,
     is_real_folder,
     locked_folder,
+    make_parents,
     sync,
     sync_tree,
 )
@@ -71,7 +73,7 @@ def staged_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     made: list[Path] = []
     try:
         _require_writable(real)
-        made = _make_parents(real)
+        made = make_parents(real)
         with _lock_for(real, _WRITER_SECONDS):
             _settle_abandoned(real)
             save = _Save.begin(real)
@@ -136,7 +138,7 @@ class _Save:
                     raise
             else:
                 try:
-                    _copy_ownership(target, save.path)
+                    copy_ownership(target, save.path)
                     return save
                 except PermissionError:
                     save.close()  # not ours to give away: write into the folder that is there
@@ -367,18 +369,6 @@ def _is_allowed(folder: Path, how: int) -> bool:
     return os.access(folder, how, effective_ids=os.access in os.supports_effective_ids)
 
 
-def _make_parents(target: Path) -> list[Path]:
-    """Make the folders above the target; those that were missing, outermost first."""
-    made: list[Path] = []
-    for parent in reversed([parent for parent in target.parents if not parent.exists()]):
-        try:
-            parent.mkdir()
-        except FileExistsError:
-            continue  # another save made it meanwhile
-        made.append(parent)
-    return made
-
-
 def _lock_for(target: Path, seconds: float) -> AbstractContextManager[None]:
     """The lock that saves to `target` take turns by. It is its parent's: the target itself is replaced."""
     return locked_folder(target.parent if _is_allowed(target.parent, os.R_OK) else target, seconds)
@@ -396,14 +386,6 @@ def _may_be_exchanged(target: Path, new_names: frozenset[str]) -> bool:
     # Folders in it cannot be hard-linked, and moved after the exchange they would be missing if that is cut off; one
     # may be the staging folder of another save.
     return not any(is_real_folder(target / name) for name in _kept(target, new_names))
-
-
-def _copy_ownership(target: Path, new: Path) -> None:
-    """Give the new folder the old one's mode, attributes (access lists) and owner."""
-    wanted, found = os.stat(target), os.stat(new)
-    if hasattr(os, "chown") and (wanted.st_uid, wanted.st_gid) != (found.st_uid, found.st_gid):
-        os.chown(new, wanted.st_uid, wanted.st_gid)
-    shutil.copystat(target, new)
 
 
 def _beside(target: Path) -> Path:
