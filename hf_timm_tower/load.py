@@ -11,9 +11,12 @@ import torch
 import torch.nn as nn
 from transformers.utils.hub import cached_file
 
-from .files.checkpoint import CONFIG_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME, read_weights
 from .files.fingerprint import compare, run_probe
-from .files.open_folder import OpenFolder, read_folder
+from .files.names import CONFIG_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME
+from .files.open_folder import OpenFolder
+from .files.same_save import mismatch
+from .files.staging import read_folder
+from .files.weights import read_weights
 from .heads.source_file import construct_code
 from .hub.download import Access
 from .hub.trunk_source import merged, parse_trunk_source, read_trunk
@@ -54,7 +57,7 @@ def read_tower(folder: str | os.PathLike[str], access: Access | None = None, *, 
         FormatError: a file is damaged, too large or of a newer version.
         ConfigError: the config does not describe a tower.
     """
-    described, weights, fingerprint, processor = read_folder(folder, partial(_parse, mmap=mmap))
+    described, weights, fingerprint, processor, digests = read_folder(folder, partial(_parse, mmap=mmap))
     kind = described.get("model_type")
     if kind != TimmTowerConfig.model_type:
         raise ConfigError(
@@ -73,17 +76,21 @@ def read_tower(folder: str | os.PathLike[str], access: Access | None = None, *, 
     if config.trunk_source is not None:
         trunk = read_trunk(parse_trunk_source(config.trunk_source), access or Access())
         weights = merged(weights, trunk, str(folder))
+    if words := mismatch(fingerprint, described, digests, os.fspath(folder)):
+        warnings.warn(words, stacklevel=5)
     return StoredTower(config, weights, fingerprint)
 
 
 def _parse(
     files: OpenFolder, mmap: bool
-) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any] | None, dict[str, Any] | None]:
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any] | None, dict[str, Any] | None, dict[str, str]]:
     config = files.read_json(CONFIG_NAME)
     fingerprint, processor = (
         files.read_json(name) if files.has(name) else None for name in (FINGERPRINT_NAME, PREPROCESSOR_NAME)
     )
-    return config, read_weights(files, mmap=mmap), fingerprint, processor
+    digests: dict[str, str] = {}
+    weights = read_weights(files, mmap=mmap, digests=digests)
+    return config, weights, fingerprint, processor, digests
 
 
 def _check_against_fingerprint(config: TimmTowerConfig, fingerprint: dict[str, Any]) -> None:
@@ -209,7 +216,7 @@ def _trusted_head(
         repo, _, revision = (origin or str(folder)).partition("@")
         raise refuse_code(spec, repo=repo, revision=revision or None)
     name = code_file({"head": spec}) or ""
-    source = read_folder(folder, lambda files: files.read_bytes(name)).decode("utf-8", "replace")
+    source = read_folder(folder, lambda files: files.read_text(name))
     return construct_code(spec, source, where=os.path.join(folder, name))
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from .files.aligned import same_bits
 from .files.fingerprint import run_probe
+from .files.ties import same_bits
 from .heads.isolation import copy_head
 from .reader.config import TimmTowerConfig
 from .reader.errors import HeadError, TowerError, WeightsError

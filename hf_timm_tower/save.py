@@ -13,20 +13,22 @@ import torch
 import torch.nn as nn
 
 from .build import check_embedding, example_input
-from .files.assign import find_ties
-from .files.checkpoint import CARD_NAME, CONFIG_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME, write_json, write_weights
 from .files.fingerprint import make_fingerprint
-from .files.open_folder import OpenFolder
-from .files.sentence_files import write_sentence_files
+from .files.json import write_json
+from .files.names import CARD_NAME, CONFIG_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME
+from .files.open_folder import read_text
+from .files.same_save import tie_digests
+from .files.sentence_transformers import write_sentence_files
 from .files.staging import staged_folder
+from .files.ties import find_ties
+from .files.weights import write_weights
 from .heads.stored_form import store_any_head
 from .hub.card import CardOptions, TowerFacts, tower_facts
-from .hub.card_merge import MAX_CARD_BYTES
 from .hub.reader_file import AUTO_MAP, write_reader
 from .hub.trunk_source import is_separable
 from .proof import bare_tower, form_of, prove, refuse_changing_hooks
 from .reader.config import TimmTowerConfig
-from .reader.errors import FormatError, WeightsError, shown
+from .reader.errors import WeightsError, shown
 from .reader.graph_head import GraphHead
 from .reader.head import LIVE, SUBCLASS, builtin_head
 from .reader.image_processing import facts_in_tower, processor_dict
@@ -192,9 +194,10 @@ def save_tower(
             if not form_is_proven:
                 refuse_changing_hooks(tower, config, outputs)
             fingerprint = make_fingerprint(outputs, again, config.in_chans, native_size(config))
+            fingerprint |= tie_digests(staging)
             write_json(staging / FINGERPRINT_NAME, fingerprint)
             write_sentence_files(staging, Path(folder), outputs)
-            card = cards.make(facts, config, _read_card(Path(folder)), fingerprint["weights"])
+            card = cards.make(facts, config, read_text(Path(folder, CARD_NAME)), fingerprint["weights"])
             (staging / CARD_NAME).write_bytes(card.encode("utf-8"))
             names = tuple(sorted(path.name for path in staging.iterdir()))
     return Saved(facts, config, fingerprint, names)
@@ -221,17 +224,6 @@ def _written(config: TimmTowerConfig, include_code: bool) -> dict[str, Any]:
     for name in ("auto_map", "custom_pipelines"):  # where code is found is decided by each save anew
         written.pop(name, None)
     return {**written, "auto_map": AUTO_MAP} if include_code else written
-
-
-def _read_card(folder: Path) -> str | None:
-    path = folder / CARD_NAME
-    if not path.is_symlink() and not path.exists():
-        return None
-    try:
-        with OpenFolder(folder) as opened:
-            return opened.read_bytes(CARD_NAME, MAX_CARD_BYTES).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: not UTF-8 text ({error}); save it as UTF-8, or move it away") from error
 
 
 def _write_weights(staging: Path, tower: nn.Module, config: TimmTowerConfig, max_shard_size: int | str) -> None:

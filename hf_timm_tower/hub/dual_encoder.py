@@ -10,9 +10,10 @@ from typing import Any
 
 from transformers import VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
-from ..files.aligned import write_aligned
-from ..files.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, read_json, write_json
-from ..files.open_folder import OpenFolder
+from ..files.json import write_json
+from ..files.names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from ..files.open_folder import OpenFolder, read_json
+from ..files.safetensors_layout import write_aligned
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ConfigError, shown
 from .reader_file import READER_NAME, write_reader

@@ -10,8 +10,8 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants
 
-from ..files.checkpoint import CONFIG_NAME, FINGERPRINT_NAME, INDEX_NAME, PREPROCESSOR_NAME, SINGLE_NAME, read_json
-from ..files.open_folder import require_plain_name
+from ..files.names import CONFIG_NAME, FINGERPRINT_NAME, INDEX_NAME, PREPROCESSOR_NAME, SINGLE_NAME
+from ..files.open_folder import read_json, require_plain_name
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ConfigError, FolderError, FormatError, HubError, shown
 from ..reader.head import code_file
@@ -48,7 +48,7 @@ def fetch_tower(
         raise FolderError(f"subfolder={subfolder!r} leads out of {name_or_path}")
     if Path(name_or_path).is_dir():
         folder = Path(name_or_path, *parts)
-        if folder.is_dir() and not (folder / CONFIG_NAME).exists() and not (folder / ".tower-commit").exists():
+        if folder.is_dir() and not (folder / CONFIG_NAME).exists():
             seems = identify(os.listdir(folder), None, str(folder))
             raise FolderError(
                 f"{folder / CONFIG_NAME} is missing; the folder is incomplete or not a tower. {seems}".rstrip()

@@ -14,9 +14,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
-from ..files.checkpoint import CARD_NAME, is_own_file
+from ..files.names import CARD_NAME, is_own_file
 from ..files.open_folder import OpenFolder
-from ..files.sentence_files import MODULES_NAME, SENTENCE_NAME, are_edited
+from ..files.sentence_transformers import MODULES_NAME, SENTENCE_NAME, are_edited
 from ..reader.errors import FormatError, HubError
 from .card_merge import MAX_CARD_BYTES
 from .download import Access, check_token, download_files, hub_errors

@@ -90,11 +90,6 @@ def _import_lines(imports: dict[str, set[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def reader_lines() -> int:
-    """How many lines the file has."""
-    return _COPY.read_bytes().count(b"\n")
-
-
 def write_reader(folder: Path) -> None:
     """Write the file into a tower's folder, the same bytes every time.
 

@@ -21,9 +21,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import Tensor
 
-from ..files.aligned import same_bits
-from ..files.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, OpenFolder, read_json
-from ..files.open_folder import require_plain_name
+from ..files.names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from ..files.open_folder import OpenFolder, read_json, require_plain_name
+from ..files.ties import same_bits
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ConfigError, FolderError, FormatError, HubError, WeightsError, shown
 from .download import MAX_WEIGHT_FILES, Access, download_files, file_sha256

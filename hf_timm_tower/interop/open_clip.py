@@ -17,11 +17,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..files.checkpoint import read_json
-from ..files.strict_json import shorten
+from ..files.open_folder import read_json
 from ..hub.download import Access, download_files
 from ..reader.config import TimmTowerConfig, check_size
-from ..reader.errors import ArgumentError, ConfigError, FolderError, FormatError, HubError, WeightsError
+from ..reader.errors import ArgumentError, ConfigError, FolderError, FormatError, HubError, WeightsError, shown
 from ..reader.image_processing import check_preprocess
 from ..reader.skip_init import Budget, skip_init
 from ..reader.trunk import eval_mode, has_fixed_size, native_cfg, own_pool
@@ -141,7 +140,7 @@ def _find(
     model_cfg = config.get("model_cfg", config)
     for name in ("model_cfg", "preprocess_cfg"):
         if not isinstance(config.get(name, {}), Mapping):
-            raise FormatError(f"{where}: {name} must be an object, found {shorten(config[name])}")
+            raise FormatError(f"{where}: {name} must be an object, found {shown(config[name])}")
     prepared = {**(config.get("preprocess_cfg", {})), **(preprocess_cfg or {})}
     return _Found(vision_arguments(model_cfg, where), preprocess_entries(prepared, where), weights)
 

@@ -22,9 +22,12 @@ from timm.layers.create_norm import get_norm_layer
 from timm.models import get_model_args, get_model_traits
 from torch import Tensor
 
-from ..files.aligned import read_aligned, same_bits, write_aligned
-from ..files.checkpoint import CONFIG_NAME, SINGLE_NAME, write_json
+from ..files.json import write_json
+from ..files.names import CONFIG_NAME, SINGLE_NAME
+from ..files.safetensors_layout import write_aligned
+from ..files.safetensors_read import read_aligned
 from ..files.staging import staged_folder
+from ..files.ties import same_bits
 from ..reader.config import ATTENTION_POOLS, TimmTowerConfig
 from ..reader.errors import ArgumentError, ConfigError, FolderError, HeadError, WeightsError
 from ..reader.model_args import encode

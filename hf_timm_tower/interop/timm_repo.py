@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 from timm.models import PretrainedCfg
 
-from ..files.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from ..files.names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from ..files.open_folder import OpenFolder, require_plain_name
 from ..hub.download import Access, download_files
 from ..hub.identify import identify

@@ -17,7 +17,7 @@ import torch.nn as nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from ..files.aligned import folder_error
+from ..files.disk import folder_error
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ArgumentError, ConfigError, ExportError, TowerError
 from ..reader.tower import HeadInput, run_head

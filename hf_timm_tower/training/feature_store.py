@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from ..files.disk import sync
-from ..files.strict_json import parse_json
+from ..files.json import parse_json
 from ..reader.errors import FolderError, FormatError, shown
 
 STORE_VERSION = 1
