@@ -37,7 +37,7 @@ class Budget:
     - `computed`, 8 GiB: bytes that are computed, copied or written for real, also those that are gone again
       (beit_large_patch16_512, 1.7 GiB).
     - `kept`, 512 MiB: those of them that are still there (swinv2_cr_giant_384, 70 MiB).
-    - `tensors`, 100,000: calls of torch, a copy counted five times for the module around it (maxvit_xlarge_tf_512,
+    - `tensors`, 100,000: calls of torch, a copy counted ten times for the module around it (maxvit_xlarge_tf_512,
       30,073).
     - `modules`, 10,000: modules put into another one (efficientnet_l2, 1,760).
 
@@ -137,7 +137,7 @@ class _Construction(TorchFunctionMode):
             func, args, kwargs = self._with_generator(func, name, target, args, kwargs)
         if self.budget is None:
             return func(*args, **kwargs)
-        self.budget.charge("tensors", 5 if name == "clone" else 1)
+        self.budget.charge("tensors", 10 if name == "clone" else 1)
         return self._charged(self.budget, func, name, target if in_place else None, args, kwargs)
 
     def _is_parameter(self, tensor: torch.Tensor) -> bool:
