@@ -139,11 +139,13 @@ def check_extent(graph: Json) -> None:
             values += len(item)
             letters += sum(map(len, item)) if isinstance(item, dict) else 0
             letters += sum(len(part) for part in inner if isinstance(part, str))
+            if isinstance(item, dict) and isinstance(data := item.get("data"), str):
+                letters -= len(data)  # of an embedded tensor, which has a limit of its own
             deeper.extend(part for part in inner if isinstance(part, (dict, list)))
             if values > MAX_VALUES or letters > MAX_TEXT:
                 raise GraphError(
-                    f"the stored head has more than {MAX_VALUES} values or {MAX_TEXT} letters: a forward of so many "
-                    "calls is not stored as a graph"
+                    f"the stored head has more than {MAX_VALUES} values or {MAX_TEXT} letters beside "
+                    "its tensors: what makes so many calls is not stored as a graph"
                 )
         level = deeper
         if not level:

@@ -147,7 +147,11 @@ class _Mover:
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return self.memo.setdefault(id(value), value.detach().to("meta"))
+            if id(value) not in self.memo:
+                self.memo[id(value)] = torch.empty_strided(
+                    value.shape, value.stride(), dtype=value.dtype, device="meta"
+                )  # with the strides of an expanded tensor, so that copying it counts
+            return self.memo[id(value)]
         if isinstance(value, nn.Module):
             for tensor in (*value.parameters(), *value.buffers()):
                 twin = tensor.detach().to("meta")

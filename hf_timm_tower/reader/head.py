@@ -178,7 +178,7 @@ def _tensors_held(value: object, depth: int = 3) -> Iterator[torch.Tensor]:
 
 
 def output_of(head: nn.Module, example: torch.Tensor, where: str) -> Any:
-    """What a head gives for an example, run on a copy in eval mode, without autocast and without torch's random generator.
+    """What a head gives for an example, run on a copy in eval mode, autocast off, with random numbers of its own.
 
     Args:
         head: Any head.

@@ -1,8 +1,10 @@
 """A head becomes JSON and comes back; JSON from strangers becomes a head or a GraphError, and nothing else."""
 
+import base64
 import copy
 import json
 import random
+import time
 from typing import Any
 
 import pytest
@@ -386,3 +388,104 @@ def test_a_changed_graph_is_a_head_or_a_graph_error(data: st.DataObject) -> None
         return
     assert isinstance(head, nn.Module)
     assert sum(tensor.nbytes for tensor in head.state_dict().values()) <= 1 << 27
+
+
+# --- what calls make together is bounded when a head runs, before it is made
+
+
+def run_at_growth(*nodes: dict[str, Any], constants: Any = (), x: torch.Tensor | None = None) -> Any:
+    """Run a head of no weights that makes these calls."""
+    graph = {
+        "version": 1,
+        "input": {"shape": [None, 8]},
+        "modules": [{"name": "", "part": True}],
+        "forward": {"nodes": list(nodes), "output": f"%{len(nodes) - 1}"},
+        "constants": [
+            {
+                "shape": list(tensor.shape),
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "data": base64.b64encode(tensor.numpy().tobytes()).decode(),
+            }
+            for tensor in constants
+        ],
+    }
+    return construct(graph)(torch.ones(2, 8) if x is None else x)
+
+
+VECTOR = torch.ones(20_000)
+GROWTH: dict[str, Any] = {
+    "doubling": ([{"op": "torch.cat", "in": [["x" if not i else f"%{i - 1}"] * 2]} for i in range(40)], []),
+    "outer product": ([{"op": "torch.outer", "in": ["#0", "#0"]}], [VECTOR]),
+    "Kronecker product": ([{"op": "torch.kron", "in": ["#0", "#0"]}], [VECTOR]),
+    "broadcast": ([{"op": "Tensor.unsqueeze", "in": ["#0", 1]}, {"op": "Tensor.add", "in": ["%0", "#0"]}], [VECTOR]),
+    "einsum of many": ([{"op": "torch.einsum", "in": [{"s": "a,b,c,d->abcd"}, ["#0"] * 4]}], [VECTOR]),
+    "grid": ([{"op": "torch.cartesian_prod", "in": ["#0", "#0", "#0"]}], [VECTOR]),
+    "millions of tensors": ([{"op": "torch.tensor_split", "in": ["x", 2**24]}, {"op": "torch.relu", "in": ["x"]}], []),
+    "unbind of nothing": ([{"op": "torch.zeros", "in": [[2**30, 0]]}, {"op": "torch.unbind", "in": ["%0"]}], []),
+    "repeats told by a tensor": ([{"op": "torch.repeat_interleave", "in": ["#0", "#0"]}], [torch.tensor([2**40])]),
+    "bins told by a value": ([{"op": "torch.bincount", "in": ["#0"]}], [torch.tensor([2**40])]),
+    "classes told by a value": ([{"op": "F.one_hot", "in": ["#0"]}], [torch.tensor([2**40])]),
+    "decompositions": ([{"op": "linalg.svd", "in": ["#0"]}] * 3000, [torch.ones(500, 500)]),
+    "copies of a view": (
+        [{"op": "Tensor.expand", "in": ["x", 2**20, 2, 8]}, {"op": "Tensor.contiguous", "in": ["%0"]}] * 20,
+        [],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", GROWTH)
+def test_a_forward_that_makes_too_much_is_refused_before_it_does(kind: str) -> None:
+    nodes, constants = GROWTH[kind]
+    with pytest.raises(GraphError, match="intermediate tensors"):
+        run_at_growth(*nodes, constants=constants)
+
+
+def test_layers_count_by_what_they_make() -> None:
+    graph = {
+        "version": 1,
+        "input": {"shape": [None, 1, 8, 8]},
+        "modules": [
+            {"name": "", "part": True},
+            {"name": "up", "layer": "PixelShuffle", "args": {"upscale_factor": 1}},
+            {
+                "name": "big",
+                "layer": "Upsample",
+                "args": {
+                    "size": None, "scale_factor": 40.0, "mode": "nearest", "align_corners": None,
+                    "recompute_scale_factor": None,
+                },
+            },
+        ],
+        "forward": {"nodes": [{"call": "big", "in": [at]} for at in ("x", "%0", "%1", "%2")], "output": "%3"},
+    }  # fmt: skip
+    head = construct(graph)
+    with pytest.raises(GraphError, match="intermediate tensors"):
+        head(torch.ones(1, 1, 8, 8))
+
+
+def test_a_call_is_sized_once_for_each_shape_and_honest_growth_is_let_through() -> None:
+    nodes = [{"op": "torch.cat", "in": [["x" if not i else f"%{i - 1}"] * 2]} for i in range(8)]
+    assert run_at_growth(*nodes).shape == (512, 8)
+    masked = [{"op": "Tensor.gt", "in": ["x", 0.5]}, {"op": "Tensor.__getitem__", "in": ["x", "%0"]}]
+    assert run_at_growth(*masked).shape == (16,)
+    assert run_at_growth({"op": "F.one_hot", "in": ["#0"]}, constants=[torch.tensor([0, 3])]).shape == (2, 4)
+
+
+BIG = {
+    "too many values": with_node({"op": "torch.cat", "in": [["x"] * 9_999 for _ in range(30)]}),
+    "too much text": {**small_graph(), "frozen": ["a" * 1999] * 600},
+    "too many modules": with_module(*({"name": f"m{i}", "container": "Sequential"} for i in range(3000))),
+    "too many calls": {**small_graph(), "forward": {"nodes": [{"call": "net", "in": ["x"]}] * 10_001, "output": "x"}},
+    "calls times layers": {
+        **with_module(*({"name": f"net.{i}", "layer": "Identity", "args": {}} for i in range(2, 1002))),
+        "forward": {"nodes": [{"call": "net", "in": ["x"]}] * 100, "output": "%99"},
+    },
+}
+
+
+@pytest.mark.parametrize("graph", BIG.values(), ids=BIG.keys())
+def test_graphs_beyond_the_limits_are_refused_in_little_time(graph: Any) -> None:
+    began = time.process_time()
+    with pytest.raises(GraphError, match=r"more than|at most"):
+        construct(graph)
+    assert time.process_time() - began < 2
