@@ -103,9 +103,7 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             raise ArgumentError("save_pretrained: a tower saves its own config; change tower.config instead")
         if not is_main_process:
             return None
-        cards = CardOptions(
-            as_tags(tags), license, model_card_kwargs or {}, metrics, evaluated_on, repo_id=repo_id
-        )
+        cards = CardOptions(as_tags(tags), license, model_card_kwargs or {}, metrics, evaluated_on, repo_id=repo_id)
         saved = self._save(save_directory, SaveOptions(cards, include_code, max_shard_size), state_dict=state_dict)
         if not push_to_hub:
             return None

@@ -169,9 +169,7 @@ def load_tower(
 
 
 @plain_defaults()
-def load_bare(
-    folder: str | os.PathLike[str], *, trust_head_code: bool = False, access: Access | None = None
-) -> Tower:
+def load_bare(folder: str | os.PathLike[str], *, trust_head_code: bool = False, access: Access | None = None) -> Tower:
     """A folder -> its tower on the CPU, in eval mode, with the classifier if the folder has one.
 
     Args:

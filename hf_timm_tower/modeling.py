@@ -210,9 +210,7 @@ class SavesTower(TimmFace, reader.TimmTowerPreTrainedModel):  # type: ignore[no-
             HeadError, TowerError: the tower cannot be saved; nothing was sent.
             HubError: the repository cannot be written; nothing was committed.
         """
-        options = self._options(
-            tags, license, model_card_kwargs, metrics, evaluated_on, include_code, max_shard_size
-        )
+        options = self._options(tags, license, model_card_kwargs, metrics, evaluated_on, include_code, max_shard_size)
         if getattr(self, "_hf_peft_config_loaded", False):
             _refuse_with_adapter(options, allow_patterns, ignore_patterns, delete_patterns)
             stock: Any = PreTrainedModel.push_to_hub

@@ -74,9 +74,7 @@ class Saved:
 
     def card(self, options: CardOptions, repo_id: str, existing: str | None) -> str:
         """The card for a repository, made out of the one that is there (None where there is none)."""
-        return replace(options, repo_id=repo_id).make(
-            self.facts, self.config, existing, self.fingerprint["weights"]
-        )
+        return replace(options, repo_id=repo_id).make(self.facts, self.config, existing, self.fingerprint["weights"])
 
 
 @dataclass(frozen=True)
@@ -172,8 +170,8 @@ def save_tower(
     """
     if config.trunk_source is None and tower.config.trunk_source is not None:
         warnings.warn(
-            f"the trunk of this tower is stored in {shown(tower.config.trunk_source.get('repo_id'))}; what is saved here "
-            "holds it whole, and whoever publishes it publishes the trunk. push_to_hub pushes the head alone.",
+            f"the trunk of this tower is stored in {shown(tower.config.trunk_source.get('repo_id'))}; what is saved "
+            "here holds it whole, and whoever publishes it publishes the trunk. push_to_hub pushes the head alone.",
             stacklevel=4,
         )
     cards, with_reader = options.cards, options.include_code is not False

@@ -152,7 +152,10 @@ class CardOptions:
 
         def render(data: dict[str, Any]) -> ModelCard:
             data_of_card = ModelCardData(**data)
-            return ModelCard.from_template(data_of_card, template_str=template, **values, config=config, facts=facts)
+            card: ModelCard = ModelCard.from_template(
+                data_of_card, template_str=template, **values, config=config, facts=facts
+            )
+            return card
 
         return merge_card(existing, record, own, given, render, repo_id=repo_id, weights=weights)
 
@@ -170,7 +173,7 @@ class CardOptions:
         # As other libraries write it: the Hub wants a data set with every figure.
         data_set = {"dataset_type": evaluated_on or "unknown", "dataset_name": evaluated_on or "Unknown"}
         results = [
-            EvalResult(task_type=evaluated_task, metric_type=key, metric_value=value, **data_set)
+            EvalResult(task_type=evaluated_task, metric_type=key, metric_value=value, **data_set)  # type: ignore[arg-type]
             for key, value in metrics.items()
         ]
         extra = more.pop("eval_results", None) or []
@@ -263,7 +266,7 @@ def _values(config: TimmTowerConfig, facts: TowerFacts, repo_id: str | None) -> 
         "classifies": classifies,
         "problem": "regression" if lone else config.problem_type,
         "auto": "AutoModelForImageClassification" if classifies else "AutoModel",
-        "tower_class": config.tower_class if str(config.tower_class).isidentifier() and config.tower_class else "TimmModel",
+        "tower_class": config.tower_class if (config.tower_class or "").isidentifier() else "TimmModel",
         "registered": f"\n# first import the module with @register_head({_literal(head.get('name'))})"
         if registered
         else "",
@@ -284,7 +287,8 @@ def _head_text(config: TimmTowerConfig) -> str:
         made = f"made by {_code(config.tower_class)}" if config.tower_class else ""
         form = str(head.get("form"))
         how = f"{forms[form]} {_code(head.get('file' if form == 'code' else 'name'))}" if form in forms else made
-        return ", ".join(filter(None, [_code(head.get("class") or "head"), "stored as data" if form == "graph" else how]))
+        stored = "stored as data" if form == "graph" else how
+        return ", ".join(filter(None, [_code(head.get("class") or "head"), stored]))
     if config.pool in ("abs_attn", "rot_attn"):
         return f"attention pool {_code(config.pool)}, then projection {_code(config.proj or 'none')}"
     if config.proj is None:

@@ -32,8 +32,8 @@ def identify(names: Collection[str], config: Mapping[str, Any] | None, place: st
         return f"It seems to be a timm model: timm.create_model('hf-hub:{place}', pretrained=True) loads it."
     if isinstance(kind, str):
         return (
-            f"It seems to be a transformers checkpoint of model_type {shown(kind)}: transformers.AutoModel.from_pretrained"
-            f"('{place}') loads it."
+            f"It seems to be a transformers checkpoint of model_type {shown(kind)}: "
+            f"transformers.AutoModel.from_pretrained('{place}') loads it."
         )
     pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")))
     if pickles:

@@ -71,6 +71,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from typing import Any, ClassVar, Literal, Self, TypedDict
 from urllib.request import Request, urlopen
 import warnings
+import weakref
 
 # --- errors.py
 
@@ -775,19 +776,22 @@ class Budget:
 
     - `reserved`, 64 GiB: bytes of `torch.empty` and `torch.zeros`, which take no memory until they are written
       (vit_7b_patch16_dinov3, 25 GiB in float32).
-    - `computed`, 512 MiB: bytes that are computed, copied or written for real (swinv2_cr_giant_384, 0.1 GiB).
-    - `tensors`, 250,000: calls of torch (maxvit_xlarge_tf_512, 33,000).
-    - `modules`, 20,000: modules put into another one (efficientnet_l2, 1,757).
+    - `computed`, 8 GiB: bytes that are computed, copied or written for real, also those that are gone again
+      (beit_large_patch16_512, 1.7 GiB).
+    - `kept`, 512 MiB: those of them that are still there (swinv2_cr_giant_384, 70 MiB).
+    - `tensors`, 100,000: calls of torch, a copy counted ten times for the module around it (maxvit_xlarge_tf_512,
+      30,073).
+    - `modules`, 10,000: modules put into another one (efficientnet_l2, 1,760).
 
-    Where the size of the weight files is known, what is reserved and computed together is at most four times as much
-    and 1 GiB: there are buffers, tables and files in half precision, but not another order of size.
+    Where the size of the weight files is known, what is reserved and kept together is at most four times as much and
+    1 GiB: there are buffers, tables and files in half precision, but not another order of size.
 
     Args:
-        total: Most bytes reserved and computed together, None where only the limits above hold.
+        total: Most bytes reserved and kept together, None where only the limits above hold.
     """
 
     def __init__(self, total: int | None = None) -> None:
-        self.limits = {"reserved": 2**36, "computed": 2**29, "tensors": 250_000, "modules": 20_000}
+        self.limits = {"reserved": 2**36, "computed": 2**33, "kept": 2**29, "tensors": 100_000, "modules": 10_000}
         if total is not None:
             self.limits["bytes"] = total
         self.spent = dict.fromkeys((*self.limits, "bytes"), 0)
@@ -801,7 +805,7 @@ class Budget:
     def for_weights(cls, nbytes: int) -> "Budget":
         """For a config whose weight files hold so many bytes."""
         budget = cls(4 * nbytes + 2**30)
-        budget.limits["computed"] += nbytes  # layers that torch makes by copying one
+        budget.limits["kept"] += nbytes  # layers that torch makes by copying one
         return budget
 
     def charge(self, kind: str, amount: int) -> None:
@@ -811,7 +815,7 @@ class Budget:
             ConfigError: a limit is exceeded.
         """
         self.spent[kind] += amount
-        if kind in ("reserved", "computed"):
+        if kind in ("reserved", "kept"):
             self.spent["bytes"] += amount
         for each in (kind, "bytes"):
             limit = self.limits.get(each)
@@ -822,6 +826,17 @@ class Budget:
                     + (", which its weight files do not hold" if each == "bytes" else "")
                     + ": refused before it is built. The config does not belong to these weights, or is not one of timm"
                 )
+
+
+    def charge_made(self, nbytes: int) -> None:
+        """Count bytes that are computed and, for the moment, kept."""
+        self.charge("computed", nbytes)
+        self.charge("kept", nbytes)
+
+    def release(self, nbytes: int) -> None:
+        """Count bytes as no longer kept."""
+        self.spent["kept"] -= nbytes
+        self.spent["bytes"] -= nbytes
 
 
 _ACTIVE: ContextVar[Budget | None] = ContextVar("budget", default=None)
@@ -854,7 +869,7 @@ class _Construction(TorchFunctionMode):
         target = args[0] if args else kwargs.get("tensor")
         if name in ("__get__", "__set__"):
             found = func(*args, **kwargs)
-            if isinstance(target, nn.Parameter) and isinstance(found, torch.Tensor):
+            if isinstance(found, torch.Tensor) and isinstance(target, torch.Tensor) and self._is_parameter(target):
                 self.parameter_data[id(found)] = found  # kept, so that the id stays its own
             return found
         in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
@@ -864,7 +879,7 @@ class _Construction(TorchFunctionMode):
             func, args, kwargs = self._with_generator(func, name, target, args, kwargs)
         if self.budget is None:
             return func(*args, **kwargs)
-        self.budget.charge("tensors", 1)
+        self.budget.charge("tensors", 10 if name == "clone" else 1)
         return self._charged(self.budget, func, name, target if in_place else None, args, kwargs)
 
     def _is_parameter(self, tensor: torch.Tensor) -> bool:
@@ -883,21 +898,23 @@ class _Construction(TorchFunctionMode):
             return func(*args, **kwargs)
         if not inputs and (func in _SIZED or "device" in kwargs or name in _FACTORIES):
             made = _size_of(func, args, kwargs)
-            budget.charge("reserved" if func in _LAZY else "computed", made)
-            return func(*args, **kwargs)
+            if func in _LAZY:
+                budget.charge("reserved", made)
+                return func(*args, **kwargs)
+            budget.charge_made(made)
+            return _released(budget, func(*args, **kwargs), made)
         most = math.prod(max(tensor.numel(), 1) for tensor in inputs) * math.prod(_numbers_in((args, kwargs)))
         if most * max(len(inputs), 1) > _SMALL:
-            with torch.device("meta"):
-                try:
-                    made = _on_meta(func, args, kwargs)
-                except NotImplementedError:
-                    made = None  # decided by values: at most as large as what it is made of, times its rank
-            known = {id(tensor) for tensor in inputs}
-            budget.charge("computed", _fresh(made, known) if made is not None else 8 * sum(t.nbytes for t in inputs))
-            return func(*args, **kwargs)
-        made = func(*args, **kwargs)
-        budget.charge("computed", _fresh(made, {tensor.untyped_storage()._cdata for tensor in inputs}))
-        return made
+            try:
+                made = _bytes_on_meta(func, args, kwargs)
+            except NotImplementedError:  # decided by values: at most as large as what it is made of, times its rank
+                made = 8 * sum(tensor.nbytes for tensor in inputs)
+            budget.charge_made(made)
+            return _released(budget, func(*args, **kwargs), made)
+        result = func(*args, **kwargs)
+        made = _fresh(result, {tensor.untyped_storage()._cdata for tensor in inputs})
+        budget.charge_made(made)
+        return _released(budget, result, made)
 
     def _with_generator(
         self, func: Any, name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -916,6 +933,13 @@ class _Construction(TorchFunctionMode):
         if name not in _DRAWS and not _takes_generator(func):
             return func, args, kwargs
         return func, args, {**kwargs, "generator": self.generators[kind]}
+
+
+def _released(budget: Budget, result: Any, nbytes: int) -> Any:
+    """A result whose bytes are taken off what is kept as soon as it is gone; not worth it for small ones."""
+    if isinstance(result, torch.Tensor) and nbytes >= _SMALL // 4:
+        weakref.finalize(result, budget.release, nbytes)
+    return result
 
 
 _FACTORIES = frozenset("arange linspace logspace eye randint randperm tensor tril_indices triu_indices".split())
@@ -963,25 +987,29 @@ def _size_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return math.prod(int(each) for each in size) * int(dtype.itemsize)
 
 
-def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
-    """The result of a call as it would be, without its memory."""
+def _bytes_on_meta(func: Any, args: Any, kwargs: Any) -> int:
+    """Bytes that a call would make, found without making them."""
+    known: set[int] = set()
 
     def move(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return value.to("meta")
+            twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+            known.add(twin.untyped_storage()._cdata)
+            twins.append(twin)
+            return twin
         if isinstance(value, (tuple, list)):
             return type(value)(*map(move, value)) if hasattr(value, "_fields") else type(value)(map(move, value))
         return None if isinstance(value, torch.Generator) else value
 
+    twins: list[torch.Tensor] = []
     kwargs = {key: move(value) for key, value in kwargs.items() if key != "device"}
-    return func(*move(tuple(args)), **kwargs)
+    with torch.device("meta"):
+        return _fresh(func(*move(tuple(args)), **kwargs), known)
 
 
 def _fresh(made: Any, known: set[int]) -> int:
     """Bytes of the tensors of a result that are not on the memory of an argument."""
-    return sum(
-        tensor.nbytes for tensor in _tensors_of(made) if tensor.is_meta or tensor.untyped_storage()._cdata not in known
-    )
+    return sum(tensor.nbytes for tensor in _tensors_of(made) if tensor.untyped_storage()._cdata not in known)
 
 
 _COUNTS_MODULES = [False]
@@ -1934,11 +1962,13 @@ def check_extent(graph: Json) -> None:
             values += len(item)
             letters += sum(map(len, item)) if isinstance(item, dict) else 0
             letters += sum(len(part) for part in inner if isinstance(part, str))
+            if isinstance(item, dict) and isinstance(data := item.get("data"), str):
+                letters -= len(data)  # of an embedded tensor, which has a limit of its own
             deeper.extend(part for part in inner if isinstance(part, (dict, list)))
             if values > MAX_VALUES or letters > MAX_TEXT:
                 raise GraphError(
-                    f"the stored head has more than {MAX_VALUES} values or {MAX_TEXT} letters: a forward of so many "
-                    "calls is not stored as a graph"
+                    f"the stored head has more than {MAX_VALUES} values or {MAX_TEXT} letters beside "
+                    "its tensors: what makes so many calls is not stored as a graph"
                 )
         level = deeper
         if not level:
@@ -2270,7 +2300,11 @@ class _Mover:
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return self.memo.setdefault(id(value), value.detach().to("meta"))
+            if id(value) not in self.memo:
+                self.memo[id(value)] = torch.empty_strided(
+                    value.shape, value.stride(), dtype=value.dtype, device="meta"
+                )  # with the strides of an expanded tensor, so that copying it counts
+            return self.memo[id(value)]
         if isinstance(value, nn.Module):
             for tensor in (*value.parameters(), *value.buffers()):
                 twin = tensor.detach().to("meta")
@@ -3005,7 +3039,7 @@ def _tensors_held(value: object, depth: int = 3) -> Iterator[torch.Tensor]:
 
 
 def output_of(head: nn.Module, example: torch.Tensor, where: str) -> Any:
-    """What a head gives for an example, run on a copy in eval mode, without autocast and without torch's random generator.
+    """What a head gives for an example, run on a copy in eval mode, autocast off, with random numbers of its own.
 
     Args:
         head: Any head.

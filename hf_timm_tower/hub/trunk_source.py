@@ -1,4 +1,4 @@
-"""A trunk whose weights are stored in another repository: pinned by commit and digest, fetched when the tower is loaded.
+"""A trunk whose weights are stored in another repository: pinned by commit and digest, fetched when a tower is loaded.
 
 For foundation models under a licence that lets a head be shared and the trunk not. `config.trunk_source` holds::
 
@@ -10,15 +10,11 @@ keys of timm's layout that the trunk has no place for (its classifier), so that 
 """
 
 import os
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import Tensor
 
 from ..files.names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
@@ -26,67 +22,11 @@ from ..files.open_folder import OpenFolder, read_json, require_plain_name
 from ..files.ties import same_bits
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ConfigError, FolderError, FormatError, HubError, WeightsError, shown
-from .download import MAX_WEIGHT_FILES, Access, download_files, file_sha256
+from ..reader.weights import TrunkSource, parse_trunk_source
+from .download import Access, download_files, file_sha256
 from .identify import identify
 
 _PREFIX = "trunk."
-_COMMIT, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
-_FIELDS = {"repo_id", "commit", "layout", "files", "unused"}
-
-
-@dataclass(frozen=True)
-class TrunkSource:
-    """Where a trunk's weights are stored.
-
-    Attributes:
-        repo_id: `org/name`.
-        commit: 40 hex digits.
-        layout: Whose keys the files have.
-        files: File name -> SHA-256 of its bytes.
-        unused: Keys that the trunk has no place for.
-    """
-
-    repo_id: str
-    commit: str
-    layout: Literal["tower", "timm"]
-    files: dict[str, str]
-    unused: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """What `config.trunk_source` holds."""
-        return {**asdict(self), "unused": list(self.unused)}
-
-
-def parse_trunk_source(spec: Any) -> TrunkSource:
-    """`config.trunk_source` of an untrusted file.
-
-    Raises:
-        ConfigError: names what is wrong with it.
-    """
-    if not isinstance(spec, dict) or set(spec) != _FIELDS:
-        raise ConfigError(f"trunk_source: expected an object with {', '.join(sorted(_FIELDS))}, found {shown(spec, 200)}")
-    repo_id, commit, layout, files, unused = (
-        spec[name] for name in ("repo_id", "commit", "layout", "files", "unused")
-    )
-    if not isinstance(repo_id, str) or not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
-        raise ConfigError(
-            f"trunk_source: expected a repository's id and a commit, found {shown(repo_id)} and {shown(commit)}"
-        )
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ConfigError(f"trunk_source.repo_id={shown(repo_id)}: not the id of a repository") from error
-    if layout not in ("tower", "timm"):
-        raise ConfigError(f"trunk_source.layout={shown(layout)}: expected 'tower' or 'timm'")
-    if not isinstance(files, dict) or not 1 <= len(files) <= MAX_WEIGHT_FILES:
-        raise ConfigError(f"trunk_source.files: expected 1 to {MAX_WEIGHT_FILES} file names with their SHA-256")
-    for name, digest in files.items():
-        require_plain_name(name, "trunk_source.files")
-        if not name.endswith(".safetensors") or not isinstance(digest, str) or not _SHA256.fullmatch(digest):
-            raise ConfigError(f"trunk_source.files: {shown(name)} is not a .safetensors file with its SHA-256")
-    if not isinstance(unused, list) or not all(isinstance(key, str) for key in unused):
-        raise ConfigError("trunk_source.unused: expected a list of keys")
-    return TrunkSource(repo_id, commit, layout, dict(files), tuple(unused))
 
 
 def read_trunk(source: TrunkSource, access: Access) -> dict[str, Tensor]:
@@ -243,7 +183,7 @@ def merged(head: Mapping[str, Tensor], trunk: Mapping[str, Tensor], where: str) 
         FormatError: the head's files hold trunk weights too.
     """
     if both := sorted(key for key in head if key.startswith(_PREFIX)):
-        raise FormatError(f"{where}: trunk_source says that the trunk is stored elsewhere, yet the files hold {shown(both[0])}")
+        raise FormatError(f"{where}: by trunk_source the trunk is elsewhere, yet the files hold {shown(both[0])}")
     return {**head, **trunk}
 
 

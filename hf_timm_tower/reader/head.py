@@ -224,8 +224,8 @@ def refuse_code(spec: dict[str, Any], *, repo: str, revision: str | None) -> Hea
     at = f" at revision {shown(revision)[1:-1]}" if revision else ""
     again = f'"{shown(repo)[1:-1]}"' + (f', revision="{shown(revision)[1:-1]}"' if revision else "")
     return HeadError(
-        f"the head of {shown(repo)[1:-1]}{at} is the class {shown(spec.get('class'))}, stored as code in {file}. Code of a "
-        f"repository is not run unless you say so, and nothing was run. Read {file}{at} first; then either\n"
+        f"the head of {shown(repo)[1:-1]}{at} is the class {shown(spec.get('class'))}, stored as code in {file}. "
+        f"Code of a repository is not run unless you say so, and nothing was run. Read {file}{at} first; then either\n"
         f"  - from_pretrained({again}, trust_remote_code=True) runs it, or\n"
         f"  - from_pretrained({again}, custom_head=...) takes a head of your own, checked against the weights"
     )

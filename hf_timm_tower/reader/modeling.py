@@ -42,6 +42,7 @@ from .weights import (
     assign_weights,
     fetch_pinned_trunk,
     floating_dtype,
+    parse_trunk_source,
     read_weight_files,
 )
 
@@ -205,7 +206,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         config = TimmTowerConfig(**described)
         weights = read_weight_files([Path(file) for file in files])
         if config.trunk_source is not None:
-            weights = {**weights, **fetch_pinned_trunk(config.trunk_source, **loading.access())}
+            weights = {**weights, **fetch_pinned_trunk(parse_trunk_source(config.trunk_source), **loading.access())}
         return StoredTower(config, weights)
 
     # --- what transformers asks of a model

@@ -277,7 +277,8 @@ def test_a_card_follows_when_the_classifier_goes_and_comes() -> None:
 def test_metrics_of_a_classifier_are_of_its_task() -> None:
     made = make_card(config(num_labels=3), CLASSIFIES, metrics={"accuracy": 0.5})
     assert ModelCard(made).data.eval_results[0].task_type == "image-classification"
-    made = make_card(config(num_labels=3), CLASSIFIES, metrics={"accuracy": 0.5}, model_card_kwargs={"evaluated_task": "other"})
+    more = {"evaluated_task": "other"}
+    made = make_card(config(num_labels=3), CLASSIFIES, metrics={"accuracy": 0.5}, model_card_kwargs=more)
     assert ModelCard(made).data.eval_results[0].task_type == "other"
 
 
@@ -426,7 +427,9 @@ def bomb(depth: int) -> str:
 
 
 MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 9))
-RESULT = "model-index:\n- name: m\n  results:\n  - task: {{type: t}}\n    dataset: {}\n    metrics: [{{type: a, value: 1}}]\n"
+RESULT = (
+    "model-index:\n- name: m\n  results:\n  - task: {{type: t}}\n    dataset: {}\n    metrics: [{{type: a, value: 1}}]\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -444,7 +447,7 @@ RESULT = "model-index:\n- name: m\n  results:\n  - task: {{type: t}}\n    datase
         f"x: {'9' * 5000}\n",
         f"x: {'1:' * 3000}1\n",
     ],
-    ids=["index", "license", "thirty", "merges", "itself", "itself_in_dict", "deep", "wide", "long", "digits", "sexagesimal"],
+    ids="index license thirty merges itself itself_in_dict deep wide long digits sexagesimal".split(),
 )
 def test_metadata_that_costs_is_left_as_it_is_in_no_time(metadata: str) -> None:
     existing = f"---\n{metadata}---\n# hi\n"
@@ -474,7 +477,7 @@ def test_aliases_of_an_honest_card_stay() -> None:
         " " * 300_000 + "x",
         "x" * (2**20 + 1),
     ],
-    ids=["blanks", "records", "begins", "name", "deep_record", "opening", "rules", "rules_with_blanks", "spaces", "long"],
+    ids="blanks records begins name deep_record opening rules rules_with_blanks spaces long".split(),
 )
 def test_text_that_costs_is_read_in_no_time(text: str) -> None:
     for existing in (f"{text}\nMine.\n", f"---\nlicense: mit\n---\n{text}\nMine.\n"):

@@ -330,7 +330,8 @@ def test_trunk_that_may_not_be_read_or_is_gone_is_named(ann: HubWorker, tmp_path
     ann.call(calls.push, "ann/licensed", 1)
     _, numbers = ann.call(calls.push_head_on, "ann/free-head", "ann/licensed", seed=9)
     ann.call(calls.api, "update_repo_settings", "ann/licensed", gated="manual")
-    with pytest.raises(HubError, match=r"(?s)only the head.*trunk is stored in ann/licensed at commit [0-9a-f]{40}.*gated"):
+    refusal = r"(?s)only the head.*trunk is stored in ann/licensed at commit [0-9a-f]{40}.*gated"
+    with pytest.raises(HubError, match=refusal):
         ann.call(calls.load, "ann/free-head", token="hf_bob", cache_dir=str(tmp_path / "bob"))
     assert ann.call(calls.load, "ann/free-head", token="hf_ann", cache_dir=str(tmp_path / "ann")) == numbers
     ann.call(calls.api, "delete_repo", "ann/licensed")
