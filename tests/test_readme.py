@@ -70,3 +70,11 @@ def test_format_document_describes_every_field_of_the_config() -> None:
     }
     of_transformers = {"model_type", "transformers_version", "architectures", "auto_map"}
     assert described - of_transformers == set(OUR_FIELDS)
+
+
+def test_every_promise_of_security_md_names_a_test_that_is_there() -> None:
+    named = re.findall(r"(tests/[\w/]+\.py)(?:::(test_\w+))?", (ROOT / "SECURITY.md").read_text(encoding="utf-8"))
+    assert len(named) > 10
+    for path, name in named:
+        assert (ROOT / path).is_file(), path
+        assert not name or f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), f"{path}::{name}"
