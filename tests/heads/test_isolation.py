@@ -114,7 +114,7 @@ def test_every_draw_comes_from_the_block_s_own_generator(draw: Any) -> None:
 def test_other_threads_checkpoint_as_ever() -> None:
     head, x = Checkpointed().train(), torch.ones(2, 8, requires_grad=True)
     runs: list[int] = []
-    head.body.register_forward_hook(lambda *_: runs.append(1))
+    head.body.register_forward_pre_hook(lambda *_: runs.append(1))
 
     def step() -> None:
         head(x).sum().backward()
