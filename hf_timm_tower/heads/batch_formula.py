@@ -21,6 +21,7 @@ from .trace import Trace
 Json = Any
 Number = int | float
 
+
 def solve(batches: Sequence[int], values: Sequence[Number]) -> Json | None:
     """A formula that gives exactly `values` (of the same types) for `batches`, or None if no simple one does."""
     formulas = _candidates(batches, values)

@@ -13,7 +13,7 @@ from torch import nn
 from ..reader.errors import GraphError
 from ..reader.graph_layers import LAYERS, NN_LAYERS, build_layer
 
-Reader = Callable[[nn.Module], Any]
+Reader = Callable[[Any], Any]
 
 
 def _attribute(name: str) -> Reader:

@@ -116,6 +116,7 @@ _FFT = "fft ifft fft2 ifft2 fftn ifftn rfft irfft rfft2 irfft2 rfftn irfftn ffts
 
 TENSOR_PROPERTIES = ("T", "mT", "H", "mH", "real", "imag", "data")
 
+
 def _property_reader(name: str) -> Callable[[torch.Tensor], Any]:
     getter = getattr(torch.Tensor, name).__get__
 

@@ -19,7 +19,7 @@ Json = Any
 
 # The longest forward of the heads in this package's tests has 55 nodes; one that loops over 1,370 tokens has thousands.
 MAX_NODES = 10_000
-MAX_ITEMS = 10_000
+MAX_GRAPH_ITEMS = 10_000
 MAX_ELEMENTS = 2**31
 MAX_FORMULA_DEPTH = 6
 
@@ -214,7 +214,7 @@ def _node(value: Json, reader: "_ValueReader", modules: set[str]) -> Node:
     if kind == "call" and target not in modules:
         raise GraphError(f"{where}: calls {shown(target)}, which is not a layer of the head")
     reader.op = target if kind == "op" else ""
-    args = tuple(reader.read(item) for item in read_list(value.get("in", []), where, MAX_ITEMS))
+    args = tuple(reader.read(item) for item in read_list(value.get("in", []), where, MAX_GRAPH_ITEMS))
     keywords = value.get("kw", {})
     if not isinstance(keywords, dict) or not all(isinstance(key, str) and _KEYWORD.fullmatch(key) for key in keywords):
         raise GraphError(f"{where}: keyword arguments {shown(keywords)} are not an object of plain names")
@@ -256,7 +256,7 @@ class _ValueReader:
         if isinstance(value, str):
             return self._reference(value)
         if isinstance(value, list):
-            return [self.read(item) for item in read_list(value, self.where, MAX_ITEMS)]
+            return [self.read(item) for item in read_list(value, self.where, MAX_GRAPH_ITEMS)]
         if isinstance(value, dict) and len(value) == 1:
             ((tag, inner),) = value.items()
             return self._tagged(tag, inner)
@@ -264,9 +264,9 @@ class _ValueReader:
 
     def _tagged(self, tag: str, inner: Json) -> Any:
         if tag == "t":
-            return tuple(self.read(item) for item in read_list(inner, self.where, MAX_ITEMS))
+            return tuple(self.read(item) for item in read_list(inner, self.where, MAX_GRAPH_ITEMS))
         if tag in ("d", "ordered"):
-            pairs = [read_pair(item, self.where) for item in read_list(inner, self.where, MAX_ITEMS)]
+            pairs = [read_pair(item, self.where) for item in read_list(inner, self.where, MAX_GRAPH_ITEMS)]
             return Pairs(tag, tuple((self._dict_key(key), self.read(item)) for key, item in pairs))
         if tag == "s":
             return self._string(inner)

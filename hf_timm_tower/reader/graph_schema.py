@@ -17,7 +17,7 @@ import torch
 
 from .errors import GraphError, shown
 from .graph_program import (
-    MAX_ITEMS,
+    MAX_GRAPH_ITEMS,
     Json,
     Program,
     only,
@@ -36,7 +36,7 @@ MAX_TEXT = 1 << 20
 MAX_VALUES = 200_000
 MAX_MODULES = 2_000
 MAX_MODULE_DEPTH = 32
-MAX_DEPTH = 16
+MAX_GRAPH_DEPTH = 16
 MAX_EMBEDDED_BYTES = 1 << 20
 
 _GRAPH_KEYS = frozenset("version input modules ties frozen dtypes layouts held constants forward train eval".split())
@@ -132,7 +132,7 @@ def check_extent(graph: Json) -> None:
         GraphError: a limit is exceeded.
     """
     level, values, letters = [graph], 1, 0
-    for _ in range(MAX_DEPTH):
+    for _ in range(MAX_GRAPH_DEPTH):
         deeper: list[Json] = []
         for item in level:
             inner = item.values() if isinstance(item, dict) else item
@@ -150,11 +150,11 @@ def check_extent(graph: Json) -> None:
         level = deeper
         if not level:
             return
-    raise GraphError(f"the stored head is nested deeper than {MAX_DEPTH} levels")
+    raise GraphError(f"the stored head is nested deeper than {MAX_GRAPH_DEPTH} levels")
 
 
 def _entries(graph: dict[str, Json], key: str) -> list[Json]:
-    return read_list(graph.get(key, []), key, MAX_ITEMS)
+    return read_list(graph.get(key, []), key, MAX_GRAPH_ITEMS)
 
 
 def _callable_names(modules: Sequence[ModuleSpec]) -> set[str]:
@@ -266,11 +266,11 @@ def _module(value: Json, left: list[int]) -> ModuleSpec:
     if value.get("part") is not True:
         raise GraphError(f"{where}: is neither a layer, a container, another name, nor a part")
     values = []
-    for item in read_list(value.get("values", []), where, MAX_ITEMS):
+    for item in read_list(value.get("values", []), where, MAX_GRAPH_ITEMS):
         key, tensor = read_pair(item, where)
         values.append((_key(key, where), _tensor(tensor, left, f"{where}, buffer {shown(key)}")))
     params, buffers = (
-        tuple(_tensor_spec(item, where) for item in read_list(value.get(kind, []), where, MAX_ITEMS))
+        tuple(_tensor_spec(item, where) for item in read_list(value.get(kind, []), where, MAX_GRAPH_ITEMS))
         for kind in ("params", "buffers")
     )
     spec = ModuleSpec(name, "part", params=params, buffers=buffers, values=tuple(values))
@@ -335,5 +335,3 @@ def _check_paths(children: dict[str, list[str]]) -> None:
 
     if size("") > MAX_MODULES:
         raise GraphError(f"modules: shared modules have more than {MAX_MODULES} names")
-
-

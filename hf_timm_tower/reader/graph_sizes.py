@@ -47,7 +47,7 @@ class Sizes:
 
     def start(self, head: nn.Module, x: torch.Tensor) -> "_Counted | None":
         """The count of one forward; None where torch compiles or exports the head, which calls nothing for real."""
-        if RECORDING.get() or torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta:
+        if RECORDING.get() or torch.compiler.is_compiling() or torch._C._get_tracing_state() or x.is_meta:
             return None
         weights = sum(tensor.nbytes for tensor in (*head.parameters(), *head.buffers()))
         if len(self.known) > _MAX_KNOWN:
@@ -112,11 +112,11 @@ def _too_much(name: str, spent: int, limit: int) -> GraphError:
     )
 
 
-class _Count(TorchDispatchMode):
+class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes that calls make, and ends the run where they are too many."""
 
     def __init__(self, limit: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.limit, self.made, self.tensors = limit, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

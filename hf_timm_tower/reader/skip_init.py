@@ -85,7 +85,6 @@ class Budget:
                     + ": refused before it is built. The config does not belong to these weights, or is not one of timm"
                 )
 
-
     def charge_made(self, nbytes: int) -> None:
         """Count bytes that are computed and, for the moment, kept."""
         self.charge("computed", nbytes)
@@ -141,8 +140,10 @@ class _Construction(TorchFunctionMode):
         return self._charged(self.budget, func, name, target if in_place else None, args, kwargs)
 
     def _is_parameter(self, tensor: torch.Tensor) -> bool:
-        return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter) or (
-            id(tensor if tensor._base is None else tensor._base) in self.parameter_data
+        return (
+            isinstance(tensor, nn.Parameter)
+            or isinstance(tensor._base, nn.Parameter)
+            or (id(tensor if tensor._base is None else tensor._base) in self.parameter_data)
         )
 
     def _charged(
@@ -284,7 +285,7 @@ def _construction(budget: Budget | None, *, skip: bool) -> Iterator[None]:
     if budget is not None and not _COUNTS_MODULES[0]:
         # Once for the process and never taken away: other threads walk torch's table of these hooks.
         _COUNTS_MODULES[0] = True
-        register_module_module_registration_hook(_count_module)  # type: ignore[no-untyped-call]
+        register_module_module_registration_hook(_count_module)
     token = _ACTIVE.set(budget if budget is not None else _ACTIVE.get())
     try:
         with _Construction(budget, skip=skip):
@@ -321,7 +322,7 @@ def within_budget(budget: Budget) -> Iterator[None]:
         yield
 
 
-class PrivateDraws(TorchDispatchMode):
+class PrivateDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside, whatever is drawn at random comes from generators of this block, also in the backward pass.
 
     torch's global generators are neither read nor set, so that other threads draw what they would have drawn.
@@ -331,7 +332,7 @@ class PrivateDraws(TorchDispatchMode):
     """
 
     def __init__(self, seed: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seed = seed
         self.generators: dict[str, torch.Generator] = {}
 
