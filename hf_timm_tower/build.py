@@ -7,10 +7,9 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from .heads.registry import CustomHead, output_of, width_of
 from .reader.config import ATTENTION_POOLS, TimmTowerConfig
 from .reader.errors import ArgumentError, ConfigError, HeadError
-from .reader.head import LIVE, SUBCLASS, builtin_head, rebuild_head
+from .reader.head import LIVE, SUBCLASS, CustomHead, builtin_head, output_of, rebuild_head, width_of
 from .reader.image_processing import check_preprocess, preprocess_from_timm
 from .reader.model_args import check_names
 from .reader.tower import HeadInput, Tower, build_tower, check_buildable, make_classifier
@@ -179,11 +178,6 @@ def resolve_config(config: TimmTowerConfig, trunk: nn.Module) -> tuple[TimmTower
             raise ConfigError(
                 "embed_dim=None: proj=None makes the trunk's own classifier the projection, of that width"
             )
-        if output.width != done.embed_dim:
-            raise ConfigError(
-                f"proj=None: the trunk {done.architecture} has no classifier to project with; it gives width "
-                f"{output.width}, not embed_dim={done.embed_dim}. Use proj='linear', 'mlp' or 'none'."
-            )
     done.layout = output.layout
     done.num_features = 2 * output.width if done.pool == "token_avg" else output.width
     done.feat_size = list(output.size) if output.layout in ("NCHW", "NHWC") else None
@@ -195,7 +189,9 @@ def resolve_config(config: TimmTowerConfig, trunk: nn.Module) -> tuple[TimmTower
 
 def with_supported(error: UnsupportedPool, config: TimmTowerConfig) -> ConfigError:
     """A refused pool -> an error that lists the pools which the trunk supports."""
-    return ConfigError(f"{error} Supported pools: {', '.join(offered_pools(config)) or 'none'}.")
+    if supported := offered_pools(config):
+        return ConfigError(f"{error} Supported pools: {', '.join(supported)}.")
+    return ConfigError(f"{error} No pool works with proj={config.proj!r}; use proj='linear', 'mlp' or 'none'.")
 
 
 def example_input(config: TimmTowerConfig, trunk: nn.Module, output: TrunkOutput | None = None) -> torch.Tensor:

@@ -7,25 +7,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn as nn
 from huggingface_hub import PyTorchModelHubMixin
 
 from .files.fingerprint import Verification, compare, run_probe
-from .heads.registry import CustomHead
-from .hub.card import TowerFacts, describe_tower
-from .hub.card_options import CardOptions, as_tags
+from .hub.card import CardOptions, as_tags
 from .hub.download import Access
 from .hub.fetch import fetch_tower
-from .hub.push import COMMIT_MESSAGE, default_repo_id, push_folder
-from .hub.trunk_source import TrunkSource, find_trunk
+from .hub.push import COMMIT_MESSAGE, PushOptions, default_repo_id, push_folder
+from .hub.trunk_source import TrunkSource, find_trunk, kept_trunk_source
 from .load import check_device, load_tower
 from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, FolderError, TowerError
+from .reader.head import CustomHead
+from .reader.tower import plain_defaults
 from .reader.weights import floating_dtype
-from .save import Extras, save_tower, storable_config, with_weights
+from .save import Saved, SaveOptions, save_tower, storable_config, with_weights
 from .subclassing import OVERRIDABLE, added_arguments, overrides
 
 
@@ -103,52 +103,41 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             raise ArgumentError("save_pretrained: a tower saves its own config; change tower.config instead")
         if not is_main_process:
             return None
-        cards = CardOptions(
-            as_tags(tags), license, model_card_kwargs or {}, metrics, evaluated_on, include_code is not False, repo_id
-        )
-        self._save(save_directory, include_code, max_shard_size, cards, state_dict=state_dict)
+        cards = CardOptions(as_tags(tags), license, model_card_kwargs or {}, metrics, evaluated_on, repo_id=repo_id)
+        saved = self._save(save_directory, SaveOptions(cards, include_code, max_shard_size), state_dict=state_dict)
         if not push_to_hub:
             return None
-        push_to_hub_kwargs = {
-            "tags": tags,
-            "license": license,
-            "model_card_kwargs": model_card_kwargs,
-            "metrics": metrics,
-            "evaluated_on": evaluated_on,
-            "include_code": include_code,
-            "max_shard_size": max_shard_size,
-            **push_to_hub_kwargs,
-        }
-        return self.push_to_hub(repo_id or default_repo_id(save_directory), **push_to_hub_kwargs)
+        try:
+            push = PushOptions(**push_to_hub_kwargs)
+        except TypeError as error:
+            raise ArgumentError(f"save_pretrained(push_to_hub=True): {error}") from error
+        place = repo_id or default_repo_id(save_directory)
+        return push_folder(Path(save_directory), place, partial(saved.card, cards), saved.names, push)
 
     def _save(
         self,
         folder: str | os.PathLike[str],
-        include_code: bool | None,
-        max_shard_size: int | str,
-        cards: CardOptions,
+        options: SaveOptions,
         trunk: TrunkSource | None = None,
         access: Access | None = None,
         state_dict: Mapping[str, torch.Tensor] | None = None,
-    ) -> tuple[TowerFacts, TimmTowerConfig]:
+    ) -> Saved:
         cls = type(self)
         tower = self if state_dict is None else with_weights(self, state_dict)
         proven, known = storable_config(
             tower,
             own_trunk=overrides(cls, "_create_trunk"),
             own_head=overrides(cls, "_create_head"),
-            include_code=include_code,
+            include_code=options.include_code,
         )
-        stored, sources = copy.deepcopy(proven.stored), proven.sources
+        stored = copy.deepcopy(proven.stored)
         stored.tower_class = cls.__name__ if any(overrides(cls, step) for step in OVERRIDABLE) else None
         stored.tower_kwargs = added_arguments(self) or None
         stored.trunk_source = None if trunk is None else trunk.to_json()
-        facts = describe_tower(tower, stored)
-        extras = Extras(partial(cards.make, facts, stored), include_code is not False, sources, max_shard_size)
-        load = partial(load_tower, cls, trust_remote_code=bool(sources), access=access)
-        self._fingerprint = save_tower(tower, stored, folder, load, extras, form_is_proven=known)
-        self._proven = proven
-        return facts, stored
+        load = partial(load_tower, cls, trust_remote_code=bool(proven.sources), access=access)
+        saved = save_tower(tower, stored, folder, load, options, sources=proven.sources, form_is_proven=known)
+        self._fingerprint, self._proven = saved.fingerprint, proven
+        return saved
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -169,7 +158,7 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         metrics: Mapping[str, float] | None = None,
         evaluated_on: str | None = None,
         include_code: bool | None = None,
-        trunk: str | None = None,
+        trunk: str | Literal[False] | None = None,
         max_shard_size: int | str = "5GB",
     ) -> str:
         """Save the tower, checked as by `save_pretrained`, and push it in one commit.
@@ -195,7 +184,8 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             evaluated_on: As in `save_pretrained`.
             include_code: As in `save_pretrained`.
             trunk: `org/name@revision` of a tower or timm repository that has this tower's trunk, bit for bit. Only the
-                head is pushed; loading fetches the trunk from there, at the commit that it has now.
+                head is pushed; loading fetches the trunk from there, at the commit that it has now. None: the trunk
+                that the tower was loaded with, where it has one elsewhere. False: the whole tower is pushed.
             max_shard_size: Largest weight file.
 
         Returns:
@@ -203,31 +193,36 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
 
         Raises:
             HeadError, TowerError: the tower cannot be saved; nothing was sent.
-            WeightsError: the trunk is not the one that `trunk` names.
+            WeightsError: the trunk is not the one that `trunk` names, or no longer the one that the tower was loaded
+                with.
             HubError: the repository cannot be written; nothing was committed.
         """
         if config is not None:
             raise ArgumentError("push_to_hub: a tower pushes its own config; change tower.config instead")
         access = Access(token=token)
-        source = None if trunk is None else find_trunk(trunk, self.state_dict(), access)
-        cards = CardOptions(
-            as_tags(tags), license, model_card_kwargs or {}, metrics, evaluated_on, include_code is not False
-        )
+        if isinstance(trunk, str):
+            source: TrunkSource | None = find_trunk(trunk, self.state_dict(), access)
+        else:
+            source = kept_trunk_source(self.config, self.state_dict(), access) if trunk is None else None
+        cards = CardOptions(as_tags(tags), license, model_card_kwargs or {}, metrics, evaluated_on)
         with tempfile.TemporaryDirectory(prefix="hf_timm_tower_push_") as scratch:
             folder = Path(scratch, "tower")
-            facts, stored = self._save(folder, include_code, max_shard_size, cards, source, access)
+            saved = self._save(folder, SaveOptions(cards, include_code, max_shard_size), source, access)
             return push_folder(
                 folder,
                 repo_id,
-                lambda name, card: replace(cards, repo_id=name).make(facts, stored, card),
-                commit_message=commit_message,
-                private=private,
-                token=token,
-                branch=branch,
-                create_pr=create_pr,
-                allow_patterns=allow_patterns,
-                ignore_patterns=ignore_patterns,
-                delete_patterns=delete_patterns,
+                partial(saved.card, cards),
+                saved.names,
+                PushOptions(
+                    commit_message=commit_message,
+                    private=private,
+                    token=token,
+                    branch=branch,
+                    create_pr=create_pr,
+                    allow_patterns=allow_patterns,
+                    ignore_patterns=ignore_patterns,
+                    delete_patterns=delete_patterns,
+                ),
             )
 
     @classmethod
@@ -315,6 +310,7 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             tower.set_input_size(image_size)
         return tower
 
+    @plain_defaults()
     def verify(self) -> Verification:
         """Whether the tower gives the numbers that it was saved with, on this timm, torch and device.
 

@@ -4,23 +4,27 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn as nn
+from transformers.utils.hub import cached_file
 
-from .files.checkpoint import CONFIG_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME, read_weights
 from .files.fingerprint import compare, run_probe
-from .files.open_folder import OpenFolder, read_folder
-from .heads.registry import CustomHead
+from .files.names import CONFIG_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME
+from .files.open_folder import OpenFolder
+from .files.same_save import mismatch
+from .files.staging import read_folder
+from .files.weights import read_weights
+from .heads.source_file import construct_code
 from .hub.download import Access
 from .hub.trunk_source import merged, parse_trunk_source, read_trunk
 from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, ConfigError, HeadError, shown
 from .reader.freezing import apply_frozen
-from .reader.head import CODE, check_stored, make_code_head, refuse_code
-from .reader.image_processing import check_preprocess
-from .reader.processor_config import check_processor
+from .reader.head import CODE, CustomHead, check_stored, code_file, refuse_code
+from .reader.image_processing import check_preprocess, check_processor
 from .reader.skip_init import Budget, skip_init
 from .reader.tower import CLASSIFIER, Tower, build_tower, has_classifier, plain_defaults
 from .reader.trunk import buffers_as_timm, float_dtype, native_size
@@ -53,7 +57,7 @@ def read_tower(folder: str | os.PathLike[str], access: Access | None = None, *, 
         FormatError: a file is damaged, too large or of a newer version.
         ConfigError: the config does not describe a tower.
     """
-    described, weights, fingerprint, processor = read_folder(folder, partial(_parse, mmap=mmap))
+    described, weights, fingerprint, processor, digests = read_folder(folder, partial(_parse, mmap=mmap))
     kind = described.get("model_type")
     if kind != TimmTowerConfig.model_type:
         raise ConfigError(
@@ -72,17 +76,21 @@ def read_tower(folder: str | os.PathLike[str], access: Access | None = None, *, 
     if config.trunk_source is not None:
         trunk = read_trunk(parse_trunk_source(config.trunk_source), access or Access())
         weights = merged(weights, trunk, str(folder))
+    if words := mismatch(fingerprint, described, digests, os.fspath(folder)):
+        warnings.warn(words, stacklevel=5)
     return StoredTower(config, weights, fingerprint)
 
 
 def _parse(
     files: OpenFolder, mmap: bool
-) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any] | None, dict[str, Any] | None]:
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any] | None, dict[str, Any] | None, dict[str, str]]:
     config = files.read_json(CONFIG_NAME)
     fingerprint, processor = (
         files.read_json(name) if files.has(name) else None for name in (FINGERPRINT_NAME, PREPROCESSOR_NAME)
     )
-    return config, read_weights(files, mmap=mmap), fingerprint, processor
+    digests: dict[str, str] = {}
+    weights = read_weights(files, mmap=mmap, digests=digests)
+    return config, weights, fingerprint, processor, digests
 
 
 def _check_against_fingerprint(config: TimmTowerConfig, fingerprint: dict[str, Any]) -> None:
@@ -102,6 +110,7 @@ def _check_against_fingerprint(config: TimmTowerConfig, fingerprint: dict[str, A
         )
 
 
+@plain_defaults()
 def load_tower(
     cls: type[T],
     folder: str | os.PathLike[str],
@@ -159,17 +168,19 @@ def load_tower(
     return tower  # type: ignore[no-any-return]
 
 
-def load_bare(folder: str | os.PathLike[str], *, trust_head_code: bool = False) -> Tower:
+@plain_defaults()
+def load_bare(folder: str | os.PathLike[str], *, trust_head_code: bool = False, access: Access | None = None) -> Tower:
     """A folder -> its tower on the CPU, in eval mode, with the classifier if the folder has one.
 
     Args:
         folder: The folder.
         trust_head_code: Run the source of a head that is stored as code.
+        access: How to reach the repository of a trunk that is stored elsewhere.
 
     Raises:
         TowerError: by what is wrong with the folder.
     """
-    stored = read_tower(folder)
+    stored = read_tower(folder, access)
     make_head = None
     if (stored.config.head or {}).get("form") == CODE:
         make_head = partial(_trusted_head, stored.config.head or {}, folder, trust_head_code, None)
@@ -187,7 +198,7 @@ def _construct(
     strict: bool = True,
 ) -> T:
     """Build without initialisation and within the budget, put the weights in, eval mode."""
-    with plain_defaults(), skip_init(Budget.for_weights(stored.nbytes)):
+    with skip_init(Budget.for_weights(stored.nbytes)):
         tower = make()
     if not strict:
         weights = _without_unexpected(weights, tower, where)
@@ -202,7 +213,20 @@ def _trusted_head(
     if not trust_remote_code:
         repo, _, revision = (origin or str(folder)).partition("@")
         raise refuse_code(spec, repo=repo, revision=revision or None)
-    return make_code_head(spec, str(folder))
+    name = code_file({"head": spec}) or ""
+    source = read_folder(folder, lambda files: files.read_text(name))
+    return construct_code(spec, source, where=os.path.join(folder, name))
+
+
+def make_code_head(spec: dict[str, Any], place: str, **download: Any) -> nn.Module:
+    """As `reader.head.make_code_head`, so that the head can be stored as code again.
+
+    Raises:
+        HeadError: the file is not the one that was saved, or its code fails.
+    """
+    name = code_file({"head": spec}) or ""
+    path = Path(cached_file(place, name, **download) or name)
+    return _trusted_head(spec, path.parent, True, None)
 
 
 def check_given_head(tower: Loaded) -> None:

@@ -7,28 +7,27 @@ import copy
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from .build import build_for_transformers
-from .hub.card import TowerFacts, describe_tower
-from .hub.card_options import CardOptions, as_tags
+from .hub.card import CardOptions, as_tags
 from .hub.download import Access
-from .hub.push import COMMIT_MESSAGE, default_repo_id, push_folder
+from .hub.push import COMMIT_MESSAGE, PushOptions, default_repo_id, push_folder
+from .hub.trunk_source import TrunkSource, kept_trunk_source
 from .interop.timm_face import TimmFace
-from .load import check_given_head, load_bare, read_tower
+from .load import check_given_head, load_bare, make_code_head, read_tower
 from .reader import modeling as reader
 from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, WeightsError
 from .reader.modeling import MODEL_TAGS, TimmTowerModelOutput, TowerLoading
 from .reader.tower import Tower
 from .reader.weights import StoredTower
-from .save import Extras, save_tower, storable_config, with_weights
+from .save import Saved, SaveOptions, save_tower, storable_config, with_weights
 from .training.freezing import describe_frozen, note_fixed
 
 __all__ = ["TimmTowerForImageClassification", "TimmTowerModel", "TimmTowerModelOutput"]
@@ -57,6 +56,8 @@ class SavesTower(TimmFace, reader.TimmTowerPreTrainedModel):  # type: ignore[no-
     @staticmethod
     def _build(config: TimmTowerConfig, with_classifier: bool, make_head: Any) -> Tower:
         return build_for_transformers(config, with_classifier, make_head)
+
+    _make_code_head = staticmethod(make_code_head)
 
     @staticmethod
     def _read(files: Sequence[str], loading: TowerLoading) -> StoredTower:
@@ -124,9 +125,11 @@ class SavesTower(TimmFace, reader.TimmTowerPreTrainedModel):  # type: ignore[no-
             FolderError: the folder cannot be written; what was there before is whole.
             HubError: it was saved, but could not be pushed.
         """
-        cards = self._cards(tags, license, model_card_kwargs, metrics, evaluated_on, include_code, repo_id)
+        options = self._options(
+            tags, license, model_card_kwargs, metrics, evaluated_on, include_code, max_shard_size, repo_id
+        )
         if getattr(self, "_hf_peft_config_loaded", False):
-            _refuse_with_adapter(cards)
+            _refuse_with_adapter(options)
             if push_to_hub and repo_id is not None:
                 kwargs["repo_id"] = repo_id
             stock: Any = PreTrainedModel.save_pretrained
@@ -140,10 +143,16 @@ class SavesTower(TimmFace, reader.TimmTowerPreTrainedModel):  # type: ignore[no-
             raise ArgumentError(f"save_pretrained: {', '.join(unknown) or 'variant'} cannot be honoured")
         if not is_main_process:
             return
-        self._save(save_directory, state_dict, max_shard_size, include_code, cards)
+        saved = self._save(save_directory, options, state_dict)
         if push_to_hub:
+            push = PushOptions(
+                commit_message=kwargs.pop("commit_message", None) or COMMIT_MESSAGE,
+                branch=kwargs.pop("revision", None),
+                token=token,
+                **kwargs,
+            )
             place = repo_id or default_repo_id(save_directory)
-            self._push(place, state_dict, max_shard_size, include_code, cards, token=token, **kwargs)
+            push_folder(Path(save_directory), place, partial(saved.card, options.cards), saved.names, push)
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -165,6 +174,7 @@ class SavesTower(TimmFace, reader.TimmTowerPreTrainedModel):  # type: ignore[no-
         allow_patterns: list[str] | str | None = None,
         ignore_patterns: list[str] | str | None = None,
         delete_patterns: list[str] | str | None = None,
+        trunk: Literal[False] | None = None,
     ) -> str:
         """Save the tower, checked as by `save_pretrained`, and push it in one commit, as `TimmModel.push_to_hub` does.
 
@@ -190,6 +200,8 @@ class SavesTower(TimmFace, reader.TimmTowerPreTrainedModel):  # type: ignore[no-
             allow_patterns: Push only files that match.
             ignore_patterns: Do not push files that match.
             delete_patterns: Delete further files of the repository that match.
+            trunk: None: a trunk that is stored in another repository stays there, and only the head is pushed. False:
+                the whole tower is pushed.
 
         Returns:
             The commit's address (the pull request's with `create_pr`).
@@ -198,9 +210,9 @@ class SavesTower(TimmFace, reader.TimmTowerPreTrainedModel):  # type: ignore[no-
             HeadError, TowerError: the tower cannot be saved; nothing was sent.
             HubError: the repository cannot be written; nothing was committed.
         """
-        cards = self._cards(tags, license, model_card_kwargs, metrics, evaluated_on, include_code, None)
+        options = self._options(tags, license, model_card_kwargs, metrics, evaluated_on, include_code, max_shard_size)
         if getattr(self, "_hf_peft_config_loaded", False):
-            _refuse_with_adapter(cards, allow_patterns, ignore_patterns, delete_patterns)
+            _refuse_with_adapter(options, allow_patterns, ignore_patterns, delete_patterns)
             stock: Any = PreTrainedModel.push_to_hub
             return str(
                 stock(
@@ -216,24 +228,25 @@ class SavesTower(TimmFace, reader.TimmTowerPreTrainedModel):  # type: ignore[no-
                     tags=list(as_tags(tags)),
                 )
             )
-        return self._push(
-            repo_id,
-            None,
-            max_shard_size,
-            include_code,
-            cards,
-            commit_message=commit_message,
+        push = PushOptions(
+            commit_message=commit_message or COMMIT_MESSAGE,
             commit_description=commit_description,
             private=private,
             token=token,
-            revision=revision,
+            branch=revision,
             create_pr=create_pr,
             allow_patterns=allow_patterns,
             ignore_patterns=ignore_patterns,
             delete_patterns=delete_patterns,
         )
+        with tempfile.TemporaryDirectory(prefix="hf_timm_tower_push_") as scratch:
+            folder = Path(scratch, "tower")
+            access = Access(token=token)
+            pinned = kept_trunk_source(self.config, self.state_dict(), access) if trunk is None else None
+            saved = self._save(folder, options, trunk=pinned, access=access)
+            return push_folder(folder, repo_id, partial(saved.card, options.cards), saved.names, push)
 
-    def _cards(
+    def _options(
         self,
         tags: str | Sequence[str] | None,
         license: str | None,
@@ -241,68 +254,42 @@ class SavesTower(TimmFace, reader.TimmTowerPreTrainedModel):  # type: ignore[no-
         metrics: Mapping[str, float] | None,
         evaluated_on: str | None,
         include_code: bool | None,
-        repo_id: str | None,
-    ) -> CardOptions:
+        max_shard_size: int | str,
+        repo_id: str | None = None,
+    ) -> SaveOptions:
         added = [tag for tag in self.model_tags or () if tag not in MODEL_TAGS]
-        return CardOptions(
+        cards = CardOptions(
             tags=tuple(dict.fromkeys((*added, *as_tags(tags)))),
             license=license,
             more=more or {},
             metrics=metrics,
             evaluated_on=evaluated_on,
-            include_code=include_code is not False,
             repo_id=repo_id,
         )
+        return SaveOptions(cards, include_code, max_shard_size)
 
     def _save(
         self,
         folder: str | os.PathLike[str],
-        state_dict: Mapping[str, torch.Tensor] | None,
-        max_shard_size: int | str,
-        include_code: bool | None,
-        cards: CardOptions,
-    ) -> tuple[TowerFacts, TimmTowerConfig]:
+        options: SaveOptions,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        trunk: TrunkSource | None = None,
+        access: Access | None = None,
+    ) -> Saved:
         if getattr(self, "hf_quantizer", None) is not None:
             raise WeightsError("a quantized tower is not saved: save it as it was before, and quantize when loading")
         tower: Any = self if state_dict is None else with_weights(self, state_dict)
-        proven, known = storable_config(tower, include_code=include_code)
-        stored, sources = copy.deepcopy(proven.stored), proven.sources
+        proven, known = storable_config(tower, include_code=options.include_code)
+        stored = copy.deepcopy(proven.stored)
         stored.frozen = describe_frozen(Tower(self.config, self.trunk, self.head))
-        stored.trunk_source = None
-        stored.architectures = [type(self).__name__]
+        stored.trunk_source = None if trunk is None else trunk.to_json()
+        stored.architectures = [type(self).__name__.removeprefix("FSDP")]  # FSDP2 renames the class in place
         stored.dtype = None
         vars(stored).pop("use_cache", None)  # of Trainer, not of the tower
-        facts = describe_tower(tower, stored)
-        extras = Extras(partial(cards.make, facts, stored), include_code is not False, sources, max_shard_size)
-        save_tower(
-            tower, stored, folder, partial(load_bare, trust_head_code=bool(sources)), extras, form_is_proven=known
-        )
+        load = partial(load_bare, trust_head_code=bool(proven.sources), access=access)
+        saved = save_tower(tower, stored, folder, load, options, sources=proven.sources, form_is_proven=known)
         self._proven = proven
-        return facts, stored
-
-    def _push(
-        self,
-        repo_id: str,
-        state_dict: Mapping[str, torch.Tensor] | None,
-        max_shard_size: int | str,
-        include_code: bool | None,
-        cards: CardOptions,
-        *,
-        commit_message: str | None = None,
-        revision: str | None = None,
-        **options: Any,
-    ) -> str:
-        with tempfile.TemporaryDirectory(prefix="hf_timm_tower_push_") as scratch:
-            folder = Path(scratch, "tower")
-            facts, stored = self._save(folder, state_dict, max_shard_size, include_code, replace(cards, repo_id=None))
-            return push_folder(
-                folder,
-                repo_id,
-                lambda name, card: replace(cards, repo_id=name).make(facts, stored, card),
-                commit_message=commit_message or COMMIT_MESSAGE,
-                branch=revision,
-                **options,
-            )
+        return saved
 
 
 class TimmTowerModel(SavesTower, reader.TimmTowerModel):  # type: ignore[no-untyped-call]
@@ -313,10 +300,11 @@ class TimmTowerForImageClassification(SavesTower, reader.TimmTowerForImageClassi
     __doc__ = reader.TimmTowerForImageClassification.__doc__
 
 
-def _refuse_with_adapter(cards: CardOptions, *patterns: Any) -> None:
+def _refuse_with_adapter(options: SaveOptions, *patterns: Any) -> None:
     """An adapter is saved and pushed by transformers, which has no place for these."""
+    cards = options.cards
     asked = (cards.license, cards.more or None, cards.metrics or None, cards.evaluated_on, *patterns)
-    if any(value is not None for value in asked) or not cards.include_code:
+    if any(value is not None for value in asked) or options.include_code is False:
         raise ArgumentError(
             "a model with an adapter: transformers saves and pushes the adapter alone, with its own card; license, "
             "metrics, further metadata, include_code=False and patterns cannot be honoured. Merge the adapter first."

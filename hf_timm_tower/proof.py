@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from .files.aligned import same_bits
 from .files.fingerprint import run_probe
+from .files.ties import same_bits
 from .heads.isolation import copy_head
 from .reader.config import TimmTowerConfig
 from .reader.errors import HeadError, TowerError, WeightsError
@@ -43,7 +43,7 @@ def bare_tower(tower: Any) -> nn.Module:
     trunk, head = bare_copy(tower.trunk), copy_head(tower.head)
     if not hasattr(type(tower), "_is_tower_base"):
         return Tower(tower.config, trunk, head, getattr(tower, "classifier", None))
-    twin: nn.Module = type(tower).__new__(type(tower))
+    twin: nn.Module = object.__new__(type(tower))
     twin.__dict__.update(_own_fields(tower))
     twin.__dict__.pop("forward", None)
     made = {id(tower.trunk): trunk, id(tower.head): head}
@@ -244,7 +244,8 @@ def _reset(bare: Any) -> Any:
 def _plainly_laid_out(bare: Any) -> nn.Module:
     def plain(module: nn.Module) -> nn.Module:
         for part in module.modules():
-            for table in (part._parameters, part._buffers):
+            tables: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+            for table in tables:
                 for key, tensor in table.items():
                     if tensor is not None:
                         new = tensor.detach().clone(memory_format=torch.contiguous_format)

@@ -3,8 +3,9 @@
 import copy
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +13,68 @@ import torch
 import torch.nn as nn
 
 from .build import check_embedding, example_input
-from .files.assign import find_ties
-from .files.checkpoint import CARD_NAME, CONFIG_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME, write_json, write_weights
 from .files.fingerprint import make_fingerprint
-from .files.sentence_files import write_sentence_files
+from .files.json import write_json
+from .files.names import CARD_NAME, CONFIG_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME
+from .files.open_folder import read_text
+from .files.same_save import tie_digests
+from .files.sentence_transformers import write_sentence_files
 from .files.staging import staged_folder
-from .heads.stored_form import store_head
+from .files.ties import find_ties
+from .files.weights import write_weights
+from .heads.stored_form import store_any_head
+from .hub.card import CardOptions, TowerFacts, tower_facts
 from .hub.reader_file import AUTO_MAP, write_reader
 from .hub.trunk_source import is_separable
 from .proof import bare_tower, form_of, prove, refuse_changing_hooks
 from .reader.config import TimmTowerConfig
-from .reader.errors import FormatError, WeightsError
+from .reader.errors import WeightsError, shown
 from .reader.graph_head import GraphHead
 from .reader.head import LIVE, SUBCLASS, builtin_head
-from .reader.processor_config import facts_in_tower, processor_dict
+from .reader.image_processing import facts_in_tower, processor_dict
 from .reader.skip_init import skip_init
+from .reader.tower import plain_defaults
 from .reader.trunk import native_size
 from .reader.weights import assign_weights
 from .training.freezing import describe_frozen, head_without_lock
+from .training.sharding import refuse_sharded
 from .trunk_facts import record_changes
 
 
 @dataclass(frozen=True)
-class Extras:
-    """What is saved beside a tower's config, weights and fingerprint.
+class SaveOptions:
+    """What a save is asked for beside the tower.
 
     Attributes:
-        card: The card that is there (None where there is none) -> the card to write; None writes none.
-        include_code: The reader, so that stock transformers can load the tower.
-        sources: File name -> text, for a head that is stored as code.
+        cards: What the caller wants in the card.
+        include_code: True: also the source of a head that comes back in no other form; False: no code at all.
         max_shard_size: Largest weight file, in bytes or as `"5GB"`.
     """
 
-    card: Callable[[str | None], str] | None = None
-    include_code: bool = True
-    sources: Mapping[str, str] = field(default_factory=dict)
+    cards: CardOptions
+    include_code: bool | None = None
     max_shard_size: int | str = "5GB"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A tower that was saved.
+
+    Attributes:
+        facts: What its card says of it.
+        config: As it was written.
+        fingerprint: As it was written.
+        names: The files that were written, by their paths in the folder.
+    """
+
+    facts: TowerFacts
+    config: TimmTowerConfig
+    fingerprint: dict[str, Any]
+    names: tuple[str, ...]
+
+    def card(self, options: CardOptions, repo_id: str, existing: str | None) -> str:
+        """The card for a repository, made out of the one that is there (None where there is none)."""
+        return replace(options, repo_id=repo_id).make(self.facts, self.config, existing, self.fingerprint["weights"])
 
 
 @dataclass(frozen=True)
@@ -67,6 +94,7 @@ class ProvenForm:
     sources: Mapping[str, str]
 
 
+@plain_defaults()
 def storable_config(
     tower: Any, *, own_trunk: bool = False, own_head: bool = False, include_code: bool | None = None
 ) -> tuple[ProvenForm, bool]:
@@ -86,6 +114,7 @@ def storable_config(
         HeadError: no form of the head works.
         ConfigError: the trunk was changed in a way that no config says.
     """
+    refuse_sharded(tower.state_dict(keep_vars=True))
     key = json.dumps([tower.config.to_dict(), own_trunk, own_head, include_code], sort_keys=True, default=str)
     form = form_of(tower)
     earlier: ProvenForm | None = getattr(tower, "_proven", None)
@@ -108,21 +137,23 @@ def storable_config(
             if own_head:
                 stored.head = {"form": SUBCLASS}
             else:
-                stored.head, sources = store_head(head, example, stored, include_code=bool(include_code))
+                stored.head, sources = store_any_head(head, example, stored, include_code=bool(include_code))
         stored.head["class"] = name or type(live).__name__
     stored.frozen = describe_frozen(tower)
     return ProvenForm(form, key, stored, sources), False
 
 
+@plain_defaults()
 def save_tower(
     tower: Any,
     config: TimmTowerConfig,
     folder: str | os.PathLike[str],
     load: Callable[[Path], Any],
-    extras: Extras,
+    options: SaveOptions,
     *,
+    sources: Mapping[str, str],
     form_is_proven: bool = False,
-) -> dict[str, Any]:
+) -> Saved:
     """Write a tower beside the folder, load it back, prove it, and only then put it in place.
 
     Args:
@@ -130,35 +161,44 @@ def save_tower(
         config: A completed config whose `head` has its stored form.
         folder: Where the tower goes; what is there before survives an error and a kill.
         load: Loads a tower from a folder onto the CPU, in eval mode.
-        extras: Card, code and so on.
+        options: Card, code and so on.
+        sources: File name -> text, for a head that is stored as code.
         form_is_proven: An earlier save proved this form: only the bytes are proven.
-
-    Returns:
-        The fingerprint that was written.
 
     Raises:
         TowerError: nothing was written: the folder cannot be written, or what was loaded back is not the same.
     """
+    if config.trunk_source is None and tower.config.trunk_source is not None:
+        warnings.warn(
+            f"the trunk of this tower is stored in {shown(tower.config.trunk_source.get('repo_id'))}; what is saved "
+            "here holds it whole, and whoever publishes it publishes the trunk. push_to_hub pushes the head alone.",
+            stacklevel=4,
+        )
+    cards, with_reader = options.cards, options.include_code is not False
+    cards = replace(cards, include_code=with_reader)
     with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         bare = bare_tower(tower)
+        facts = tower_facts(tower)
         with staged_folder(folder) as staging:
-            write_json(staging / CONFIG_NAME, _written(config, extras.include_code))
+            write_json(staging / CONFIG_NAME, _written(config, with_reader))
             write_json(staging / PREPROCESSOR_NAME, facts_in_tower(processor_dict(config)))
-            for name, source in extras.sources.items():
+            for name, source in sources.items():
                 (staging / name).write_bytes(source.encode("utf-8"))
-            if extras.include_code:
+            if with_reader:
                 write_reader(staging)
-            _write_weights(staging, bare, config, extras.max_shard_size)
+            _write_weights(staging, bare, config, options.max_shard_size)
             again = load(staging)
             outputs = prove(bare, again, config, form_is_proven=form_is_proven)
             if not form_is_proven:
                 refuse_changing_hooks(tower, config, outputs)
             fingerprint = make_fingerprint(outputs, again, config.in_chans, native_size(config))
+            fingerprint |= tie_digests(staging)
             write_json(staging / FINGERPRINT_NAME, fingerprint)
             write_sentence_files(staging, Path(folder), outputs)
-            if extras.card is not None:
-                (staging / CARD_NAME).write_bytes(extras.card(_read_card(Path(folder))).encode("utf-8"))
-    return fingerprint
+            card = cards.make(facts, config, read_text(Path(folder, CARD_NAME)), fingerprint["weights"])
+            (staging / CARD_NAME).write_bytes(card.encode("utf-8"))
+            names = tuple(sorted(path.name for path in staging.iterdir()))
+    return Saved(facts, config, fingerprint, names)
 
 
 def with_weights(tower: Any, state_dict: Mapping[str, torch.Tensor]) -> Any:
@@ -184,14 +224,6 @@ def _written(config: TimmTowerConfig, include_code: bool) -> dict[str, Any]:
     return {**written, "auto_map": AUTO_MAP} if include_code else written
 
 
-def _read_card(folder: Path) -> str | None:
-    path = folder / CARD_NAME
-    try:
-        return path.read_bytes().decode("utf-8") if path.exists() else None
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: not UTF-8 text ({error}); save it as UTF-8, or move it away") from error
-
-
 def _write_weights(staging: Path, tower: nn.Module, config: TimmTowerConfig, max_shard_size: int | str) -> None:
     if config.trunk_source is None:
         write_weights(staging, tower, max_shard_size)
@@ -200,7 +232,7 @@ def _write_weights(staging: Path, tower: nn.Module, config: TimmTowerConfig, max
     ties = find_ties(tower, state)
     if not is_separable((*ties.tied, *ties.shared)):
         raise WeightsError("the head shares weights with the trunk, so it cannot be published without it")
-    head = {key: tensor for key, tensor in state.items() if key.startswith("head.")}
+    head = {key: tensor for key, tensor in state.items() if not key.startswith("trunk.")}
     if not head:
         raise WeightsError("the head has no weights, so there is nothing to publish beside the trunk")
     write_weights(staging, tower, max_shard_size, state=head)

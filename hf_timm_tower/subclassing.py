@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 import torch.nn as nn
 
-from .heads.registry import CustomHead
 from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, HeadError
+from .reader.head import CustomHead
 
 T = TypeVar("T", bound=nn.Module)
 
@@ -74,7 +74,7 @@ def added_arguments(tower: Any) -> dict[str, Any]:
     """
     base = type(tower).__mro__[_depth(type(tower))]
     own = inspect.signature(base.__init__).parameters  # type: ignore[misc]  # TimmModel's own
-    given: dict[str, Any] = dict(tower._hub_mixin_config or {})  # type: ignore[arg-type]  # a dict for towers
+    given: dict[str, Any] = dict(tower._hub_mixin_config or {})
     added: dict[str, Any] = {}
     for name, parameter in inspect.signature(type(tower).__init__).parameters.items():
         if name in own or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):

@@ -18,7 +18,7 @@ from .build import (
     head_fields,
     resolve_config,
 )
-from .heads.registry import CustomHead, make_custom_head
+from .heads.registry import make_custom_head
 from .hub_mixin import TowerHubMixin
 from .interop.mixin import InterchangeMixin
 from .interop.timm_face import TimmFace
@@ -28,8 +28,9 @@ from .interop.torchscript import ScriptableTower
 from .reader.config import TimmTowerConfig, check_size
 from .reader.errors import ConfigError, HeadError
 from .reader.freezing import keep_statistics
-from .reader.head import LIVE, SUBCLASS, builtin_head, rebuild_head
+from .reader.head import LIVE, SUBCLASS, CustomHead, builtin_head, rebuild_head
 from .reader.image_processing import make_transform
+from .reader.model_args import FROM_TRUNK
 from .reader.tower import HeadInput, run_head
 from .reader.trunk import BUILD_ERRORS, create_trunk, float_dtype, remove_classifier
 from .subclassing import REBUILDING, overrides, rebuild
@@ -38,7 +39,7 @@ from .training.freezing import describe_frozen, frozen_context, note_fixed
 from .training.layer_groups import LayerGroup, layer_groups
 from .training.lock import Patterns, lock, unlock
 from .training.param_groups import param_groups, summary_table
-from .trunk_facts import check_rebuilt, trunk_arguments
+from .trunk_facts import check_rebuilt, copy_trunk, record_size, trunk_arguments
 
 
 class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
@@ -309,11 +310,14 @@ class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
             image_size: Pixels, an int or (height, width).
 
         Raises:
-            ConfigError: the trunk does not run at this size. The tower is as before where timm's own method refuses.
+            ConfigError: the trunk does not run at this size, or timm cannot build it for this size. The tower is as
+                before.
         """
         size = check_size("image_size", image_size)
         # on a copy first: timm changes some trunks before it refuses a size
-        config = self._resized(copy.deepcopy(self.trunk), size)
+        trial = copy_trunk(self.trunk)
+        config = self._resized(trial, size)
+        config = record_size(trial, config, own_trunk=overrides(type(self), "_create_trunk"))
         self._resized(self.trunk, size)
         self.config = config
         self._head_input = HeadInput.of(self.config, self.trunk)
@@ -328,7 +332,7 @@ class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
             except BUILD_ERRORS as error:
                 raise ConfigError(f"{config.architecture} cannot take image_size={size}: {error}") from error
             now = trunk_arguments(trunk)["model_args"]
-            kept = {key: now[key] for key in now if key not in ("num_classes", "global_pool")}
+            kept = {key: now[key] for key in now if key not in FROM_TRUNK}
             config.model_args = {**(config.model_args or {}), **kept}
         config, output = resolve_config(config, trunk)
         if config.pool == "abs_attn" and config.feat_size != self.config.feat_size:

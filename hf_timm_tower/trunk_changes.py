@@ -8,8 +8,8 @@ import torch.nn as nn
 from torch.nn.modules.batchnorm import _NormBase
 
 # Attributes that say how a module runs now, not what it is: they follow from the mode, from settings of the process,
-# or are set anew by whoever trains.
-_HOW_IT_RUNS = frozenset({"training", "grad_checkpointing", "fused_attn"})
+# or are set anew by whoever trains. Blocks fused for inference show by their weights; timm's own flag need not.
+_HOW_IT_RUNS = frozenset({"training", "grad_checkpointing", "fused_attn", "inference_mode"})
 # Wrappers that leave the state dict's keys as they are: the names that they put between are left out.
 _WRAPPERS = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
 _SHOWN = 3
@@ -22,8 +22,8 @@ def training_attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
         module: A trunk; it is not changed.
 
     Returns:
-        Name of the module inside (`""` for itself) -> public attribute -> value: None, bool, int, float, str, or
-        tuples and lists of these. Left out is how it runs at the moment: mode, checkpointing, choice of kernels.
+        Name of the module inside (`""` for itself) -> public attribute -> value: None, bool, int, float or str.
+        Left out is how it runs at the moment: mode, checkpointing, choice of kernels.
     """
     return {name: _plain_attributes(part) for name, part in _named(module)}
 
@@ -119,7 +119,7 @@ def _changed_buffers(trunk: nn.Module, again: nn.Module) -> list[str]:
     stored = trunk.state_dict().keys()
     return [
         f"the buffer {key}, which timm computes, holds other values (a tower that was cast down and up again gets them "
-        "back by timm.models.reinit_non_persistent_buffers(tower.trunk))"
+        "back by init_non_persistent_buffers() of the layers that have it, or by loading it again)"
         for key in ours.keys() & theirs.keys()
         if key not in stored and not torch.equal(ours[key].cpu(), theirs[key].to("cpu", ours[key].dtype))
     ][:1]
@@ -135,11 +135,7 @@ _GONE = _Gone()
 
 def _named(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, part in module.named_modules(remove_duplicate=False):
-        path = name.split(".")
-        if path[-1] in _WRAPPERS or not any(step in _WRAPPERS for step in path):
-            yield ".".join(step for step in path if step not in _WRAPPERS), part
-        else:
-            yield ".".join(step for step in path if step not in _WRAPPERS), part
+        yield ".".join(step for step in name.split(".") if step not in _WRAPPERS), part
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
@@ -151,14 +147,10 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _is_plain(value: object) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(_is_plain(item) for item in value)
     return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _differ(one: object, other: object) -> bool:
-    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
-        return len(one) != len(other) or any(_differ(*pair) for pair in zip(one, other, strict=True))
     return one != other and not (one != one and other != other)  # NaN is NaN
 
 

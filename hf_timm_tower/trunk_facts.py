@@ -14,9 +14,9 @@ import torch
 import torch.nn as nn
 
 from .reader.config import ATTENTION_POOLS, TimmTowerConfig, check_size
-from .reader.errors import ConfigError
+from .reader.errors import ConfigError, TowerError
 from .reader.model_args import FROM_TRUNK, encode
-from .reader.skip_init import no_init
+from .reader.skip_init import skip_init
 from .reader.trunk import (
     BUILD_ERRORS,
     UnsupportedPool,
@@ -149,7 +149,7 @@ def check_pool(trunk: nn.Module, config: TimmTowerConfig, output: TrunkOutput) -
     if config.pool == "default" and output.layout != "NC":
         raise UnsupportedPool(
             config,
-            f"it does not pool of itself, it gives {output.layout} features (pool='none' takes them as they are)",
+            f"it gives {output.layout} features, it has no pool of its own (pool='none' takes them as they are)",
         )
     if wanted == "" and output.layout == "NC":
         raise UnsupportedPool(config, "the trunk still gives a vector")
@@ -181,7 +181,7 @@ def offered_pools(config: TimmTowerConfig, among: Sequence[str] = ALL_POOLS) -> 
     found = []
     for pool in among:
         try:
-            trial = settle_arguments(TimmTowerConfig(**same, pool=pool))
+            trial = _settled(TimmTowerConfig(**same, pool=pool))
             trunk = create_trunk(trial, initialise=False)
             check_pool(trunk, trial, trunk_output(trunk, trial.in_chans, native_size(trial)))
         except ConfigError:
@@ -197,26 +197,40 @@ def settle_arguments(config: TimmTowerConfig) -> TimmTowerConfig:
     own pool (a ViT with `class_token=False`) is built with the tower's.
 
     Raises:
-        ConfigError: timm cannot build the trunk with these arguments in either way.
+        UnsupportedPool: timm cannot build the trunk with this pool, but with others.
+        ConfigError: timm cannot build the trunk with these arguments in any way.
     """
+    try:
+        return _settled(config)
+    except UnsupportedPool:
+        raise
+    except ConfigError as error:
+        if offered_pools(config):
+            raise UnsupportedPool(config, str(error)) from error
+        raise
+
+
+def _settled(config: TimmTowerConfig) -> TimmTowerConfig:
     config = copy.deepcopy(config)
     arguments = dict(config.model_args or {})
     if config.image_size is not None and "img_size" not in arguments and _must_be_told(config):
         config.model_args = dict(sorted({**arguments, "img_size": list(native_size(config))}.items()))
-    existed = bool(set(FROM_TRUNK) & set(arguments))
-    if config.classifier == "reset" and arguments and not existed and config.pool != "default":
-        try:
-            create_trunk(config, initialise=False)
-        except UnsupportedPool:
+    if not arguments or set(FROM_TRUNK) & set(arguments):
+        return config
+    try:
+        create_trunk(config, initialise=False)
+    except UnsupportedPool:
+        raise
+    except ConfigError as error:
+        if config.classifier == "construct" or config.pool == "default":
             raise
-        except ConfigError as error:
-            trial = copy.deepcopy(config)
-            trial.classifier = "construct"
-            try:
-                create_trunk(trial, initialise=False)
-            except ConfigError:
-                raise error from None
-            return trial
+        with_pool = copy.deepcopy(config)
+        with_pool.classifier = "construct"
+        try:
+            create_trunk(with_pool, initialise=False)
+        except ConfigError:
+            raise error from None
+        return with_pool
     return config
 
 
@@ -232,7 +246,7 @@ def takes_img_size(architecture: str) -> bool:
     """Whether timm's constructor of an architecture takes `img_size`, found by trying it."""
     size = tuple(native_cfg(architecture)["input_size"][1:])
     try:
-        with no_init():
+        with skip_init():
             timm.create_model(architecture, img_size=size)
     except TypeError as error:
         if "img_size" in str(error):
@@ -294,9 +308,32 @@ def check_rebuilt(trunk: nn.Module, config: TimmTowerConfig, *, with_classifier:
         config.proj, config.head, config.pool = None, None, "default"
     again = create_trunk(config, initialise=False)
     if shapes(trunk) != shapes(again):
+        raise _changed(config, trunk, again)
+
+
+def record_size(trunk: nn.Module, config: TimmTowerConfig, *, own_trunk: bool = False) -> TimmTowerConfig:
+    """The config of a trunk at another size, so that it is built again as it is.
+
+    Args:
+        trunk: Of a tower, resized.
+        config: Completed, with the new `image_size`.
+        own_trunk: A subclass of TimmModel makes the trunk by its own code.
+
+    Raises:
+        ConfigError: timm builds another trunk for this size (CrossViT, SAM).
+    """
+    if not own_trunk and shapes(trunk) != shapes(create_trunk(config, initialise=False)):
         raise ConfigError(
-            f"the trunk {config.architecture} cannot be built again as it is: {what_changed(trunk, again)}"
+            f"{config.architecture} cannot take image_size={config.image_size}: timm makes other weights for this "
+            "size, so that the tower could not be built again. Build a new tower with image_size=..."
         )
+    told = timm.models.get_model_traits(trunk).get("img_size")
+    if told is None or list(told) == native_size(config) or "img_size" in (config.model_args or {}):
+        return config
+    # XCiT and others run at any size, and stay as they were built.
+    config = copy.deepcopy(config)
+    config.model_args = dict(sorted({**(config.model_args or {}), "img_size": list(told)}.items()))
+    return config
 
 
 def record_changes(trunk: nn.Module, config: TimmTowerConfig) -> TimmTowerConfig:
@@ -317,9 +354,13 @@ def record_changes(trunk: nn.Module, config: TimmTowerConfig) -> TimmTowerConfig
     try:
         if shapes(trunk) == shapes(create_trunk(fused, initialise=False)):
             return fused
-    except ConfigError:
+    except TowerError:
         pass  # this architecture cannot be told
-    raise ConfigError(f"the trunk {config.architecture} cannot be built again as it is: {what_changed(trunk, again)}")
+    raise _changed(config, trunk, again)
+
+
+def _changed(config: TimmTowerConfig, trunk: nn.Module, again: nn.Module) -> ConfigError:
+    return ConfigError(f"the trunk {config.architecture} cannot be built again as it is: {what_changed(trunk, again)}")
 
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

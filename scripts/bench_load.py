@@ -49,7 +49,7 @@ from transformers import AutoModel, TimmWrapperConfig, TimmWrapperModel
 WITHOUT_PACKAGE = any(f"--child={way}" in sys.argv for way in ("remote, cold", "remote, warm"))
 if not WITHOUT_PACKAGE:
     from hf_timm_tower import TimmTowerModel  # noqa: F401  # `auto` is timed with its imports done
-    from hf_timm_tower.reader.skip_init import no_init
+    from hf_timm_tower.reader.skip_init import skip_init
     from hf_timm_tower.timm_model import TimmModel
 
 MODELS = ("vit_base_patch16_224", "convnext_base", "resnet50")
@@ -91,7 +91,7 @@ def load_floor(name: str, folder: Path) -> nn.Module:
     """Map and touch the bytes, construct the trunk; the two are not joined, so no loader can be faster."""
     with open(folder / "ours" / "trunk.safetensors", "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
-    with no_init():
+    with skip_init():
         model = timm.create_model(name, num_classes=0)
     model._mapped = mapped
     return model

@@ -142,15 +142,40 @@ def load_often(repo_id: str, times: int, cache: str) -> list[str]:
     return [load(repo_id, cache_dir=cache) for _ in range(times)]
 
 
-def train_head_and_push(repo_id: str, seed: int, **kwargs: Any) -> str:
-    """Load a tower, change its head as training does, push it again; the new numbers."""
-    tower = TimmModel.from_pretrained(repo_id)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in tower.head.parameters():
-            parameter.add_(torch.randn_like(parameter))
+def train_head_and_push(
+    repo_id: str, seed: int, part: str = "head", source: str | None = None, **kwargs: Any
+) -> str:
+    """Load a tower, change its head (or another part) as training does, push it again; the new numbers."""
+    tower = TimmModel.from_pretrained(source or repo_id)
+    _change(tower.get_submodule(part), seed)
     tower.push_to_hub(repo_id, **kwargs)
     return numbers(tower)
+
+
+def train_and_push_face(
+    repo_id: str, seed: int, part: str = "head", source: str | None = None, **kwargs: Any
+) -> str:
+    """The same by the transformers model of a tower."""
+    from hf_timm_tower import TimmTowerModel
+
+    model = TimmTowerModel.from_pretrained(source or repo_id)
+    _change(model.get_submodule(part), seed)
+    model.push_to_hub(repo_id, **kwargs)
+    return numbers(TimmModel.from_pretrained(repo_id))
+
+
+def _change(module: nn.Module, seed: int) -> None:
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter))
+
+
+def push_saved(folder: str, repo_id: str, names: list[str]) -> str:
+    """Push named files of a folder."""
+    from hf_timm_tower.hub.push import PushOptions, push_folder
+
+    return push_folder(Path(folder), repo_id, lambda name, card: f"# {name} {card}\n", names, PushOptions())
 
 
 def push_files(repo_id: str, files: dict[str, bytes], **kwargs: Any) -> str:

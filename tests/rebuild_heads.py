@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hf_timm_tower.heads.to_graph import construct
+from hf_timm_tower.reader.graph_head import construct
 
 
 def observe(head: nn.Module, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:

@@ -3,10 +3,14 @@
 import ctypes
 import errno
 import os
+import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from ..reader.errors import FolderError
 
 try:
     import fcntl
@@ -19,28 +23,65 @@ CAN_EXCHANGE = sys.platform.startswith("linux")
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EBADF, errno.EINVAL, errno.ENOSYS)
+_POLL_SECONDS = 0.005
+
+
+def folder_error(message: str, cause: OSError) -> FolderError:
+    """A `FolderError` that says what the system said, and keeps its `errno`."""
+    remedy = {
+        errno.ENOSPC: "; free some space and save again",
+        errno.EDQUOT: "; the disk quota is used up",
+        errno.EACCES: "; check the permissions",
+        errno.EROFS: "; choose a folder that can be written",
+    }.get(cause.errno or 0, "")
+    error = FolderError(f"{message}: {cause.strerror or cause}{remedy}")
+    error.errno = cause.errno
+    return error
 
 
 @contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
-    """Hold an exclusive advisory lock on a folder, waiting for it; nothing where the file system has no locks."""
+def locked_folder(folder: Path, seconds: float | None = None) -> Iterator[None]:
+    """Hold an exclusive advisory lock on a folder, waiting for it; nothing where the file system has no locks.
+
+    Args:
+        folder: The folder, which this process may read.
+        seconds: How long to wait; None for as long as it takes.
+
+    Raises:
+        TimeoutError: another process held it all the time.
+    """
     if fcntl is None:
         yield  # type: ignore[unreachable]
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    held = False
+    locked = False
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            held = True
+            _lock(descriptor, seconds, folder)
+            locked = True
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
         yield
     finally:
-        if held:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # said aloud: a process forked meanwhile holds the descriptor too
+        if locked:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # said aloud: a process forked meanwhile has the descriptor too
         os.close(descriptor)
+
+
+def _lock(descriptor: int, seconds: float | None, folder: Path) -> None:
+    if seconds is None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise TimeoutError(errno.ETIMEDOUT, f"another process has {folder} locked") from error
+        time.sleep(_POLL_SECONDS)
 
 
 def try_lock(descriptor: int) -> bool:
@@ -74,17 +115,31 @@ def is_mount(folder: Path) -> bool:
         lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
     except OSError:
         return False  # not Linux; where it is one after all, exchanging it fails
-    # Spaces, tabs, line ends and backslashes stand as \040 and so on.
+    # Spaces, tabs, line ends and backslashes are written as \040 and so on.
     points = (line.split(b" ")[4].decode("unicode_escape").encode("latin-1") for line in lines)
     return os.fsencode(folder) in points
 
 
 def is_current(folder: Path) -> bool:
-    """Whether this process stands in the folder."""
+    """Whether it is this process's current directory."""
     try:
         return os.path.samefile(os.curdir, folder)
     except FileNotFoundError:
-        return False  # it stands in one that was removed
+        return False  # the current one was removed
+
+
+def is_real_folder(path: Path) -> bool:
+    """Whether it is a folder and not a link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def identity(path: Path) -> list[int] | None:
+    """Device and inode, by which a folder is known again after a rename; None where there is nothing."""
+    try:
+        status = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return [status.st_dev, status.st_ino]
 
 
 def sync_tree(folder: Path) -> None:
@@ -108,3 +163,23 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def make_parents(target: Path) -> list[Path]:
+    """Make the folders above the target; those that were missing, outermost first."""
+    made: list[Path] = []
+    for parent in reversed([parent for parent in target.parents if not parent.exists()]):
+        try:
+            parent.mkdir()
+        except FileExistsError:
+            continue  # another save made it meanwhile
+        made.append(parent)
+    return made
+
+
+def copy_ownership(target: Path, new: Path) -> None:
+    """Give the new folder the old one's mode, attributes (access lists) and owner."""
+    wanted, found = os.stat(target), os.stat(new)
+    if hasattr(os, "chown") and (wanted.st_uid, wanted.st_gid) != (found.st_uid, found.st_gid):
+        os.chown(new, wanted.st_uid, wanted.st_gid)
+    shutil.copystat(target, new)

@@ -1,15 +1,16 @@
-"""`fingerprint.json`: are these the same numbers here, on this timm, this torch, this device?
+"""`fingerprint.json`: are the outputs the same here, on this timm, this torch, this device?
 
 A fixed probe image goes through the tower; the outputs are kept as a digest, some of their values, and the versions
 that made them. The probe is a closed formula of whole numbers, so that every machine makes the same bits.
 """
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import platform
 import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,8 +20,9 @@ import timm
 import torch
 import torch.nn as nn
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..reader.errors import FormatError, TowerError
+from ..reader.errors import FormatError, TowerError, shown
 from ..reader.trunk import eval_mode
 
 FINGERPRINT_VERSION = 1
@@ -37,9 +39,9 @@ def probe_image(in_chans: int, image_size: list[int]) -> torch.Tensor:
     Pixel (c, y, x) is `((31 y + 17 x + 13 y x + 101 c) mod 257) / 128 - 1`, exact in float32.
     """
     height, width = image_size
-    y = torch.arange(height, dtype=torch.int64).view(1, height, 1)
-    x = torch.arange(width, dtype=torch.int64).view(1, 1, width)
-    c = torch.arange(in_chans, dtype=torch.int64).view(in_chans, 1, 1)
+    y = torch.arange(height, dtype=torch.int64, device="cpu").view(1, height, 1)
+    x = torch.arange(width, dtype=torch.int64, device="cpu").view(1, 1, width)
+    c = torch.arange(in_chans, dtype=torch.int64, device="cpu").view(in_chans, 1, 1)
     whole = (31 * y + 17 * x + 13 * y * x + 101 * c) % 257
     return (whole.to(torch.float32) / 128 - 1).unsqueeze(0)
 
@@ -71,30 +73,97 @@ class Verification:
         return "\n".join(lines)
 
 
-@contextmanager
-def fixed_seed() -> Iterator[None]:
-    """One seed for torch and Python while heads that draw numbers in eval run; both states as before afterwards."""
-    state = random.getstate()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+class fixed_seed(TorchDispatchMode):
+    """Random operations inside draw from generators of their own, seeded with 0, and never from torch's.
+
+    What torch's generators give elsewhere, in other threads too, is as if nothing ran here. The values are those that
+    `torch.manual_seed(0)` would give. Python's `random` is seeded and put back.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def __enter__(self) -> "fixed_seed":
+        self._python = random.getstate()
         random.seed(0)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        random.setstate(self._python)
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **given)
+        names = [argument.name for argument in func._schema.arguments]
+        values = {**dict(zip(names, args, strict=False)), **given}
+        if "dropout_p" in names and not values.get("dropout_p"):
+            return func(*args, **given)  # attention without dropout
+        if values.get("generator") is not None:
+            return func(*args, **given)
+        generator = self._generator_of(values)
+        if "generator" in names:
+            return func(*args, **{**given, "generator": generator})
+        if hasattr(func, "overloads") or (seeded := _with_generator(func)) is None:
+            return self._swapped(generator, func, args, given)
+        return seeded(*args, **{**given, "generator": generator})
+
+    def _generator_of(self, values: Mapping[str, Any]) -> torch.Generator:
+        device = values.get("device")
+        if device is None:
+            tensors = (value for value in values.values() if isinstance(value, torch.Tensor))
+            device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+        device = torch.device(device)
+        if device.type == "meta":
+            device = torch.device("cpu")
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(0)
+        return self._generators[device]
+
+    @staticmethod
+    def _swapped(generator: torch.Generator, func: Any, args: Any, given: dict[str, Any]) -> Any:
+        """For operations that take no generator: torch's own has our state while the one operation runs."""
+        cuda = generator.device.type == "cuda"
+        shared = torch.cuda.default_generators[generator.device.index or 0] if cuda else torch.default_generator
+        before = shared.get_state()
+        shared.set_state(generator.get_state())
         try:
-            yield
+            return func(*args, **given)
         finally:
-            random.setstate(state)
+            generator.set_state(shared.get_state())
+            shared.set_state(before)
+
+
+def _with_generator(func: Any) -> Any:
+    """The overload of a random operation that takes a generator and otherwise the same; None where there is none."""
+    packet = func.overloadpacket
+    name = "generator" if func._overloadname == "default" else f"{func._overloadname}_generator"
+    return getattr(packet, name) if name in packet.overloads() else None
 
 
 def run_probe(tower: nn.Module, in_chans: int, image_size: list[int]) -> dict[str, torch.Tensor]:
     """The tower's outputs on the probe, in eval mode: path -> tensor on the CPU (`""` for a single tensor).
+
+    Autocast is off, and a `forward` that was put on the object (a compiled one, accelerate's) is left out: the outputs
+    are those of the class.
 
     Raises:
         TowerError: the tower does not run on its own input size, or gives something that is not made of tensors.
     """
     anchor = next(tower.parameters())
     image = probe_image(in_chans, image_size).to(anchor.device, anchor.dtype)
-    with torch.no_grad(), eval_mode(tower), fixed_seed():
+    forward = functools.partial(type(tower).forward, tower) if "forward" in vars(tower) else tower
+    with contextlib.ExitStack() as stack:
+        for kind in {"cpu", anchor.device.type}:
+            if torch.amp.is_autocast_available(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(eval_mode(tower))
+        stack.enter_context(fixed_seed())
         try:
-            output = tower(image)
+            output = forward(image)
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             if isinstance(error, TowerError):
                 raise
@@ -212,7 +281,7 @@ def compare(
         if saved["probe"] != probe:
             changed["probe"] = (saved["probe"], probe)
         if version != FINGERPRINT_VERSION:
-            raise FormatError(f"fingerprint.json has version {version!r}, this package reads {FINGERPRINT_VERSION}")
+            raise FormatError(f"fingerprint.json: version {shown(version)}, this package reads {FINGERPRINT_VERSION}")
         shapes = {path: (entry["shape"], entry["dtype"]) for path, entry in then.items()}
         if shapes != {path: (list(tensor.shape), str(tensor.dtype)) for path, tensor in outputs.items()}:
             now = {path: (list(tensor.shape), str(tensor.dtype)) for path, tensor in outputs.items()}
@@ -222,8 +291,8 @@ def compare(
         return _distance(then, outputs, changed)
     except FormatError:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise FormatError(f"fingerprint.json is malformed: {error!r}") from error
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise FormatError(f"fingerprint.json is malformed: {type(error).__name__}: {shown(str(error))}") from error
 
 
 def _distance(
@@ -232,7 +301,7 @@ def _distance(
     largest = relative = tolerance = 0.0
     close = True
     for path, entry in then.items():
-        old = torch.tensor([float(value) for value in entry["values"]], dtype=torch.float64)
+        old = torch.tensor([float(value) for value in entry["values"]], dtype=torch.float64, device="cpu")
         new = _sample(outputs[path])
         if old.shape != new.shape:
             raise ValueError(f"{old.numel()} values at {path or 'the embedding'}, expected {new.numel()}")

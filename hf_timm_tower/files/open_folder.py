@@ -1,42 +1,29 @@
-"""Reading a tower's folder so that one save is seen, never a mix of two.
+"""Reading a tower's folder: the one way to files that somebody else may have made.
 
-A save swaps a whole folder in (see `staging`): a reader that has the directory open keeps reading the one it began
-with. Where folders cannot be exchanged, a save moves a finished sub-folder to `.tower-commit` and then its files one
-by one into place: until that is done the files there are the folder's true ones. What a reader saw is checked again
-at the end, and read again if it changed meanwhile.
+Every file is opened through a handle on the one directory, must be a regular file, and is bounded in size. What was
+opened is remembered, so that `staging.read_folder` sees whether another save came in between.
 """
 
 import errno
 import os
 import stat
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
-from ..reader.errors import FolderError, FormatError, TowerError
-from .aligned import folder_error, read_aligned_descriptor
-from .strict_json import MAX_JSON_BYTES, MAX_JSON_DEPTH, parse_json, shorten
+from ..reader.errors import FolderError, FormatError, shown
+from .disk import folder_error
+from .json import MAX_JSON_BYTES, MAX_JSON_DEPTH, parse_object
+from .safetensors_read import file_digest, read_aligned_descriptor
 
-COMMIT_NAME = ".tower-commit"
-"""Folder inside a tower's folder: a save that is decided and not yet all in place."""
+MAX_TEXT_BYTES = 2**20
+"""Of a card, or the source of a head."""
 
-NEW_NAME = "new"
-"""Folder inside `COMMIT_NAME` (and inside every staging folder): the new files."""
-
-PLAN_NAME = "plan.json"
-"""File inside `COMMIT_NAME`: what the save is about to do."""
-
-STALE_KEY = "stale"
-"""Its entry that lists the names which the save drops."""
-
-_T = TypeVar("_T")
-_ATTEMPTS = 20
 _USES_HANDLES = os.open in os.supports_dir_fd and os.stat in os.supports_dir_fd
+# O_NONBLOCK: a pipe without a writer would hang the opening itself.
 _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 # O_PATH (Linux): a folder that may be entered but not listed can still be read from.
@@ -67,6 +54,7 @@ class OpenFolder:
         self.path = Path(path)
         self._handle: int | None = None
         self._seen: dict[str, _Identity | None] = {}
+        self._json: dict[str, bytes] = {}
         try:
             status = os.stat(self.path)
             if not stat.S_ISDIR(status.st_mode):
@@ -97,7 +85,7 @@ class OpenFolder:
             self._handle = None
 
     def has(self, name: str) -> bool:
-        """Whether the folder holds `name`."""
+        """Whether there is something called `name` in the folder."""
         descriptor = self._open(name)
         if descriptor is None:
             return False
@@ -117,16 +105,46 @@ class OpenFolder:
         finally:
             os.close(descriptor)
 
-    def read_json(self, name: str, max_bytes: int = MAX_JSON_BYTES, max_depth: int = MAX_JSON_DEPTH) -> dict[str, Any]:
-        """The JSON object in `name`; see `checkpoint.read_json` for limits and errors."""
-        where = f"{self.path / name}"
-        return parse_object(self.read_bytes(name, max_bytes), where, max_depth)
+    def read_text(self, name: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
+        """The whole file as text; see `read_bytes`.
 
-    def read_tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of the safetensors file `name`; see `aligned.read_aligned`."""
+        Raises:
+            FolderError: it is missing or cannot be read.
+            FormatError: too large, not a regular file, or not UTF-8.
+        """
+        try:
+            return self.read_bytes(name, max_bytes).decode("utf-8")
+        except UnicodeDecodeError as error:
+            where = f"{self.path / name}"
+            raise FormatError(f"{where}: not UTF-8 text ({error}); save it as UTF-8, or move it away") from error
+
+    def read_json(self, name: str, max_bytes: int = MAX_JSON_BYTES, max_depth: int = MAX_JSON_DEPTH) -> dict[str, Any]:
+        """The JSON object in `name`, a new one at each call; the file is read once.
+
+        Raises:
+            FolderError: missing or unreadable.
+            FormatError: too large or deep, not UTF-8, not JSON (NaN and Infinity are not), a key twice, not an object.
+        """
+        if name not in self._json:
+            self._json[name] = self.read_bytes(name, max_bytes)
+        return parse_object(self._json[name], f"{self.path / name}", max_depth)
+
+    def read_tensors(
+        self, name: str, mmap: bool = True, digests: dict[str, str] | None = None
+    ) -> dict[str, Tensor]:
+        """The tensors of the safetensors file `name`; see `safetensors_read.read_aligned`.
+
+        Args:
+            name: The file.
+            mmap: False reads into memory of its own.
+            digests: Takes the `file_digest` of the file under its name.
+        """
         descriptor = self._open_present(name)
         try:
-            return read_aligned_descriptor(descriptor, f"{self.path / name}")
+            where = f"{self.path / name}"
+            if digests is not None:
+                digests[name] = file_digest(descriptor, where)
+            return read_aligned_descriptor(descriptor, where, mmap)
         finally:
             os.close(descriptor)
 
@@ -178,19 +196,6 @@ class OpenFolder:
         return descriptor
 
     def _find(self, name: str) -> int | None:
-        # The committed save first: a file leaves it only for its place in the folder, so none is missed in between.
-        found = self._find_committed(NEW_NAME, name)
-        if found is not None:
-            return found
-        plan = self._find_committed(PLAN_NAME)
-        if plan is not None:
-            try:
-                where = f"{self.path / COMMIT_NAME / PLAN_NAME}"
-                stale = parse_object(read_bounded(plan, where, MAX_JSON_BYTES), where).get(STALE_KEY)
-            finally:
-                os.close(plan)
-            if isinstance(stale, list) and name in stale:
-                return None
         try:
             if self._handle is None:
                 return self._open_link(name) if (self.path / name).is_symlink() else os.open(self.path / name, _READ)
@@ -202,24 +207,6 @@ class OpenFolder:
                 return self._open_link(name)
             raise
 
-    def _find_committed(self, *steps: str) -> int | None:
-        """Open a file of the committed save by its folders and name; links are none of our making: not followed."""
-        if self._handle is None:
-            path = self.path.joinpath(COMMIT_NAME, *steps)
-            return os.open(path, _READ) if path.exists() and not path.is_symlink() else None
-        opened: list[int] = []
-        parent = self._handle
-        try:
-            for step in (COMMIT_NAME, *steps[:-1]):
-                parent = os.open(step, _FOLDER | _NOFOLLOW, dir_fd=parent)
-                opened.append(parent)
-            return os.open(steps[-1], _READ | _NOFOLLOW, dir_fd=parent)
-        except (FileNotFoundError, NotADirectoryError):  # the latter: a file or a link of that name
-            return None
-        finally:
-            for descriptor in opened:
-                os.close(descriptor)
-
     def _open_link(self, name: str) -> int:
         here = Path(os.path.realpath(self.path))
         goal = Path(os.path.realpath(self.path / name))
@@ -228,34 +215,32 @@ class OpenFolder:
         allowed = [here, *blobs]
         if not any(goal.is_relative_to(root) for root in allowed):
             raise FolderError(
-                f"{self.path / name} is a link to {goal}, outside of the tower's folder; copy the file into the folder"
+                f"{self.path / name} is a link to {shown(str(goal))}, outside of the tower's folder; copy the file "
+                "into the folder"
             )
         if not goal.exists():
-            raise FolderError(f"{self.path / name} is a link to {goal}, which is missing; download the tower again")
+            raise FolderError(
+                f"{self.path / name} is a link to {shown(str(goal))}, which is missing; download the tower again"
+            )
         return os.open(goal, _READ | _NOFOLLOW)
 
 
-def read_folder(folder: str | os.PathLike[str], read: Callable[[OpenFolder], _T]) -> _T:
-    """Call `read` with the opened folder and return its result, which then comes from one save only.
+def read_json(
+    path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES, max_depth: int = MAX_JSON_DEPTH
+) -> dict[str, Any]:
+    """`OpenFolder.read_json` of one file by its path."""
+    path = Path(path)
+    with OpenFolder(path.parent) as folder:
+        return folder.read_json(path.name, max_bytes, max_depth)
 
-    If another process saves into the folder meanwhile, `read` is called again; it must do nothing but read.
 
-    Raises:
-        FolderError: no such folder, or it kept changing.
-        TowerError: what `read` raises.
-    """
-    for attempt in range(_ATTEMPTS):
-        with OpenFolder(folder) as opened:
-            try:
-                result = read(opened)
-            except (TowerError, OSError):
-                if not opened.has_changed(also_vanished=True):
-                    raise
-            else:
-                if not opened.has_changed(also_vanished=False):
-                    return result
-        time.sleep(0.01 * attempt)
-    raise FolderError(f"{os.fspath(folder)}: changed {_ATTEMPTS} times while it was read; wait for the saves to end")
+def read_text(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> str | None:
+    """`OpenFolder.read_text` of one file by its path; None where there is no such file or folder."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        return None
+    with OpenFolder(path.parent) as folder:
+        return folder.read_text(path.name, max_bytes) if folder.has(path.name) else None
 
 
 def read_bounded(descriptor: int, where: str, max_bytes: int) -> bytes:
@@ -276,23 +261,14 @@ def read_bounded(descriptor: int, where: str, max_bytes: int) -> bytes:
     return bytes(data)
 
 
-def parse_object(data: bytes, where: str, max_depth: int = MAX_JSON_DEPTH) -> dict[str, Any]:
-    """`parse_json` of a document that must be an object."""
-    parsed = parse_json(data, where, max_depth=max_depth)
-    if not isinstance(parsed, dict):
-        kind = {list: "an array", str: "a text", type(None): "null"}.get(type(parsed), "a number or truth value")
-        raise FormatError(f"{where}: holds {kind}, expected a JSON object")
-    return parsed
-
-
 def require_plain_name(name: str, where: str) -> None:
     """Refuse what is not the bare name of a file inside the folder.
 
     Raises:
-        FormatError: empty, `.` or `..`, or with a separator, a drive or a NUL in it.
+        FormatError: empty, `.` or `..`, not printable, or with a separator or a drive in it.
     """
-    if not name or name in (".", "..") or any(character in name for character in "/\\:\0"):
-        raise FormatError(f"{where}: {shorten(name)} is not a plain file name; files of a tower lie in its own folder")
+    if name in ("", ".", "..") or not name.isprintable() or any(character in name for character in "/\\:"):
+        raise FormatError(f"{where}: {shown(name)} is not a plain file name; files of a tower are in its own folder")
 
 
 def _identity(descriptor: int) -> _Identity:

@@ -1,45 +1,54 @@
-"""Saving a folder so that a kill at any moment leaves the old save or the new one, never a mix.
+"""Saving a folder so that a kill at any moment leaves the old save or the new one, never a mix; reading it likewise.
 
 The new files are written into a staging folder and fsynced. Then, under a lock, one of two ways:
 
-*Exchange*: the staging folder lies beside the target, and one system call swaps the two. Files of the target that are
-not ours were hard-linked into the staging folder before, so both are complete at that moment.
+*Exchange*: the staging folder is a neighbour of the target, and one system call swaps the two. Files of the target
+that are not ours were hard-linked into the staging folder before, so both are complete at that moment.
 
-*Commit*: where folders cannot be exchanged (mount points, the current directory, a parent that cannot be written,
-sub-folders that are not ours, other systems than Linux), the staging folder lies inside the target, and renaming it to
-`.tower-commit` decides the save: from then on its files are the folder's true ones for `OpenFolder`. Then they are
-moved into place one by one, the index first removed and last brought back, so that readers who do not know of
-`.tower-commit` find no weights rather than a mix. If that is cut off, the next save completes it.
+*Move*: where folders cannot be exchanged (mount points, the current directory, a parent that cannot be written,
+sub-folders that are not ours, other systems than Linux), the staging folder is inside the target, and its files are
+moved into place one by one: the index is removed first and comes last, so that readers find no weights rather than a
+mix. If that is cut off, the next save or load by the same user on the same machine completes it.
 
-A staging folder is locked while its writer lives. Those of dead writers are removed by the next save.
+What is in a folder says nothing about saves: a hidden file is never read, and the only staging folders that are ever
+completed or removed are those that this user's own `records` name.
 """
 
 import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
+from typing import Any, TypeVar
 
 from ..reader.errors import FolderError, TowerError
-from .aligned import folder_error
-from .checkpoint import is_replaced
-from .disk import CAN_EXCHANGE, exchange_folders, is_current, is_mount, locked_folder, sync, sync_tree, try_lock
-from .open_folder import COMMIT_NAME, NEW_NAME
-from .recovery import (
-    LOCK_NAME,
-    Plan,
-    bring_over,
-    clean,
+from .disk import (
+    CAN_EXCHANGE,
+    copy_ownership,
+    exchange_folders,
+    folder_error,
+    identity,
+    is_current,
+    is_mount,
     is_real_folder,
-    is_save,
-    kept_entries,
-    place_beside,
-    place_inside,
-    remove_box,
-    roll_forward,
+    locked_folder,
+    make_parents,
+    sync,
+    sync_tree,
 )
+from .names import CODE_NAME, INDEX_NAME, SINGLE_NAME, code_digest, is_replaced
+from .open_folder import OpenFolder
+from .records import Record, abandoned
+
+_T = TypeVar("_T")
+_MARK = ".tower-save-"
+_ATTEMPTS = 20
+# Saves hold the lock while files are renamed and old ones removed: much less than this.
+_WRITER_SECONDS, _READER_SECONDS = 300, 10
 
 
 @contextmanager
@@ -52,7 +61,8 @@ def staged_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     once, the one whose block ends last wins.
 
     Raises:
-        FolderError: `target` is a file, cannot be written, or the disk is full.
+        FolderError: `target` is a file, cannot be written, has something else than a file under a name that the save
+            writes, or the disk is full.
     """
     if not os.fspath(target):
         raise FolderError("the folder to save into has an empty name; say '.' for the current one")
@@ -63,18 +73,17 @@ def staged_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     made: list[Path] = []
     try:
         _require_writable(real)
-        made = _make_parents(real)
-        with _lock_for(real):
-            clean(real)
-            box = _Box.create(real)
+        made = make_parents(real)
+        with _lock_for(real, _WRITER_SECONDS):
+            _settle_abandoned(real)
+            save = _Save.begin(real)
         try:
-            yield box.new
-            sync_tree(box.new)
-            with _lock_for(real):
-                clean(real)
-                box.commit(real)
+            yield save.path
+            sync_tree(save.path)
+            with _lock_for(real, _WRITER_SECONDS):
+                save.put_in_place()
         finally:
-            box.close()
+            save.close()
     except BaseException as error:
         for parent in reversed(made):
             try:
@@ -86,135 +95,246 @@ def staged_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
-class _Box:
-    """A staging folder: `new/` with the new files, `lock` held while its writer lives, `plan.json` before a swap."""
+def read_folder(folder: str | os.PathLike[str], read: Callable[[OpenFolder], _T]) -> _T:
+    """Call `read` with the opened folder and return its result, which then comes from one save only.
 
-    def __init__(self, path: Path, lock: int) -> None:
-        self.path = path
-        self.new = path / NEW_NAME
-        self._lock = lock
-        self._committed = False
+    If another process saves into the folder meanwhile, `read` is called again; it must do nothing but read.
+
+    Raises:
+        FolderError: no such folder, or it kept changing.
+        TowerError: what `read` raises.
+    """
+    for attempt in range(_ATTEMPTS):
+        with OpenFolder(folder) as opened:
+            try:
+                result = read(opened)
+            except (TowerError, OSError):
+                _wait_for_saves(Path(os.path.realpath(folder)))
+                if not opened.has_changed(also_vanished=True):
+                    raise
+            else:
+                if not opened.has_changed(also_vanished=False):
+                    return result
+        time.sleep(0.01 * attempt)
+    raise FolderError(f"{os.fspath(folder)}: changed {_ATTEMPTS} times while it was read; wait for the saves to end")
+
+
+class _Save:
+    """A staging folder and the record that says it is ours."""
+
+    def __init__(self, target: Path, path: Path, record: Record) -> None:
+        self.target, self.path, self._record = target, path, record
 
     @classmethod
-    def create(cls, target: Path) -> "_Box":
-        """Beside the target where it is new or can be exchanged, else inside. The caller holds the target's lock."""
+    def begin(cls, target: Path) -> "_Save":
+        """Beside the target where it is new or can be exchanged, else inside. The caller has the target locked."""
         if not target.exists():
-            return cls._create_at(place_beside(target))
-        if _may_be_exchanged(target):
+            return cls._at(target, _beside(target))
+        if _may_be_exchanged(target, frozenset()):
             try:
-                box = cls._create_at(place_beside(target))
+                save = cls._at(target, _beside(target))
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                     raise
             else:
                 try:
-                    _copy_ownership(target, box.new)
-                    return box
+                    copy_ownership(target, save.path)
+                    return save
                 except PermissionError:
-                    box.close()  # not ours to give away: write into the folder that is there
+                    save.close()  # not ours to give away: write into the folder that is there
                 except BaseException:
-                    box.close()
+                    save.close()
                     raise
-        return cls._create_at(place_inside(target))
+        return cls._at(target, _inside(target))
 
     @classmethod
-    def _create_at(cls, path: Path) -> "_Box":
-        os.mkdir(path)
-        lock = -1
+    def _at(cls, target: Path, path: Path) -> "_Save":
+        save = cls(target, path, Record.create(target, path=os.fspath(path)))
         try:
-            lock = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
-            if not try_lock(lock):
-                os.close(lock)  # no locks here; and Windows could not rename a folder with an open file in it
-                lock = -1
-            os.mkdir(path / NEW_NAME)
+            os.mkdir(path)
+            save._record.note(new=identity(path))
         except BaseException:
-            if lock >= 0:
-                os.close(lock)
-            shutil.rmtree(path, ignore_errors=True)
+            save.close()
             raise
-        return cls(path, lock)
+        return save
 
-    def commit(self, target: Path) -> None:
-        """Make `new` the target. The caller holds the target's lock."""
-        if self.path.parent != target:
-            if not target.exists():
-                os.rename(self.new, target)
-                sync(target.parent)
+    def put_in_place(self) -> None:
+        """Make the staging folder's files the target's. The caller has the target locked."""
+        names = sorted(os.listdir(self.path))
+        if not self.target.exists():
+            os.rename(self.path, self.target)
+            sync(self.target.parent)
+            return
+        _refuse_taken(self.target, self.path, names)
+        if self.path.parent != self.target:
+            if self._exchange(names):
+                _settle(self.target, self._record)
                 return
-            if self._exchange(target):
-                return
-            self._move_inside(target)
-        names = frozenset(os.listdir(self.new))
-        stale = frozenset(name for name in os.listdir(target) if name not in names and is_replaced(target / name))
-        Plan(names, stale, {}, os.stat(self.new).st_ino).write(self.path)
-        os.rename(self.path, target / COMMIT_NAME)
-        self._committed = True
+            self._move_inside()
+        stale = [name for name in os.listdir(self.target) if name not in names and is_replaced(self.target / name)]
+        self._record.note(move=True, names=names, stale=stale)
         try:
-            sync(target)
-            roll_forward(target)
+            _settle(self.target, self._record)
         except OSError as error:
             raise folder_error(
-                f"{target}: the save is complete in {COMMIT_NAME} but could not be moved into place; this package "
-                "reads it, other libraries will after the next save",
+                f"{self.target}: the save is complete in {self.path.name} but could not be moved into place; the next "
+                "save or load of this folder on this machine does that",
                 error,
             ) from error
 
-    def _exchange(self, target: Path) -> bool:
-        """Swap `new` and the target; False, with nothing changed, where that cannot be done."""
-        if not _may_be_exchanged(target):
+    def _exchange(self, names: list[str]) -> bool:
+        """Swap the staging folder and the target; False, with nothing changed, where that cannot be done."""
+        if not _may_be_exchanged(self.target, frozenset(names)):
             return False
-        names = frozenset(os.listdir(self.new))
-        linked = self._link_kept(target, names)
+        linked = self._link_kept(frozenset(names))
         if linked is None:
             return False
-        plan = Plan(names, frozenset(), linked, os.stat(self.new).st_ino)
-        plan.write(self.path)
-        sync(self.new)
-        if not exchange_folders(self.new, target):
-            for name in linked:
-                os.unlink(self.new / name)
-            return False
-        sync(target.parent)
+        self._record.note(old=identity(self.target), names=names, linked=linked)
         sync(self.path)
-        bring_over(self.new, target, plan)
+        if not exchange_folders(self.path, self.target):
+            for name in linked:
+                os.unlink(self.path / name)
+            return False
+        sync(self.target.parent)
         return True
 
-    def _link_kept(self, target: Path, names: frozenset[str]) -> dict[str, int] | None:
-        """Link what the target keeps into `new`; entry -> inode, or None where that cannot be done."""
+    def _link_kept(self, names: frozenset[str]) -> dict[str, int] | None:
+        """Link what the target keeps into the staging folder; entry -> inode, or None where that cannot be done."""
         linked: dict[str, int] = {}
         try:
-            for name in kept_entries(target, names):
-                os.link(target / name, self.new / name, follow_symlinks=False)
-                linked[name] = os.lstat(self.new / name).st_ino
+            for name in _kept(self.target, names):
+                os.link(self.target / name, self.path / name, follow_symlinks=False)
+                linked[name] = os.lstat(self.path / name).st_ino
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise
             # A file system without hard links, or a file that may not be linked.
             for name in linked:
-                os.unlink(self.new / name)
+                os.unlink(self.path / name)
             return None
         return linked
 
-    def _move_inside(self, target: Path) -> None:
+    def _move_inside(self) -> None:
         """Move the staging folder from beside the target into it; a copy where that crosses file systems."""
-        inside = type(self)._create_at(place_inside(target))
+        path = _inside(self.target)
+        inside = _Save(self.target, path, Record.create(self.target, path=os.fspath(path), new=identity(self.path)))
         try:
-            inside.new.rmdir()
-            shutil.move(self.new, inside.new)
-            sync_tree(inside.new)
+            try:
+                os.rename(self.path, path)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                inside._record.note(new=None)
+                os.mkdir(path)
+                inside._record.note(new=identity(path))
+                shutil.copytree(self.path, path, symlinks=True, dirs_exist_ok=True)
+                sync_tree(path)
         except BaseException:
             inside.close()
             raise
         self.close()
-        self.path, self.new, self._lock = inside.path, inside.new, inside._lock
+        self.path, self._record = inside.path, inside._record
 
     def close(self) -> None:
-        """Remove the staging folder, unless it was committed and has moved."""
-        if not self._committed:
-            remove_box(self.path)
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        """Remove the staging folder; what is left of it after an error or interrupt is left to the next save."""
+        try:
+            with suppress(OSError):
+                _settle(self.target, self._record)
+        finally:
+            self._record.release()
+
+
+# Ending a save: by its writer, or after a kill by the next save or load
+
+
+def _settle_abandoned(target: Path) -> None:
+    """Complete or remove what dead writers left. The caller has the target locked."""
+    for record in abandoned(target):
+        try:
+            with suppress(OSError):
+                _settle(target, record)
+        finally:
+            record.release()
+
+
+def _wait_for_saves(target: Path) -> None:
+    """Let a save that is being put in place end, and complete one that was cut off in that."""
+    with suppress(OSError), _lock_for(target, _READER_SECONDS):
+        _settle_abandoned(target)
+
+
+def _settle(target: Path, record: Record) -> None:
+    """Complete a save that was decided, remove its staging folder. May be cut off anywhere and called again."""
+    notes = record.notes
+    path = Path(str(notes.get("path")))
+    old, new = notes.get("old"), notes.get("new")
+    if _MARK not in path.name or path.parent not in (target, target.parent):
+        record.forget()
+        return
+    found = identity(path)
+    if found is not None and found == old:  # the exchange is done
+        if target.is_dir():
+            _bring_over(path, target, notes)
+            _remove(path)
+    elif found is not None and found == new:
+        if notes.get("move"):
+            _move(path, target, notes)
+        _remove(path)
+    elif found is not None and new is None:  # cut off when it was just made, and empty
+        path.rmdir()
+    found = identity(path)
+    if found is None or found not in (old, new):  # gone, or not what the record speaks of
+        record.forget()
+
+
+def _bring_over(old: Path, target: Path, notes: dict[str, Any]) -> None:
+    """After an exchange: what others wrote into the old folder since it was looked at goes into the new one."""
+    linked = notes["linked"]
+    for name in _kept(old, frozenset(notes["names"])):
+        seen = linked.get(name)
+        if os.lstat(old / name).st_ino == seen:
+            continue  # is in the target already, or was removed there since
+        there = os.lstat(target / name).st_ino if os.path.lexists(target / name) else None
+        if there == seen:  # not there and never was, or still the version that was replaced
+            if there is not None and is_real_folder(old / name):
+                os.unlink(target / name)
+            os.rename(old / name, target / name)
+
+
+def _move(path: Path, target: Path, notes: dict[str, Any]) -> None:
+    """Move the files of a staging folder inside the target into place."""
+    names, stale = notes["names"], notes["stale"]
+    waiting = [name for name in names if os.path.lexists(path / name)]
+    if not waiting:
+        return
+    # No weights for any reader before everything else is in place.
+    last = INDEX_NAME if INDEX_NAME in names else SINGLE_NAME
+    first = [name for name in (INDEX_NAME, SINGLE_NAME) if name in waiting or name in stale]
+    for name in [*first, *(name for name in stale if name not in first)]:
+        _put_aside(target / name, path)
+    sync(target)
+    for name in sorted(waiting, key=lambda name: (name == last, name)):
+        if is_real_folder(target / name):
+            _put_aside(target / name, path)
+        if name == last:
+            sync(target)
+        os.replace(path / name, target / name)
+    sync(target)
+
+
+def _put_aside(entry: Path, staging: Path) -> None:
+    if is_real_folder(entry):
+        os.rename(entry, staging / f".old-{os.urandom(4).hex()}")  # at once, where removing it takes many steps
+    else:
+        entry.unlink(missing_ok=True)
+
+
+def _remove(path: Path) -> None:
+    try:
+        shutil.rmtree(path, ignore_errors=True)
+    except BaseException:  # an interrupt: a folder of the tower's size must not stay for that
+        shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 # Before
@@ -233,41 +353,48 @@ def _require_writable(target: Path) -> None:
         return
 
 
+def _refuse_taken(target: Path, staging: Path, names: list[str]) -> None:
+    """A save replaces files, and links to files; nothing else, under whatever name."""
+    for name in names:
+        entry = target / name
+        if not os.path.lexists(entry) or entry.is_symlink() or entry.is_file() or is_replaced(entry):
+            continue
+        if name == CODE_NAME and is_real_folder(entry) and code_digest(entry) == code_digest(staging / name):
+            continue
+        what = "a folder" if entry.is_dir() else "not a regular file"
+        raise FolderError(f"{entry} is {what}, and a save writes a file of that name; move it, or save elsewhere")
+
+
 def _is_allowed(folder: Path, how: int) -> bool:
     return os.access(folder, how, effective_ids=os.access in os.supports_effective_ids)
 
 
-def _make_parents(target: Path) -> list[Path]:
-    """Make the folders above the target; those that were missing, outermost first."""
-    made: list[Path] = []
-    for parent in reversed([parent for parent in target.parents if not parent.exists()]):
-        try:
-            parent.mkdir()
-        except FileExistsError:
-            continue  # another save made it meanwhile
-        made.append(parent)
-    return made
-
-
-def _lock_for(target: Path) -> AbstractContextManager[None]:
+def _lock_for(target: Path, seconds: float) -> AbstractContextManager[None]:
     """The lock that saves to `target` take turns by. It is its parent's: the target itself is replaced."""
-    return locked_folder(target.parent if _is_allowed(target.parent, os.R_OK) else target)
+    return locked_folder(target.parent if _is_allowed(target.parent, os.R_OK) else target, seconds)
 
 
-def _may_be_exchanged(target: Path) -> bool:
+def _kept(folder: Path, new_names: frozenset[str]) -> list[str]:
+    """Entries of the folder that outlive a save of `new_names`."""
+    return [name for name in os.listdir(folder) if name not in new_names and not is_replaced(folder / name)]
+
+
+def _may_be_exchanged(target: Path, new_names: frozenset[str]) -> bool:
     """Whether swapping the folder for another one disturbs nobody that we know of."""
     if not CAN_EXCHANGE or is_mount(target) or is_current(target):
         return False
-    # Somebody is saving from inside of it, or its folders are not ours: those cannot be hard-linked, and moved after
-    # the exchange they would be missing if that is cut off.
-    return not any(is_save(name) for name in os.listdir(target)) and not any(
-        is_real_folder(target / name) for name in kept_entries(target, frozenset())
-    )
+    # Folders in it cannot be hard-linked, and moved after the exchange they would be missing if that is cut off; one
+    # may be the staging folder of another save.
+    return not any(is_real_folder(target / name) for name in _kept(target, new_names))
 
 
-def _copy_ownership(target: Path, new: Path) -> None:
-    """Give the new folder the old one's mode, attributes (access lists) and owner."""
-    wanted, found = os.stat(target), os.stat(new)
-    if hasattr(os, "chown") and (wanted.st_uid, wanted.st_gid) != (found.st_uid, found.st_gid):
-        os.chown(new, wanted.st_uid, wanted.st_gid)
-    shutil.copystat(target, new)
+def _beside(target: Path) -> Path:
+    # The target's own name so that a person understands it, cut where the mark would make it too long for a name.
+    name = target.name
+    if len(os.fsencode(name)) > 120:
+        name = f"{name[:24]}-{sha256(os.fsencode(name)).hexdigest()[:16]}"
+    return target.parent / f".{name}{_MARK}{os.urandom(8).hex()}"
+
+
+def _inside(target: Path) -> Path:
+    return target / f"{_MARK}{os.urandom(8).hex()}"

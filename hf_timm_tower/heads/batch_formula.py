@@ -6,7 +6,7 @@ seen in every run. The formulas are JSON: ``"B"``, a number, or ``[operator, lef
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
@@ -15,54 +15,11 @@ from typing import Any
 import torch
 
 from ..reader.errors import GraphError
+from ..reader.graph_program import evaluate
 from .trace import Trace
 
 Json = Any
 Number = int | float
-
-_BINARY: dict[str, Callable[[Number, Number], Number]] = {
-    "+": lambda a, b: a + b,
-    "*": lambda a, b: a * b,
-    "//": lambda a, b: a // b,
-    "/": lambda a, b: a / b,
-    "**": lambda a, b: a**b,
-    "log": lambda a, b: math.log(a) * b,
-    "max": lambda a, b: max(a, b),
-}
-_MAX_DEPTH = 6
-_MAX_NUMBER = 2**40
-
-
-def check_formula(expr: Json, depth: int = 0) -> None:
-    """Raise GraphError unless `expr` is a formula as `solve` writes them (its powers are square roots only)."""
-    if expr == "B" or (type(expr) in (int, float) and abs(expr) <= _MAX_NUMBER):
-        return
-    if (
-        isinstance(expr, list)
-        and len(expr) == 3
-        and isinstance(expr[0], str)
-        and expr[0] in _BINARY
-        and depth < _MAX_DEPTH
-    ):
-        if expr[0] == "**" and expr[2] not in (0.5, -0.5):
-            raise GraphError(f"a formula of the batch size raises to the power {expr[2]!r}; only 0.5 and -0.5 occur")
-        check_formula(expr[1], depth + 1)
-        check_formula(expr[2], depth + 1)
-        return
-    raise GraphError(f"{expr!r:.80} is not a formula of the batch size")
-
-
-def evaluate(expr: Json, batch: int) -> Number:
-    """The value of an audited formula for a batch size. Raises GraphError where it has none (a division by zero)."""
-    if expr == "B":
-        return batch
-    if isinstance(expr, list):
-        try:
-            return _BINARY[expr[0]](evaluate(expr[1], batch), evaluate(expr[2], batch))
-        except (ZeroDivisionError, ValueError, OverflowError) as error:
-            raise GraphError(f"the head cannot take a batch of {batch}: {error}") from None
-    return expr  # type: ignore[no-any-return]
-
 
 def solve(batches: Sequence[int], values: Sequence[Number]) -> Json | None:
     """A formula that gives exactly `values` (of the same types) for `batches`, or None if no simple one does."""

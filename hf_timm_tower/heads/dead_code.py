@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ..reader.graph_ops import has_effect
 from .batch_formula import same_bytes
+from .operations import has_effect
 
 Json = Any
 Program = dict[str, Json]

@@ -1,76 +1,99 @@
 """Working on a copy of somebody's head without leaving a trace."""
 
-import copy
 import random
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import checkpoint
 
 from ..reader.errors import GraphError
+from ..reader.head import copy_module
+from ..reader.skip_init import PrivateDraws
 
 
 def copy_head(head: nn.Module) -> nn.Module:
-    """A deep copy of `head`. Raises GraphError with the reason if it cannot be copied.
-
-    Tensors that hold a graph (the cached weight of the old-style ``weight_norm``) are copied without it, which
-    `copy.deepcopy` alone refuses to do.
-    """
-    memo: dict[int, object] = {}
-    for module in head.modules():
-        for tensor in _tensors_held(list(vars(module).values())):
-            if not tensor.is_leaf:
-                memo[id(tensor)] = tensor.detach().clone()
+    """A deep copy of `head`. Raises GraphError with the reason if it cannot be copied."""
     try:
-        return copy.deepcopy(head, memo)
+        return copy_module(head)
     except Exception as error:  # a user's __deepcopy__, locks, files: whatever it is, there is no copy to work on
         raise GraphError(
             f"the head cannot be copied, so it cannot be examined: {type(error).__name__}: {error}"
         ) from error
 
 
-def submodule(head: nn.Module, name: str) -> nn.Module:
-    """The module of a dotted name; unlike `get_submodule` also where a method has the name of a module (``half``)."""
-    module = head
-    for key in name.split(".") if name else ():
-        child = module._modules[key]
-        assert child is not None
-        module = child
-    return module
+@contextmanager
+def isolated(seed: int) -> Iterator[None]:
+    """Run a head as if nothing around it were there: no autocast, and random numbers of its own, seeded.
 
-
-def _tensors_held(value: object, depth: int = 3) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)) and depth:
-        for item in value:
-            yield from _tensors_held(item, depth - 1)
-    elif isinstance(value, dict) and depth:
-        for item in value.values():
-            yield from _tensors_held(item, depth - 1)
-
-
-def seed_cpu(seed: int) -> None:
-    """Seed the generators of torch (CPU only), Python, and numpy where it is loaded."""
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
+    torch's generators are not touched. Those of Python and numpy, which have no such thing, are put back afterwards.
+    """
     numpy = sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy is not None else None
+    random.seed(seed)
     if numpy is not None:
         numpy.random.seed(seed)
-
-
-@contextmanager
-def keep_random_state() -> Iterator[None]:
-    """Put back the random states that `seed_cpu` changes."""
-    numpy = sys.modules.get("numpy")
-    torch_state, python_state = torch.get_rng_state(), random.getstate()
-    numpy_state = numpy.random.get_state() if numpy is not None else None
     try:
-        yield
+        with PrivateDraws(seed), torch.autocast("cpu", enabled=False), _plain_checkpoints():
+            yield
     finally:
-        torch.set_rng_state(torch_state)
         random.setstate(python_state)
         if numpy is not None:
             numpy.random.set_state(numpy_state)
+
+
+_ISOLATED: ContextVar[bool] = ContextVar("isolated", default=False)
+_LOCK = threading.Lock()
+_USERS = [0]
+
+
+class _PlainCheckpoint:
+    @staticmethod
+    def apply(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
+        native = _NATIVE["CheckpointFunction"]
+        return function(*args) if _ISOLATED.get() else native.apply(function, preserve_rng_state, *args)
+
+
+def _plain_generator(name: str) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if _ISOLATED.get():
+            yield
+        else:
+            yield from _NATIVE[name](*args, **kwargs)
+
+    return run
+
+
+_GENERATORS = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")  # by version
+_NATIVE: dict[str, Any] = {
+    name: getattr(checkpoint, name) for name in ("CheckpointFunction", *_GENERATORS) if hasattr(checkpoint, name)
+}
+_PLAIN: dict[str, Any] = {
+    name: _PlainCheckpoint if name == "CheckpointFunction" else _plain_generator(name) for name in _NATIVE
+}
+
+
+@contextmanager
+def _plain_checkpoints() -> Iterator[None]:
+    """Run checkpointed parts once, without running them again in the backward pass; in this thread only.
+
+    Run again they would draw other random numbers: torch sets its global generator back for them, which is not used.
+    """
+    with _LOCK:
+        if not _USERS[0]:
+            vars(checkpoint).update(_PLAIN)
+        _USERS[0] += 1
+    token = _ISOLATED.set(True)
+    try:
+        yield
+    finally:
+        _ISOLATED.reset(token)
+        with _LOCK:
+            _USERS[0] -= 1
+            if not _USERS[0]:
+                vars(checkpoint).update(_NATIVE)

@@ -1,18 +1,108 @@
-"""STUB until the heads room lands."""
+"""The form in which a custom head is stored, with the reason against each form that does not do."""
+
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..reader.config import TimmTowerConfig
 from ..reader.errors import HeadError
-from ..reader.head import known_arguments
-from ..reader.head import store_head as _store
-from .head_code import describe_code
+from ..reader.graph_head import construct
+from ..reader.head import rebuild_head
+from ..reader.skip_init import skip_init
+from .registry import known_arguments, registered_spec
+from .source_file import CODE_FILE, store_source
+from .to_graph import to_graph
+from .verify import verify_head
 
 
-def store_head(head, example, config, *, include_code=False):
+def store_head(head: nn.Module, example: torch.Tensor) -> dict[str, Any]:
+    """The form in which a custom head comes back, verified.
+
+    Args:
+        head: The head, on the CPU; its weights, modes and the random state stay as they are.
+        example: The head's input `[2, ...]`, float.
+
+    Returns:
+        JSON for `config.head`: `{"form": "graph" | "registered", ...}`.
+
+    Raises:
+        HeadError: no form works, with the reason against each and the remedies.
+    """
+    reasons = []
     try:
-        return _store(head, example), {}
+        graph = json.loads(json.dumps(to_graph(head, example)))
+        with skip_init():
+            rebuilt = construct(graph)
+        _copy_weights(head, rebuilt)
+        verify_head(head, rebuilt, example)
+    except HeadError as error:
+        reasons.append(f"as data: {error}")
+    else:
+        return {"form": "graph", "graph": graph}
+    try:
+        spec = registered_spec(head)
+        with skip_init():
+            rebuilt = rebuild_head(spec)
+        _copy_weights(head, rebuilt)
+        verify_head(head, rebuilt, example)
+    except HeadError as error:
+        reasons.append(f"by registered name: {error}")
+    else:
+        return spec
+    reasons.append("as code in the repository: only with include_code=True, and loading then needs trust")
+    raise HeadError(
+        f"the head {type(head).__name__} cannot be stored so that it comes back. Nothing was written.\n"
+        + "\n".join(f"  - {reason}" for reason in reasons)
+        + "\nRemedies: put @register_head('a-name') on its class and make it with JSON arguments; or rewrite its "
+        "forward with torch functions only, without branches on values; or replace it before saving."
+    )
+
+
+def store_any_head(
+    head: nn.Module, example: torch.Tensor, config: TimmTowerConfig, *, include_code: bool
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """`store_head`, and where no form works and that is wanted, the head's code.
+
+    Args:
+        head: As in `store_head`.
+        example: As in `store_head`.
+        config: Completed, for the arguments that a head is usually made with.
+        include_code: The file of the head's class may be stored.
+
+    Returns:
+        JSON for `config.head`, and file name -> text of what it needs beside it.
+
+    Raises:
+        HeadError: no form works.
+    """
+    try:
+        return store_head(head, example), {}
     except HeadError as refused:
         if not include_code:
             raise
+        assert config.num_features is not None
         try:
-            spec, source = describe_code(head, example, in_features=config.num_features, embed_dim=config.embed_dim, arguments=known_arguments(head))
+            spec, source = store_source(
+                head,
+                example,
+                in_features=config.num_features,
+                embed_dim=config.embed_dim,
+                arguments=known_arguments(head),
+            )
         except HeadError as error:
             raise HeadError(f"{refused}\nNeither as code: {error}") from error
-        return spec, {"head_code.py": source}
+        return spec, {CODE_FILE: source}
+
+
+def _copy_weights(source: nn.Module, target: nn.Module) -> None:
+    missing, unexpected = [], []
+    theirs, ours = source.state_dict(), target.state_dict()
+    missing, unexpected = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
+    if missing or unexpected:
+        raise HeadError(f"rebuilt with other weight names: lacks {unexpected[:4]}, has {missing[:4]}")
+    try:
+        target.load_state_dict({key: value.detach().clone() for key, value in theirs.items()})
+    except RuntimeError as error:
+        raise HeadError(f"rebuilt with other weight shapes: {error}") from error

@@ -1,9 +1,8 @@
-"""A custom head as data: `describe` turns a head into a small JSON graph, `construct` turns such a graph into a head.
+"""A custom head as data: a small JSON graph, which `reader.graph_head.construct` turns into a head again.
 
 The graph lists the head's modules (layers with their constructor arguments, other modules as plain parts with their
 tensors), and the calls its forward makes, one list if training and evaluation make the same calls and two if not. It
-holds no weights: those travel in the state dict, under the same keys. `graph_trace` records, `graph_batch` finds what
-follows the batch size, `graph_values` writes arguments, `graph_audit` reads them back, `graph_module` builds and runs.
+holds no weights: those travel in the state dict, under the same keys.
 """
 
 import base64
@@ -15,23 +14,19 @@ from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..reader.errors import GraphError
-from ..reader.graph_audit import VERSION, parse_graph
-from ..reader.graph_head import build
-from ..reader.graph_json import MAX_EMBEDDED_BYTES
-from ..reader.graph_layers import has_hooks, read_layer
-from ..reader.graph_values import dtype_name
+from ..reader.graph_schema import MAX_EMBEDDED_BYTES, VERSION, parse_graph
+from .arguments import dtype_name
 from .batch_formula import flat_bytes
 from .dead_code import Constants, prune
-from .isolation import copy_head, keep_random_state
+from .isolation import copy_head
+from .layers import has_hooks, read_layer
 from .trace import callable_layers, named_tensors
 from .trace_modes import record_mode
 
 Json = Any
 
-DEFAULT_MAX_BYTES = 1 << 34
 
-
-def describe(head: nn.Module, example: torch.Tensor) -> dict[str, Any]:
+def to_graph(head: nn.Module, example: torch.Tensor) -> dict[str, Any]:
     """Write `head` as a JSON-able graph, equal for equal heads.
 
     `example` is an input as the head really gets it, ``[B, C]``, ``[B, N, C]`` or ``[B, C, H, W]``, on the CPU,
@@ -45,8 +40,7 @@ def describe(head: nn.Module, example: torch.Tensor) -> dict[str, Any]:
         graph = {"version": VERSION, "input": _input(example), **described}
         parse_graph(graph)
         return graph
-    with keep_random_state():
-        train, evaluation = record_mode(head, example, training=True), record_mode(head, example, training=False)
+    train, evaluation = record_mode(head, example, training=True), record_mode(head, example, training=False)
     constants = Constants()
     programs = [constants.renumber(prune(mode.nodes, mode.output), mode.constants) for mode in (train, evaluation)]
     if programs[0] == programs[1]:
@@ -60,16 +54,6 @@ def describe(head: nn.Module, example: torch.Tensor) -> dict[str, Any]:
         graph["constants"] = [_embed(tensor, budget, "a constant of the forward") for tensor in constants.tensors]
     parse_graph(graph)
     return graph
-
-
-def construct(graph: Any, *, max_bytes: int = DEFAULT_MAX_BYTES) -> nn.Module:
-    """Build the head of an untrusted graph: parse, audit, construct; nothing of it is ever run as code.
-
-    The result has the original's state-dict keys, shapes and dtypes; its weights are arbitrary until they are loaded.
-    It is made on the ambient default device; embedded tensors are on the CPU and follow ``.to()``. Raises GraphError
-    for anything that `describe` would not have written, or for more than `max_bytes` bytes of weights.
-    """
-    return build(parse_graph(graph), max_bytes)
 
 
 def _input(example: torch.Tensor, free: frozenset[int] = frozenset()) -> Json:

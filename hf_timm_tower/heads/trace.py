@@ -3,7 +3,7 @@
 The head runs natively, on real tensors, under a `TorchFunctionMode`: Python sees real sizes, so loops, branches on
 shapes, `int`, `len`, helper objects and libraries on top of tensor methods need no support here. Recorded is the flat
 list of calls with their arguments. Numbers that depend on the batch size show when runs of several batch sizes are
-laid side by side (`graph_batch`). Calls that read tensor values into Python are refused, and so is what the function
+laid side by side (`batch_formula`). Calls that read tensor values into Python are refused, and so is what the function
 protocol does not show: a tensor that comes from nowhere is a constant, and must be the same in every run.
 """
 
@@ -18,13 +18,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import checkpoint as _checkpoint  # noqa: F401  (not loaded by torch itself)
 
 from ..reader.errors import GraphError
-from ..reader.graph_layers import read_layer
-from ..reader.graph_ops import (
+from ..reader.graph_head import submodule
+from ..reader.graph_ops import OPS
+from ..reader.graph_sizes import RECORDING
+from .arguments import encode, encode_output
+from .layers import read_layer
+from .operations import (
     METADATA,
-    OPS,
     TORCH_FUNCTIONS,
     VALUE_READERS,
     is_random,
@@ -32,8 +34,6 @@ from ..reader.graph_ops import (
     plain_name,
     writes_in_place,
 )
-from ..reader.graph_values import encode, encode_output
-from .isolation import submodule
 
 Json = Any
 _MAX_CALLS = 20_000
@@ -158,10 +158,7 @@ class _Recorder(TorchFunctionMode):
     def call_function(
         self, cls: type, native: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """An autograd function: known ones are recorded, checkpointing is seen through, others are refused."""
-        if cls is torch.utils.checkpoint.CheckpointFunction:
-            run_function, _, *inputs = args  # it runs again in the backward pass; the numbers are the same without that
-            return run_function(*inputs)
+        """An autograd function: known ones are recorded, others are refused."""
         op = TORCH_FUNCTIONS.get(cls)
         if op is None:
             raise self.refuse(
@@ -264,6 +261,7 @@ def run_and_record(
     with _watched(recorder), torch.enable_grad(), torch.autocast("cpu", enabled=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the head warns of is not news to its author
         recorder.autocast.clear()
+        recording = RECORDING.set(True)
         try:
             with recorder:
                 output = head(example)
@@ -271,6 +269,8 @@ def run_and_record(
             if recorder.refusal is not None:
                 raise recorder.refusal from None
             raise
+        finally:
+            RECORDING.reset(recording)
     if recorder.refusal is not None:
         raise recorder.refusal
     trace = recorder.trace

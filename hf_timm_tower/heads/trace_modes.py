@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from ..reader.errors import GraphError
-from ..reader.graph_values import DTYPE_NAMES
+from ..reader.graph_head import submodule
+from .arguments import DTYPE_NAMES
 from .batch_formula import merge
-from .isolation import copy_head, seed_cpu, submodule
+from .isolation import copy_head, isolated
 from .trace import Trace, callable_layers, named_tensors, run_and_record
 
 Json = Any
@@ -67,7 +68,8 @@ class _Runs:
             copy = nn.Module.double(copy)  # a head may have something else under this name
         copy.train(self.training)
         try:
-            return run_and_record(copy, _input_of(shape, dtype), self.layers, named_tensors(self.head))
+            with isolated(_seed_of(shape)):
+                return run_and_record(copy, _input_of(shape, dtype), self.layers, named_tensors(self.head))
         except GraphError:
             raise
         except Exception as error:  # the head's own failure, of any class
@@ -78,7 +80,8 @@ class _Runs:
 
     def works(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
         try:
-            copy_head(self.head).train(self.training)(_input_of(shape, dtype))
+            with isolated(_seed_of(shape)):
+                copy_head(self.head).train(self.training)(_input_of(shape, dtype))
         except Exception:  # whatever the head raises, it does not take this input
             return False
         return True
@@ -86,10 +89,13 @@ class _Runs:
 
 def _input_of(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Fresh values for every run, so that nothing computed from them can pass for a constant."""
-    seed = 1000 + 31 * shape[0] + sum(shape)
-    seed_cpu(seed)
-    values = torch.randn(shape, dtype=torch.float32, device="cpu").to(dtype)
+    generator = torch.Generator().manual_seed(_seed_of(shape))
+    values = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
     return values.requires_grad_().clone()  # not a leaf, as a trunk's output is none
+
+
+def _seed_of(shape: tuple[int, ...]) -> int:
+    return 1000 + 31 * shape[0] + sum(shape)
 
 
 def _check_counters(runs: _Runs, example: torch.Tensor, base: Trace) -> None:
@@ -97,7 +103,7 @@ def _check_counters(runs: _Runs, example: torch.Tensor, base: Trace) -> None:
     shape = (_BATCHES[0], *example.shape[1:])
     copy = copy_head(runs.head).train(runs.training)
     before = _numbers(copy)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), isolated(_seed_of(shape)):
         warnings.simplefilter("ignore")
         copy(_input_of(shape, example.dtype))
     changed = [key for key, value in _numbers(copy).items() if before.get(key, value) != value]

@@ -1,55 +1,47 @@
 """The model card of a tower: metadata that the Hub understands, a table, and snippets that run.
 
-`card_merge` keeps what people write into it afterwards.
+`card_template.md` is the card's text; this module says what goes into it. `card_merge` keeps what people write into a
+card afterwards.
 """
 
-import html
 import inspect
 import json
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch.nn as nn
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
+from ..files.fingerprint import weight_digests
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ArgumentError
 from ..reader.tower import CLASSIFIER
-from .card_merge import MODEL_INDEX, Wanted, merge_card, new_card, recorded_repo
-from .card_snippets import CLASSIFICATION_TAG, PIPELINE_TAG, image_size, use_section
+from .card_merge import MODEL_INDEX, Record, merge_card
+from .reader_file import READER_NAME
+
+PIPELINE_TAG, CLASSIFICATION_TAG = "image-feature-extraction", "image-classification"
 
 # `transformers.pipeline(repo)` without a task refuses every repository whose library is neither `transformers` nor
 # `timm`. Under `timm` the Hub would show a `timm.create_model("hf-hub:...")` that cannot read a tower; what it shows
-# under `transformers`, `AutoModel.from_pretrained(...)`, can. That the tower is ours stands in the tags.
-LIBRARY_NAME = "transformers"
+# under `transformers`, `AutoModel.from_pretrained(...)`, can. That the tower is ours is in the tags.
+_LIBRARY_NAME = "transformers"
 
 # What the template of huggingface_hub's mixin takes beside the metadata.
 _LINKS = {"repo_url": "Code", "paper_url": "Paper", "docs_url": "Documentation"}
 # Metadata that the Hub documents beyond the arguments of ModelCardData.
-_HUB_KEYS = frozenset(
-    {
-        "base_model_relation",
-        "co2_eq_emissions",
-        "extra_gated_button_content",
-        "extra_gated_description",
-        "extra_gated_fields",
-        "extra_gated_heading",
-        "extra_gated_prompt",
-        "inference",
-        "new_version",
-        "thumbnail",
-        "widget",
-    }
+_HUB_KEYS = set(
+    """base_model_relation co2_eq_emissions extra_gated_button_content extra_gated_description extra_gated_fields
+    extra_gated_heading extra_gated_prompt inference new_version thumbnail widget""".split()
 )
-_DATA_KEYS = frozenset(inspect.signature(ModelCardData).parameters) - {"ignore_metadata_errors", "kwargs"}
-# Of the labels, a card lists the first ones.
+_KEYS = set(inspect.signature(ModelCardData).parameters) - {"ignore_metadata_errors", "kwargs"} | _HUB_KEYS
 _MOST_LABELS, _MOST_LETTERS = 10, 160
-_PLAIN = re.compile(r"[\w./@+:,;=()\[\]{} %-]+")
+_SNIPPET = re.compile(r"^<!-- snippet: (\w+) -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -58,48 +50,40 @@ class TowerFacts:
 
     Attributes:
         trunk: Name of the trunk's class.
-        head: The head in words, Markdown.
         trunk_parameters: Number of parameters of the trunk.
         head_parameters: Number of parameters of the head.
         parameters: Number of parameters of all, shared ones counted once.
         trainable: How many of them take a gradient.
         dtype: Dtype of the parameters; all of them, the most frequent first, where there are several.
         classifier_parameters: Number of parameters of the classifier on top; None where there is none.
+        classifier_digest: SHA-256 of its weights, which no fingerprint holds.
     """
 
     trunk: str
-    head: str
     trunk_parameters: int
     head_parameters: int
     parameters: int
     trainable: int
     dtype: str
     classifier_parameters: int | None = None
+    classifier_digest: str | None = None
 
 
-def describe_tower(tower: nn.Module, config: TimmTowerConfig) -> TowerFacts:
-    """The facts of a tower.
-
-    Args:
-        tower: has `trunk` and `head`, and may have `classifier`.
-        config: Its config, with the head in its stored form.
-    """
-    parameters = list(tower.parameters())
+def tower_facts(tower: nn.Module) -> TowerFacts:
+    """The facts of a tower, which has `trunk` and `head`, and may have `classifier`."""
     dtypes: Counter[str] = Counter()
-    for parameter in parameters:
+    for parameter in tower.parameters():
         dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
-    order = sorted(dtypes, key=lambda name: (-dtypes[name], name))
-    trunk, head = tower.get_submodule("trunk"), tower.get_submodule("head")
     classifier: nn.Module | None = getattr(tower, CLASSIFIER, None)
     return TowerFacts(
-        trunk=type(trunk).__name__,
-        head=_head_in_words(config),
-        trunk_parameters=_count(trunk),
-        head_parameters=_count(head),
-        parameters=sum(parameter.numel() for parameter in parameters),
-        trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        dtype=", ".join(order) or "none",
+        trunk=type(tower.get_submodule("trunk")).__name__,
+        trunk_parameters=_count(tower.get_submodule("trunk")),
+        head_parameters=_count(tower.get_submodule("head")),
+        parameters=_count(tower),
+        trainable=sum(parameter.numel() for parameter in tower.parameters() if parameter.requires_grad),
+        dtype=", ".join(sorted(dtypes, key=lambda name: (-dtypes[name], name))) or "none",
         classifier_parameters=None if classifier is None else _count(classifier),
+        classifier_digest=None if classifier is None else weight_digests(nn.ModuleDict({"head": classifier}))["head"],
     )
 
 
@@ -107,132 +91,149 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def make_card(
-    config: TimmTowerConfig,
-    facts: TowerFacts,
-    *,
-    existing: str | None = None,
-    repo_id: str | None = None,
-    tags: Sequence[str] = (),
-    license: str | None = None,
-    base_model: str | None = None,
-    datasets: Sequence[str] = (),
-    metrics: Mapping[str, float] | None = None,
-    evaluated_on: str | None = None,
-    evaluated_task: str | None = None,
-    include_code: bool = True,
-    model_card_kwargs: Mapping[str, Any] | None = None,
-) -> str:
-    """The text of a tower's README.md. Equal arguments give equal bytes.
+@dataclass(frozen=True)
+class CardOptions:
+    """What the caller of a save or push wants in the card, kept until the card is made.
 
-    Args:
-        config: A completed config, with the head in its stored form.
-        facts: From `describe_tower`.
-        existing: The card that is there: text outside our marks and metadata that somebody edited are kept, and so is
-            what an earlier call was given and this one is not.
-        repo_id: The repository (or folder) that the snippets load; None keeps what `existing` says.
+    Attributes:
         tags: Tags beside `timm_tower`, `timm` and the architecture.
         license: Identifier of the license. There is none in the card unless it is given.
-        base_model: Repository of the model that this one began as; not guessed, the config cannot tell.
-        datasets: Ids of the data sets it was trained on.
+        more: `model_card_kwargs`: further metadata as the Hub names it (`base_model`, `datasets`, `language`, ...),
+            the links `repo_url`, `paper_url` and `docs_url`, and figures as `{"metrics": {...}, "evaluated_on": ...,
+            "evaluated_task": ...}`.
         metrics: Name of a metric -> figure, for a table and for `model-index`.
-        evaluated_on: Id of the data set that the metrics were measured on.
-        evaluated_task: The Hub's name of the task that they measure; by default what the tower is for.
-        include_code: Whether `core/` travels with the tower, so that transformers can load it without this package.
-        model_card_kwargs: Further metadata, as the Hub names it, and `repo_url`, `paper_url`, `docs_url`.
-
-    Raises:
-        ArgumentError: a keyword that no card has, two that contradict each other, or a metric that is no number.
+        evaluated_on: Id of the data set that they were measured on.
+        include_code: Whether the reader is in the repository, so that transformers can load the tower without this
+            package.
+        repo_id: The repository (or folder) that the snippets load; None keeps what the existing card says.
     """
-    if repo_id is None and existing is not None:
-        repo_id = recorded_repo(existing)
-    classifies = facts.classifier_parameters is not None
-    task = CLASSIFICATION_TAG if classifies else PIPELINE_TAG
-    name = repo_id.rstrip("/").rpartition("/")[2] if repo_id else config.architecture
-    given: dict[str, Any] = {
-        "tags": _words("tags", tags),
-        "license": license,
-        "base_model": base_model,
-        "datasets": _words("datasets", datasets),
-        "metrics": list(_checked_metrics(metrics or {})),
-    }
-    results = [
-        EvalResult(
-            task_type=evaluated_task or task,
-            # As other libraries write it: the Hub wants a data set with every figure.
-            dataset_type=evaluated_on or "unknown",
-            dataset_name=evaluated_on or "Unknown",
-            metric_type=metric,
-            metric_value=value,
-        )
-        for metric, value in _checked_metrics(metrics or {}).items()
-    ]
-    links = _take_kwargs(given, results, dict(model_card_kwargs or {}), name)
-    sections = {"about": _about(config, facts), "use": use_section(config, repo_id, include_code, classifies)}
-    if links:
-        sections["links"] = "## Links\n\n" + "\n".join(f"- {what}: {link}" for what, link in links.items())
-    if metrics:
-        sections["results"] = _results(metrics, evaluated_on)
-    wanted = Wanted(
-        own={
-            "library_name": LIBRARY_NAME,
-            "pipeline_tag": task,
-            "tags": ["timm_tower", "timm", config.architecture.partition(".")[0]],
-        },
-        given={key: value for key, value in given.items() if value not in (None, [], ())},
-        title=_text(name),
-        sections=sections,
-        repo_id=repo_id,
-    )
-    return new_card(wanted) if existing is None else merge_card(existing, wanted)
+
+    tags: Sequence[str] = ()
+    license: str | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] | None = None
+    evaluated_on: str | None = None
+    include_code: bool = True
+    repo_id: str | None = None
+
+    def make(
+        self,
+        facts: TowerFacts,
+        config: TimmTowerConfig,
+        existing: str | None = None,
+        weights: Mapping[str, str] | None = None,
+    ) -> str:
+        """The text of a tower's README.md, made anew or out of the existing one. Equal arguments give equal bytes.
+
+        Args:
+            facts: From `tower_facts`.
+            config: A completed config, with the head in its stored form.
+            existing: The card that is there: text outside our marks and metadata that somebody edited are kept, and
+                so is what an earlier call was given and this one is not; metrics only where the weights are the same.
+            weights: `weights` of the tower's fingerprint, digests of what the metrics were measured with.
+
+        Raises:
+            ArgumentError: a keyword that no card has, two that contradict each other, or a metric that is no number.
+        """
+        record = Record.read(existing or "")
+        repo_id = self.repo_id or record.repo_id
+        name = repo_id.rstrip("/").rpartition("/")[2] if repo_id else config.architecture
+        classifies = facts.classifier_parameters is not None
+        task = CLASSIFICATION_TAG if classifies else PIPELINE_TAG
+        if weights is not None and facts.classifier_digest is not None:
+            weights = {**weights, "classifier": facts.classifier_digest}
+        given, figures = self._given(task, name)
+        tags = ["timm_tower", "timm", config.architecture.partition(".")[0]]
+        own = {"library_name": _LIBRARY_NAME, "pipeline_tag": task, "tags": tags}
+        values = {**figures, **_values(config, facts, repo_id), "task": task, "include_code": self.include_code}
+        values |= {"title": name if re.fullmatch(r"[\w.-]+", name) else _code(name), "reader": READER_NAME}
+        values["reader_lines"] = Path(__file__).with_name(READER_NAME).read_bytes().count(b"\n")
+        template = Path(__file__).with_name("card_template.md").read_text(encoding="utf-8")
+
+        def render(data: dict[str, Any]) -> ModelCard:
+            data_of_card = ModelCardData(**data)
+            card: ModelCard = ModelCard.from_template(
+                data_of_card, template_str=template, **values, config=config, facts=facts
+            )
+            return card
+
+        return merge_card(existing, record, own, given, render, repo_id=repo_id, weights=weights)
+
+    def _given(self, task: str, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The metadata that the caller gave, and what the template shows of it."""
+        more = dict(self.more)
+        names = more.pop("metrics", None) if not isinstance(more.get("metrics"), Mapping) else None
+        metrics = {key: _number(key, value) for key, value in (_one("metrics", self.metrics, more) or {}).items()}
+        evaluated_on = _one("evaluated_on", self.evaluated_on, more)
+        evaluated_task = more.pop("evaluated_task", None) or task
+        if unknown := sorted(set(more) - _KEYS - set(_LINKS)):
+            known = ", ".join(sorted(_KEYS | set(_LINKS)))
+            raise ArgumentError(f"model_card_kwargs: a card has no place for {', '.join(unknown)}; it has for {known}")
+        links = {_LINKS[key]: _link(key, more.pop(key)) for key in _LINKS if key in more}
+        # As other libraries write it: the Hub wants a data set with every figure.
+        data_set = {"dataset_type": evaluated_on or "unknown", "dataset_name": evaluated_on or "Unknown"}
+        results = [
+            EvalResult(task_type=evaluated_task, metric_type=key, metric_value=value, **data_set)  # type: ignore[arg-type]
+            for key, value in metrics.items()
+        ]
+        extra = more.pop("eval_results", None) or []
+        results += [extra] if isinstance(extra, EvalResult) else extra
+        name = more.pop("model_name", None) or name
+        given: dict[str, Any] = {
+            "tags": [*_words("tags", self.tags), *_words("tags", more.pop("tags", None))],
+            "license": _one("license", self.license, more),
+            "datasets": _words("datasets", more.pop("datasets", None)),
+            "metrics": [*metrics, *_words("metrics", names)],
+        }
+        try:
+            if results:
+                given[MODEL_INDEX] = eval_results_to_model_index(name, results)
+            given = json.loads(json.dumps({**given, **more}, allow_nan=False))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ArgumentError(f"model_card_kwargs cannot be metadata of a card: {error}") from error
+        given = {key: value for key, value in given.items() if value not in (None, [])}
+        return given, {"metrics": metrics, "evaluated_on": evaluated_on, "links": links}
+
+
+def as_tags(tags: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Tags as transformers takes them: several, one alone, or none."""
+    return (tags,) if isinstance(tags, str) else tuple(tags or ())
+
+
+def snippets(card: str) -> dict[str, str]:
+    """The Python of a card by name: `package`, `transformers`, `pipeline`, `remote_code`; those that it has.
+
+    A classifier's card has `embedding` too.
+    """
+    return {found[1]: found[2] for found in _SNIPPET.finditer(card.replace("\r\n", "\n"))}
 
 
 # The arguments
 
 
-def _words(name: str, values: Sequence[str]) -> list[str]:
-    if isinstance(values, str) or not all(isinstance(value, str) and value for value in values):
+def _one(name: str, value: Any, more: dict[str, Any]) -> Any:
+    """An argument that may also be given in `model_card_kwargs`."""
+    other = more.pop(name, None)
+    if value is not None and other not in (None, value):
+        raise ArgumentError(f"{name}={value!r} and model_card_kwargs[{name!r}]={other!r} contradict each other")
+    return other if value is None else value
+
+
+def _words(name: str, values: Any) -> list[str]:
+    words = [values] if isinstance(values, str) and name != "tags" else values or []
+    if isinstance(words, str) or not all(isinstance(value, str) and value for value in words):
         raise ArgumentError(f"{name}={values!r}: expected a list of words")
-    return list(dict.fromkeys(values))
+    return list(dict.fromkeys(words))
 
 
-def _checked_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    for name, value in metrics.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ArgumentError(f"metrics[{name!r}]={value!r}: expected a finite Python number")
-    return dict(metrics)
-
-
-def _take_kwargs(
-    given: dict[str, Any], results: list[EvalResult], kwargs: dict[str, Any], name: str
-) -> dict[str, str]:
-    """Put `model_card_kwargs` into `given`; what is left are the links."""
-    unknown = sorted(set(kwargs) - _DATA_KEYS - _HUB_KEYS - set(_LINKS))
-    if unknown:
-        known = ", ".join(sorted(_DATA_KEYS | _HUB_KEYS | set(_LINKS)))
-        raise ArgumentError(f"model_card_kwargs: a card has no place for {', '.join(unknown)}; it has for {known}")
-    links = {_LINKS[key]: _link(key, kwargs.pop(key)) for key in _LINKS if key in kwargs}
-    more = kwargs.pop("eval_results", None) or []
-    results = [*results, *([more] if isinstance(more, EvalResult) else more)]
-    name = kwargs.pop("model_name", None) or name
-    try:
-        if results:
-            given[MODEL_INDEX] = eval_results_to_model_index(name, results)
-        for key, value in kwargs.items():
-            if key in ("tags", "datasets", "metrics"):
-                given[key] = _words(key, [*given[key], *([value] if isinstance(value, str) else value or [])])
-            elif given.get(key) not in (None, value):
-                raise ArgumentError(
-                    f"{key}={given[key]!r} and model_card_kwargs[{key!r}]={value!r} contradict each other"
-                )
-            else:
-                given[key] = value
-        given.update(json.loads(json.dumps(given, allow_nan=False)))
-    except (TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, ArgumentError):
-            raise
-        raise ArgumentError(f"model_card_kwargs cannot be metadata of a card: {error}") from error
-    return links
+def _number(name: str, value: Any) -> float | int:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            if math.isfinite(value):
+                return float(value) if isinstance(value, float) else int(value)
+        except OverflowError:  # a whole number beyond every float
+            raise ArgumentError(f"metrics[{name!r}]: a number of {value.bit_length()} bits is no metric") from None  # type: ignore[union-attr]
+    raise ArgumentError(f"metrics[{name!r}]={value!r}: expected a finite Python number")
 
 
 def _link(key: str, target: Any) -> str:
@@ -244,98 +245,50 @@ def _link(key: str, target: Any) -> str:
 # The text
 
 
-def _about(config: TimmTowerConfig, facts: TowerFacts) -> str:
-    height, width = image_size(config)
-    width_in_words = f"an embedding of width {config.embed_dim}" if config.embed_dim else "what its head returns"
-    what = f"An image tower: the timm trunk {_code(config.architecture)} and a head, from an image to {width_in_words}"
-    if facts.classifier_parameters is not None:
-        what = (
-            f"An image classifier of {config.num_labels:,} labels: the timm trunk {_code(config.architecture)}, a head "
-            f"that gives {width_in_words}, and a linear classifier on it"
-        )
-    lines = [f"{what}. Made with `hf_timm_tower`."]
-    lines += _warnings(config)
-    block = config.preprocess or {}
-    mean, std = block.get("mean"), block.get("std")
-    channels = "RGB" if config.in_chans == 3 else f"{config.in_chans} channels"
-    rows = [
-        ("Trunk", f"{_code(config.architecture)} ({_code(facts.trunk)}, timm {_text(config.timm_version or '?')})"),
-        ("Pool", _code(config.pool or "none")),
-        ("Head", facts.head),
-        ("Embedding", f"`embed_dim` {config.embed_dim}" if config.embed_dim else "a structure of its head's own"),
-        *_labels(config, facts),
-        ("Parameters", f"{facts.parameters:,} ({_shares(facts)})"),
-        ("Dtype", facts.dtype),
-        ("Input", f"{channels}, {height} x {width} pixels"),
-        (
-            "Preprocessing",
-            f"{block.get('interpolation')} resize, {block.get('crop_mode')} crop ({block.get('crop_pct')}), values "
-            f"from 0 to 1, mean {mean}, std {std}",
-        ),
-        ("Frozen", _frozen(config, facts)),
-    ]
-    return "\n\n".join(lines) + "\n\n" + _table(("", ""), rows)
-
-
-def _labels(config: TimmTowerConfig, facts: TowerFacts) -> list[tuple[str, str]]:
-    if facts.classifier_parameters is None:
-        return []
-    names = [_text(_shortened(str(name), 60)) for _, name in sorted((config.id2label or {}).items())]
-    listed = names[:_MOST_LABELS]
-    while len(listed) > 1 and len(", ".join(listed)) > _MOST_LETTERS:
-        listed.pop()
-    rest = f", ... (all in `id2label` of `config.json`: {len(names):,})" if len(listed) < len(names) else ""
-    rows = [("Labels", ", ".join(listed) + rest)]
-    return [*rows, ("Problem", _code(config.problem_type))] if config.problem_type else rows
-
-
-def _shares(facts: TowerFacts) -> str:
-    shares = f"trunk {facts.trunk_parameters:,}, head {facts.head_parameters:,}"
-    more = facts.classifier_parameters
-    return shares if more is None else f"{shares}, classifier {more:,}"
-
-
-def _warnings(config: TimmTowerConfig) -> list[str]:
-    """What somebody must know before loading."""
-    found = []
+def _values(config: TimmTowerConfig, facts: TowerFacts, repo_id: str | None) -> dict[str, Any]:
+    """What the template needs to know, beside the config and the facts."""
     head = config.head or {}
-    if head.get("form") == "code":
-        found.append(
-            f"> **This tower's head is code.** Loading runs {_code(head.get('file'))} of this repository (class "
-            f"{_code(head.get('class'))}), and only with `trust_remote_code=True`. Read the file first."
-        )
-    if head.get("form") == "registered":
-        found.append(
-            f"> The head is registered as {_code(head.get('name'))}: import the module whose class "
-            f"{_code(head.get('class'))} has that `@register_head` before loading."
-        )
-    if config.tower_class:
-        found.append(
-            f"> The tower is a {_code(config.tower_class)}, a subclass of `TimmModel`: load it with that class."
-        )
-    source = config.trunk_source
-    if source:
-        repo = source.get("repo_id") or source.get("repo") or "another repository"
-        commit = source.get("commit") or source.get("revision") or source.get("sha") or "?"
-        found.append(
-            f"> **Only the head is here.** The trunk's weights are those of {_code(repo)} at commit {_code(commit)}; "
-            "loading fetches them there, under that repository's terms."
-        )
-    return found
+    classifies = facts.classifier_parameters is not None
+    plain = config.head is None and (config.layout == "NC" or config.pool in ("token_avg", "abs_attn", "rot_attn"))
+    # As transformers' loss has it: one label without a word about the problem is a number to be predicted. Its
+    # pipeline would squash that number into 0 to 1.
+    lone = config.problem_type is None and config.num_labels == 1
+    size = [config.image_size] * 2 if isinstance(config.image_size, int) else config.image_size or (0, 0)
+    registered = head.get("form") == "registered"
+    return {
+        "code": _code,
+        "text": _text,
+        "head": head,
+        "source": config.trunk_source,
+        "preprocess": config.preprocess or {},
+        "size": size,
+        "mode": {1: "L", 3: "RGB"}.get(config.in_chans),
+        "classifies": classifies,
+        "problem": "regression" if lone else config.problem_type,
+        "auto": "AutoModelForImageClassification" if classifies else "AutoModel",
+        "tower_class": config.tower_class if (config.tower_class or "").isidentifier() else "TimmModel",
+        "registered": f"\n# first import the module with @register_head({_literal(head.get('name'))})"
+        if registered
+        else "",
+        "trust": ", trust_remote_code=True" if head.get("form") == "code" else "",
+        "repo": _literal(repo_id or "path/to/this/folder"),
+        "shape": f"  # [1, {config.embed_dim}]" if plain and config.embed_dim else "",
+        "output": f"an embedding of width {config.embed_dim}" if config.embed_dim else "what its head returns",
+        "head_text": _head_text(config),
+        "labels": _labels(config) if classifies else "",
+        "frozen": _frozen(config, facts),
+    }
 
 
-def _head_in_words(config: TimmTowerConfig) -> str:
+def _head_text(config: TimmTowerConfig) -> str:
     head = config.head
     if head is not None:
-        name = _code(head.get("class") or "custom head")
-        form = head.get("form")
-        if form == "code":
-            return f"{name}, stored as code in {_code(head.get('file'))}"
-        if form == "registered":
-            return f"{name}, registered as {_code(head.get('name'))}"
-        if form == "graph":
-            return f"{name}, stored as data"
-        return f"{name}, made by {_code(config.tower_class)}" if config.tower_class else name
+        forms = {"code": "stored as code in", "registered": "registered as"}
+        made = f"made by {_code(config.tower_class)}" if config.tower_class else ""
+        form = str(head.get("form"))
+        how = f"{forms[form]} {_code(head.get('file' if form == 'code' else 'name'))}" if form in forms else made
+        stored = "stored as data" if form == "graph" else how
+        return ", ".join(filter(None, [_code(head.get("class") or "head"), stored]))
     if config.pool in ("abs_attn", "rot_attn"):
         return f"attention pool {_code(config.pool)}, then projection {_code(config.proj or 'none')}"
     if config.proj is None:
@@ -343,37 +296,44 @@ def _head_in_words(config: TimmTowerConfig) -> str:
     return "none" if config.proj == "none" else f"built-in projection {_code(config.proj)}"
 
 
+def _labels(config: TimmTowerConfig) -> str:
+    names = [_text(name) for _, name in sorted((config.id2label or {}).items())]
+    listed = names[:_MOST_LABELS]
+    while len(listed) > 1 and len(", ".join(listed)) > _MOST_LETTERS:
+        listed.pop()
+    rest = f", ... (all in `id2label` of `config.json`: {len(names):,})" if len(listed) < len(names) else ""
+    return ", ".join(listed) + rest
+
+
 def _frozen(config: TimmTowerConfig, facts: TowerFacts) -> str:
     share = f"{facts.parameters - facts.trainable:,} of {facts.parameters:,} parameters"
     if not config.frozen:
         return share if facts.trainable < facts.parameters else "nothing"
-    text = json.dumps(config.frozen, sort_keys=True)
-    words = text[1:-1].replace('"', "")
-    return f"{share} ({_text(_shortened(words, 160))})"
+    return f"{share} ({_code(json.dumps(config.frozen, sort_keys=True)[1:-1].replace(chr(34), ''), 160)})"
 
 
-def _results(metrics: Mapping[str, float], evaluated_on: str | None) -> str:
-    on = f" on {_code(evaluated_on)}" if evaluated_on else ""
-    return (
-        f"## Results\n\nMeasured{on} by the author. A later save without figures leaves these as they are.\n\n"
-        + _table(("Metric", "Value"), [(_text(name), repr(value)) for name, value in metrics.items()])
-    )
+def _code(value: object, limit: int = 80) -> str:
+    """Any text as a code span that Markdown, HTML and a table's cell take for this text alone: one line, short.
+
+    What could end the span, the cell or the line, or change how text is shown, is escaped as in a Python string.
+    """
+    text = str(value)
+    text = text if len(text) <= limit else text[: limit - 3] + "..."
+    return "`" + "".join(map(_escaped, text)) + "`"
 
 
-def _table(head: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:
-    lines = [f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
-    return "\n".join(lines)
+def _escaped(char: str) -> str:
+    if char in "`|<>&\\":
+        return f"\\x{ord(char):02x}"
+    return char if char.isprintable() else ascii(char)[1:-1]
 
 
 def _text(value: object) -> str:
-    """A text from outside as Markdown that is nothing but this text: one line, no markup, no end of a table's cell."""
-    words = html.escape(" ".join(str(value).split()), quote=False).encode(errors="replace").decode()
-    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", words)
+    """Words as they are, anything that Markdown could act on as code."""
+    words = str(value)
+    return words if re.fullmatch(r"[^\W_](?:[^\W_]|[ ,.+()-]){0,59}", words) and "www" not in words else _code(words)
 
 
-def _shortened(words: str, most: int) -> str:
-    return words if len(words) <= most else words[: most - 3] + "..."
-
-
-def _code(value: object) -> str:
-    return f"`{value}`" if _PLAIN.fullmatch(str(value)) else _text(value)
+def _literal(value: object) -> str:
+    """A text as Python and JSON write it, with no mark of a comment inside a fence."""
+    return json.dumps(str(value)).replace("<", "\\u003c")

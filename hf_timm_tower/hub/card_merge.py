@@ -1,266 +1,277 @@
-"""A model card that people have edited, and what we want to say in it -> one card.
+"""A model card that people have edited, and what a save wants to say in it -> one card.
 
 What a person wrote stays. Of the text, only the parts between our marks are written again; of the metadata, only what
 is still as we wrote it. To know that, a card keeps a record of what we wrote, in a comment, and every piece of
 metadata (a key, a tag, one figure of the model-index) is merged three ways: as recorded, as found, as wanted now.
+Metadata that does not change keeps its spelling, comments and order.
 """
 
 import copy
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from huggingface_hub import ModelCardData
-from huggingface_hub.repocard import REGEX_YAML_BLOCK, ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
-from ..reader.errors import FormatError
-from .card_yaml import edit_yaml, read_yaml
+# The parser that ModelCard itself reads metadata with.
+from huggingface_hub.repocard import REGEX_YAML_BLOCK, yaml, yaml_dump  # type: ignore[attr-defined]
+
+from ..reader.errors import FormatError, shown
+
+MAX_CARD_BYTES = 2**20
+"""A longer card is not read. The longest of the Hub's own model cards have a tenth of it."""
+
+# Metadata is parsed by PyYAML, at about 50 KB a second; a card with all languages and a hundred results has 20 KB. The
+# nodes are counted as aliases write them out.
+_MAX_METADATA_BYTES, _MAX_METADATA_NODES = 2**16, 2**15
 
 MODEL_INDEX = "model-index"
 _LISTS = ("tags", "datasets", "metrics")
+_FIGURES = ("metrics", MODEL_INDEX)
 _ABSENT = object()
 
-_MARK = re.compile(r"<!--\s*hf_timm_tower:\s*(begin|end)\s+([\w-]+)[^\n]*?-->")
-_RECORD = re.compile(r"<!--\s*hf_timm_tower:\s*record\s+([^\n]*?)\s*-->")
-_ANY_MARK = re.compile(r"<!--\s*hf_timm_tower:\s*(?:begin|end|record)\b")
+# No mark can reach beyond the next `<`, so that looking for all of them takes one pass.
+_OPENING = "<!-- hf_timm_tower: "
+_MARK = re.compile(re.escape(_OPENING) + r"(?:(begin|end) ([\w-]{1,40})|record) ([^\n<>]*)-->")
 
 Piece = tuple[str, ...]
-"""Where a piece of metadata lies: `("license",)`, `("tags", '"timm"')`, `("model-index", task, dataset, metric)`."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a card shall say.
-
-    Attributes:
-        own: Metadata that follows from the tower; what is no longer wanted is taken out again.
-        given: Metadata that the caller gave; what is not given this time stays as it is.
-        title: The heading of a new card; nobody's but the reader's afterwards.
-        sections: Name -> Markdown, in order.
-        repo_id: The repository that the snippets name.
-    """
-
-    own: Mapping[str, Any]
-    given: Mapping[str, Any]
-    title: str
-    sections: Mapping[str, str]
-    repo_id: str | None = None
+"""Which piece of metadata: `("license",)`, `("tags", '"timm"')`, `("model-index", task, dataset, metric)`."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What we wrote into a card, as the card itself keeps it."""
+    """What we wrote into a card, as the card itself keeps it.
+
+    Attributes:
+        own: Metadata that followed from the tower; what is no longer wanted is taken out again.
+        given: Metadata that callers gave; what is not given this time stays as it is.
+        sections: Names of the parts of the text.
+        repo_id: The repository that the snippets name.
+        weights: Digests of the weights that the metrics in `given` were measured with.
+    """
 
     own: Mapping[str, Any] = field(default_factory=dict)
     given: Mapping[str, Any] = field(default_factory=dict)
-    sections: tuple[str, ...] = ()
+    sections: Sequence[str] = ()
     repo_id: str | None = None
+    weights: Mapping[str, str] | None = None
 
     @classmethod
     def read(cls, text: str) -> "Record":
         """The record of a card's text; an empty one where there is none or somebody broke it."""
-        found = _RECORD.search(text)
+        found = [mark for mark in _MARK.finditer(text[:MAX_CARD_BYTES]) if not mark[1]]
         try:
-            stored = json.loads(found[1]) if found else {}
-        except (ValueError, RecursionError):
+            stored = cls(**json.loads(found[0][3])) if found else cls()
+            names = isinstance(stored.sections, list) and isinstance(stored.repo_id, (str, type(None)))
+            _check_metadata({**stored.own})
+            _check_metadata({**stored.given})
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
             return cls()
-        if not isinstance(stored, dict):
-            return cls()
-        own, given = stored.get("own"), stored.get("given")
-        sections, repo_id = stored.get("sections"), stored.get("repo_id")
-        if not isinstance(own, dict) or not isinstance(given, dict) or _fault_of_pieces(own) or _fault_of_pieces(given):
-            return cls()
-        return cls(
-            own,
-            given,
-            tuple(map(str, sections)) if isinstance(sections, list) else (),
-            repo_id if isinstance(repo_id, str) else None,
-        )
+        return stored if names else cls()
 
     def __str__(self) -> str:
-        stored = {"own": self.own, "given": self.given, "sections": self.sections, "repo_id": self.repo_id}
-        text = json.dumps(stored, sort_keys=True, separators=(",", ":"))
+        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
         for char in "<>&":
             text = text.replace(char, f"\\u{ord(char):04x}")  # nothing in it can end the comment
-        return f"<!-- hf_timm_tower: record {text} -->"
+        return f"{_OPENING}record {text} -->"
 
 
-def new_card(wanted: Wanted) -> str:
-    """A card from nothing."""
-    data = ModelCardData(**_merge({}, Record(), wanted)[0])
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{_new_body(wanted)}"))
-
-
-def merge_card(existing: str, wanted: Wanted) -> str:
-    """An existing card, renewed.
+def merge_card(
+    existing: str | None,
+    record: Record,
+    own: Mapping[str, Any],
+    given: Mapping[str, Any],
+    render: Callable[[dict[str, Any]], ModelCard],
+    *,
+    repo_id: str | None,
+    weights: Mapping[str, str] | None,
+) -> str:
+    """A card from nothing, or an existing one, renewed.
 
     A card whose metadata or marks cannot be read is given back as it is, with a warning: a push after a night of
     training shall not fail for a typing error in its README, and guessing could cost somebody's text.
 
     Args:
         existing: The text of README.md; may be empty, with any line ends, without metadata, without marks.
-        wanted: What the card shall say.
+        record: What it says that we wrote.
+        own: Metadata that follows from the tower.
+        given: Metadata that the caller gave.
+        render: Metadata -> a new card of the tower.
+        repo_id: The repository that the snippets name.
+        weights: Digests of the tower's weights; metrics that were measured with others are taken out.
 
     Returns:
         The text, with the line ends that it had.
     """
-    bom, text = ("\ufeff", existing[1:]) if existing.startswith("\ufeff") else ("", existing)
-    if not text.strip():
-        return new_card(wanted)
-    block = REGEX_YAML_BLOCK.search(text)
-    body = text[block.end() :] if block else text
-    source = block[2] if block else ""
-    fault = _fault_of_metadata(source) or _fault_of_marks(body)
-    if fault:
-        warnings.warn(f"README.md was left as it is: {fault}. Mend that, and the next save renews it.", stacklevel=4)
-        return existing
-    record = Record.read(body)
-    data = read_yaml(source) or {}
-    merged, refused = _merge(data, record, wanted)
+    bom, text = ("\ufeff", existing[1:]) if existing and existing.startswith("\ufeff") else ("", existing or "")
+    block = REGEX_YAML_BLOCK.search(text) if len(text) <= MAX_CARD_BYTES else None
+    source, body = (block[2], text[block.end() :]) if block else ("", text)
+    try:
+        if len(text) > MAX_CARD_BYTES:
+            raise FormatError(f"it has {len(text)} characters, at most {MAX_CARD_BYTES} are read")
+        data, sections = _read_metadata(source), _find_sections(body)
+    except FormatError as error:
+        _warn(f"was left as it is: {error}. Mend that, and the next save renews it.")
+        return existing or ""
+    is_stale = record.weights != weights
+    merged, kept, refused = _merge(data, record, own, given, is_stale)
+    drops = is_stale and any(record.given.get(key) for key in _FIGURES) and not given.get(MODEL_INDEX)
     if refused:
-        warnings.warn(
-            f"README.md keeps its own {', '.join(refused)}: edited since we wrote it, so what was given now is not "
-            "written. Change it in README.md.",
-            stacklevel=4,
-        )
+        keys = ", ".join(refused)
+        _warn(f"keeps its own {keys}: edited since we wrote it, so what was given now is not written. Change it there.")
+    if drops:
+        _warn("no longer shows metrics: they were measured with other weights than those saved now. Give metrics=...")
     newline = "\r\n" if "\r\n" in text else "\n"
+    fresh = render(merged)
+    written = Record(own, kept, record.sections, repo_id, weights)
     if body.strip():
-        body = _renew_body(body, record, wanted, newline)
-    else:
-        # A repository made on the website has a card of nothing but a license.
-        body = _new_body(wanted).replace("\n", newline)
-    source = edit_yaml(source, data, merged, newline)
-    if block is None and not source:
-        return f"{bom}{body}"
-    opening, closing = (block[1], block[3]) if block else (f"---{newline}", f"{newline}---{newline}{newline}")
+        body = _renew(body, sections, fresh.text, written, drops, newline)
+    else:  # nothing yet, or what a repository made on the website has: metadata alone
+        names = [name for name, _, _ in _find_sections(fresh.text)]
+        body = f"{fresh.text.rstrip()}\n\n{replace(written, sections=names)}\n".replace("\n", newline)
+    if not data:
+        source = fresh.data.to_yaml(line_break=newline)
+    elif merged != data:
+        source = str(yaml_dump(merged, sort_keys=False, line_break=newline)).rstrip("\r\n")
+    opening, closing = (block[1], block[3]) if block else (f"---{newline}", f"{newline}---{newline}")
     return f"{bom}{opening}{source}{closing}{body}"
 
 
-def recorded_repo(existing: str) -> str | None:
-    """The repository that a card's snippets name, None where it names none."""
-    return Record.read(existing).repo_id
+def _warn(what: str) -> None:
+    warnings.warn(f"README.md {what}", stacklevel=5)
 
 
-# The body
+# The text
 
 
-def _new_body(wanted: Wanted) -> str:
-    record = Record(wanted.own, wanted.given, tuple(wanted.sections), wanted.repo_id)
-    parts = [f"# {wanted.title}", *(_section(name, text) for name, text in wanted.sections.items()), str(record)]
-    return "\n" + "\n\n".join(parts) + "\n"
+def _find_sections(body: str) -> list[tuple[str, int, int]]:
+    """Name, start and end of each part between our marks.
 
-
-def _section(name: str, text: str) -> str:
-    opening = f"<!-- hf_timm_tower: begin {name} (every save writes this part again; your own text goes outside) -->"
-    return f"{opening}\n\n{text.strip()}\n\n<!-- hf_timm_tower: end {name} -->"
-
-
-def _sections_of(body: str) -> Iterator[tuple[str, int, int]]:
-    """Name, start and end of each marked part of a body whose marks are in order."""
+    Raises:
+        FormatError: the marks are not in order.
+    """
     marks = list(_MARK.finditer(body))
-    for begin, end in zip(marks[::2], marks[1::2], strict=True):
-        yield begin[2], begin.start(), end.end()
+    if len(marks) != body.count(_OPENING):
+        raise FormatError(f"a mark {_OPENING}... --> in it is broken off")
+    pairs = [mark for mark in marks if mark[1]]
+    if len(pairs) < len(marks) - 1:
+        raise FormatError(f"it holds the comment {_OPENING}record --> twice")
+    names = [mark[2] for mark in pairs[::2]]
+    expected = [(kind, name) for name in names for kind in ("begin", "end")]
+    if [(mark[1], mark[2]) for mark in pairs] != expected or len(set(names)) != len(names):
+        found = ", ".join(f"{mark[1]} {mark[2]}" for mark in pairs[:8])
+        raise FormatError(f"its marks {_OPENING}begin/end --> are not in pairs, each name once ({shown(found)})")
+    return [(begin[2], begin.start(), end.end()) for begin, end in zip(pairs[::2], pairs[1::2], strict=True)]
 
 
-def _fault_of_marks(body: str) -> str | None:
-    marks = [(mark[1], mark[2]) for mark in _MARK.finditer(body)]
-    names = [name for kind, name in marks if kind == "begin"]
-    in_order = [mark for name in names for mark in (("begin", name), ("end", name))]
-    if marks != in_order or len(set(names)) != len(names):
-        found = ", ".join(f"{kind} {name}" for kind, name in marks[:8])
-        return f"its marks <!-- hf_timm_tower: begin/end --> are not in pairs, each name once ({found})"
-    if len(_ANY_MARK.findall(body)) != len(marks) + len(_RECORD.findall(body)):
-        return "a mark <!-- hf_timm_tower: ... --> in it is broken off"
-    if len(_RECORD.findall(body)) > 1:
-        return "it holds the comment <!-- hf_timm_tower: record --> twice"
-    return None
-
-
-def _renew_body(body: str, record: Record, wanted: Wanted, newline: str) -> str:
-    found = list(_sections_of(body))
+def _renew(
+    body: str, found: list[tuple[str, int, int]], fresh: str, written: Record, drops_results: bool, newline: str
+) -> str:
+    old = [mark for mark in _MARK.finditer(body) if not mark[1]]
+    if not found and not old and not written.given.get(MODEL_INDEX):
+        return body  # a card of somebody's own; a record is needed only to take figures out again
+    new = {name: fresh[start:end].replace("\n", newline) for name, start, end in _find_sections(fresh)}
     names = [name for name, _, _ in found]
-    if not found and _RECORD.search(body) is None:
-        return body  # a card of somebody's own
+    # Of the sections that are not there, those we never wrote are new, the others somebody took out.
+    added = [name for name in new if found and name not in names and name not in written.sections]
+    sections = dict.fromkeys([*written.sections, *names, *added])
     pieces, position = [], 0
     for name, start, end in found:
-        text = wanted.sections.get(name)
-        pieces += [body[position:start], body[start:end] if text is None else _lines(_section(name, text), newline)]
+        text = new.get(name, body[start:end])
+        if name == "results" and drops_results:
+            text = ""
+            sections.pop(name)
+        pieces += [body[position:start] if text else body[position:start].removesuffix(newline * 2), text]
         position = end
-    if found:
-        # Of the sections that are not there, those we never wrote are new, the others somebody took out.
-        for name, text in wanted.sections.items():
-            if name not in names and name not in record.sections:
-                pieces.append(newline * 2 + _lines(_section(name, text), newline))
-    tail = body[position:]
-    written = Record(
-        wanted.own,
-        _dict_of({**_pieces(record.given), **_pieces(wanted.given)}, record.given, wanted.given),
-        tuple(dict.fromkeys([*record.sections, *names, *(wanted.sections if found else ())])),
-        wanted.repo_id,
-    )
-    whole = "".join(pieces) + tail
-    if _RECORD.search(whole) is None:
-        # Nobody can say what was ours before this record, so it claims what is written now.
-        return whole.rstrip("\r\n") + newline * 2 + str(written) + newline
-    return _RECORD.sub(lambda _: str(written), whole)
-
-
-def _lines(text: str, newline: str) -> str:
-    return text.replace("\n", newline)
+    pieces += [newline * 2 + new[name] for name in added]
+    written = replace(written, sections=list(sections))
+    if not old:  # nobody can say what was ours before this record, so it claims what is written now
+        return "".join([*pieces, body[position:]]).rstrip("\r\n") + f"{newline * 2}{written}{newline}"
+    whole = "".join([*pieces, body[position:]])
+    return _MARK.sub(lambda mark: mark[0] if mark[1] else str(written), whole)
 
 
 # The metadata
 
 
-def _fault_of_metadata(source: str) -> str | None:
+def _read_metadata(source: str) -> dict[str, Any]:
+    where = "the metadata at its top"
+    size = len(source.encode(errors="replace"))
+    if size > _MAX_METADATA_BYTES:
+        raise FormatError(f"{where} has {size} bytes, at most {_MAX_METADATA_BYTES} are read")
     try:
-        data = read_yaml(source)
-    except FormatError as error:
-        return f"the metadata at its top {error}"
+        loader = yaml.SafeLoader(source)
+        node = loader.get_single_node()
+        if _count(node, {}) > _MAX_METADATA_NODES:
+            raise FormatError(f"{where} says more than {_MAX_METADATA_NODES} things, aliases written out")
+        data = None if node is None else loader.construct_document(node)
+        yaml_dump(data)
+    except yaml.YAMLError as error:
+        raise FormatError(f"{where} is not YAML ({shown(' '.join(str(error).split()), 200)})") from error
+    except (ValueError, RecursionError) as error:  # dates that do not exist, nesting without end
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"{where} cannot be read ({shown(str(error), 200)})") from error
     if data is None:
-        return None
+        return {}
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        return "the metadata at its top is not a list of keys and values"
+        raise FormatError(f"{where} is not a list of keys and values")
+    _check_metadata(data)
+    return data
+
+
+def _count(node: Any, seen: dict[int, int]) -> int:
+    """Nodes of a YAML document, those of an alias as often as it is used; without end where one holds itself."""
+    if id(node) not in seen:
+        seen[id(node)] = _MAX_METADATA_NODES + 1
+        inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+        parts = (part for item in inner for part in (item if isinstance(item, tuple) else (item,)))
+        seen[id(node)] = 1 + sum(_count(part, seen) for part in parts)
+    return seen[id(node)]
+
+
+def _check_metadata(data: dict[str, Any]) -> None:
     try:
         ModelCardData(**copy.deepcopy(data))
     except (ValueError, TypeError, AttributeError) as error:
-        return f"huggingface_hub refuses the metadata at its top ({error})"
-    return _fault_of_pieces(data)
-
-
-def _fault_of_pieces(data: Mapping[str, Any]) -> str | None:
+        what = shown(str(error), 200)
+        raise FormatError(f"huggingface_hub refuses the metadata at its top ({what})") from error
     for key in _LISTS:
         value = data.get(key) or []
         if not isinstance(value, (str, list)) or any(isinstance(item, (dict, list)) for item in value):
-            return f"{key} in the metadata at its top is not a list of words"
+            raise FormatError(f"{key} in the metadata at its top is not a list of words")
     try:
         _pieces(data)
-    except (KeyError, TypeError, AttributeError) as error:
-        return f"the {MODEL_INDEX} at its top has not the form that the Hub gives it ({error!r})"
-    return None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        what = shown(str(error))
+        raise FormatError(f"the {MODEL_INDEX} at its top has not the form that the Hub gives it ({what})") from error
 
 
-def _merge(theirs: Mapping[str, Any], record: Record, wanted: Wanted) -> tuple[dict[str, Any], list[str]]:
-    """Metadata merged piece by piece, and the keys of what was given but gave way to an edit."""
-    found, ours, given = _pieces(theirs), _pieces(wanted.own), _pieces(wanted.given)
-    before_own, before_given = _pieces(record.own), _pieces(record.given)
-    before = {**before_own, **before_given}
-    merged = dict(found)
-    for piece, value in before_own.items():
-        if piece not in ours and piece not in given and piece not in before_given and found.get(piece) == value:
-            del merged[piece]
-    refused: list[str] = []
-    kept = {piece: value for piece, value in before_given.items() if piece in ours}
-    for piece, value in {**ours, **kept, **given}.items():
-        there = found.get(piece, _ABSENT)
-        if there == before.get(piece, _ABSENT):
-            merged[piece] = value
-        elif there != value and piece in given:
+def _merge(
+    found: Mapping[str, Any], record: Record, own: Mapping[str, Any], given: Mapping[str, Any], is_stale: bool
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """The merged metadata, what of it callers gave, and the keys of what was given now but gave way to an edit."""
+    there, ours, asked = _pieces(found), _pieces(own), _pieces(given)
+    was_ours, was_asked = _pieces(record.own), _pieces(record.given)
+    before = {**was_ours, **was_asked}
+    stale = [piece for piece in was_asked if is_stale and piece[0] in _FIGURES]
+    gone = [piece for piece in was_ours if piece not in was_asked] + stale
+    changes = {piece: _ABSENT for piece in gone if there.get(piece, _ABSENT) == before[piece]}
+    remembered = {piece: value for piece, value in was_asked.items() if piece in ours}
+    refused = []
+    for piece, value in {**ours, **remembered, **asked}.items():
+        now = there.get(piece, _ABSENT)
+        if now == value:
+            changes.pop(piece, None)
+        elif now == before.get(piece, _ABSENT):
+            changes[piece] = value
+        elif piece in asked:
             refused.append(piece[0])
-    return _dict_of(merged, theirs, wanted.given), list(dict.fromkeys(refused))
+    kept = _changed(record.given, {**dict.fromkeys(stale, _ABSENT), **asked}, given)
+    return _changed(found, changes, given), kept, list(dict.fromkeys(refused))
 
 
 def _pieces(data: Mapping[str, Any]) -> dict[Piece, Any]:
@@ -269,77 +280,73 @@ def _pieces(data: Mapping[str, Any]) -> dict[Piece, Any]:
         if value is None:
             continue  # a key without a value says nothing yet
         if key == MODEL_INDEX:
-            for task, dataset, metric in _figures(value):
-                pieces[_name_of(task, dataset, metric)] = metric["value"]
+            pieces |= {_name(result, metric): metric["value"] for _, result, metric in _figures(value)}
         elif key in _LISTS:
-            for item in [value] if isinstance(value, str) else value:
-                pieces[key, _json(item)] = item
+            pieces |= {(key, _json(item)): item for item in ([value] if isinstance(value, str) else value)}
         else:
             pieces[(key,)] = value
     return pieces
 
 
-def _dict_of(pieces: Mapping[Piece, Any], *sources: Mapping[str, Any]) -> dict[str, Any]:
-    """Pieces -> metadata. What the first source says with the same pieces is taken from it as it stands there."""
-    data: dict[str, Any] = {}
-    for piece, value in pieces.items():
-        if len(piece) == 1:
-            data[piece[0]] = value
-        elif len(piece) == 2:
-            data.setdefault(piece[0], []).append(value)
-    figures = {piece: value for piece, value in pieces.items() if piece[0] == MODEL_INDEX}
+def _changed(data: Mapping[str, Any], changes: Mapping[Piece, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata with some pieces set or taken out; `given` has the whole of the figures that are new."""
+    merged = dict(data)
+    figures = {piece: value for piece, value in changes.items() if piece[0] == MODEL_INDEX}
     if figures:
-        data[MODEL_INDEX] = _index_of(figures, [source[MODEL_INDEX] for source in sources if source.get(MODEL_INDEX)])
-    for key, value in (sources[0] if sources else {}).items():
-        before = _pieces({key: value})
-        if before == {piece: pieces[piece] for piece in pieces if piece[0] == key}:
-            data[key] = value
-    return data
+        merged[MODEL_INDEX] = _with_figures(data.get(MODEL_INDEX) or [], figures, given.get(MODEL_INDEX) or [])
+    for piece, value in changes.items():
+        key = piece[0]
+        if len(piece) == 1:
+            merged[key] = value
+        elif len(piece) == 2:
+            there = merged.get(key) or []
+            rest = [item for item in ([there] if isinstance(there, str) else there) if _json(item) != piece[1]]
+            merged[key] = rest if value is _ABSENT else [*rest, value]
+    touched = {piece[0] for piece in changes}
+    return {key: value for key, value in merged.items() if key not in touched or value not in (_ABSENT, [])}
+
+
+def _with_figures(index: Any, changes: Mapping[Piece, Any], source: Any) -> list[dict[str, Any]]:
+    models: list[dict[str, Any]] = []
+    for model in index:
+        results = []
+        for result in model["results"]:
+            values = ((metric, changes.get(_name(result, metric), metric["value"])) for metric in result["metrics"])
+            changed = [_revalued(metric, value) for metric, value in values]
+            if metrics := [metric for metric in changed if metric is not None]:
+                results.append({**result, "metrics": metrics})
+        models.append({**model, "results": results})
+    there = {_name(result, metric) for _, result, metric in _figures(index)}
+    for model, result, metric in _figures(source):
+        if _name(result, metric) in there or changes.get(_name(result, metric), _ABSENT) is _ABSENT:
+            continue
+        models = models or [{**model, "results": []}]
+        where = (result.get("task"), result.get("dataset"))
+        alike = [other for other in models[0]["results"] if (other.get("task"), other.get("dataset")) == where]
+        if alike:
+            alike[0]["metrics"].append(metric)
+        else:
+            models[0]["results"].append({**result, "metrics": [metric]})
+    return [model for model in models if model["results"]]
+
+
+def _revalued(metric: dict[str, Any], value: Any) -> dict[str, Any] | None:
+    if value is _ABSENT or value == metric["value"]:
+        return None if value is _ABSENT else metric
+    # `verified` is the Hub's seal on the value that was.
+    return {**{key: metric[key] for key in metric if key not in ("verified", "verifyToken")}, "value": value}
 
 
 def _figures(index: Any) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
     for model in index:
         for result in model["results"]:
             for metric in result["metrics"]:
-                yield result.get("task"), result.get("dataset"), metric
+                yield model, result, metric
 
 
-def _name_of(task: Any, dataset: Any, metric: Mapping[str, Any]) -> Piece:
-    metric = {key: metric[key] for key in metric if key not in ("value", "verified", "verifyToken")}
-    return (MODEL_INDEX, _json(task), _json(dataset), _json(metric))
-
-
-def _index_of(figures: Mapping[Piece, Any], sources: list[Any]) -> list[dict[str, Any]]:
-    """The first source with the values of `figures`, and what it lacks from the others."""
-    index: list[dict[str, Any]] = copy.deepcopy(sources[0])
-    before = _pieces({MODEL_INDEX: index})
-    for model in index:
-        for result in model["results"]:
-            for metric in result["metrics"]:
-                name = _name_of(result.get("task"), result.get("dataset"), metric)
-                if name in figures and before[name] != figures[name]:
-                    metric["value"] = figures[name]
-                    metric.pop("verified", None)  # the Hub's seal on the value that was
-                    metric.pop("verifyToken", None)
-            result["metrics"] = [
-                metric
-                for metric in result["metrics"]
-                if _name_of(result.get("task"), result.get("dataset"), metric) in figures
-            ]
-        model["results"] = [result for result in model["results"] if result["metrics"]]
-    there = set(before)
-    for task, dataset, metric in [figure for other in sources[1:] for figure in _figures(other)]:
-        name = _name_of(task, dataset, metric)
-        if name in there or name not in figures:
-            continue
-        there.add(name)
-        results = index[0]["results"]
-        alike = [result for result in results if (result.get("task"), result.get("dataset")) == (task, dataset)]
-        if not alike:
-            alike = [{"task": task, "dataset": dataset, "metrics": []}]
-            results += alike
-        alike[0]["metrics"].append({**metric, "value": figures[name]})
-    return index
+def _name(result: Any, metric: Mapping[str, Any]) -> Piece:
+    named = {key: metric[key] for key in metric if key not in ("value", "verified", "verifyToken")}
+    return (MODEL_INDEX, _json(result.get("task")), _json(result.get("dataset")), _json(named))
 
 
 def _json(value: Any) -> str:

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
@@ -27,13 +27,29 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 
-from ..reader.errors import HubError, TowerError
+from ..reader.errors import ArgumentError, HubError, TowerError, shown
 
 # The base of the client's HTTP library, whichever its version uses: connection refused, cut, timed out.
 _HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 
 _SHA256, _GIT_SHA1 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 _CHUNK = 2**22
+
+# What must not stand in a message: a token, as such or in a header, and the user of an address.
+_SECRET = re.compile(r"hf_\w+|(?<=Bearer )[^\s'\"]+|(?<=//)[^/\s@]+(?=@)")
+
+MAX_WEIGHT_FILES = 1000
+"""Weight files of a tower that are asked for. The largest public models have about 200, of 5 GB each."""
+
+
+def check_token(token: object) -> None:
+    """Refuse a token that no header can hold, which the HTTP library would quote in its error.
+
+    Raises:
+        ArgumentError: does not show the token.
+    """
+    if isinstance(token, str) and not re.fullmatch(r"[!-~]+", token):
+        raise ArgumentError("token=...: holds a blank, a line feed or another letter that no token has; strip it")
 
 
 @dataclass(frozen=True)
@@ -47,10 +63,13 @@ class Access:
         local_files_only: Do not go to the network.
     """
 
-    token: str | bool | None = None
+    token: str | bool | None = field(default=None, repr=False)
     cache_dir: str | os.PathLike[str] | None = None
     force_download: bool = False
     local_files_only: bool = False
+
+    def __post_init__(self) -> None:
+        check_token(self.token)
 
 
 def download_files(
@@ -90,15 +109,15 @@ def download_files(
             damaged = _remove_damaged(storage, before)
         if damaged:
             raise HubError(
-                f"{repo_id}: {', '.join(damaged)} arrived damaged (not the digest that the Hub names) and was removed "
+                f"{repo_id}: {shown(', '.join(damaged))} arrived damaged (not of the Hub's digest) and was removed "
                 "from the cache. Try again; if it stays so, the file on the Hub is damaged: push the tower again."
             )
     # Where the Hub does not answer, older clients (1.5) give the cached part of a snapshot for the whole of it.
     if whole and (lacking := [name for name in names if not Path(root, name).exists()]):
         raise HubError(
-            f"{repo_id} cannot be loaded at commit {Path(root).name}: {', '.join(lacking)} is missing. Either the Hub "
-            "could not be reached, and the cache has only a part: try again; or the repository is incomplete: push "
-            "the tower again."
+            f"{repo_id} cannot be loaded at commit {Path(root).name}: {shown(', '.join(lacking))} is missing. "
+            "Either the Hub could not be reached, and the cache has only a part: try again; or the repository is "
+            "incomplete: push the tower again."
         )
     return Path(root)
 
@@ -142,7 +161,7 @@ def file_sha256(path: Path) -> str:
 
 
 def _at(revision: str | None) -> str:
-    return "" if revision is None else f" at revision {revision!r}"
+    return "" if revision is None else f" at revision {shown(revision)}"
 
 
 @contextmanager
@@ -161,7 +180,7 @@ def hub_errors(what: str, repo_id: str, revision: str | None = None) -> Iterator
     try:
         yield
     except HFValidationError as error:
-        raise HubError(f"{repo_id}: no such folder, and not the id of a repository ({error})") from error
+        raise HubError(f"{shown(repo_id)}: no such folder, and not the id of a repository: {_said(error)}") from error
     except GatedRepoError as error:
         raise HubError(
             f"{where}: the repository is gated. Ask for access on its page {constants.ENDPOINT}/{repo_id}, and pass "
@@ -174,7 +193,7 @@ def hub_errors(what: str, repo_id: str, revision: str | None = None) -> Iterator
         ) from error
     except RevisionNotFoundError as error:
         raise HubError(
-            f"{where}: the repository has no revision {revision!r}; its branches and tags are listed on "
+            f"{where}: the repository has no revision {shown(revision)}; its branches and tags are listed on "
             f"{constants.ENDPOINT}/{repo_id}/tree/main: {_said(error)}"
         ) from error
     except LocalTokenNotFoundError as error:
@@ -201,4 +220,5 @@ def hub_errors(what: str, repo_id: str, revision: str | None = None) -> Iterator
 
 
 def _said(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    """What the Hub or the client said, on one line, printable, without secrets."""
+    return shown(_SECRET.sub("...", " ".join(str(error).split())) or type(error).__name__, 500)

@@ -8,13 +8,14 @@ of two models as transformers saves it therefore does not load without this pack
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from transformers import VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
-from ..files.aligned import write_aligned
-from ..files.checkpoint import CONFIG_NAME, read_json, write_json
+from ..files.json import write_json
+from ..files.names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from ..files.open_folder import OpenFolder, read_json
+from ..files.safetensors_layout import write_aligned
 from ..reader.config import TimmTowerConfig
-from ..reader.errors import ConfigError
+from ..reader.errors import ConfigError, shown
 from .reader_file import READER_NAME, write_reader
 
 _MODULE = READER_NAME.removesuffix(".py")
@@ -32,8 +33,8 @@ def make_self_contained(folder: Any) -> None:
 
     `modeling_timm_tower.py` is written into it and named by its config, so that `AutoModel` and
     `pipeline("zero-shot-image-classification", ..., trust_remote_code=True)` work with transformers and timm alone;
-    where this package is imported, nothing changes. Weights are written anew in the layout in which mapped tensors are
-    aligned: kernels may give other last bits for weights at odd addresses.
+    where this package is imported, nothing changes. The model's weights are written anew in the layout in which mapped
+    tensors are aligned: kernels may give other last bits for weights at odd addresses. No other file is touched.
 
     Args:
         folder: What `VisionTextDualEncoderModel.save_pretrained` wrote.
@@ -48,10 +49,12 @@ def make_self_contained(folder: Any) -> None:
     if not isinstance(vision, dict) or vision.get("model_type") != TimmTowerConfig.model_type:
         raise ConfigError(
             f"{folder / CONFIG_NAME}: expected a {VisionTextDualEncoderConfig.model_type} with a tower as its vision "
-            f"model, found model_type {config.get('model_type')!r}; a tower by itself carries its code already"
+            f"model, found model_type {shown(config.get('model_type'))}; a tower by itself carries its code already"
         )
     write_reader(folder)
-    for path in sorted(folder.glob("*.safetensors")):
-        write_aligned(path, load_file(path))
+    with OpenFolder(folder) as opened:
+        index = opened.read_json(INDEX_NAME).get("weight_map") if opened.has(INDEX_NAME) else {"": SINGLE_NAME}
+        for name in sorted(set(index.values()) if isinstance(index, dict) else ()):
+            write_aligned(folder / name, opened.read_tensors(name))
     names = {"architectures": [VisionTextDualEncoderModel.__name__], "auto_map": PAIR_AUTO_MAP}
     write_json(folder / CONFIG_NAME, {**config, **names})

@@ -10,13 +10,13 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants
 
-from ..files.checkpoint import CONFIG_NAME, FINGERPRINT_NAME, INDEX_NAME, PREPROCESSOR_NAME, SINGLE_NAME, read_json
-from ..files.open_folder import require_plain_name
+from ..files.names import CONFIG_NAME, FINGERPRINT_NAME, INDEX_NAME, PREPROCESSOR_NAME, SINGLE_NAME
+from ..files.open_folder import read_json, require_plain_name
 from ..reader.config import TimmTowerConfig
-from ..reader.errors import ConfigError, FolderError, FormatError, HubError
+from ..reader.errors import ConfigError, FolderError, FormatError, HubError, shown
 from ..reader.head import code_file
-from .download import Access, download_files, hub_errors
-from .identify import describe_foreign
+from .download import MAX_WEIGHT_FILES, Access, download_files, hub_errors
+from .identify import identify
 
 _JSON = (CONFIG_NAME, INDEX_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME)
 
@@ -48,8 +48,8 @@ def fetch_tower(
         raise FolderError(f"subfolder={subfolder!r} leads out of {name_or_path}")
     if Path(name_or_path).is_dir():
         folder = Path(name_or_path, *parts)
-        if folder.is_dir() and not (folder / CONFIG_NAME).exists() and not (folder / ".tower-commit").exists():
-            seems = describe_foreign(os.listdir(folder), None, str(folder))
+        if folder.is_dir() and not (folder / CONFIG_NAME).exists():
+            seems = identify(os.listdir(folder), None, str(folder))
             raise FolderError(
                 f"{folder / CONFIG_NAME} is missing; the folder is incomplete or not a tower. {seems}".rstrip()
             )
@@ -67,7 +67,7 @@ def fetch_tower(
         names = _names(repo_id, prefix, commit, access)
         raise ConfigError(
             f"{repo_id} at commit {commit} holds no tower of hf_timm_tower: model_type of {prefix}{CONFIG_NAME} is "
-            f"{config.get('model_type')!r}. {describe_foreign(names, config, repo_id)}".rstrip()
+            f"{shown(config.get('model_type'))}. {identify(names, config, repo_id)}".rstrip()
         )
     needed = _weight_files(folder, config)
     if trust_remote_code and (code := code_file(config)):
@@ -85,20 +85,22 @@ def _weight_files(folder: Path, config: dict[str, Any]) -> list[str]:
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
         raise FormatError(f"{where}: weight_map must be an object that maps each key to a file name")
     names = sorted(set(found.values()))
+    if len(names) > MAX_WEIGHT_FILES:
+        raise FormatError(f"{where}: names {len(names)} weight files, at most {MAX_WEIGHT_FILES} are read")
     for name in names:
         require_plain_name(name, f"{where}")
         if not name.endswith(".safetensors"):
-            raise FormatError(f"{where}: names {name!r}; only .safetensors files are read")
+            raise FormatError(f"{where}: names {shown(name)}; only .safetensors files are read")
     return names
 
 
 def _no_tower(repo_id: str, prefix: str, revision: str | None, commit: str, access: Access) -> str:
     names = _names(repo_id, prefix, commit, access)
-    asked = "" if revision is None else f" (revision {revision!r})"
-    seems = describe_foreign(names, None, repo_id)
+    asked = "" if revision is None else f" (revision {shown(revision)})"
+    seems = identify(names, None, repo_id)
     inner = sorted({name.split("/")[0] for name in names if name.endswith(f"/{CONFIG_NAME}")})
     if not seems and inner:
-        seems = f"There is a {CONFIG_NAME} in {', '.join(inner[:5])}: pass subfolder=..."
+        seems = f"There is a {CONFIG_NAME} in {shown(', '.join(inner[:5]))}: pass subfolder=..."
     return f"{repo_id} at commit {commit}{asked} holds no tower: {prefix}{CONFIG_NAME} is missing. {seems}".rstrip()
 
 

@@ -3,8 +3,10 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from ..reader.errors import shown
 
-def describe_foreign(names: Collection[str], config: Mapping[str, Any] | None, place: str) -> str:
+
+def identify(names: Collection[str], config: Mapping[str, Any] | None, place: str) -> str:
     """Say what else it is.
 
     Args:
@@ -30,12 +32,12 @@ def describe_foreign(names: Collection[str], config: Mapping[str, Any] | None, p
         return f"It seems to be a timm model: timm.create_model('hf-hub:{place}', pretrained=True) loads it."
     if isinstance(kind, str):
         return (
-            f"It seems to be a transformers checkpoint of model_type {kind!r}: transformers.AutoModel.from_pretrained"
-            f"('{place}') loads it."
+            f"It seems to be a transformers checkpoint of model_type {shown(kind)}: "
+            f"transformers.AutoModel.from_pretrained('{place}') loads it."
         )
     pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")))
     if pickles:
-        return f"It holds pickled weights ({', '.join(pickles[:3])}), which are never read here."
+        return f"It holds pickled weights ({shown(', '.join(pickles[:3]))}), which are never read here."
     if "model.safetensors" in names:
         return (
             "It holds model.safetensors but no config of ours; a model saved by a plain PyTorchModelHubMixin class is "

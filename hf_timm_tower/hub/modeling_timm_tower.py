@@ -4,51 +4,54 @@ This is the code that `trust_remote_code=True` runs, all of it: the modules of h
 in the order of their imports. It reads JSON and safetensors, builds a timm model and a head, and has no other business.
 """
 
-import copy
-import difflib
-import functools
-import hashlib
-import inspect
-import json
-import math
-import os
-import reprlib
-import shutil
-import warnings
+from PIL import Image, ImageOps
+import base64
+import binascii
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+import copy
 from dataclasses import dataclass, field, fields
+import difflib
 from functools import lru_cache, partial
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypedDict, TypeVar
-
-import numpy as np
-import timm
-import timm.layers
-import torch
-import torch.nn.functional as functional
+import hashlib
 from huggingface_hub import hf_hub_download
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from PIL import Image
+import inspect
+from io import BytesIO
+import json
+import math
+import numpy as np
+import os
+from pathlib import Path
+import re
+import reprlib
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+import timm
 from timm.data.config import resolve_data_config
 from timm.data.transforms import CenterCropOrPad, MaybeToTensor, ResizeKeepRatio, center_crop_or_pad
 from timm.data.transforms_factory import create_transform
 from timm.layers import norm as timm_norm
+import timm.layers
 from timm.layers.attention_pool2d import AttentionPool2d, RotAttentionPool2d
 from timm.layers.drop import DropPath
 from timm.layers.layer_scale import LayerScale
 from timm.layers.mlp import Mlp
 from torch import nn
+import torch
 from torch.distributions.dirichlet import _Dirichlet
+import torch.nn as nn
+import torch.nn.functional as functional
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize
-from torchvision.transforms.v2 import functional as F
+from torchvision.transforms.v2 import functional as tv_functional
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -57,15 +60,18 @@ from transformers import (
     VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
 )
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import load_image
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.generic import ModelOutput
 from transformers.utils.hub import cached_file
 from transformers.utils.loading_report import LoadStateDictInfo
+from typing import Any, ClassVar, Literal, Self, TypedDict
+from urllib.request import Request, urlopen
+import warnings
+import weakref
 
 # --- errors.py
 
@@ -160,8 +166,8 @@ so that what was built first is what is rebuilt later.
 """
 
 
-MAX_DEPTH = 8
-MAX_ITEMS = 4096
+MAX_ARGUMENT_DEPTH = 8
+MAX_ARGUMENT_ITEMS = 4096
 MAX_INT = 2**31
 CLASS_KEY = "class"
 
@@ -191,8 +197,10 @@ FORBIDDEN = {
     "drop_path": "use the tower's drop_path argument, or drop_path_rate here",
 }
 
-# Arguments that say how a trunk that already exists was made. Only `TimmModel.from_trunk` records them.
+# Arguments that a config records of a trunk, though nobody passes them: of one that existed before its tower
+# (`TimmModel.from_trunk`), and of any.
 FROM_TRUNK = ("num_classes", "global_pool")
+RECORDED = ("img_size",)
 
 
 @lru_cache(maxsize=1)
@@ -226,8 +234,8 @@ def encode(value: Any, where: str, depth: int = 0) -> Any:
     Raises:
         ConfigError: a value that cannot be stored, with its place.
     """
-    if depth > MAX_DEPTH:
-        raise ConfigError(f"{where}: nested deeper than {MAX_DEPTH} levels")
+    if depth > MAX_ARGUMENT_DEPTH:
+        raise ConfigError(f"{where}: nested deeper than {MAX_ARGUMENT_DEPTH} levels")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}={value}: expected a finite number")
     if value is None or isinstance(value, (bool, str, float)):
@@ -269,11 +277,11 @@ def decode(value: Any, where: str, depth: int = 0) -> Any:
     Raises:
         ConfigError: a class that is not on the allow-list, or a malformed entry.
     """
-    if depth > MAX_DEPTH:
-        raise ConfigError(f"{where}: nested deeper than {MAX_DEPTH} levels")
+    if depth > MAX_ARGUMENT_DEPTH:
+        raise ConfigError(f"{where}: nested deeper than {MAX_ARGUMENT_DEPTH} levels")
     if isinstance(value, (list, tuple)):
-        if len(value) > MAX_ITEMS:
-            raise ConfigError(f"{where}: {len(value)} items, at most {MAX_ITEMS} are read")
+        if len(value) > MAX_ARGUMENT_ITEMS:
+            raise ConfigError(f"{where}: {len(value)} items, at most {MAX_ARGUMENT_ITEMS} are read")
         return tuple(decode(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value))
     if isinstance(value, dict):
         if CLASS_KEY in value:
@@ -297,27 +305,34 @@ def _lookup(value: dict[str, Any], where: str) -> type[nn.Module]:
     return cls
 
 
-def check_names(model_args: dict[str, Any], *, from_trunk: bool) -> None:
-    """Refuse arguments that fetch, read files, or belong to another argument of the tower.
+def check_names(model_args: dict[str, Any], *, recorded: Collection[str] = ()) -> None:
+    """Refuse arguments that fetch, read files, or belong to another argument of the tower, and rates that are none.
+
+    Args:
+        model_args: Arguments of `timm.create_model`.
+        recorded: Names of `FROM_TRUNK` and `RECORDED` that may be there.
 
     Raises:
         ConfigError: names the argument and what to use instead.
     """
-    for name in model_args:
+    for name, value in model_args.items():
         if not isinstance(name, str) or not name.isidentifier():
-            raise ConfigError(f"model_args: {name!r} is not the name of an argument")
-        if model_args[name] is None:
+            raise ConfigError(f"model_args: {shown(name)} is not the name of an argument")
+        if value is None:
             raise ConfigError(f"model_args: {name}=None is dropped by timm, whose default then holds; leave it out")
-        if name in FORBIDDEN and not (from_trunk and name in FROM_TRUNK):
+        if name in FORBIDDEN and name not in recorded:
             raise ConfigError(f"model_args: {name!r} is not accepted here: {FORBIDDEN[name]}.")
+        if name.endswith("drop_rate") or name == "drop_path_rate":
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise ConfigError(f"model_args: {name}={shown(value)}: expected a rate, 0 <= {name} <= 1")
 
 # --- freezing.py
 
 """What of a stored tower is frozen: applied to a tower that was just built.
 
-A parameter is frozen by `requires_grad`. Running statistics are frozen by a hook on the module that has them, which puts
-it into eval mode before every forward: so they stay after `.train()` on any part, in copies and pickles and in anybody's
-training loop, and neither the module tree nor the state dict changes.
+A parameter is frozen by `requires_grad`. Running statistics are frozen by a hook on the module that has them, which
+puts it into eval mode before every forward: so they stay after `.train()` on any part, in copies and pickles and in
+anybody's training loop, and neither the module tree nor the state dict changes.
 """
 
 
@@ -388,7 +403,7 @@ def check_frozen(frozen: dict[str, Any] | None) -> None:
 
 
 def frozen_names(tower: nn.Module, frozen: dict[str, Any]) -> tuple[set[str], set[str]]:
-    """The parameters and the modules with statistics that a frozen state names, each for itself or by a module above it.
+    """The parameters, and the modules with statistics, that a frozen state names by themselves or by a module above.
 
     Raises:
         ConfigError: not a frozen state, or it names what the tower does not have.
@@ -459,11 +474,14 @@ MAX_IMAGE_SIZE = 2**14
 MAX_IN_CHANS = 2**12
 MAX_LABELS = 2**20
 
+_LABELS = ("num_labels", "id2label", "label2id")
+
 ATTENTION_POOLS = ("abs_attn", "rot_attn")
 OUR_POOLS = ("token_avg", "default", "none")
 PROJECTIONS = ("linear", "mlp", "none")
 
-# Keys that transformers itself writes into or expects of any config; everything else that is not a field is refused.
+# Keys that transformers itself writes into or expects of any config; everything else that is not a field is refused
+# when a config is read, and dropped with a warning when a tower is saved. `custom_pipelines` names code: never written.
 _TRANSFORMERS_KEYS = frozenset(
     {
         "model_type",
@@ -523,7 +541,7 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         tower_class: Name of the subclass of TimmModel that is needed to rebuild the tower, None for TimmModel itself.
         tower_kwargs: Arguments that such a subclass adds to the constructor.
         frozen: What of the tower is frozen (`reader/freezing.py`), None where everything trains.
-        trunk_source: Where the trunk's weights lie, where not beside the head: repository, commit and digests.
+        trunk_source: Where the trunk's weights are stored, if not beside the head: repository, commit and digests.
         timm_version: The timm that the tower was built with.
         format_version: Version of this format.
 
@@ -571,14 +589,34 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         _check_labels(kwargs)
         self.timm_version = self.timm_version or timm.__version__
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+        # transformers gives every config two labels; whether somebody gave these is not seen afterwards
+        self.__dict__["_labels_given"] = any(kwargs.get(name) is not None for name in _LABELS)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _LABELS:
+            self.__dict__["_labels_given"] = True
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether the embedding is the scores of the trunk's own classifier, and the labels (if any) are theirs."""
+        own = self.proj is None and self.head is None and self.pool not in ATTENTION_POOLS
+        return own and (not self.__dict__["_labels_given"] or self.num_labels == self.embed_dim)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What `config.json` holds: every field of ours, and of transformers' fields those that were set."""
+        """What `config.json` holds: every field of ours, and of transformers' fields those that were set.
+
+        Attributes that somebody put onto the config are no part of a tower: they are dropped with a warning.
+        """
         written: dict[str, Any] = super().to_diff_dict()
         everything = self.to_dict()
         for name in OUR_FIELDS:
             written[name] = everything[name]
-        return written
+        for name in ("custom_pipelines", "_labels_given"):
+            written.pop(name, None)
+        if dropped := sorted(set(written) - set(OUR_FIELDS) - _TRANSFORMERS_KEYS):
+            warnings.warn(f"not stored: a tower has no such fields: {', '.join(map(shown, dropped))}", stacklevel=2)
+        return {name: value for name, value in written.items() if name not in dropped}
 
 
 OUR_FIELDS = tuple(name for name in TimmTowerConfig.__annotations__ if name != "attribute_map")
@@ -606,7 +644,7 @@ _catch_strict_errors()
 def _check_version(kwargs: dict[str, Any]) -> None:
     version = kwargs.get("format_version", FORMAT_VERSION)
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise FormatError(f"format_version={version!r}: expected a whole number from 1 to {FORMAT_VERSION}")
+        raise FormatError(f"format_version={shown(version)}: expected a whole number from 1 to {FORMAT_VERSION}")
     if version > FORMAT_VERSION:
         raise FormatError(
             f"format_version={version}: this hf_timm_tower reads versions up to {FORMAT_VERSION}. "
@@ -616,11 +654,12 @@ def _check_version(kwargs: dict[str, Any]) -> None:
 
 def _unknown_keys(unknown: dict[str, Any]) -> str:
     lines = []
-    for key, value in sorted(unknown.items()):
-        near = difflib.get_close_matches(key, OUR_FIELDS, n=2)
+    for key, value in sorted(unknown.items())[:5]:
+        near = difflib.get_close_matches(key[:80], OUR_FIELDS, n=2)
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-        lines.append(f"{key}={_short(value)}{hint}")
-    return f"TimmTowerConfig: unknown key{'s' if len(lines) > 1 else ''} {', '.join(lines)}"
+        lines.append(f"{shown(key)[1:-1]}={shown(value)}{hint}")
+    more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+    return f"TimmTowerConfig: unknown key{'s' if len(unknown) > 1 else ''} {', '.join(lines)}{more}"
 
 
 def _check_labels(kwargs: dict[str, Any]) -> None:
@@ -628,16 +667,11 @@ def _check_labels(kwargs: dict[str, Any]) -> None:
     count = kwargs.get("num_labels")
     if count is not None:
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_LABELS:
-            raise ConfigError(f"num_labels={_short(count)}: expected a whole number from 0 to {MAX_LABELS}")
+            raise ConfigError(f"num_labels={shown(count)}: expected a whole number from 0 to {MAX_LABELS}")
     for name in ("id2label", "label2id"):
         labels = kwargs.get(name)
         if labels is not None and (not isinstance(labels, dict) or len(labels) > MAX_LABELS):
-            raise ConfigError(f"{name}={_short(labels)}: expected an object of at most {MAX_LABELS} labels")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+            raise ConfigError(f"{name}={shown(labels)}: expected an object of at most {MAX_LABELS} labels")
 
 
 def _check(config: TimmTowerConfig) -> None:
@@ -653,7 +687,7 @@ def _check(config: TimmTowerConfig) -> None:
     if isinstance(config.drop, bool) or not (math.isfinite(config.drop) and 0 <= config.drop < 1):
         raise ConfigError(f"drop={config.drop!r}: expected a probability, 0 <= drop < 1")
     if config.pool is not None and (len(config.pool) > 64 or not config.pool.isprintable()):
-        raise ConfigError(f"pool={_short(config.pool)}: not the name of a pool")
+        raise ConfigError(f"pool={shown(config.pool)}: not the name of a pool")
     if config.proj == "":
         config.proj = None
     if config.proj is not None and config.proj not in PROJECTIONS:
@@ -663,21 +697,22 @@ def _check(config: TimmTowerConfig) -> None:
     if config.classifier is None:
         attention = config.pool in ATTENTION_POOLS
         by_trunk = config.proj in (None, "none") and config.head is None and not attention
-        config.classifier = "construct" if by_trunk and config.pool not in OUR_POOLS else "reset"
+        own_classifier = config.proj is None and config.pool == "default"
+        config.classifier = "construct" if by_trunk and (own_classifier or config.pool not in OUR_POOLS) else "reset"
     model_args = dict(config.model_args or {})
-    check_names(model_args, from_trunk=config.classifier == "reset")
+    check_names(model_args, recorded=(*RECORDED, *(FROM_TRUNK if config.classifier == "reset" else ())))
     config.model_args = {key: encode(value, f"model_args.{key}") for key, value in sorted(model_args.items())}
     for key, value in config.model_args.items():
         decode(value, f"model_args.{key}")
     config.drop = float(config.drop)
     check_frozen(config.frozen)
     if config.tower_kwargs and config.tower_class is None:
-        raise ConfigError(f"tower_kwargs={_short(config.tower_kwargs)}: only a subclass (tower_class) has any")
+        raise ConfigError(f"tower_kwargs={shown(config.tower_kwargs)}: only a subclass (tower_class) has any")
 
 
 def _check_int(name: str, value: Any, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ConfigError(f"{name}={_short(value)}: expected a whole number from 1 to {most}")
+        raise ConfigError(f"{name}={shown(value)}: expected a whole number from 1 to {most}")
 
 
 def check_size(name: str, value: Any) -> list[int]:
@@ -691,7 +726,7 @@ def check_size(name: str, value: Any) -> list[int]:
         isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= MAX_IMAGE_SIZE for side in pair
     ):
         raise ConfigError(
-            f"{name}={_short(value)}: expected an int or (height, width), each from 1 to {MAX_IMAGE_SIZE} pixels"
+            f"{name}={shown(value)}: expected an int or (height, width), each from 1 to {MAX_IMAGE_SIZE} pixels"
         )
     return pair
 
@@ -708,138 +743,384 @@ def check_architecture(name: str, saved_with: str | None = None) -> None:
     """
     if ":" in name or "/" in name:
         raise ConfigError(
-            f"architecture={_short(name)}: expected a name of timm's registry (timm.list_models()), without a scheme "
+            f"architecture={shown(name)}: expected a name of timm's registry (timm.list_models()), without a scheme "
             "or a path; weights of a repository or a folder are loaded with from_pretrained."
         )
     arch = name.split(".", 1)[0]
     if timm.is_model(arch):
         return
-    near = difflib.get_close_matches(arch, timm.list_models(), n=4, cutoff=0.5)
+    near = difflib.get_close_matches(arch[:80], timm.list_models(), n=4, cutoff=0.5)
     hint = f" Near names: {', '.join(near)}." if near else ""
     if saved_with and saved_with != timm.__version__:
-        hint += f" The config was saved with timm {saved_with}, which has it: pip install timm=={saved_with}"
-    raise ConfigError(f"architecture={_short(name)} is unknown to timm {timm.__version__}.{hint}")
+        hint += f" The config was saved with timm {shown(saved_with)[1:-1]}, which has it: install that version"
+    raise ConfigError(f"architecture={shown(name)} is unknown to timm {timm.__version__}.{hint}")
 
 # --- skip_init.py
 
-"""Construct a module without initialising its parameters.
+"""Construct a module without initialising its parameters, and within bounds.
 
 timm's constructors spend most of their time in random initialisation that a checkpoint overwrites at once. Inside
-`no_init()` every in-place write into an `nn.Parameter` is left out, and nothing else: buffers and tensors computed
-in the constructor are real, which the meta device cannot offer (relative position indices, rotary tables, attention
-biases). Memory of the parameters is reserved, not touched.
+`skip_init()` every in-place write into an `nn.Parameter`, a view of one or its `.data` is left out, and nothing else:
+buffers and tensors computed in the constructor are real, which the meta device cannot offer (relative position indices,
+rotary tables, attention biases). Memory of the parameters is reserved, not touched. Whatever is drawn inside comes from
+a generator of its own, so that torch's global one is neither read nor set back.
+
+A config may come from anybody, so what it costs to build is counted while it is built: a `Budget`.
 """
 
 
-# These reserve memory without touching it, so that they may be counted after the fact; the others write at once.
-_LAZY = {torch.empty, torch.zeros}
-_EAGER = {torch.ones, torch.full, torch.rand, torch.randn, torch.eye, torch.arange, torch.linspace}
-# One tensor costs Python time even if it is tiny, so that a config with a million layers ends as well.
-_LEAST_CHARGE = 2**18
+class Budget:
+    """What building a model may cost, and what it cost so far. Time is bounded by these counts, not by a clock.
+
+    The limits, and the most that one of timm 1.0.31's largest architectures needs:
+
+    - `reserved`, 64 GiB: bytes of `torch.empty` and `torch.zeros`, which take no memory until they are written
+      (vit_7b_patch16_dinov3, 25 GiB in float32).
+    - `computed`, 8 GiB: bytes that are computed, copied or written for real, also those that are gone again
+      (beit_large_patch16_512, 1.7 GiB).
+    - `kept`, 512 MiB: those of them that are still there (swinv2_cr_giant_384, 70 MiB).
+    - `tensors`, 100,000: calls of torch, a copy counted ten times for the module around it (maxvit_xlarge_tf_512,
+      30,073).
+    - `modules`, 10,000: modules put into another one (efficientnet_l2, 1,760).
+
+    Where the size of the weight files is known, what is reserved and kept together is at most four times as much and
+    1 GiB: there are buffers, tables and files in half precision, but not another order of size.
+
+    Args:
+        total: Most bytes reserved and kept together, None where only the limits above hold.
+    """
+
+    def __init__(self, total: int | None = None) -> None:
+        self.limits = {"reserved": 2**36, "computed": 2**33, "kept": 2**29, "tensors": 100_000, "modules": 10_000}
+        if total is not None:
+            self.limits["bytes"] = total
+        self.spent = dict.fromkeys((*self.limits, "bytes"), 0)
+
+    @classmethod
+    def default(cls) -> "Budget":
+        """The absolute limits alone, for a config whose weight files nobody has seen."""
+        return cls()
+
+    @classmethod
+    def for_weights(cls, nbytes: int) -> "Budget":
+        """For a config whose weight files hold so many bytes."""
+        budget = cls(4 * nbytes + 2**30)
+        budget.limits["kept"] += nbytes  # layers that torch makes by copying one
+        return budget
+
+    def charge(self, kind: str, amount: int) -> None:
+        """Count `amount` of one of `limits`; bytes are also counted together.
+
+        Raises:
+            ConfigError: a limit is exceeded.
+        """
+        self.spent[kind] += amount
+        if kind in ("reserved", "kept"):
+            self.spent["bytes"] += amount
+        for each in (kind, "bytes"):
+            limit = self.limits.get(each)
+            if limit is not None and self.spent[each] > limit:
+                what = f"{limit} {each}" if each in ("tensors", "modules") else f"{limit / 2**30:.2f} GiB"
+                raise ConfigError(
+                    f"the config asks for a model of more than {what}"
+                    + (", which its weight files do not hold" if each == "bytes" else "")
+                    + ": refused before it is built. The config does not belong to these weights, or is not one of timm"
+                )
 
 
-class _SkipInit(TorchFunctionMode):
-    def __init__(self, budget: int | None) -> None:
+    def charge_made(self, nbytes: int) -> None:
+        """Count bytes that are computed and, for the moment, kept."""
+        self.charge("computed", nbytes)
+        self.charge("kept", nbytes)
+
+    def release(self, nbytes: int) -> None:
+        """Count bytes as no longer kept."""
+        self.spent["kept"] -= nbytes
+        self.spent["bytes"] -= nbytes
+
+
+_ACTIVE: ContextVar[Budget | None] = ContextVar("budget", default=None)
+_SIZED = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
+_LAZY = frozenset({torch.empty, torch.zeros})
+# Results of fewer elements than this are measured after they were made, larger ones on the meta device before.
+_SMALL = 2**22
+_DRAWS = frozenset(
+    """
+    rand randn randint randperm normal bernoulli poisson multinomial normal_ uniform_ random_ exponential_ geometric_
+    cauchy_ log_normal_ bernoulli_
+    """.split()
+)
+
+
+class _Construction(TorchFunctionMode):
+    def __init__(self, budget: Budget | None, *, skip: bool) -> None:
         super().__init__()
         self.budget = budget
-        self.spent = 0
+        self.skip = skip
+        self.generators: dict[str, torch.Generator] = {}
+        self.parameter_data: dict[int, torch.Tensor] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
         # functions of torch.nn.init pass their target by keyword when they come through here
         target = args[0] if args else kwargs.get("tensor")
-        if isinstance(target, nn.Parameter):
-            name = getattr(func, "__name__", "")
-            if name.endswith("_") and not name.endswith("__") and name != "requires_grad_":
-                return target
+        if name in ("__get__", "__set__"):
+            found = func(*args, **kwargs)
+            if isinstance(found, torch.Tensor) and isinstance(target, torch.Tensor) and self._is_parameter(target):
+                self.parameter_data[id(found)] = found  # kept, so that the id stays its own
+            return found
+        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        if in_place and self.skip and isinstance(target, torch.Tensor) and self._is_parameter(target):
+            return target
+        if name in _DRAWS or name.endswith("_like") or getattr(func, "__module__", "") == "torch.nn.init":
+            func, args, kwargs = self._with_generator(func, name, target, args, kwargs)
         if self.budget is None:
             return func(*args, **kwargs)
-        if func in _LAZY:
-            try:
-                made = func(*args, **kwargs)
-            except RuntimeError:
-                self._charge(func(*args, **{**kwargs, "device": "meta"}))  # more than the machine has
-                raise
-            self._charge(made)
-            return made
-        if func in _EAGER:
-            self._charge(func(*args, **{**kwargs, "device": "meta"}))
-        return func(*args, **kwargs)
+        self.budget.charge("tensors", 10 if name == "clone" else 1)
+        return self._charged(self.budget, func, name, target if in_place else None, args, kwargs)
 
-    def _charge(self, made: torch.Tensor) -> None:
-        self.spent += max(made.numel() * made.element_size(), _LEAST_CHARGE)
-        if self.budget is not None and self.spent > self.budget:
-            raise ConfigError(
-                f"the config asks for a model of more than {self.budget / 2**30:.2f} GiB, which its weight files do "
-                "not hold: refused before it is built. The config does not belong to these weights."
-            )
+    def _is_parameter(self, tensor: torch.Tensor) -> bool:
+        return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter) or (
+            id(tensor if tensor._base is None else tensor._base) in self.parameter_data
+        )
+
+    def _charged(
+        self, budget: Budget, func: Any, name: str, written: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call a function; what it makes is charged before it takes memory."""
+        inputs = list(_tensors_of((args, kwargs)))
+        if written is not None:
+            if self.skip:
+                budget.charge("computed", written.nbytes)
+            return func(*args, **kwargs)
+        if not inputs and (func in _SIZED or "device" in kwargs or name in _FACTORIES):
+            made = _size_of(func, args, kwargs)
+            if func in _LAZY:
+                budget.charge("reserved", made)
+                return func(*args, **kwargs)
+            budget.charge_made(made)
+            return _released(budget, func(*args, **kwargs), made)
+        most = math.prod(max(tensor.numel(), 1) for tensor in inputs) * math.prod(_numbers_in((args, kwargs)))
+        if most * max(len(inputs), 1) > _SMALL:
+            try:
+                made = _bytes_on_meta(func, args, kwargs)
+            except NotImplementedError:  # decided by values: at most as large as what it is made of, times its rank
+                made = 8 * sum(tensor.nbytes for tensor in inputs)
+            budget.charge_made(made)
+            return _released(budget, func(*args, **kwargs), made)
+        result = func(*args, **kwargs)
+        made = _fresh(result, {tensor.untyped_storage()._cdata for tensor in inputs})
+        budget.charge_made(made)
+        return _released(budget, result, made)
+
+    def _with_generator(
+        self, func: Any, name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """The same call, drawing from a generator of this block."""
+        place = target.device if isinstance(target, torch.Tensor) else kwargs.get("device")
+        kind = torch.device(place or torch.get_default_device()).type
+        if kind == "meta" or kwargs.get("generator") is not None:
+            return func, args, kwargs
+        if kind not in self.generators:
+            self.generators[kind] = torch.Generator(kind).manual_seed(0)
+        if name in ("rand_like", "randn_like"):
+            draw = torch.Tensor.uniform_ if name == "rand_like" else torch.Tensor.normal_
+            generator = self.generators[kind]
+            return lambda *a, **k: draw(torch.empty_like(*a, **k), generator=generator), args, kwargs
+        if name not in _DRAWS and not _takes_generator(func):
+            return func, args, kwargs
+        return func, args, {**kwargs, "generator": self.generators[kind]}
+
+
+def _released(budget: Budget, result: Any, nbytes: int) -> Any:
+    """A result whose bytes are taken off what is kept as soon as it is gone; not worth it for small ones."""
+    if isinstance(result, torch.Tensor) and nbytes >= _SMALL // 4:
+        weakref.finalize(result, budget.release, nbytes)
+    return result
+
+
+_FACTORIES = frozenset("arange linspace logspace eye randint randperm tensor tril_indices triu_indices".split())
+
+
+@lru_cache(maxsize=256)
+def _takes_generator(func: Any) -> bool:
+    try:
+        return "generator" in inspect.signature(func).parameters
+    except (ValueError, TypeError):  # of a function in C
+        return False
+
+
+def _tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors_of(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors_of(item)
+
+
+def _numbers_in(value: Any) -> Iterator[int]:
+    if type(value) is int:
+        yield max(abs(value), 1)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _numbers_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _numbers_in(item)
+
+
+def _size_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Bytes that a factory function is asked for, found without making them."""
+    if func not in _SIZED:
+        if getattr(func, "__name__", "") == "tensor":
+            return 0  # as large as the Python values that are there already
+        made = func(*args, **{**kwargs, "device": "meta", **({"generator": None} if "generator" in kwargs else {})})
+        return int(made.nbytes)
+    size = kwargs.get("size", args[0] if args and isinstance(args[0], (tuple, list)) else args)
+    dtype = kwargs.get("dtype") or torch.get_default_dtype()
+    return math.prod(int(each) for each in size) * int(dtype.itemsize)
+
+
+def _bytes_on_meta(func: Any, args: Any, kwargs: Any) -> int:
+    """Bytes that a call would make, found without making them."""
+    known: set[int] = set()
+
+    def move(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+            known.add(twin.untyped_storage()._cdata)
+            twins.append(twin)
+            return twin
+        if isinstance(value, (tuple, list)):
+            return type(value)(*map(move, value)) if hasattr(value, "_fields") else type(value)(map(move, value))
+        return None if isinstance(value, torch.Generator) else value
+
+    twins: list[torch.Tensor] = []
+    kwargs = {key: move(value) for key, value in kwargs.items() if key != "device"}
+    with torch.device("meta"):
+        return _fresh(func(*move(tuple(args)), **kwargs), known)
+
+
+def _fresh(made: Any, known: set[int]) -> int:
+    """Bytes of the tensors of a result that are not on the memory of an argument."""
+    return sum(tensor.nbytes for tensor in _tensors_of(made) if tensor.untyped_storage()._cdata not in known)
+
+
+_COUNTS_MODULES = [False]
+
+
+def _count_module(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    budget = _ACTIVE.get()
+    if budget is not None:
+        budget.charge("modules", 1)
 
 
 @contextmanager
-def no_init(budget: int | None = None) -> Iterator[None]:
-    """Leave out every in-place write into a parameter, and leave torch's random state as it was.
-
-    Args:
-        budget: Most bytes that the constructor may ask for, None for no limit.
-
-    Raises:
-        ConfigError: the budget is exceeded.
-    """
-    with torch.random.fork_rng(devices=[]), _SkipInit(budget):
-        yield
-
-
-class Budget:
-    """TEMPORARY shim until the counted budget arrives."""
-
-    def __init__(self, nbytes: int | None) -> None:
-        self.nbytes = nbytes
-
-    @classmethod
-    def default(cls) -> "Budget":
-        return cls(None)
-
-    @classmethod
-    def for_weights(cls, nbytes: int) -> "Budget":
-        return cls(4 * nbytes + 2**30)
+def _construction(budget: Budget | None, *, skip: bool) -> Iterator[None]:
+    if budget is not None and not _COUNTS_MODULES[0]:
+        # Once for the process and never taken away: other threads walk torch's table of these hooks.
+        _COUNTS_MODULES[0] = True
+        register_module_module_registration_hook(_count_module)  # type: ignore[no-untyped-call]
+    token = _ACTIVE.set(budget if budget is not None else _ACTIVE.get())
+    try:
+        with _Construction(budget, skip=skip):
+            yield
+    finally:
+        _ACTIVE.reset(token)
 
 
 @contextmanager
 def skip_init(budget: Budget | None = None) -> Iterator[None]:
-    with no_init(None if budget is None else budget.nbytes):
+    """Leave out every in-place write into a parameter; torch's global random generators are not used.
+
+    Args:
+        budget: What may be built, None for no limit (a model of the caller's own).
+
+    Raises:
+        ConfigError: the budget is exceeded.
+    """
+    with _construction(budget, skip=True):
         yield
+
+
+@contextmanager
+def within_budget(budget: Budget) -> Iterator[None]:
+    """Initialise as usual, but count; nothing where a `skip_init` around it counts already.
+
+    Raises:
+        ConfigError: the budget is exceeded.
+    """
+    if _ACTIVE.get() is not None:
+        yield
+        return
+    with _construction(budget, skip=False):
+        yield
+
+
+class PrivateDraws(TorchDispatchMode):
+    """Inside, whatever is drawn at random comes from generators of this block, also in the backward pass.
+
+    torch's global generators are neither read nor set, so that other threads draw what they would have drawn.
+
+    Args:
+        seed: Of the generators, one for each kind of device.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+        self.generators: dict[str, torch.Generator] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunction():  # what calls of torch are made in turn is nobody's call
+            return self._draw(func, args, kwargs or {})
+
+    def _draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
+            return func(*args, **kwargs)
+        place = args[0].device if args and isinstance(args[0], torch.Tensor) else kwargs.get("device") or "cpu"
+        kind = torch.device(place).type
+        if kind == "meta":
+            return func(*args, **kwargs)
+        if kind not in self.generators:
+            self.generators[kind] = torch.Generator(kind).manual_seed(self.seed)
+        generator = self.generators[kind]
+        if any(argument.name == "generator" for argument in func._schema.arguments):
+            return func(*args, **{**kwargs, "generator": generator})
+        packet = func.overloadpacket
+        name = packet.__name__
+        if name in ("rand_like", "randn_like"):
+            made = torch.empty_like(args[0], **kwargs)
+            return made.uniform_(generator=generator) if name == "rand_like" else made.normal_(generator=generator)
+        overload = {"default": "generator", "low": "low_generator", "names": ""}.get(func._overloadname, "")
+        if overload in packet.overloads():
+            return getattr(packet, overload)(*args, **{**kwargs, "generator": generator})
+        return func(*args, **kwargs)
 
 # --- trunk.py
 
-"""Config -> timm trunk, and what the trunk really gives: width, layout, pools, input size.
+"""Config -> timm trunk: the model that a completed config describes, without its classifier."""
 
-Nothing here trusts a trunk's attributes where a shape can be had: the output is taken from a run on the meta device,
-which costs no arithmetic.
-"""
-
-
-Layout = Literal["NC", "NLC", "NCHW", "NHWC"]
 
 # What timm's constructors raise for arguments they cannot use.
 BUILD_ERRORS = (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError,
                 ValueError, ZeroDivisionError)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class TrunkOutput:
-    """What a trunk gives for one batch, without the batch dimension.
+class UnsupportedPool(ConfigError):
+    """The trunk does not have this pool, or not with this projection."""
 
-    Attributes:
-        layout: `NC` a vector, `NLC` tokens, `NCHW` and `NHWC` maps.
-        width: Channels C.
-        size: Height and width of a map, number of tokens as `(L,)`, or `()`.
-    """
-
-    layout: Layout
-    width: int
-    size: tuple[int, ...]
+    def __init__(self, config: TimmTowerConfig, reason: str) -> None:
+        super().__init__(
+            f"pool={config.pool!r} with proj={config.proj!r} is not supported by {config.architecture}: "
+            f"{reason.rstrip('.')}."
+        )
 
 
 def split_tag(architecture: str) -> tuple[str, str]:
@@ -867,6 +1148,14 @@ def native_cfg(architecture: str) -> dict[str, Any]:
     return dict(cfg.to_dict())  # type: ignore[no-untyped-call]
 
 
+def native_size(config: TimmTowerConfig) -> list[int]:
+    """The config's image size, or the architecture's own: `[height, width]` in pixels."""
+    told = config.image_size if config.image_size is not None else (config.model_args or {}).get("img_size")
+    if told is not None:
+        return check_size("image_size", told)
+    return list(native_cfg(config.architecture)["input_size"][1:])
+
+
 def create_trunk(config: TimmTowerConfig, *, pretrained: bool = False, initialise: bool = True) -> nn.Module:
     """Build the trunk that the config describes, its classifier removed (or made the projection, `proj=None`).
 
@@ -888,20 +1177,22 @@ def create_trunk(config: TimmTowerConfig, *, pretrained: bool = False, initialis
     if config.preprocess is not None:
         # Rebuilding: everything is in the config, so that the tag need not be known to this timm.
         name = arch
-        kwargs["pretrained_cfg_overlay"] = _overlay(config, tag)
+        kwargs["pretrained_cfg_overlay"] = _preprocess_overlay(config, tag)
     if config.in_chans != cfg["input_size"][0]:
         kwargs["in_chans"] = config.in_chans
-    if config.image_size is not None and takes_img_size(cfg, kwargs):
+    if "img_size" in kwargs:
+        kwargs["img_size"] = tuple(check_size("model_args.img_size", kwargs["img_size"]))
+    elif config.image_size is not None and has_fixed_size(cfg, kwargs):
         kwargs["img_size"] = tuple(config.image_size)  # type: ignore[arg-type]
     if config.classifier == "construct":
-        kwargs["num_classes"] = 0 if config.proj == "none" else config.embed_dim
+        kwargs["num_classes"] = config.embed_dim if config.proj is None and config.head is None else 0
         if config.pool != "default":
-            kwargs["global_pool"] = "" if config.pool == "none" else config.pool
+            kwargs["global_pool"] = trunk_pool(config.pool)
     try:
         if initialise:
             trunk = timm.create_model(name, pretrained=pretrained, **kwargs)
         else:
-            with no_init():
+            with skip_init():
                 trunk = timm.create_model(name, **kwargs)
     except BUILD_ERRORS as error:
         raise _build_error(config, kwargs, error) from error
@@ -909,14 +1200,21 @@ def create_trunk(config: TimmTowerConfig, *, pretrained: bool = False, initialis
     return trunk
 
 
-def takes_img_size(cfg: dict[str, Any], kwargs: dict[str, Any]) -> bool:
-    """Whether this trunk is built for one input size, as timm itself decides it."""
+def has_fixed_size(cfg: dict[str, Any], kwargs: dict[str, Any]) -> bool:
+    """Whether timm itself builds this trunk for one input size, so that `config.image_size` is its `img_size`.
+
+    For any other trunk `img_size` is what `config.model_args` holds: nothing, or the size that timm was told.
+
+    Args:
+        cfg: timm's `pretrained_cfg`.
+        kwargs: Arguments of `timm.create_model`.
+    """
     return bool(
         cfg.get("fixed_input_size") and not kwargs.get("dynamic_img_size") and kwargs.get("strict_img_size", True)
     )
 
 
-def _overlay(config: TimmTowerConfig, tag: str) -> dict[str, Any]:
+def _preprocess_overlay(config: TimmTowerConfig, tag: str) -> dict[str, Any]:
     preprocess = config.preprocess or {}
     overlay = {key: preprocess[key] for key in ("interpolation", "crop_pct", "crop_mode") if preprocess.get(key)}
     overlay.update({key: tuple(preprocess[key]) for key in ("mean", "std") if preprocess.get(key)})
@@ -937,7 +1235,7 @@ def remove_classifier(trunk: nn.Module, config: TimmTowerConfig) -> None:
     if config.proj is None and config.head is None and config.pool not in ATTENTION_POOLS:
         # A trunk that came with its classifier keeps it as the projection; another pool would need another classifier.
         if pool is not None and pool != own_pool(trunk):
-            raise PoolRefused(config, f"the classifier that is kept was made for pool {own_pool(trunk)!r}")
+            raise UnsupportedPool(config, f"the classifier that is kept was made for pool {own_pool(trunk)!r}")
         return
     if not hasattr(trunk, "reset_classifier"):
         # Encoders (features only) have nothing to remove and nothing to set.
@@ -953,78 +1251,59 @@ def remove_classifier(trunk: nn.Module, config: TimmTowerConfig) -> None:
         else:
             trunk.reset_classifier(0, global_pool=pool)  # type: ignore[operator]
     except BUILD_ERRORS as error:
-        raise PoolRefused(config, str(error)) from error
+        raise UnsupportedPool(config, str(error)) from error
 
 
-def trunk_output(trunk: nn.Module, in_chans: int, image_size: list[int]) -> TrunkOutput:
-    """Run the trunk once without arithmetic and say what it gives.
+def _build_error(config: TimmTowerConfig, kwargs: dict[str, Any], error: BaseException) -> ConfigError | ArgumentError:
+    text = str(error) or type(error).__name__
+    if isinstance(error, TypeError) and "unexpected keyword argument" in text:
+        name = text.rsplit("'", 2)[-2]
+        if name == "global_pool":
+            return UnsupportedPool(config, text)
+        if name in (config.model_args or {}) and name not in RECORDED:
+            return ArgumentError(f"model_kwargs[{name!r}]: {config.architecture} does not take it ({text})")
+    if kwargs.get("global_pool") and ("pool" in text.lower() or isinstance(error, AssertionError)):
+        return UnsupportedPool(config, text)
+    given = {key: value for key, value in kwargs.items() if key != "pretrained_cfg_overlay"}
+    return ConfigError(f"timm cannot build {config.architecture} with {given}: {text}")
 
-    Args:
-        trunk: A trunk without a classifier.
-        in_chans: Channels of the image.
-        image_size: Height and width in pixels.
 
-    Raises:
-        ConfigError: it does not run at this size, or does not give one tensor.
+def trunk_pool(pool: str | None) -> str | None:
+    """The tower's pool -> what the trunk is asked for: None leaves its own, `""` is unpooled."""
+    if pool in (*ATTENTION_POOLS, "token_avg", "none"):
+        return ""
+    return None if pool == "default" else pool
+
+
+def own_pool(trunk: nn.Module) -> str | None:
+    """Name of the pool that the trunk has now, `""` for none, None if it does not say.
+
+    Read from the module that pools before the attribute of the model, which some models leave at its first value.
     """
-    shape = (2, in_chans, *image_size)
-    grid = getattr(getattr(trunk, "patch_embed", None), "grid_size", None)
-    if isinstance(grid, tuple) and 0 in grid:
-        # older torch runs this on meta without a word
-        raise ConfigError(f"image_size={image_size}: smaller than one patch of {type(trunk).__name__}")
-    twin = _meta_twin(trunk)
-    try:
-        with torch.no_grad():
-            features = twin(torch.empty(shape, device="meta", dtype=float_dtype(trunk)))
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError):
-        # Not every model runs on meta (constants made on the CPU); whether it runs at all is settled for real.
-        features = _run_for_real(trunk, shape)
-    if not isinstance(features, torch.Tensor):
-        raise ConfigError(
-            f"{type(trunk).__name__} gives a {type(features).__name__}, not one tensor, with this pool; "
-            "a tower needs one tensor. Use another pool, or forward_intermediates."
-        )
-    return describe_output(trunk, features.shape)
+    head = getattr(trunk, "head", None)
+    for holder in (
+        getattr(head, "global_pool", None),
+        getattr(head, "pool_type", None),
+        getattr(trunk, "global_pool", None),
+    ):
+        name = getattr(holder, "pool_type", holder)
+        if isinstance(name, str):
+            return name
+    return None
 
 
-def describe_output(trunk: nn.Module, shape: torch.Size | tuple[int, ...]) -> TrunkOutput:
-    """Shape of a batch of features -> its layout, width and size."""
-    _, *rest = shape
-    if len(rest) == 1:
-        return TrunkOutput("NC", rest[0], ())
-    if len(rest) == 2:
-        return TrunkOutput("NLC", rest[1], (rest[0],))
-    if len(rest) == 3:
-        if getattr(trunk, "output_fmt", None) == "NHWC":
-            return TrunkOutput("NHWC", rest[2], (rest[0], rest[1]))
-        return TrunkOutput("NCHW", rest[0], (rest[1], rest[2]))
-    raise ConfigError(f"{type(trunk).__name__} gives features of shape {tuple(shape)}: a tower takes rank 2 to 4")
+def class_and_patch_tokens(trunk: nn.Module) -> int | None:
+    """Number of prefix tokens of a trunk with a class token first, None where there is no class token."""
+    prefix = getattr(trunk, "num_prefix_tokens", None)
+    tokens = (getattr(trunk, "cls_token", None), getattr(getattr(trunk, "embeds", None), "cls_token", None))
+    if not isinstance(prefix, int) or prefix < 1 or all(token is None for token in tokens):
+        return None
+    return prefix
 
 
 def float_dtype(trunk: nn.Module) -> torch.dtype:
     """dtype of the images that the trunk takes: that of its first floating-point parameter."""
     return next((tensor.dtype for tensor in trunk.parameters() if tensor.is_floating_point()), torch.float32)
-
-
-def _meta_twin(trunk: nn.Module) -> nn.Module:
-    """A copy of the trunk in eval mode whose tensors have no memory. A copy, for models that cache by input size."""
-    memo: dict[int, Any] = {}
-    for parameter in trunk.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-    for buffer in trunk.buffers():
-        memo[id(buffer)] = buffer.to("meta")
-    return copy.deepcopy(trunk, memo).eval()
-
-
-def _run_for_real(trunk: nn.Module, shape: tuple[int, ...]) -> Any:
-    anchor = next(trunk.parameters())
-    try:
-        with torch.no_grad(), eval_mode(trunk):
-            return trunk(torch.zeros(shape, device=anchor.device, dtype=anchor.dtype))
-    except BUILD_ERRORS as error:
-        raise ConfigError(
-            f"{type(trunk).__name__} does not run on an image of shape {shape[1:]} (C, H, W): {error}"
-        ) from error
 
 
 @contextmanager
@@ -1039,128 +1318,29 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def native_size(config: TimmTowerConfig) -> list[int]:
-    """The config's image size, or the architecture's own: `[height, width]` in pixels."""
-    if config.image_size is not None:
-        return list(config.image_size)  # type: ignore[arg-type]
-    return list(native_cfg(config.architecture)["input_size"][1:])
+def buffers_as_timm(module: nn.Module, dtype: torch.dtype) -> None:
+    """Give the buffers that no file holds the dtype that `module.to(dtype)` gives them, once the weights are in.
 
+    timm keeps some tables in float32 (RoPE frequencies and periods), by an `_apply` of their modules. So it is asked:
+    these modules are cast by their own `_apply`, everything but such buffers left as it is.
 
-def check_pool(trunk: nn.Module, config: TimmTowerConfig, output: TrunkOutput) -> None:
-    """The pool that was asked for is the one that runs.
-
-    A trunk that takes a name and then ignores it would give another vector without a word.
-
-    Raises:
-        ConfigError: lists the pools that the trunk offers.
+    Args:
+        module: Built in float32, its weights of any dtype.
+        dtype: What the weights were cast to.
     """
-    wanted = trunk_pool(config.pool)
-    has = own_pool(trunk)
-    if wanted is not None and has is not None and has != wanted and hasattr(trunk, "reset_classifier"):
-        raise PoolRefused(config, f"the trunk keeps its pool {has!r}")
-    if wanted == "" and output.layout == "NC":
-        raise PoolRefused(config, "the trunk still gives a vector")
-    if wanted and output.layout != "NC":
-        raise PoolRefused(config, f"the trunk gives {output.layout} features, not a vector")
-    if config.pool in ATTENTION_POOLS and output.layout not in ("NCHW", "NHWC"):
-        raise PoolRefused(config, f"attention pools need a feature map, the trunk gives {output.layout}")
-    if config.pool in ATTENTION_POOLS and output.width % ATTENTION_HEAD_WIDTH:
-        raise PoolRefused(
-            config, f"attention heads are {ATTENTION_HEAD_WIDTH} wide, which does not divide the width {output.width}"
-        )
-    if config.pool == "token_avg" and (output.layout != "NLC" or class_and_patch_tokens(trunk) is None):
-        raise PoolRefused(config, "it needs tokens with a class token first")
-
-
-def offered_pools(config: TimmTowerConfig, among: Sequence[str] = ALL_POOLS) -> list[str]:
-    """The pools that work for this architecture and projection, found by trying each on the meta device."""
-    found = []
-    for pool in among:
-        trial = copy.deepcopy(config)
-        trial.pool = pool
-        try:
-            trunk = create_trunk(trial, initialise=False)
-            check_pool(trunk, trial, trunk_output(trunk, trial.in_chans, native_size(trial)))
-        except ConfigError:
-            continue
-        found.append(pool)
-    return found
-
-
-def describe_trunk(trunk: nn.Module) -> dict[str, Any]:
-    """How a timm model that exists was made, as it is now: fields of the config.
-
-    Returns:
-        `architecture`, `model_args`, `image_size` and `in_chans`.
-
-    Raises:
-        ConfigError: it is not a model of timm's registry.
-    """
-    cfg = getattr(trunk, "pretrained_cfg", None)
-    if not isinstance(cfg, dict) or not timm.is_model(cfg.get("architecture") or ""):
-        raise ConfigError(
-            f"{type(trunk).__name__} is not a model that timm.create_model made (no known architecture in its "
-            "pretrained_cfg): build the tower by name, or subclass TimmModel and override _create_trunk"
-        )
-    args = timm.models.get_model_args(trunk)
-    # timm leaves the drop rates out, they matter only in training; a tower goes on training
-    made = getattr(trunk, "_model_args", {})
-    args |= {key: value for key, value in made.items() if "drop" in key and key.endswith("_rate")}
-    args = {key: value for key, value in args.items() if value is not None}
-    traits = timm.models.get_model_traits(trunk)
-    size = args.pop("img_size", None) or cfg["input_size"][1:]
-    in_chans = args.pop("in_chans", None) or traits.get("in_chans") or cfg["input_size"][0]
-    tag = cfg.get("tag")
-    return {
-        "architecture": f"{cfg['architecture']}.{tag}" if tag else cfg["architecture"],
-        "model_args": args,
-        "image_size": [size, size] if isinstance(size, int) else list(size),
-        "in_chans": in_chans,
-    }
-
-
-def check_made_again(trunk: nn.Module, config: TimmTowerConfig) -> None:
-    """A trunk that exists and the trunk that its config makes have the same weights by name and shape.
-
-    Raises:
-        ConfigError: they do not: the trunk was changed by hand.
-    """
-    keep = copy.deepcopy(config)
-    keep.proj, keep.head, keep.pool = None, None, "default"  # the classifier stays on
-    again = create_trunk(keep, initialise=False)
-    ours = {key: tuple(value.shape) for key, value in trunk.state_dict().items()}
-    theirs = {key: tuple(value.shape) for key, value in again.state_dict().items()}
-    if ours != theirs:
-        odd = sorted(key for key in set(ours) | set(theirs) if ours.get(key) != theirs.get(key))
-        raise ConfigError(
-            f"the trunk {config.architecture} cannot be built again as it is: with its own arguments "
-            f"{config.model_args} timm makes other weights ({len(odd)} keys differ, {', '.join(odd[:4])}). It was "
-            "changed by hand; subclass TimmModel and override _create_trunk."
-        )
-
-
-def _build_error(config: TimmTowerConfig, kwargs: dict[str, Any], error: BaseException) -> ConfigError | ArgumentError:
-    text = str(error) or type(error).__name__
-    if isinstance(error, TypeError) and "unexpected keyword argument" in text:
-        name = text.rsplit("'", 2)[-2]
-        if name == "global_pool":
-            return PoolRefused(config, text)
-        if name in (config.model_args or {}):
-            return ArgumentError(f"model_kwargs[{name!r}]: {config.architecture} does not take it ({text})")
-    if kwargs.get("global_pool") and ("pool" in text.lower() or isinstance(error, AssertionError)):
-        return PoolRefused(config, text)
-    given = {key: value for key, value in kwargs.items() if key != "pretrained_cfg_overlay"}
-    return ConfigError(f"timm cannot build {config.architecture} with {given}: {text}")
-
-
-def buffers_as_timm(trunk: nn.Module) -> None:
-    """TEMPORARY: buffers that no file holds get the dtype of the weights."""
-    dtype = float_dtype(trunk)
-    for part in trunk.modules():
-        for name in part._non_persistent_buffers_set:
-            buffer = part._buffers.get(name)
-            if buffer is not None and buffer.dtype == torch.float32 and dtype != torch.float32:
-                part._buffers[name] = buffer.to(dtype)
+    cast: dict[int, torch.Tensor] = {}
+    for part in module.modules():
+        computed = {id(part._buffers[name]) for name in part._non_persistent_buffers_set if name in part._buffers}
+        if any(id(buffer) in computed and buffer.is_floating_point() for buffer in part.buffers(recurse=False)):
+            part._apply(  # type: ignore[no-untyped-call]
+                lambda tensor, computed=computed: (
+                    # One buffer that several modules hold stays one.
+                    cast.setdefault(id(tensor), tensor.to(dtype))
+                    if id(tensor) in computed and tensor.is_floating_point()
+                    else tensor
+                ),
+                recurse=False,
+            )
 
 # --- graph_ops.py
 
@@ -1274,22 +1454,7 @@ _SPECIAL = (
 
 _FFT = "fft ifft fft2 ifft2 fftn ifftn rfft irfft rfft2 irfft2 rfftn irfftn fftshift ifftshift fftfreq rfftfreq"
 
-_PROPERTIES = "T mT H mH real imag data"
-
-RANDOM_NAMES = frozenset(
-    """
-    torch.alpha_dropout torch.bernoulli torch.dropout torch.dropout_ torch.feature_alpha_dropout torch.feature_dropout
-    torch.multinomial torch.normal torch.poisson torch.rand torch.rand_like torch.randint torch.randint_like torch.randn
-    torch.randn_like torch.randperm torch.rrelu torch._standard_gamma torch.binomial
-    torch._sample_dirichlet torch.draw_dirichlet torch.gru torch.lstm torch.rnn_relu torch.rnn_tanh
-    Tensor.bernoulli Tensor.bernoulli_ Tensor.cauchy_ Tensor.exponential_ Tensor.geometric_ Tensor.log_normal_
-    Tensor.multinomial Tensor.normal_ Tensor.random_ Tensor.uniform_
-    F.alpha_dropout F.dropout F.dropout1d F.dropout2d F.dropout3d F.feature_alpha_dropout F.gumbel_softmax
-    F.multi_head_attention_forward F.rrelu F.scaled_dot_product_attention
-    """.split()
-)
-"""Operations whose result is not fixed by their arguments: they draw numbers."""
-
+TENSOR_PROPERTIES = ("T", "mT", "H", "mH", "real", "imag", "data")
 
 def _property_reader(name: str) -> Callable[[torch.Tensor], Any]:
     getter = getattr(torch.Tensor, name).__get__
@@ -1313,174 +1478,907 @@ def _draw_dirichlet(concentration: torch.Tensor) -> torch.Tensor:
     return _Dirichlet.apply(concentration)  # type: ignore[no-any-return]
 
 
-def _function_key(function: Any) -> Any:
-    """What identifies a function that torch hands to a function mode; getters and setters by their property."""
-    if getattr(function, "__name__", None) == "__get__":
-        return ("get", id(function.__self__))
-    if getattr(function, "__name__", None) == "__set__":
-        return ("set", id(function.__self__))
-    return function
-
-
-def _build_tables() -> tuple[dict[str, Callable[..., Any]], dict[Any, str]]:
-    ops: dict[str, Callable[..., Any]] = {}
-    names: dict[Any, str] = {}
-    spaces: list[tuple[str, Any, str]] = [
-        ("torch", torch, _TORCH),
-        ("Tensor", torch.Tensor, _TENSOR),
-        ("F", functional, _FUNCTIONAL),
-        ("linalg", torch.linalg, _LINALG),
-        ("special", torch.special, _SPECIAL),
-        ("fft", torch.fft, _FFT),
-    ]
-    for prefix, space, listed in spaces:
+def _build_table() -> dict[str, Callable[..., Any]]:
+    table: dict[str, Callable[..., Any]] = {}
+    for prefix, space, listed in OP_SPACES:
         for name in listed.split():
             function = getattr(space, name, None)  # a name from the lists above, never from a file
             if function is not None:
-                ops[f"{prefix}.{name}"] = function
-                names.setdefault(_function_key(function), f"{prefix}.{name}")
-    for name in _PROPERTIES.split():
-        ops[f"Tensor.{name}"] = _property_reader(name)
-        names[("get", id(getattr(torch.Tensor, name)))] = f"Tensor.{name}"
-    for empty, zeros in (("torch.empty", "torch.zeros"), ("torch.empty_like", "torch.zeros_like")):
-        names[getattr(torch, empty.split(".")[1])] = zeros
-    names[torch.Tensor.new_empty] = "Tensor.new_zeros"
-    ops["Tensor.set_data_"] = _set_data
-    names[("set", id(torch.Tensor.data))] = "Tensor.set_data_"
-    ops["torch.draw_dirichlet"] = _draw_dirichlet
-    return ops, names
+                table[f"{prefix}.{name}"] = function
+    for name in TENSOR_PROPERTIES:
+        table[f"Tensor.{name}"] = _property_reader(name)
+    table["Tensor.set_data_"] = _set_data
+    table["torch.draw_dirichlet"] = _draw_dirichlet
+    return table
 
 
-OPS, _NAMES = _build_tables()
-
-
-def name_of(function: Any) -> str | None:
-    """The table's name for a function as torch's function protocol reports it, or None if it is not in the table."""
-    try:
-        return _NAMES.get(_function_key(function))
-    except TypeError:  # unhashable callables are never ours
-        return None
-
-
-TORCH_FUNCTIONS: dict[type, str] = {_Dirichlet: "torch.draw_dirichlet"}
-"""Autograd functions of torch itself that stand in the table."""
-
-METADATA = frozenset(
-    """
-    shape size dim ndim ndimension dtype device is_cuda is_cpu is_floating_point is_complex is_contiguous stride numel
-    nelement __len__ requires_grad is_leaf layout is_sparse is_quantized is_meta is_mps is_xpu storage_offset
-    element_size itemsize nbytes get_device is_nested is_inference is_conj is_neg is_signed is_same_size __hash__
-    __repr__ __format__ __str__ names has_names is_distributed _is_view is_sparse_csr is_mkldnn
-    """.split()
+OP_SPACES: tuple[tuple[str, Any, str], ...] = (
+    ("torch", torch, _TORCH),
+    ("Tensor", torch.Tensor, _TENSOR),
+    ("F", functional, _FUNCTIONAL),
+    ("linalg", torch.linalg, _LINALG),
+    ("special", torch.special, _SPECIAL),
+    ("fft", torch.fft, _FFT),
 )
-"""Questions about a tensor that its values do not decide: answered natively while tracing, never recorded."""
+OPS = _build_table()
 
-VALUE_READERS = frozenset(
-    """
-    __bool__ __int__ __float__ __index__ __complex__ __array__ __contains__ __nonzero__ __long__ item tolist numpy
-    is_nonzero equal allclose __dlpack__ __array_interface__
-    """.split()
-)
-"""Calls that turn tensor values into Python values; data only where the tensor is the same in every run."""
+# --- graph_program.py
 
+"""A stored forward: its records, and its reading. Every node, argument and reference is checked as it is read.
 
-def plain_name(function: Any) -> str:
-    """The bare name of a torch function or property getter, for messages and the sets above."""
-    name = str(getattr(function, "__name__", function))
-    if name in {"__get__", "__set__", "__delete__"}:
-        owner = function.__self__
-        bare = getattr(owner, "__name__", None) or getattr(getattr(owner, "fget", None), "__name__", "property")
-        return str(bare) if name == "__get__" else f"{bare}.{name}"
-    return name
-
-
-def is_random(op: str) -> bool:
-    """Whether the operation's result is not fixed by its arguments."""
-    return op in RANDOM_NAMES
-
-
-_WRITES_STATISTICS = frozenset(
-    "F.batch_norm torch.batch_norm F.instance_norm torch.instance_norm F.embedding F.embedding_bag".split()
-)
-
-
-def writes_in_place(op: str, keywords: Iterable[str] = ()) -> bool:
-    """Whether the operation may change an argument: ``add_``, ``__iadd__``, ``__setitem__``, ``out=``, ``inplace=``."""
-    name = op.split(".", 1)[1]
-    if name.startswith("__"):
-        return name == "__setitem__" or (name.startswith("__i") and name != "__invert__")
-    return name.endswith("_") or not {"out", "inplace"}.isdisjoint(keywords)
-
-
-def has_effect(op: str, keywords: Iterable[str] = ()) -> bool:
-    """Whether the operation matters even if nobody uses its result: it draws numbers, writes, or keeps statistics."""
-    return is_random(op) or op in _WRITES_STATISTICS or writes_in_place(op, keywords)
-
-# --- graph_layers.py
-
-"""The layers a stored head may name: classes of `torch.nn` and `timm.layers` with arguments that can be read back.
-
-A layer is stored as its table name and constructor arguments only if it is exactly that class, carries no hooks, and a
-fresh one built from the arguments read back agrees with it in every attribute and tensor shape. Anything else (a
-subclass, a parametrized layer, a patched method) is not a layer here: it becomes a plain part, its forward is traced.
+An operation must stand in the table, a reference must point back to something that exists, a string must be a word that
+operations take, and numbers that decide alone how large a result is are bounded.
 """
 
 
-Reader = Callable[[nn.Module], Any]
-ReadArgs = Mapping[str, Any]
+Json = Any
+
+# The longest forward of the heads in this package's tests has 55 nodes; one that loops over 1,370 tokens has thousands.
+MAX_NODES = 10_000
+MAX_ITEMS = 10_000
+MAX_ELEMENTS = 2**31
+MAX_FORMULA_DEPTH = 6
+
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name)
+    for name in ("float32 float64 float16 bfloat16 complex64 complex128 int8 int16 int32 int64 uint8 bool".split())
+}
+MEMORY_FORMATS: dict[str, torch.memory_format] = {
+    "contiguous": torch.contiguous_format,
+    "preserve": torch.preserve_format,
+    "channels_last": torch.channels_last,
+    "channels_last_3d": torch.channels_last_3d,
+}
+FORMULAS: dict[str, Callable[[Any, Any], Any]] = {
+    "+": lambda a, b: a + b,
+    "*": lambda a, b: a * b,
+    "//": lambda a, b: a // b,
+    "/": lambda a, b: a / b,
+    "**": lambda a, b: a**b,
+    "log": lambda a, b: math.log(a) * b,
+    "max": max,
+}
+"""Operators of a formula in the batch size; powers are square roots only."""
+
+_KEYWORD = re.compile(r"[a-z][a-zA-Z0-9_]{0,40}")
+_REFERENCE = re.compile(r"%(\d{1,6})((?:\.\d{1,4}){0,4})")
+_CONSTANT = re.compile(r"#([0-9]{1,6})")
+_EINSUM = re.compile(r"[A-Za-z.,>\- ]{1,200}")
+_WORDS = frozenset(
+    """
+    mean sum none max min prod amax amin batchmean bilinear bicubic nearest nearest-exact linear trilinear area zeros
+    border reflection constant reflect replicate circular tanh floor trunc ij xy fro nuc lower higher midpoint backward
+    ortho forward same valid left right reduced complete r use_mm_for_euclid_dist_if_necessary use_mm_for_euclid_dist
+    donot_use_mm_for_euclid_dist
+    """.split()
+)
+_SIZED_BY_NUMBERS = frozenset(
+    """
+    torch.zeros torch.ones torch.full torch.rand torch.randn torch.randint torch.arange torch.eye torch.linspace
+    torch.logspace torch.randperm torch.normal torch.tile torch.repeat_interleave torch.tril_indices torch.triu_indices
+    torch.broadcast_to torch.tensor_split torch.chunk Tensor.new_full Tensor.new_ones Tensor.new_zeros Tensor.expand
+    Tensor.repeat Tensor.tile Tensor.repeat_interleave Tensor.broadcast_to Tensor.tensor_split Tensor.chunk
+    F.interpolate F.upsample F.one_hot F.pad F.adaptive_avg_pool2d F.adaptive_max_pool2d
+    """.split()
+)
+"""Operations whose numbers alone say how large the result is. What sizes and numbers do together is counted when the
+graph runs (`graph_head.Sizes`)."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A tensor at run time: ``kind`` is "input", "node" (with a path into its result), "tensor" or "constant"."""
+
+    kind: str
+    index: int = 0
+    path: tuple[int, ...] = ()
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A number that follows the batch size."""
+
+    expr: Any
+
+
+@dataclass(frozen=True)
+class FromInput:
+    """Something taken from the input at run time: "device" or "dtype"."""
+
+    what: str
+
+
+@dataclass(frozen=True)
+class DtypeOf:
+    """The dtype that a parameter or buffer has at run time."""
+
+    tensor: Reference
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A dict in an argument or output, in order; ``kind`` is "d" or "ordered"."""
+
+    kind: str
+    items: tuple[tuple[Any, Any], ...]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A slice whose parts may be formulas."""
+
+    start: Any
+    stop: Any
+    step: Any
+
+
+@dataclass(frozen=True)
+class Node:
+    """One step of a program: ``kind`` is "op", "call" or "write", ``target`` the operation, module or buffer."""
+
+    kind: str
+    target: str
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    no_grad: bool
+    autocast: tuple[tuple[str, bool, str | None], ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """The forward of one mode."""
+
+    nodes: tuple[Node, ...]
+    output: Any
+
+
+# --- small pieces: each takes a value and where it stands, and gives it back checked
+
+
+def only(value: dict[str, Json], known: Set[str], where: str) -> None:
+    unknown = sorted(str(key) for key in value if key not in known)
+    if unknown:
+        raise GraphError(f"{where}: unknown keys {shown(unknown[:4])}; expected some of {sorted(known)}")
+
+
+def read_list(value: Json, where: str, most: int) -> list[Json]:
+    if not isinstance(value, list) or len(value) > most:
+        raise GraphError(f"{where}: expected a list of at most {most} items, found {shown(value)}")
+    return value
+
+
+def read_text(value: Json, where: str) -> str:
+    if not isinstance(value, str) or len(value) > 2000:
+        raise GraphError(f"{where}: expected a name, found {shown(value)}")
+    return value
+
+
+def read_pair(value: Json, where: str) -> tuple[Json, Json]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise GraphError(f"{where}: expected a pair, found {shown(value)}")
+    return value[0], value[1]
+
+
+def read_names(value: Json, where: str) -> tuple[str, str]:
+    first, second = read_pair(value, where)
+    return read_text(first, where), read_text(second, where)
+
+
+def read_dtype(value: Json, where: str) -> torch.dtype:
+    if not isinstance(value, str) or value not in DTYPES:
+        raise GraphError(f"{where}: {shown(value)} is not a dtype; expected one of {sorted(DTYPES)}")
+    return DTYPES[value]
+
+
+def _flag(value: Json, where: str) -> bool:
+    if type(value) is not bool:
+        raise GraphError(f"{where}: {shown(value)} is neither true nor false")
+    return value
+
+
+# --- programs
+
+
+def read_program(value: Json, where: str, modules: set[str], constants: int) -> Program:
+    """The forward of one mode; `modules` are the names it may call, `constants` how many tensors it may refer to."""
+    if not isinstance(value, dict):
+        raise GraphError(f"{where}: expected an object with nodes and output")
+    only(value, {"nodes", "output"}, where)
+    nodes: list[Node] = []
+    for index, item in enumerate(read_list(value.get("nodes"), f"{where}.nodes", MAX_NODES)):
+        nodes.append(_node(item, _ValueReader(nodes, constants, f"{where}.nodes[{index}]"), modules))
+    if "output" not in value:
+        raise GraphError(f"{where}: has no output")
+    return Program(tuple(nodes), _ValueReader(nodes, constants, f"{where}.output").read(value["output"]))
+
+
+def _node(value: Json, reader: "_ValueReader", modules: set[str]) -> Node:
+    where = reader.where
+    if not isinstance(value, dict):
+        raise GraphError(f"{where}: expected an object, found {shown(value)}")
+    kinds = [kind for kind in ("op", "call", "write") if kind in value]
+    if len(kinds) != 1:
+        raise GraphError(f"{where}: expected exactly one of op, call, write")
+    kind = kinds[0]
+    only(value, {kind, "in", "kw", "no_grad", "autocast"}, where)
+    target = read_text(value[kind], where)
+    if kind == "op" and target not in OPS:
+        raise GraphError(
+            f"{where}: {shown(target)} is not an operation that a stored head may use (or this torch lacks it)"
+        )
+    if kind == "call" and target not in modules:
+        raise GraphError(f"{where}: calls {shown(target)}, which is not a layer of the head")
+    reader.op = target if kind == "op" else ""
+    args = tuple(reader.read(item) for item in read_list(value.get("in", []), where, MAX_ITEMS))
+    keywords = value.get("kw", {})
+    if not isinstance(keywords, dict) or not all(isinstance(key, str) and _KEYWORD.fullmatch(key) for key in keywords):
+        raise GraphError(f"{where}: keyword arguments {shown(keywords)} are not an object of plain names")
+    kwargs = tuple((key, reader.read(item)) for key, item in keywords.items())
+    if kind == "write" and (kwargs or len(args) != 1 or not isinstance(args[0], Reference)):
+        raise GraphError(f"{where}: a write takes exactly one tensor")
+    if target in _SIZED_BY_NUMBERS and reader.product > MAX_ELEMENTS:
+        raise GraphError(f"{where}: {target} asks for {reader.product:.3g} elements, more than {MAX_ELEMENTS}")
+    return Node(kind, target, args, kwargs, _flag(value.get("no_grad", False), where), _autocast(value, where))
+
+
+def _autocast(value: dict[str, Json], where: str) -> tuple[tuple[str, bool, str | None], ...]:
+    regions = []
+    for item in read_list(value.get("autocast", []), f"{where}.autocast", 8):
+        valid = isinstance(item, list) and len(item) == 3 and item[0] in ("input", "cuda") and type(item[1]) is bool
+        if not valid or item[2] not in (None, "float16", "bfloat16", "float32"):
+            raise GraphError(f"{where}: autocast {shown(item)} is not [device, enabled, dtype]")
+        regions.append((item[0], item[1], item[2]))
+    return tuple(regions)
+
+
+class _ValueReader:
+    """Reads the arguments of one node; references may only point to nodes before it."""
+
+    def __init__(self, nodes: Sequence[Node], constants: int, where: str) -> None:
+        self.nodes, self.constants, self.where = nodes, constants, where
+        self.op = ""
+        self.product = 1.0
+
+    def read(self, value: Json) -> Any:
+        """Decode one JSON value; GraphError if it is not one that a save writes."""
+        if value is None or type(value) in (bool, float):
+            return value
+        if type(value) is int:
+            if abs(value) >= 2**63:
+                raise GraphError(f"{self.where}: the number {shown(value)} is too large")
+            self.product *= max(abs(value), 1)
+            return value
+        if isinstance(value, str):
+            return self._reference(value)
+        if isinstance(value, list):
+            return [self.read(item) for item in read_list(value, self.where, MAX_ITEMS)]
+        if isinstance(value, dict) and len(value) == 1:
+            ((tag, inner),) = value.items()
+            return self._tagged(tag, inner)
+        raise GraphError(f"{self.where}: {shown(value)} is not an argument")
+
+    def _tagged(self, tag: str, inner: Json) -> Any:
+        if tag == "t":
+            return tuple(self.read(item) for item in read_list(inner, self.where, MAX_ITEMS))
+        if tag in ("d", "ordered"):
+            pairs = [read_pair(item, self.where) for item in read_list(inner, self.where, MAX_ITEMS)]
+            return Pairs(tag, tuple((self._dict_key(key), self.read(item)) for key, item in pairs))
+        if tag == "s":
+            return self._string(inner)
+        if tag == "slice" and isinstance(inner, list) and len(inner) == 3:
+            return Slice(*(self.read(item) for item in inner))
+        if tag == "..." and inner is True:
+            return Ellipsis
+        if tag == "f" and inner in ("inf", "-inf", "nan"):
+            return float(inner)
+        if tag == "complex" and isinstance(inner, list) and len(inner) == 2:
+            parts = [self.read(item) for item in inner]
+            if all(isinstance(part, (int, float)) for part in parts):
+                return complex(*parts)
+        if tag == "n":
+            check_formula(inner)
+            return Formula(inner)
+        if tag in ("dtype", "device") and inner == "input":
+            return FromInput(tag)
+        if tag == "dtype" and isinstance(inner, str) and inner.startswith("$"):
+            return DtypeOf(self._reference(inner))
+        if tag == "dtype":
+            return read_dtype(inner, self.where)
+        if tag == "memory" and isinstance(inner, str) and inner in MEMORY_FORMATS:
+            return MEMORY_FORMATS[inner]
+        if tag == "layout" and inner == "strided":
+            return torch.strided
+        raise GraphError(f"{self.where}: {{{shown(tag)}: {shown(inner)}}} is not an argument")
+
+    def _dict_key(self, value: Json) -> Any:
+        if isinstance(value, dict) and set(value) == {"s"} and isinstance(value["s"], str) and len(value["s"]) <= 200:
+            return value["s"]
+        if value is None or type(value) in (bool, int):
+            return value
+        raise GraphError(f"{self.where}: {shown(value)} is not a key of a dict")
+
+    def _string(self, value: Json) -> str:
+        if isinstance(value, str) and (value in _WORDS or (self.op == "torch.einsum" and _EINSUM.fullmatch(value))):
+            return value
+        if isinstance(value, str) and self.where.endswith(".output") and len(value) <= 200:
+            return value  # a label that the head returns beside its tensors
+        raise GraphError(f"{self.where}: {shown(value)} is not a word that {self.op or 'a layer'} takes")
+
+    def _reference(self, value: str) -> Reference:
+        if value == "x":
+            return Reference("input")
+        if value.startswith("$"):
+            return Reference("tensor", name=value[1:])
+        if (constant := _CONSTANT.fullmatch(value)) and int(constant[1]) < self.constants:
+            return Reference("constant", index=int(constant[1]))
+        match = _REFERENCE.fullmatch(value)
+        if match and int(match[1]) < len(self.nodes) and self.nodes[int(match[1])].kind != "write":
+            return Reference("node", index=int(match[1]), path=tuple(int(step) for step in match[2].split(".")[1:]))
+        raise GraphError(f"{self.where}: {shown(value)} refers to nothing that exists before this point")
+
+
+def check_formula(expr: Json, depth: int = 0) -> None:
+    """Raise GraphError unless `expr` is a formula of the batch size: ``"B"``, a number, or ``[operator, a, b]``."""
+    if expr == "B" or (type(expr) in (int, float) and abs(expr) <= 2**40):
+        return
+    known = isinstance(expr, list) and len(expr) == 3 and isinstance(expr[0], str) and expr[0] in FORMULAS
+    if not known or depth >= MAX_FORMULA_DEPTH:
+        raise GraphError(f"{shown(expr)} is not a formula of the batch size")
+    if expr[0] == "**" and expr[2] not in (0.5, -0.5):
+        raise GraphError(f"a formula of the batch size raises to the power {shown(expr[2])}; only 0.5 and -0.5 occur")
+    check_formula(expr[1], depth + 1)
+    check_formula(expr[2], depth + 1)
+
+
+def evaluate(expr: Json, batch: int) -> int | float:
+    """The value of an audited formula for a batch size. Raises GraphError where it has none (a division by zero)."""
+    if expr == "B":
+        return batch
+    if isinstance(expr, list):
+        try:
+            return FORMULAS[expr[0]](evaluate(expr[1], batch), evaluate(expr[2], batch))  # type: ignore[no-any-return]
+        except (ZeroDivisionError, ValueError, OverflowError) as error:
+            raise GraphError(f"the head cannot take a batch of {batch}: {error}") from None
+    return expr  # type: ignore[no-any-return]
+
+# --- graph_schema.py
+
+"""Phases one and two of reading a stored head: untrusted JSON to records, with every check that needs no module.
+
+After `parse_graph` every name is known, every operation is one of the table, every reference points back to something
+that exists, every string is one that an operation takes, and sizes are bounded. Each value is looked at once, so the
+audit is linear in the text. docs/format.md describes the JSON.
+"""
+
+
+VERSION = 1
+# Of the heads in this package's tests (147, as people write them) the largest graph has 54 KiB of text, most of it an
+# embedded mask, 551 values and 38 modules.
+MAX_TEXT = 1 << 20
+MAX_VALUES = 200_000
+MAX_MODULES = 2_000
+MAX_MODULE_DEPTH = 32
+MAX_DEPTH = 16
+MAX_EMBEDDED_BYTES = 1 << 20
+
+_GRAPH_KEYS = frozenset("version input modules ties frozen dtypes layouts held constants forward train eval".split())
+_KEY = re.compile(r"[^.\x00-\x1f\x7f]{1,200}")
+# --- records: a stored head without any JSON left in it
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A parameter or buffer that the weights bring: its name within its module, shape and dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """One module: a layer of the table, a torch container, a plain part, or another name of an earlier module.
+
+    `values` are buffers that are not in the state dict, with their values.
+    """
+
+    name: str
+    kind: str
+    layer: str = ""
+    args: Any = None
+    same: str = ""
+    params: tuple[TensorSpec, ...] = ()
+    buffers: tuple[TensorSpec, ...] = ()
+    values: tuple[tuple[str, torch.Tensor], ...] = ()
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An audited graph. ``programs`` is empty where the root is itself a layer and needs none."""
+
+    shape: tuple[int | None, ...]
+    modules: tuple[ModuleSpec, ...]
+    ties: tuple[tuple[str, str], ...]
+    frozen: frozenset[str]
+    dtypes: tuple[tuple[str, torch.dtype], ...]
+    layouts: tuple[tuple[str, tuple[int, ...]], ...]
+    held: tuple[tuple[str, bool, bool], ...]
+    constants: tuple[torch.Tensor, ...]
+    programs: dict[bool, Program] = field(default_factory=dict)
+
+
+# --- the whole graph
+
+
+def parse_graph(graph: Json) -> Graph:
+    """Turn untrusted JSON into an audited `Graph`. Raises GraphError naming what was found and what was expected."""
+    if not isinstance(graph, dict):
+        raise GraphError(f"a stored head is a JSON object, found {type(graph).__name__}")
+    version = graph.get("version")
+    if type(version) is not int or version != VERSION:
+        raise GraphError(
+            f"the stored head has graph version {shown(version)}; this package reads version {VERSION}. A newer one "
+            "needs a newer hf_timm_tower"
+        )
+    check_extent(graph)
+    only(graph, _GRAPH_KEYS, "the stored head")
+    left = [MAX_EMBEDDED_BYTES]
+    modules = tuple(_module(item, left) for item in read_list(graph.get("modules"), "modules", MAX_MODULES))
+    _check_module_names(modules)
+    constants = [_tensor(item, left, f"constants[{i}]") for i, item in enumerate(_entries(graph, "constants"))]
+    programs = _programs(graph, _callable_names(modules), len(constants))
+    if not programs and modules[0].kind not in ("layer", "container"):
+        raise GraphError("the stored head has no forward, and its root is not a layer that brings its own")
+    if programs and modules[0].kind != "part":
+        raise GraphError("the stored head has a forward of its own, so its root must be a part")
+    return Graph(
+        shape=_input_shape(graph.get("input")),
+        modules=modules,
+        ties=tuple(read_names(item, "ties") for item in _entries(graph, "ties")),
+        frozen=frozenset(read_text(item, "frozen") for item in _entries(graph, "frozen")),
+        dtypes=tuple(
+            (read_text(name, "dtypes"), read_dtype(dtype, "dtypes"))
+            for name, dtype in (read_pair(item, "dtypes") for item in _entries(graph, "dtypes"))
+        ),
+        layouts=tuple(_layout(item) for item in _entries(graph, "layouts")),
+        held=tuple(_held(item) for item in _entries(graph, "held")),
+        constants=tuple(constants),
+        programs=programs,
+    )
+
+
+def check_extent(graph: Json) -> None:
+    """Bound nesting, the number of values and the length of texts, without recursion and before anything else.
+
+    Raises:
+        GraphError: a limit is exceeded.
+    """
+    level, values, letters = [graph], 1, 0
+    for _ in range(MAX_DEPTH):
+        deeper: list[Json] = []
+        for item in level:
+            inner = item.values() if isinstance(item, dict) else item
+            values += len(item)
+            letters += sum(map(len, item)) if isinstance(item, dict) else 0
+            letters += sum(len(part) for part in inner if isinstance(part, str))
+            if isinstance(item, dict) and isinstance(data := item.get("data"), str):
+                letters -= len(data)  # of an embedded tensor, which has a limit of its own
+            deeper.extend(part for part in inner if isinstance(part, (dict, list)))
+            if values > MAX_VALUES or letters > MAX_TEXT:
+                raise GraphError(
+                    f"the stored head has more than {MAX_VALUES} values or {MAX_TEXT} letters beside "
+                    "its tensors: what makes so many calls is not stored as a graph"
+                )
+        level = deeper
+        if not level:
+            return
+    raise GraphError(f"the stored head is nested deeper than {MAX_DEPTH} levels")
+
+
+def _entries(graph: dict[str, Json], key: str) -> list[Json]:
+    return read_list(graph.get(key, []), key, MAX_ITEMS)
+
+
+def _callable_names(modules: Sequence[ModuleSpec]) -> set[str]:
+    names: set[str] = set()
+    for module in modules:
+        whole = module.kind == "layer" or (module.kind == "container" and module.layer == "Sequential")
+        if (whole or module.same in names) and module.name:
+            names.add(module.name)
+    return names
+
+
+def _programs(graph: dict[str, Json], names: set[str], constants: int) -> dict[bool, Program]:
+    if "forward" in graph:
+        if "train" in graph or "eval" in graph:
+            raise GraphError("the stored head has both `forward` and one per mode")
+        program = read_program(graph["forward"], "forward", names, constants)
+        return {True: program, False: program}
+    if "train" in graph or "eval" in graph:
+        if "train" not in graph or "eval" not in graph:
+            raise GraphError("the stored head has a forward for one mode only; `train` and `eval` belong together")
+        return {
+            True: read_program(graph["train"], "train", names, constants),
+            False: read_program(graph["eval"], "eval", names, constants),
+        }
+    return {}
+
+
+# --- small pieces: each takes a value and where it stands, and gives it back checked
+
+
+def read_shape(value: Json, where: str) -> tuple[int, ...]:
+    sizes = read_list(value, where, 8)
+    if not all(type(size) is int and 0 <= size <= 2**40 for size in sizes):
+        raise GraphError(f"{where}: {shown(value)} is not a shape")
+    return tuple(sizes)
+
+
+def _key(value: Json, where: str) -> str:
+    if not isinstance(value, str) or not _KEY.fullmatch(value) or value.startswith("__"):
+        raise GraphError(f"{where}: {shown(value)} is not a name for a module or tensor")
+    return value
+
+
+def _tensor(value: Json, left: list[int], where: str) -> torch.Tensor:
+    """A tensor embedded in the graph; ``left`` holds the bytes that the graph may still embed and is reduced."""
+    if not isinstance(value, dict) or set(value) != {"shape", "dtype", "data"}:
+        raise GraphError(f"{where}: expected an object of shape, dtype and data")
+    shape, dtype = read_shape(value["shape"], where), read_dtype(value["dtype"], where)
+    nbytes = math.prod(shape) * dtype.itemsize
+    left[0] -= nbytes
+    if left[0] < 0:
+        raise GraphError(f"{where}: the tensors inside a stored head exceed {MAX_EMBEDDED_BYTES} bytes")
+    try:
+        data = base64.b64decode(value["data"], validate=True) if isinstance(value["data"], str) else b""
+    except (binascii.Error, ValueError) as error:
+        raise GraphError(f"{where}: data is not base64: {error}") from None
+    if len(data) != nbytes:
+        raise GraphError(f"{where}: {len(data)} bytes of data, expected {nbytes} for {shape} of {dtype}")
+    if nbytes == 0:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    if dtype is torch.bool and set(data) - {0, 1}:
+        raise GraphError(f"{where}: a bool tensor holds only 0 and 1")
+    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
+
+
+# --- modules
+
+
+def _input_shape(value: Json) -> tuple[int | None, ...]:
+    if not isinstance(value, dict) or set(value) != {"shape"}:
+        raise GraphError(f"input: expected an object with the input's shape, found {shown(value)}")
+    sizes = read_list(value["shape"], "input.shape", 8)
+    if not sizes or not all(size is None or (type(size) is int and 0 < size <= 2**31) for size in sizes):
+        raise GraphError(f"input.shape: {shown(sizes)} is not a shape with null for the sizes that may vary")
+    return tuple(sizes)
+
+
+def _layout(value: Json) -> tuple[str, tuple[int, ...]]:
+    name, order = read_pair(value, "layouts")
+    dims = read_list(order, "layouts", 8)
+    if not all(type(dim) is int for dim in dims) or sorted(dims) != list(range(len(dims))):
+        raise GraphError(f"layouts: {shown(order)} is not an order of dimensions")
+    return read_text(name, "layouts"), tuple(dims)
+
+
+def _held(value: Json) -> tuple[str, bool, bool]:
+    if not (isinstance(value, list) and len(value) == 3 and all(type(flag) is bool for flag in value[1:])):
+        raise GraphError(f"held: expected [module, in train, in eval], found {shown(value)}")
+    return read_text(value[0], "held"), value[1], value[2]
+
+
+def _module(value: Json, left: list[int]) -> ModuleSpec:
+    if not isinstance(value, dict):
+        raise GraphError(f"modules: expected objects, found {shown(value)}")
+    name = read_text(value.get("name"), "modules.name")
+    where = f"module {shown(name)}"
+    if "layer" in value:
+        only(value, {"name", "layer", "args"}, where)
+        return ModuleSpec(name, "layer", layer=read_text(value["layer"], where), args=value.get("args"))
+    if "container" in value:
+        only(value, {"name", "container"}, where)
+        if value["container"] not in ("Sequential", "ModuleList", "ModuleDict"):
+            raise GraphError(f"{where}: unknown container {shown(value['container'])}")
+        return ModuleSpec(name, "container", layer=value["container"])
+    if "same" in value:
+        only(value, {"name", "same"}, where)
+        return ModuleSpec(name, "same", same=read_text(value["same"], where))
+    only(value, {"name", "part", "params", "buffers", "values"}, where)
+    if value.get("part") is not True:
+        raise GraphError(f"{where}: is neither a layer, a container, another name, nor a part")
+    values = []
+    for item in read_list(value.get("values", []), where, MAX_ITEMS):
+        key, tensor = read_pair(item, where)
+        values.append((_key(key, where), _tensor(tensor, left, f"{where}, buffer {shown(key)}")))
+    params, buffers = (
+        tuple(_tensor_spec(item, where) for item in read_list(value.get(kind, []), where, MAX_ITEMS))
+        for kind in ("params", "buffers")
+    )
+    spec = ModuleSpec(name, "part", params=params, buffers=buffers, values=tuple(values))
+    if len(_tensor_names(spec)) != len(params) + len(buffers) + len(values):
+        raise GraphError(f"{where}: two tensors have the same name")
+    return spec
+
+
+def _tensor_names(spec: ModuleSpec) -> set[str]:
+    return {item.name for item in (*spec.params, *spec.buffers)} | {name for name, _ in spec.values}
+
+
+def _tensor_spec(value: Json, where: str) -> TensorSpec:
+    if not isinstance(value, list) or len(value) != 3:
+        raise GraphError(f"{where}: expected [name, shape, dtype], found {shown(value)}")
+    return TensorSpec(_key(value[0], where), read_shape(value[1], where), read_dtype(value[2], where))
+
+
+def _check_module_names(modules: Sequence[ModuleSpec]) -> None:
+    if not modules or modules[0].name != "" or modules[0].kind == "same":
+        raise GraphError("modules: the first one must be the head itself, named ''")
+    seen = {"": modules[0]}
+    tensors = {"": _tensor_names(modules[0])}
+    sizes: dict[str, list[str]] = {"": []}
+    for module in modules[1:]:
+        name, same = module.name, module.same
+        parent, _, key = name.rpartition(".")
+        _key(key, f"module {shown(name)}")
+        if name in seen:
+            raise GraphError(f"modules: {shown(name)} is there twice")
+        if name.count(".") >= MAX_MODULE_DEPTH:
+            raise GraphError(f"modules: {shown(name)} is nested deeper than {MAX_MODULE_DEPTH} levels")
+        if parent not in seen:
+            raise GraphError(f"modules: {shown(name)} comes before its parent")
+        if seen[parent].kind in ("layer", "same"):
+            raise GraphError(f"modules: {shown(parent)} is a {seen[parent].kind}, it cannot hold {shown(key)}")
+        if module.kind == "same" and (same not in seen or seen[same].kind == "same"):
+            raise GraphError(f"modules: {shown(name)} is another name of {shown(same)}, which is not there before it")
+        if module.kind == "same" and (name + ".").startswith(same + "." if same else ""):
+            raise GraphError(f"modules: {shown(name)} cannot be the module {shown(same)} that holds it")
+        if key in tensors[parent]:
+            raise GraphError(f"modules: {shown(name)} has the name of a tensor")
+        seen[name] = module
+        tensors[name] = _tensor_names(module)
+        sizes.setdefault(parent, []).append(same or name)
+    _check_paths(sizes)
+
+
+def _check_paths(children: dict[str, list[str]]) -> None:
+    """Refuse modules that hold each other, or so many names for the same ones that walking over them would not end."""
+    sizes: dict[str, int] = {}
+    unfinished: set[str] = set()
+
+    def size(name: str) -> int:
+        if name in unfinished:
+            raise GraphError(f"modules: {shown(name)} holds itself")
+        if name not in sizes:
+            unfinished.add(name)
+            sizes[name] = 1 + sum(map(size, children.get(name, ())))
+            unfinished.remove(name)
+        return sizes[name]
+
+    if size("") > MAX_MODULES:
+        raise GraphError(f"modules: shared modules have more than {MAX_MODULES} names")
+
+# --- graph_sizes.py
+
+"""How large the results of a stored head's calls become, known before each call is made.
+
+Each call of a graph may be modest and their sequence not: ``cat([y, y])`` thirty times, an outer product, one call that
+splits a tensor into millions. So at the first input of a shape each call is made on the meta device before it is made
+for real, and the bytes that all of them ask for are bounded. The same call on the same shapes is not looked at again.
+"""
+
+
+# What all calls of one forward may make together: 128 MiB, and 1024 times the input and 64 times the weights. Attention
+# written by hand over 1,370 tokens of width 1024 and 16 heads makes 220 times its input; a margin loss over 100,000
+# classes ten times the logits of its batch.
+_LEAST, _PER_INPUT, _PER_WEIGHTS = 2**27, 1024, 64
+_MAX_TENSORS = 2**16
+_MAX_KNOWN = 4096
+_BY_VALUES = frozenset(
+    "torch.nonzero torch.argwhere torch.masked_select torch.unique_consecutive Tensor.nonzero Tensor.argwhere "
+    "Tensor.masked_select Tensor.unique Tensor.unique_consecutive Tensor.__getitem__ Tensor.__setitem__ torch.where "
+    "Tensor.where torch.index_put Tensor.index_put Tensor.index_put_".split()
+)
+"""Values decide the size of the result, which is at most that of the largest argument times its rank."""
+_DECOMPOSITIONS = frozenset(
+    "svd qr eigh eigvalsh det slogdet logdet inverse inv pinv pinverse lstsq solve matrix_exp cond matrix_rank svdvals "
+    "lu_factor cholesky geqrf".split()
+)
+"""Work grows with the cube of a matrix's width, its bytes with the square."""
+
+
+RECORDING: ContextVar[bool] = ContextVar("recording", default=False)
+"""Set while a head of this process is recorded to be stored: looking at sizes would be recorded too."""
+
+
+class Sizes:
+    """What is known of the sizes in one head: which calls were looked at, and what they make."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, int] = {}
+
+    def start(self, head: nn.Module, x: torch.Tensor) -> "_Counted | None":
+        """The count of one forward; None where torch compiles or exports the head, which calls nothing for real."""
+        if RECORDING.get() or torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta:
+            return None
+        weights = sum(tensor.nbytes for tensor in (*head.parameters(), *head.buffers()))
+        if len(self.known) > _MAX_KNOWN:
+            self.known.clear()
+        limit = _LEAST + _PER_INPUT * x.nbytes + _PER_WEIGHTS * weights
+        return _Counted(self.known, (tuple(x.shape), x.dtype, head.training), limit)
+
+
+class _Counted:
+    """Bytes that one forward has made so far."""
+
+    def __init__(self, known: dict[Any, int], key: tuple[Any, ...], limit: int) -> None:
+        self.known, self.key, self.limit = known, key, limit
+        self.spent = 0
+
+    def check(self, index: int, name: str, function: Any, args: Any, kwargs: Any) -> None:
+        """Count a call that is about to be made. Raises GraphError if the forward makes too much with it."""
+        tensors = _flat((args, kwargs))
+        key = (*self.key, index, *((tensor.shape, tensor.dtype) for tensor in tensors))
+        made = self.known.get(key)
+        if made is None:
+            made, lasting = self._measure(name, function, args, kwargs, tensors)
+            if lasting:
+                self.known[key] = made
+        self.spent += made
+        if self.spent > self.limit:
+            raise _too_much(name, self.spent, self.limit)
+
+    def _measure(
+        self, name: str, function: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]
+    ) -> tuple[int, bool]:
+        """Bytes that a call makes, and whether that holds for all inputs of these shapes."""
+        largest = max((tensor.nbytes for tensor in tensors), default=0)
+        if name in ("torch.bincount", "Tensor.bincount", "F.one_hot", "torch.repeat_interleave",
+                    "Tensor.repeat_interleave") and (made := _by_counts(name, args, kwargs)) is not None:  # fmt: skip
+            return made, False
+        factor = 1
+        if name.rpartition(".")[2] in _DECOMPOSITIONS:
+            factor = max([1, *(max(tensor.shape[-2:], default=1) // 64 for tensor in tensors)])
+        count = _Count(self.limit)
+        move = _Mover()
+        try:
+            with torch.no_grad(), torch.device("meta"), count:
+                move(function)(*move(args), **move(kwargs))
+        except GraphError:
+            raise _too_much(name, self.spent + count.made, self.limit) from None
+        except Exception as error:  # this call cannot be sized; a call that is wrong fails for real just after
+            by_values = name in _BY_VALUES or isinstance(function, nn.Module)
+            if not by_values and not isinstance(error, NotImplementedError):
+                return 0, False
+            rank = max((tensor.dim() for tensor in tensors), default=1)
+            if by_values:
+                return 8 * max(rank, 1) * largest, True
+            return min(8 * math.prod(max(tensor.numel(), 1) for tensor in tensors), self.limit + 1), True
+        return count.made * factor, True
+
+
+def _too_much(name: str, spent: int, limit: int) -> GraphError:
+    return GraphError(
+        f"the stored head makes more than {limit / 2**20:.0f} MiB of intermediate tensors for this input (at {name}, "
+        f"{shown(spent)} bytes so far): it is refused before it takes the memory"
+    )
+
+
+class _Count(TorchDispatchMode):
+    """Counts the bytes that calls make, and ends the run where they are too many."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit, self.made, self.tensors = limit, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if name in ("aten::unbind", "aten::split") and isinstance(args[0], torch.Tensor):
+            dim = args[1] if name == "aten::unbind" and len(args) > 1 else args[2] if len(args) > 2 else 0
+            size = 1 if name == "aten::unbind" else max(args[1], 1) if isinstance(args[1], int) else 1
+            self._add(0, args[0].shape[dim] // size)
+        known = {tensor.untyped_storage()._cdata for tensor in _flat((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        made = _flat(result)
+        memory = [tensor.untyped_storage() for tensor in made]
+        self._add(sum(each.nbytes() for each in memory if each._cdata not in known), len(made))
+        return result
+
+    def _add(self, nbytes: int, tensors: int) -> None:
+        self.made += nbytes
+        self.tensors += tensors
+        if self.made > self.limit or self.tensors > _MAX_TENSORS:
+            raise GraphError("too much")
+
+
+class _Mover:
+    """Values as they are, but for tensors and modules, which become twins without memory; one twin for one tensor."""
+
+    def __init__(self) -> None:
+        self.memo: dict[int, Any] = {}
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            if id(value) not in self.memo:
+                self.memo[id(value)] = torch.empty_strided(
+                    value.shape, value.stride(), dtype=value.dtype, device="meta"
+                )  # with the strides of an expanded tensor, so that copying it counts
+            return self.memo[id(value)]
+        if isinstance(value, nn.Module):
+            for tensor in (*value.parameters(), *value.buffers()):
+                twin = tensor.detach().to("meta")
+                self.memo[id(tensor)] = nn.Parameter(twin, False) if isinstance(tensor, nn.Parameter) else twin
+            return copy.deepcopy(value, self.memo)
+        if isinstance(value, torch.device):
+            return torch.device("meta")
+        if isinstance(value, (tuple, list)):
+            return type(value)([self(item) for item in value])
+        if isinstance(value, dict):
+            return {key: self(item) for key, item in value.items()}
+        return value
+
+
+def _flat(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [tensor for item in value for tensor in _flat(item)] if isinstance(value, (tuple, list)) else []
+
+
+def _by_counts(name: str, args: Any, kwargs: Any) -> int | None:
+    """Bytes of a result that is as large as the numbers in a tensor say; None where none says it."""
+    values = args[0] if args and isinstance(args[0], torch.Tensor) else None
+    if name.endswith("repeat_interleave"):
+        repeats = args[1] if len(args) > 1 else kwargs.get("repeats", values)
+        if not isinstance(repeats, torch.Tensor) or repeats.is_meta:
+            return None
+        row = 1 if values is None or values is repeats else max(values.numel() // max(values.shape[0], 1), 1)
+        return 8 * int(repeats.sum()) * max(row, 1)
+    if values is None or values.is_meta or not values.numel():
+        return None
+    width = int(values.max()) + 1
+    return 8 * width * (values.numel() if name == "F.one_hot" else 1)
+
+# --- graph_layers.py
+
+"""The layers a stored head may name: classes of `torch.nn` and `timm.layers`, and the arguments each is made with.
+
+A layer is stored as its name in this table and its constructor arguments (`heads/layers.py` reads them off a layer).
+Anything else (a subclass, a parametrized layer, a patched method) is a plain part, whose forward is traced.
+"""
+
 
 _MAX_STACKED = 64
-"""Most layers a recurrent network or a transformer stack may have: constructing is linear in it."""
-
+"""Most layers a recurrent network or a transformer stack may have; GPT-2 XL and ViT-22B have 48."""
+_MAX_GROWTH = 2**31
 _MAX_INT = 2**31
 _STRINGS = frozenset(
     "zeros reflect replicate circular same valid none tanh relu gelu nearest linear bilinear bicubic trilinear area "
     "nearest-exact".split()
 )
+_SIZES_RESULT = frozenset(
+    "output_size padding stride dilation output_padding scale_factor size upscale_factor kernel_size".split()
+)
 
+_CONV_ARGS = "in_channels out_channels kernel_size stride padding dilation groups bias? padding_mode"
+_DECONV_ARGS = "in_channels out_channels kernel_size stride padding output_padding groups bias? dilation padding_mode"
+_BATCH_ARGS = "num_features eps momentum affine track_running_stats"
+_RNN_ARGS = "input_size hidden_size num_layers bias batch_first dropout bidirectional"
+_MAX_POOL_ARGS = "kernel_size stride padding dilation return_indices ceil_mode"
 
-@dataclass(frozen=True)
-class Layer:
-    """One row of the table: a class and how its constructor arguments are read from an instance."""
-
-    cls: type[nn.Module]
-    readers: Mapping[str, Reader]
-
-
-def _attribute(name: str) -> Reader:
-    return lambda module: getattr(module, name)  # names from the table below, never from a file
-
-
-def _has(name: str) -> Reader:
-    return lambda module: getattr(module, name) is not None
-
-
-def _first_size(module: nn.Module) -> Any:
-    shape: Any = module.normalized_shape
-    return shape[0]
-
-
-def _length(name: str) -> Reader:
-    return lambda module: getattr(module, name).numel()
-
-
-_CONV = "in_channels out_channels kernel_size stride padding dilation groups bias? padding_mode"
-_DECONV = "in_channels out_channels kernel_size stride padding output_padding groups bias? dilation padding_mode"
-_BATCH = "num_features eps momentum affine track_running_stats"
-_RNN = "input_size hidden_size num_layers bias batch_first dropout bidirectional"
-_MAX = "kernel_size stride padding dilation return_indices ceil_mode"
-
-_NN = {
+NN_LAYERS = {
     "Linear": "in_features out_features bias?",
     "Bilinear": "in1_features in2_features out_features bias?",
     "Identity": "",
     "Flatten": "start_dim end_dim",
     "Unflatten": "dim unflattened_size",
-    "Conv1d": _CONV, "Conv2d": _CONV, "Conv3d": _CONV,
-    "ConvTranspose1d": _DECONV, "ConvTranspose2d": _DECONV, "ConvTranspose3d": _DECONV,
-    "BatchNorm1d": _BATCH, "BatchNorm2d": _BATCH, "BatchNorm3d": _BATCH,
-    "InstanceNorm1d": _BATCH, "InstanceNorm2d": _BATCH, "InstanceNorm3d": _BATCH,
-    "LayerNorm": "normalized_shape eps elementwise_affine",
+    "Conv1d": _CONV_ARGS, "Conv2d": _CONV_ARGS, "Conv3d": _CONV_ARGS,
+    "ConvTranspose1d": _DECONV_ARGS, "ConvTranspose2d": _DECONV_ARGS, "ConvTranspose3d": _DECONV_ARGS,
+    "BatchNorm1d": _BATCH_ARGS, "BatchNorm2d": _BATCH_ARGS, "BatchNorm3d": _BATCH_ARGS,
+    "InstanceNorm1d": _BATCH_ARGS, "InstanceNorm2d": _BATCH_ARGS, "InstanceNorm3d": _BATCH_ARGS,
+    "LayerNorm": "normalized_shape eps elementwise_affine bias?",
     "RMSNorm": "normalized_shape eps elementwise_affine",
     "GroupNorm": "num_groups num_channels eps affine",
     "LocalResponseNorm": "size alpha beta k",
@@ -1501,7 +2399,7 @@ _NN = {
     "AvgPool1d": "kernel_size stride padding ceil_mode count_include_pad",
     "AvgPool2d": "kernel_size stride padding ceil_mode count_include_pad divisor_override",
     "AvgPool3d": "kernel_size stride padding ceil_mode count_include_pad divisor_override",
-    "MaxPool1d": _MAX, "MaxPool2d": _MAX, "MaxPool3d": _MAX,
+    "MaxPool1d": _MAX_POOL_ARGS, "MaxPool2d": _MAX_POOL_ARGS, "MaxPool3d": _MAX_POOL_ARGS,
     "LPPool1d": "norm_type kernel_size stride ceil_mode", "LPPool2d": "norm_type kernel_size stride ceil_mode",
     "ZeroPad1d": "padding", "ZeroPad2d": "padding", "ReflectionPad1d": "padding", "ReflectionPad2d": "padding",
     "ReplicationPad1d": "padding", "ReplicationPad2d": "padding",
@@ -1510,212 +2408,94 @@ _NN = {
     "PixelShuffle": "upscale_factor", "PixelUnshuffle": "downscale_factor", "ChannelShuffle": "groups",
     "Fold": "output_size kernel_size dilation padding stride", "Unfold": "kernel_size dilation padding stride",
     "CosineSimilarity": "dim eps", "PairwiseDistance": "norm eps keepdim",
-    "RNN": _RNN + " nonlinearity", "GRU": _RNN, "LSTM": _RNN + " proj_size",
+    "RNN": _RNN_ARGS + " nonlinearity", "GRU": _RNN_ARGS, "LSTM": _RNN_ARGS + " proj_size",
     "RNNCell": "input_size hidden_size bias nonlinearity", "GRUCell": "input_size hidden_size bias",
     "LSTMCell": "input_size hidden_size bias",
 }  # fmt: skip
 """Argument names of each `torch.nn` layer. Attributes have the same names; ``bias?`` reads `bias is not None`."""
 
-
-def _plain(cls: type[nn.Module], names: str) -> Layer:
-    readers = {}
-    for name in names.split():
-        bare = name.rstrip("?")
-        readers[bare] = _has(bare) if name.endswith("?") else _attribute(bare)
-    return Layer(cls, readers)
-
-
-def _transformer_layer_readers() -> dict[str, Reader]:
-    return {
-        "d_model": lambda m: m.linear1.in_features,
-        "nhead": lambda m: m.self_attn.num_heads,
-        "dim_feedforward": lambda m: m.linear1.out_features,
-        "dropout": lambda m: m.dropout.p,
-        "activation": lambda m: _activation_name(m.activation),
-        "layer_norm_eps": lambda m: m.norm1.eps,
-        "batch_first": lambda m: m.self_attn.batch_first,
-        "norm_first": lambda m: m.norm_first,
-        "bias": lambda m: m.linear1.bias is not None,
-    }
-
-
-def _activation_name(function: Any) -> str:
-    for name in ("relu", "gelu"):
-        if function is getattr(nn.functional, name):
-            return name
-    raise AttributeError(f"activation {function!r} is neither relu nor gelu")
-
-
-def _stack_readers(**more: Reader) -> dict[str, Reader]:
-    return {
-        "layer": lambda m: read_layer(m.layers[0], stacked=True),
-        "num_layers": lambda m: m.num_layers,
-        "norm": lambda m: None if m.norm is None else read_layer(m.norm, stacked=True),
-        **more,
-    }
-
-
-def _make_table() -> dict[str, Layer]:
-    table = {name: _plain(getattr(nn, name), names) for name, names in _NN.items() if hasattr(nn, name)}
-    table["LayerNorm"] = Layer(
-        nn.LayerNorm,
-        {**table["LayerNorm"].readers, "bias": lambda m: not m.elementwise_affine or m.bias is not None},
-    )
-    table["MultiheadAttention"] = Layer(
+_ENCODER_LAYER_ARGS = "d_model nhead dim_feedforward dropout activation layer_norm_eps batch_first norm_first bias"
+_OTHER_LAYERS: dict[str, tuple[Any, str]] = {
+    "MultiheadAttention": (
         nn.MultiheadAttention,
-        {
-            **_plain(nn.Module, "embed_dim num_heads dropout add_zero_attn kdim vdim batch_first").readers,
-            "bias": _has("in_proj_bias"),
-            "add_bias_kv": _has("bias_k"),
-        },
+        "embed_dim num_heads dropout add_zero_attn kdim vdim batch_first bias add_bias_kv",
+    ),
+    "TransformerEncoderLayer": (nn.TransformerEncoderLayer, _ENCODER_LAYER_ARGS),
+    "TransformerDecoderLayer": (nn.TransformerDecoderLayer, _ENCODER_LAYER_ARGS),
+    "TransformerEncoder": (nn.TransformerEncoder, "layer num_layers norm enable_nested_tensor mask_check"),
+    "TransformerDecoder": (nn.TransformerDecoder, "layer num_layers norm"),
+    "timm.DropPath": (DropPath, "drop_prob scale_by_keep"),
+    "timm.LayerScale": (LayerScale, "dim inplace"),
+    "timm.LayerNorm": (timm_norm.LayerNorm, "num_channels eps affine"),
+    "timm.LayerNorm2d": (timm_norm.LayerNorm2d, "num_channels eps affine"),
+    "timm.RmsNorm": (timm_norm.RmsNorm, "channels eps affine"),
+    "timm.RmsNorm2d": (getattr(timm_norm, "RmsNorm2d", None), "channels eps affine"),
+}
+LAYERS: dict[str, tuple[type[nn.Module], frozenset[str]]] = {
+    name: (cls, frozenset(names.replace("?", "").split()))
+    for name, (cls, names) in (
+        *((name, (getattr(nn, name, None), names)) for name, names in NN_LAYERS.items()),
+        *_OTHER_LAYERS.items(),
     )
-    table["TransformerEncoderLayer"] = Layer(nn.TransformerEncoderLayer, _transformer_layer_readers())
-    table["TransformerDecoderLayer"] = Layer(nn.TransformerDecoderLayer, _transformer_layer_readers())
-    table["TransformerEncoder"] = Layer(
-        nn.TransformerEncoder,
-        _stack_readers(enable_nested_tensor=_attribute("enable_nested_tensor"), mask_check=_attribute("mask_check")),
-    )
-    table["TransformerDecoder"] = Layer(nn.TransformerDecoder, _stack_readers())
-    table["timm.DropPath"] = _plain(DropPath, "drop_prob scale_by_keep")
-    table["timm.LayerScale"] = Layer(LayerScale, {"dim": _length("gamma"), "inplace": _attribute("inplace")})
-    for name in ("LayerNorm", "LayerNorm2d", "RmsNorm", "RmsNorm2d"):
-        cls = getattr(timm_norm, name, None)
-        if cls is not None:
-            table[f"timm.{name}"] = Layer(
-                cls,
-                {
-                    "num_channels" if "Layer" in name else "channels": _first_size,
-                    "eps": _attribute("eps"),
-                    "affine": _attribute("elementwise_affine"),
-                },
-            )
-    return table
+    if cls is not None  # older versions lack some
+}
+"""Name in a graph -> the class, and the arguments that must be there."""
 
 
-LAYERS = _make_table()
-_NAMES = {layer.cls: name for name, layer in LAYERS.items()}
-
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_hooks",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-)
-_IGNORED = frozenset(
-    {
-        *("training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"),
-        *("_flat_weights", "_flat_weight_refs", "_all_weights"),
-        *(name for name in vars(nn.Module())),
-    }
-)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a forward or backward hook is registered on `module` itself."""
-    return any(getattr(module, name, None) for name in _HOOKS)
-
-
-def read_layer(module: nn.Module, *, stacked: bool = False) -> list[Any] | None:
-    """`[name, {argument: value}]` if `module` is exactly a layer of the table and a fresh one equals it, else None.
-
-    With `stacked` (a layer inside a transformer stack) not being one raises AttributeError instead of giving None.
-    """
-    name = _NAMES.get(type(module))
-    if name is not None:
-        try:
-            args = {key: _to_json(reader(module)) for key, reader in LAYERS[name].readers.items()}
-            with torch.device("meta"):
-                fresh = build_layer(name, args)
-        except (AttributeError, IndexError, TypeError, ValueError, RuntimeError, GraphError):
-            fresh = None  # someone took the layer apart: trace through it instead
-        if fresh is not None and _same_layer(module, fresh):
-            return [name, args]
-    if stacked:
-        raise AttributeError(f"{type(module).__name__} is not a plain layer")
-    return None
-
-
-def build_layer(name: str, args: ReadArgs) -> nn.Module:
-    """Construct a layer of the table from audited arguments, on the ambient default device.
+def build_layer(name: Any, args: Any) -> nn.Module:
+    """Construct a layer of the table from JSON arguments, on the ambient default device.
 
     Raises GraphError for an unknown name, wrong argument names, or values that no layer takes.
     """
-    layer = LAYERS.get(name) if isinstance(name, str) else None
-    if layer is None:
-        raise GraphError(f"the stored head names a layer {name!r} that is not in the table of layers")
-    if not isinstance(args, Mapping) or set(args) != set(layer.readers):
-        found = sorted(args) if isinstance(args, Mapping) else args
-        raise GraphError(f"layer {name}: found arguments {found!r}, expected exactly {sorted(layer.readers)}")
-    values = {key: _from_json(value, f"{name}.{key}") for key, value in args.items()}
-    _check_sizes(name, values)
+    if not isinstance(name, str) or name not in LAYERS:
+        raise GraphError(f"the stored head names a layer {shown(name)} that is not in the table of layers")
+    cls, names = LAYERS[name]
+    if not isinstance(args, Mapping) or set(args) != names:
+        found = sorted(map(str, args)) if isinstance(args, Mapping) else args
+        raise GraphError(f"layer {name}: found arguments {shown(found)}, expected exactly {sorted(names)}")
+    values = {key: _argument(args[key], f"{name}.{key}") for key in sorted(names - {"layer", "norm"})}
+    _check_growth(name, values)
     depth = values.get("num_layers", 1)
     if type(depth) is not int or not 1 <= depth <= _MAX_STACKED:
-        raise GraphError(f"layer {name}: num_layers is {depth!r}, expected 1 to {_MAX_STACKED}")
-    if "layer" in values:
-        return _build_stack(name, values)
+        raise GraphError(f"layer {name}: num_layers is {shown(depth)}, expected 1 to {_MAX_STACKED}")
     try:
-        return layer.cls(**values)
-    except GraphError:
-        raise
+        return _build_stack(cls, args, values) if "layer" in names else cls(**values)
+    except (GraphError, ConfigError) as error:
+        raise GraphError(f"layer {name}: {error}") from error
     except Exception as error:  # whatever torch says of impossible arguments is one refusal for the caller
-        raise GraphError(f"layer {name}{dict(args)!r} cannot be constructed: {error}") from error
+        raise GraphError(f"layer {name} with {shown(dict(args))} cannot be constructed: {error}") from error
 
 
-_GROWING = frozenset(
-    "output_size padding stride dilation output_padding scale_factor size upscale_factor kernel_size".split()
-)
-
-
-def _check_sizes(name: str, values: Mapping[str, Any]) -> None:
+def _check_growth(name: str, values: Mapping[str, Any]) -> None:
     """Refuse arguments that would make a layer without weights answer with enormous tensors."""
     total = 1.0
-    for key, value in values.items():
-        if key in _GROWING:
-            for number in value if isinstance(value, tuple) else (value,):
-                total *= max(abs(number), 1) if isinstance(number, (int, float)) else 1
-    if not total <= 2**31:
-        raise GraphError(f"layer {name}: sizes {dict(values)!r:.200} are beyond what a layer can need")
+    for key in _SIZES_RESULT & values.keys():
+        for number in values[key] if isinstance(values[key], tuple) else (values[key],):
+            total *= max(abs(number), 1) if isinstance(number, (int, float)) else 1
+    if not total <= _MAX_GROWTH:
+        raise GraphError(f"layer {name}: sizes {shown(dict(values))} are beyond what a layer can need")
 
 
-def _build_stack(name: str, values: dict[str, Any]) -> nn.Module:
-    single: Any = {"TransformerEncoder": nn.TransformerEncoderLayer, "TransformerDecoder": nn.TransformerDecoderLayer}[
-        name
-    ]
-    layer: Any = values["layer"]
-    if not isinstance(layer, single):
-        raise GraphError(f"layer {name}: expected a {single.__name__} to stack")
-    if values["norm"] is not None and not isinstance(values["norm"], (nn.LayerNorm, nn.RMSNorm)):
-        raise GraphError(f"layer {name}: the final norm must be LayerNorm or RMSNorm")
-    try:
-        if name == "TransformerDecoder":
-            return nn.TransformerDecoder(layer, values["num_layers"], values["norm"])
-        return nn.TransformerEncoder(
-            layer,
-            values["num_layers"],
-            values["norm"],
-            enable_nested_tensor=values["enable_nested_tensor"],
-            mask_check=values["mask_check"],
-        )
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise GraphError(f"layer {name} cannot be constructed: {error}") from error
+def _build_stack(cls: Any, args: Mapping[str, Any], values: dict[str, Any]) -> nn.Module:
+    """A transformer stack of equal layers, each made by itself: torch's own constructor copies one, weights and all."""
+    depth = values.pop("num_layers")
+    single = f"{cls.__name__}Layer"
+    made = [_inner_layer(args["layer"], (single,)) for _ in range(depth)]
+    norm = None if args["norm"] is None else _inner_layer(args["norm"], ("LayerNorm", "RMSNorm"))
+    stack: nn.Module = cls(made[0], 0, norm, **values)
+    stack.layers = nn.ModuleList(made)
+    stack.num_layers = depth
+    return stack
 
 
-def _to_json(value: Any) -> Any:
-    if isinstance(value, (tuple, list)):
-        if isinstance(value, list) and len(value) == 2 and isinstance(value[1], dict):
-            return value  # an inner layer, already read
-        return [_to_json(item) for item in value]
-    if isinstance(value, bool) or value is None or isinstance(value, str):
-        return value
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        return float(value) if abs(value) < float("inf") else {"f": str(float(value))}
-    raise AttributeError(f"argument {value!r} is not plain data")
+def _inner_layer(value: Any, names: tuple[str, ...]) -> nn.Module:
+    if not isinstance(value, list) or len(value) != 2 or value[0] not in names:
+        raise GraphError(f"expected a layer {' or '.join(names)} inside, found {shown(value)}")
+    return build_layer(value[0], value[1])
 
 
-def _from_json(value: Any, where: str, depth: int = 0) -> Any:
-    """Constructor argument from JSON: plain numbers, words of the list above, tuples of them, or an inner layer."""
+def _argument(value: Any, where: str, depth: int = 0) -> Any:
+    """Constructor argument from JSON: plain numbers, words of the list above, or tuples of them."""
     if value is None or isinstance(value, bool) or (type(value) is float):
         return value
     if type(value) is int and abs(value) <= _MAX_INT:
@@ -1725,61 +2505,8 @@ def _from_json(value: Any, where: str, depth: int = 0) -> Any:
     if isinstance(value, dict) and set(value) == {"f"} and value["f"] in ("inf", "-inf", "nan"):
         return float(value["f"])
     if isinstance(value, list) and len(value) <= 8 and depth < 3:
-        if len(value) == 2 and isinstance(value[1], dict) and isinstance(value[0], str):
-            if depth or where.split(".")[-1] not in ("layer", "norm") or value[0].endswith(("coder", "coder.")):
-                raise GraphError(f"{where}: a layer cannot stand here")
-            return build_layer(value[0], value[1])
-        return tuple(_from_json(item, where, depth + 1) for item in value)
-    raise GraphError(f"{where}: {value!r} is not an argument that a layer can take")
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
-    for kind in (module._parameters, module._buffers):
-        yield from kind.items()
-
-
-def _same_layer(module: nn.Module, fresh: nn.Module) -> bool:
-    """Whether `module` behaves like `fresh`: class, attributes, tensor names and shapes, children; and no hooks."""
-    if type(module) is not type(fresh) or has_hooks(module):
-        return False
-    ours, theirs = dict(_tensors(module)), dict(_tensors(fresh))
-    if list(ours) != list(theirs) or module._non_persistent_buffers_set or fresh._non_persistent_buffers_set:
-        return False
-    for name, tensor in ours.items():
-        other = theirs[name]
-        if (tensor is None) != (other is None):
-            return False
-        if tensor is not None and other is not None and (type(tensor), tensor.shape) != (type(other), other.shape):
-            return False
-    if list(module._modules) != list(fresh._modules):
-        return False
-    return _same_attributes(module, fresh) and all(
-        (child is None and fresh._modules[name] is None)
-        or (child is not None and fresh._modules[name] is not None and _same_layer(child, fresh._modules[name]))  # type: ignore[arg-type]
-        for name, child in module._modules.items()
-    )
-
-
-def _same_attributes(module: nn.Module, fresh: nn.Module) -> bool:
-    expected = {name: value for name, value in vars(fresh).items() if name not in _IGNORED}
-    for name, value in vars(module).items():
-        if name in _IGNORED:
-            continue
-        if name not in expected:
-            if hasattr(type(module), name):
-                return False  # an instance attribute that replaces a method or a class attribute
-            continue  # a remark somebody left on the layer; its class does not know it
-        if not _same_value(value, expected[name]):
-            return False
-    return all(hasattr(module, name) for name in expected)
-
-
-def _same_value(one: Any, other: Any) -> bool:
-    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
-        return len(one) == len(other) and all(_same_value(a, b) for a, b in zip(one, other, strict=True))
-    if isinstance(one, (int, float, str, bool, type(None))) and isinstance(other, (int, float, str, bool, type(None))):
-        return type(one) is type(other) and (one == other or (one != one and other != other))
-    return one is other
+        return tuple(_argument(item, where, depth + 1) for item in value)
+    raise GraphError(f"{where}: {shown(value)} is not an argument that a layer can take")
 
 # --- graph_head.py
 
@@ -1790,6 +2517,9 @@ state dicts, `.to()`, freezing, optimizers and adapters see what they saw in the
 over the audited nodes; no text is ever turned into code.
 """
 
+
+# A call of a layer runs all that is in it. The longest of the heads in this package's tests runs 102 modules and calls.
+MAX_STEPS = 50_000
 
 _CONTAINERS: dict[str, type[nn.Module]] = {
     "Sequential": nn.Sequential,
@@ -1811,6 +2541,7 @@ class GraphHead(nn.Module):
         super().__init__()
         self.__graph = graph
         self.__constants = list(graph.constants)
+        self.__sizes = Sizes()
         if graph.ties or graph.layouts:
             self.register_load_state_dict_post_hook(_settle_after_load)  # type: ignore[no-untyped-call]
 
@@ -1818,7 +2549,7 @@ class GraphHead(nn.Module):
         """Input [B, ...] of the recorded shape; the output is the original head's, nested containers included."""
         self.__check_input(x)
         program = self.__graph.programs[self.training]
-        run = _Run(self, x, self.__constants)
+        run = _Run(self, x, self.__constants, self.__sizes)
         for region in _regions(program):
             with ExitStack() as stack:
                 _enter(stack, region[0], x)
@@ -1915,26 +2646,27 @@ def _enter(stack: ExitStack, node: Node, x: torch.Tensor) -> None:
 class _Run:
     """One forward: the results so far."""
 
-    def __init__(self, head: nn.Module, x: torch.Tensor, constants: list[torch.Tensor]) -> None:
+    def __init__(self, head: nn.Module, x: torch.Tensor, constants: list[torch.Tensor], sizes: Sizes) -> None:
         self.head = head
         self.x = x
         self.batch = x.shape[0]
         self.constants = constants
         self.results: list[Any] = []
+        self.counted = sizes.start(head, x)
 
     def step(self, node: Node) -> None:
+        """Make one call, once it is known that its result is of a bearable size."""
         args = [self.resolve(value) for value in node.args]
         kwargs = {key: self.resolve(value) for key, value in node.kwargs}
-        if node.kind == "op":
-            if may_grow(node.target):
-                check_growth(node.target, (args, kwargs), "forward")
-            self.results.append(OPS[node.target](*args, **kwargs))
-        elif node.kind == "call":
-            self.results.append(submodule(self.head, node.target)(*args, **kwargs))
-        else:
+        if node.kind == "write":
             owner, key = _owner(self.head, node.target)
             owner._buffers[key] = args[0]
             self.results.append(None)
+            return
+        function = OPS[node.target] if node.kind == "op" else submodule(self.head, node.target)
+        if self.counted is not None:
+            self.counted.check(len(self.results), node.target, function, args, kwargs)
+        self.results.append(function(*args, **kwargs))
 
     def resolve(self, value: Any) -> Any:
         if isinstance(value, Reference):
@@ -1977,32 +2709,63 @@ def _owner(head: nn.Module, name: str) -> tuple[nn.Module, str]:
     return submodule(head, parent), key
 
 
-def build(graph: Graph, max_bytes: int) -> nn.Module:
-    """Construct the module of an audited graph on the ambient default device; weights are arbitrary.
+def submodule(head: nn.Module, name: str) -> nn.Module:
+    """The module of a dotted name; unlike `get_submodule` also where a method has the name of a module (``half``)."""
+    module = head
+    for key in name.split(".") if name else ():
+        child = module._modules[key]
+        assert child is not None
+        module = child
+    return module
 
-    Raises GraphError where the modules do not fit together, or would take more than `max_bytes`.
+
+def construct(graph: Any, *, budget: Budget | None = None) -> nn.Module:
+    """Build the head of an untrusted graph: parse, audit, construct; nothing of it is ever run as code.
+
+    The result has the original's state-dict keys, shapes and dtypes; its weights are arbitrary until they are loaded.
+    It is made on the ambient default device; embedded tensors are on the CPU and follow ``.to()``.
+
+    Args:
+        graph: JSON.
+        budget: What it may cost, where no `skip_init` around it counts; the default limits if None.
+
+    Raises:
+        GraphError: anything that a save would not have written, or more than the budget allows.
     """
-    with torch.device("meta"):
-        _assemble(graph, max_bytes)
-    return _assemble(graph, max_bytes)
+    parsed = parse_graph(graph)
+    try:
+        with within_budget(budget or Budget.default()):
+            return _assemble(parsed)
+    except ConfigError as error:
+        raise GraphError(f"the stored head is refused: {error}") from error
 
 
-def _assemble(graph: Graph, max_bytes: int) -> nn.Module:
-    left = max_bytes
+def _assemble(graph: Graph) -> nn.Module:
     built: dict[str, nn.Module] = {}
     for spec in graph.modules:
         module = built[spec.same] if spec.kind == "same" else _construct(graph, spec)
-        if spec.kind != "same":
-            left -= _bytes_of(module)
-            if left < 0:
-                raise GraphError(f"the stored head asks for more than {max_bytes} bytes of weights (at {spec.name!r})")
         built[spec.name] = module
         if spec.name:
             parent, _, key = spec.name.rpartition(".")
             built[parent]._modules[key] = module
     root = built[""]
     _finish(graph, root)
+    _check_steps(graph, root)
     return root
+
+
+def _check_steps(graph: Graph, root: nn.Module) -> None:
+    """Bound what one forward runs: calls of operations, and the modules inside the layers that are called."""
+    weights: dict[str, int] = {}
+    for mode, program in graph.programs.items():
+        steps = 0
+        for node in program.nodes:
+            if node.kind == "call" and node.target not in weights:
+                weights[node.target] = sum(1 for _ in submodule(root, node.target).modules())
+            steps += weights[node.target] if node.kind == "call" else 1
+        if steps > MAX_STEPS:
+            where = "training" if mode else "evaluation"
+            raise GraphError(f"the stored head runs {steps} calls and modules in {where}, more than {MAX_STEPS}")
 
 
 def _construct(graph: Graph, spec: ModuleSpec) -> nn.Module:
@@ -2012,26 +2775,22 @@ def _construct(graph: Graph, spec: ModuleSpec) -> nn.Module:
         return _CONTAINERS[spec.layer]()
     module = GraphHead(graph) if spec.name == "" else HeadPart()
     for tensor in spec.params:
-        try:
-            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-            value = torch.empty(tensor.shape, dtype=tensor.dtype)
-        except RuntimeError as error:
-            raise GraphError(f"module {spec.name!r}: parameter {tensor.name!r} cannot be made: {error}") from None
-        grad = empty.is_floating_point() or empty.is_complex()
+        value = _reserve(tensor, spec)
+        grad = value.is_floating_point() or value.is_complex()
         module._parameters[tensor.name] = nn.Parameter(value, requires_grad=grad)
     for tensor in spec.buffers:
-        try:
-            module._buffers[tensor.name] = torch.empty(tensor.shape, dtype=tensor.dtype)
-        except RuntimeError as error:
-            raise GraphError(f"module {spec.name!r}: buffer {tensor.name!r} cannot be made: {error}") from None
+        module._buffers[tensor.name] = _reserve(tensor, spec)
     for name, value in spec.values:
         module._buffers[name] = value.clone()
         module._non_persistent_buffers_set.add(name)
     return module
 
 
-def _bytes_of(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+def _reserve(tensor: TensorSpec, spec: ModuleSpec) -> torch.Tensor:
+    try:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    except RuntimeError as error:
+        raise GraphError(f"module {shown(spec.name)}: {shown(tensor.name)} cannot be made: {error}") from None
 
 
 def _finish(graph: Graph, root: nn.Module) -> None:
@@ -2050,7 +2809,7 @@ def _finish(graph: Graph, root: nn.Module) -> None:
     for name, order in graph.layouts:
         _all_known([name], tensors, "layouts")
         if tensors[name].dim() != len(order):
-            raise GraphError(f"layouts: {name!r} has {tensors[name].dim()} dimensions, not {len(order)}")
+            raise GraphError(f"layouts: {shown(name)} has {tensors[name].dim()} dimensions, not {len(order)}")
     if (graph.ties or graph.layouts) and not isinstance(root, GraphHead):
         raise GraphError("ties and layouts need a head with a forward of its own")
     for alias, first in graph.ties:
@@ -2059,7 +2818,7 @@ def _finish(graph: Graph, root: nn.Module) -> None:
         target = owner._parameters.get(key)
         shared = target if target is not None else owner._buffers[key]
         if shared is None or shared.shape != tensors[alias].shape or (alias in parameters) != (first in parameters):
-            raise GraphError(f"ties: {alias!r} and {first!r} are not alike")
+            raise GraphError(f"ties: {shown(alias)} and {shown(first)} are not alike")
         _replace(root, alias, shared)
     if isinstance(root, GraphHead):
         root.settle()
@@ -2077,7 +2836,7 @@ def _check_references(graph: Graph, tensors: dict[str, torch.Tensor], root: nn.M
 
     def check(value: Any) -> None:
         if isinstance(value, Reference) and value.kind == "tensor" and value.name not in tensors:
-            raise GraphError(f"the forward uses a tensor {value.name!r:.80} that the head does not have")
+            raise GraphError(f"the forward uses a tensor {shown(value.name)} that the head does not have")
         if isinstance(value, DtypeOf):
             check(value.tensor)
         if isinstance(value, Pairs):
@@ -2093,14 +2852,14 @@ def _check_references(graph: Graph, tensors: dict[str, torch.Tensor], root: nn.M
             check(node.args)
             check([item for _, item in node.kwargs])
             if node.kind == "write" and node.target not in buffers:
-                raise GraphError(f"the forward writes a buffer {node.target!r:.80} that the head does not have")
+                raise GraphError(f"the forward writes a buffer {shown(node.target)} that the head does not have")
         check(program.output)
 
 
 def _all_known(names: Any, known: dict[str, Any], where: str) -> None:
     for name in names:
         if name not in known:
-            raise GraphError(f"{where}: the head has no {name!r:.80}")
+            raise GraphError(f"{where}: the head has no {shown(name)}")
 
 
 def _replace(root: nn.Module, name: str, value: torch.Tensor) -> None:
@@ -2119,26 +2878,26 @@ def _replace(root: nn.Module, name: str, value: torch.Tensor) -> None:
 
 # --- head.py
 
-"""Heads: the built-in pools and projections, the registry, and which form a custom head is stored in.
+"""A tower's head: the built-in ones, and those that a config stores, built again.
 
-A custom head is stored in the first form that works, is verified, and otherwise refused with the reason against
-each form: as data (`heads/to_graph.py`), by a registered name.
+Making heads and finding the form in which one is stored is not needed for reading (`heads/` in the package).
 """
 
 
 HeadFactory = Callable[..., nn.Module]
 CustomHead = nn.Module | HeadFactory | str
-F = TypeVar("F", bound=HeadFactory)
 
 # `config.head["form"]` of heads that are not stored: one that lives in memory only, until saving finds a form for it,
 # and one that a subclass of the tower makes itself.
 LIVE = "live"
 SUBCLASS = "subclass"
-# The source of the head's class lies beside the weights (`heads/head_code.py`).
+# The source of the head's class is stored beside the weights (`heads/source_file.py`).
 CODE = "code"
 
-_REGISTRY: dict[str, HeadFactory] = {}
-_STAMP = "_hf_timm_tower_registered"
+HEAD_FACTORIES: dict[str, HeadFactory] = {}
+"""Name -> class or function, filled by `register_head`."""
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.py")
 
 
 def builtin_head(config: TimmTowerConfig) -> nn.Sequential:
@@ -2183,214 +2942,44 @@ def _pair(size: Any) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def register_head(name: str) -> Callable[[F], F]:
-    """Class decorator: heads of this class are stored by name where they cannot be stored as data.
-
-    The class (or a function that returns a module) is called with the keyword arguments it was made with, which
-    must be JSON. At load the same name must be registered: import the module that does it.
-
-    Args:
-        name: Unique in the process; letters, digits, `_`, `-`, `.` and `/`.
-
-    Raises:
-        ArgumentError: the name is malformed or taken by another class.
-    """
-    if not isinstance(name, str) or not name or not all(char.isalnum() or char in "_-./" for char in name):
-        raise ArgumentError(f"register_head({name!r}): expected a name of letters, digits, '_', '-', '.' and '/'")
-
-    def register(factory: F) -> F:
-        taken = _REGISTRY.get(name)
-        if taken is not None and (taken.__module__, taken.__qualname__) != (factory.__module__, factory.__qualname__):
-            raise ArgumentError(
-                f"register_head({name!r}): the name belongs to {taken.__module__}.{taken.__qualname__}, "
-                f"it cannot be given to {factory.__module__}.{factory.__qualname__} too"
-            )
-        made = _stamp_class(name, factory) if isinstance(factory, type) else _stamp_function(name, factory)
-        _REGISTRY[name] = made
-        return made  # type: ignore[return-value]
-
-    return register
-
-
-def _stamp_class(name: str, cls: type[nn.Module]) -> type[nn.Module]:
-    plain_init = cls.__init__
-
-    @functools.wraps(plain_init)
-    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        plain_init(self, *args, **kwargs)
-        if type(self) is cls:  # a subclass is another head
-            object.__setattr__(self, _STAMP, (name, _bind(plain_init, (self, *args), kwargs, skip=1)))
-
-    cls.__init__ = __init__  # type: ignore[method-assign]
-    return cls
-
-
-def _stamp_function(name: str, function: HeadFactory) -> HeadFactory:
-    @functools.wraps(function)
-    def make(*args: Any, **kwargs: Any) -> nn.Module:
-        module = function(*args, **kwargs)
-        object.__setattr__(module, _STAMP, (name, _bind(function, args, kwargs, skip=0)))
-        return module
-
-    return make
-
-
-def _bind(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], skip: int) -> dict[str, Any]:
-    bound = inspect.signature(function).bind(*args, **kwargs)
-    parameters = list(bound.signature.parameters.values())
-    values: dict[str, Any] = {}
-    for parameter in parameters[skip:]:
-        if parameter.name not in bound.arguments:
-            continue
-        value = bound.arguments[parameter.name]
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            values.update(value)
-        elif parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
-            values["*" + parameter.name] = value  # cannot be passed by keyword: refused when saved
-        else:
-            values[parameter.name] = value
-    return values
-
-
 def registered_factory(name: str) -> HeadFactory:
     """The class or function registered under a name.
 
     Raises:
         HeadError: nothing is; says what to do.
     """
-    factory = _REGISTRY.get(name)
+    factory = HEAD_FACTORIES.get(name)
     if factory is None:
-        known = ", ".join(sorted(_REGISTRY)) or "none"
+        known = ", ".join(sorted(HEAD_FACTORIES)) or "none"
         raise HeadError(
-            f"no head is registered as {name!r} in this process (registered: {known}). Import the module that holds "
-            f"the class under @register_head({name!r}) first, or pass custom_head=... to from_pretrained."
+            f"no head is registered as {shown(name)} in this process (registered: {known}). Import the module that "
+            f"holds the class under @register_head({shown(name)}) first, or pass custom_head=... to TimmModel's "
+            "from_pretrained. Where the package hf_timm_tower is not installed, install it: only it can register heads."
         )
     return factory
 
 
-def make_custom_head(custom_head: CustomHead, in_features: int, embed_dim: int | None) -> nn.Module:
-    """A head given as a module, class, callable or registered name -> a module.
-
-    Args:
-        custom_head: A module is taken as it is; anything else is called with `(in_features, embed_dim)`.
-        in_features: Channels of what the pool leaves.
-        embed_dim: As the user gave it.
+def rebuild_head(spec: dict[str, Any]) -> nn.Module:
+    """`config.head` -> a head whose weights are still to come. The spec may be anybody's: no code of it runs.
 
     Raises:
-        HeadError: the call fails or does not give a module.
-        ArgumentError: not something a head can be made of.
+        HeadError: an unknown form, a graph that the audit refuses, a name that is not registered.
     """
-    if isinstance(custom_head, nn.Module):
-        return custom_head
-    factory = registered_factory(custom_head) if isinstance(custom_head, str) else custom_head
-    if not callable(factory):
-        raise ArgumentError(
-            f"custom_head={custom_head!r}: expected an nn.Module, a class or callable taking "
-            "(in_features, embed_dim), or the name of a registered head"
-        )
-    name = custom_head if isinstance(custom_head, str) else getattr(factory, "__name__", repr(factory))
-    try:
-        head = factory(in_features, embed_dim)
-    except TypeError as error:
-        raise HeadError(
-            f"custom_head={name} was called with (in_features={in_features}, embed_dim={embed_dim}) and failed: {error}"
-        ) from error
-    if not isinstance(head, nn.Module):
-        raise HeadError(f"custom_head={name} gave a {type(head).__name__}, expected an nn.Module")
-    return head
-
-
-def output_of(head: nn.Module, example: torch.Tensor, where: str) -> Any:
-    """What a head gives for an example, run on a copy in eval mode, the random state untouched.
-
-    Args:
-        head: Any head.
-        example: `[2, C]`, `[2, N, C]` or `[2, C, H, W]`.
-        where: What the example is, for the message.
-
-    Raises:
-        HeadError: the head fails on it.
-    """
-    anchor = next(head.parameters(), None)
-    if anchor is not None:
-        example = example.to(anchor.device)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    form = spec.get("form")
+    if form == "graph":
+        return construct(spec.get("graph"))
+    if form == "registered":
+        name, kwargs = spec.get("name"), spec.get("kwargs", {})
+        if not isinstance(name, str) or not isinstance(kwargs, dict):
+            raise HeadError("config.head: a registered head has a 'name' and 'kwargs'")
         try:
-            return copy.deepcopy(head).eval()(example)
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError) as error:
-            raise HeadError(
-                f"custom_head={type(head).__name__} fails on {where} of shape {tuple(example.shape)}: {error}"
-            ) from error
-
-
-def width_of(output: Any) -> int | None:
-    """Width of an embedding: D of `[B, D]` and `[B, N, D]`, C of `[B, C, H, W]`, None for tuples and dicts."""
-    if not isinstance(output, torch.Tensor) or output.ndim not in (2, 3, 4):
-        return None
-    return int(output.shape[1] if output.ndim == 4 else output.shape[-1])
-
-
-def store_head(head: nn.Module, example: torch.Tensor) -> dict[str, Any]:
-    """The form in which a custom head comes back, verified.
-
-    Args:
-        head: The head, on the CPU; its weights, modes and the random state stay as they are.
-        example: The head's input `[2, ...]`, float.
-
-    Returns:
-        JSON for `config.head`: `{"form": "graph" | "registered", ...}`.
-
-    Raises:
-        HeadError: no form works, with the reason against each and the remedies.
-    """
-    reasons = []
-    try:
-        graph = json.loads(json.dumps(describe(head, example)))
-        with no_init():
-            rebuilt = construct(graph)
-        _copy_weights(head, rebuilt)
-        verify_head(head, rebuilt, example)
-    except HeadError as error:
-        reasons.append(f"as data: {error}")
-    else:
-        return {"form": "graph", "graph": graph}
-    try:
-        spec = _registered_spec(head)
-        with no_init():
-            rebuilt = rebuild_head(spec)
-        _copy_weights(head, rebuilt)
-        verify_head(head, rebuilt, example)
-    except HeadError as error:
-        reasons.append(f"by registered name: {error}")
-    else:
-        return spec
-    reasons.append("as code in the repository: only with include_code=True, and loading then needs trust")
-    raise HeadError(
-        f"the head {type(head).__name__} cannot be stored so that it comes back. Nothing was written.\n"
-        + "\n".join(f"  - {reason}" for reason in reasons)
-        + "\nRemedies: put @register_head('a-name') on its class and make it with JSON arguments; or rewrite its "
-        "forward with torch functions only, without branches on values; or replace it before saving."
-    )
-
-
-def known_arguments(head: nn.Module) -> dict[str, Any] | None:
-    """Keyword arguments that a registered head was made with, None for others."""
-    stamp = getattr(head, _STAMP, None)
-    return None if stamp is None else dict(stamp[1])
-
-
-def _registered_spec(head: nn.Module) -> dict[str, Any]:
-    stamp = getattr(head, _STAMP, None)
-    if stamp is None:
-        raise HeadError(f"{type(head).__name__} is not registered (no @register_head on its class)")
-    name, kwargs = stamp
-    try:
-        plain = json.loads(json.dumps(kwargs))
-    except (TypeError, ValueError) as error:
-        raise HeadError(f"the arguments of {name!r} are not JSON: {error}") from error
-    if any(key.startswith("*") for key in plain):
-        raise HeadError(f"{name!r} was made with positional-only or *args arguments, which have no names to store")
-    return {"form": "registered", "name": name, "kwargs": plain}
+            head: nn.Module = registered_factory(name)(**kwargs)
+        except TypeError as error:
+            raise HeadError(f"the head registered as {name!r} does not take {shown(kwargs)}: {error}") from error
+        return head
+    if form == CODE:
+        raise HeadError("the head is stored as code, which runs only under trust_remote_code=True")
+    raise HeadError(f"config.head: unknown form {shown(form)}; this version reads 'graph', 'registered' and 'code'")
 
 
 def check_stored(spec: Any, tower_class: str | None) -> None:
@@ -2408,7 +2997,7 @@ def check_stored(spec: Any, tower_class: str | None) -> None:
     form = spec.get("form")
     if form not in ("graph", "registered", CODE, SUBCLASS) or (form == SUBCLASS and tower_class is None):
         raise HeadError(
-            f"config.head: form {form!r} is not one of a saved tower (graph, registered, code, or subclass with "
+            f"config.head: form {shown(form)} is not one of a saved tower (graph, registered, code, or subclass with "
             "tower_class)"
         )
 
@@ -2423,101 +3012,191 @@ def code_file(config: dict[str, Any]) -> str | None:
     if not isinstance(head, dict) or head.get("form") != CODE:
         return None
     name = head.get("file")
-    if not isinstance(name, str) or not name.endswith(".py"):
-        raise FormatError(f"config.head.file={name!r}: expected the name of a Python file")
-    require_plain_name(name, "config.head.file")
+    if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+        raise FormatError(f"config.head.file={shown(name)}: expected the plain name of a Python file")
     return name
 
 
-def rebuild_head(spec: dict[str, Any]) -> nn.Module:
-    """`config.head` -> a head whose weights are still to come. The spec may be a stranger's: no code of it runs.
+def copy_module(module: nn.Module) -> nn.Module:
+    """A deep copy; tensors that hold a graph are copied without it, which `copy.deepcopy` alone refuses to do.
+
+    Such are the cached weight of the old-style ``weight_norm``, and what a head remembers of a training step.
+    """
+    memo: dict[int, object] = {}
+    for part in module.modules():
+        for tensor in _tensors_held(list(vars(part).values())):
+            if not tensor.is_leaf:
+                memo[id(tensor)] = tensor.detach().clone()
+    return copy.deepcopy(module, memo)
+
+
+def _tensors_held(value: object, depth: int = 3) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)) and depth:
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_held(item, depth - 1)
+
+
+def output_of(head: nn.Module, example: torch.Tensor, where: str) -> Any:
+    """What a head gives for an example, run on a copy in eval mode, autocast off, with random numbers of its own.
+
+    Args:
+        head: Any head.
+        example: `[2, C]`, `[2, N, C]` or `[2, C, H, W]`.
+        where: What the example is, for the message.
 
     Raises:
-        HeadError: an unknown form, a graph that the audit refuses, a name that is not registered.
+        HeadError: the head fails on it.
     """
-    form = spec.get("form")
-    if form == "graph":
-        return construct(spec.get("graph"))
-    if form == "registered":
-        name, kwargs = spec.get("name"), spec.get("kwargs", {})
-        if not isinstance(name, str) or not isinstance(kwargs, dict):
-            raise HeadError("config.head: a registered head has a 'name' and 'kwargs'")
+    anchor = next(head.parameters(), None)
+    if anchor is not None:
+        example = example.to(anchor.device)
+    with PrivateDraws(0), torch.no_grad(), torch.autocast(example.device.type, enabled=False):
         try:
-            head: nn.Module = registered_factory(name)(**kwargs)
-        except TypeError as error:
-            raise HeadError(f"the head registered as {name!r} does not take {kwargs}: {error}") from error
-        return head
-    if form == CODE:
-        raise HeadError("the head is stored as code, which runs only under trust_remote_code=True")
-    raise HeadError(f"config.head: unknown form {form!r}; this version reads 'graph', 'registered' and 'code'")
+            return copy_module(head).eval()(example)
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError) as error:
+            raise HeadError(
+                f"custom_head={type(head).__name__} fails on {where} of shape {tuple(example.shape)}: {error}"
+            ) from error
 
 
-def _copy_weights(source: nn.Module, target: nn.Module) -> None:
-    missing, unexpected = [], []
-    theirs, ours = source.state_dict(), target.state_dict()
-    missing, unexpected = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
-    if missing or unexpected:
-        raise HeadError(f"rebuilt with other weight names: lacks {unexpected[:4]}, has {missing[:4]}")
-    try:
-        target.load_state_dict({key: value.detach().clone() for key, value in theirs.items()})
-    except RuntimeError as error:
-        raise HeadError(f"rebuilt with other weight shapes: {error}") from error
+def width_of(output: Any) -> int | None:
+    """Width of an embedding: D of `[B, D]` and `[B, N, D]`, C of `[B, C, H, W]`, None for tuples and dicts."""
+    if not isinstance(output, torch.Tensor) or output.ndim not in (2, 3, 4):
+        return None
+    return int(output.shape[1] if output.ndim == 4 else output.shape[-1])
+
+
+# --- heads that are stored as code
+
+_CODE_DTYPES = {each: getattr(torch, each) for each in ("float16", "bfloat16", "float32", "float64")}
 
 
 def refuse_code(spec: dict[str, Any], *, repo: str, revision: str | None) -> HeadError:
-    """The error for a head of code that nobody said to trust."""
-    file = code_file({"head": spec}) or ""
+    """The error for a head of code that is not trusted.
+
+    Args:
+        spec: `config.head`.
+        repo: The repository or folder.
+        revision: Its commit, None for a folder.
+    """
+    file = code_file({"head": spec})
     at = f" at revision {shown(revision)[1:-1]}" if revision else ""
-    again = f'"{repo}"' + (f', revision="{revision}"' if revision else "")
+    again = f'"{shown(repo)[1:-1]}"' + (f', revision="{shown(revision)[1:-1]}"' if revision else "")
     return HeadError(
-        f"the head of {repo}{at} is the class {shown(spec.get('class'))}, stored as code in {file}. Code of a repository "
-        f"is not run unless you say so, and nothing was run. Read {file}{at} first; then either\n"
+        f"the head of {shown(repo)[1:-1]}{at} is the class {shown(spec.get('class'))}, stored as code in {file}. Code of a "
+        f"repository is not run unless you say so, and nothing was run. Read {file}{at} first; then either\n"
         f"  - from_pretrained({again}, trust_remote_code=True) runs it, or\n"
         f"  - from_pretrained({again}, custom_head=...) takes a head of your own, checked against the weights"
     )
 
 
+def check_code_spec(spec: Any) -> None:
+    """Refuse a `config.head` that is none of a head of code.
+
+    Raises:
+        HeadError: says what it must have.
+    """
+    fits = (
+        code_file({"head": spec}) is not None
+        and isinstance(spec.get("class"), str)
+        and spec["class"].isidentifier()
+        and isinstance(spec.get("sha256"), str)
+        and isinstance(spec.get("kwargs"), dict)
+        and isinstance(spec.get("frozen", []), list)
+        and spec.get("dtype", "float32") in _CODE_DTYPES
+    )
+    if not fits:
+        raise HeadError("config.head: a head of code has a file, class, kwargs and sha256")
+
+
 def make_code_head(spec: dict[str, Any], place: str, **download: Any) -> nn.Module:
-    """STUB: a head that is stored as code, which runs here: to be called where it is trusted."""
-    from pathlib import Path
+    """A head that is stored as code: its file runs here. To be called where that is trusted.
 
-    from transformers.utils.hub import cached_file
+    Args:
+        spec: `config.head`.
+        place: The folder or repository.
+        download: `revision`, `token`, `cache_dir` and so on, of transformers.
 
-    from ..heads.head_code import construct_code
+    Raises:
+        HeadError: the file is not the one that was saved, or its code fails.
+    """
+    check_code_spec(spec)
     file = code_file({"head": spec}) or ""
-    path = Path(cached_file(place, file, **download) or file)
-    return construct_code(spec, path.read_text(encoding="utf-8"), where=str(path))
+    path = cached_file(place, file, **download)
+    if path is None or hashlib.sha256(Path(path).read_bytes()).hexdigest() != spec["sha256"]:
+        raise HeadError(f"{shown(place)[1:-1]}: {file} is not the code that this tower was saved with")
+    cls: Any = get_class_from_dynamic_module(f"{file.removesuffix('.py')}.{spec['class']}", place, **download)
+    try:
+        return head_of_class(cls, spec)
+    except Exception as error:  # a constructor may raise anything
+        raise HeadError(f"{shown(place)[1:-1]}: the head in {file} fails: {type(error).__name__}: {error}") from error
+
+
+def head_of_class(cls: type[nn.Module], spec: Mapping[str, Any]) -> nn.Module:
+    """A head of code from its class: constructor arguments, dtype, and which parameters were made not to train."""
+    head = cls(**spec["kwargs"])
+    if "dtype" in spec:
+        head.to(_CODE_DTYPES[spec["dtype"]])
+    if "frozen" in spec:
+        frozen = set(map(str, spec["frozen"]))
+        for name, parameter in head.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+    return head
 
 # --- image_processing.py
 
-"""The preprocess block of the config, and timm's own transform made from it.
+"""The preprocess block of the config, timm's own transform made from it, and what `preprocessor_config.json` holds.
 
 The block holds what timm's `pretrained_cfg` says of preprocessing, and three facts that some models need beside it:
 
-- `padding`: None, or `{"mode": "square", "color": [255, 255, 255]}`: the image is laid in the middle of a square of its
-  longer side before it is resized. One number from 0 to 255 for each channel.
+- `padding`: None, or `{"mode": "square", "color": [255, 255, 255]}`: the image is put in the middle of a square of its
+  longer side before it is resized. One whole number from 0 to 255 for each channel.
 - `value_range`: `[lo, hi]`, what black and white are before mean and std are applied; `[0, 1]` is timm's own.
 - `channel_order`: `RGB`, or `BGR`: the channels are reversed last. `mean`, `std` and `color` are in the order R, G, B
   in either case.
 
-Where these have their defaults, the transform is timm's and nothing else. The size is not in the block:
+Where these have their defaults, the steps are timm's and nothing else. The size is not in the block:
 `config.image_size` is its only owner, so that trunk, config and transform cannot disagree.
 """
 
 
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+READER_MODULE = "modeling_timm_tower"
+"""The module that travels with a tower and holds the classes, for transformers' `auto_map`."""
+
+PROCESSOR_TYPE = "TimmTowerImageProcessor"
+# A list: of a plain name transformers makes a video processor's, and asks every pipeline's user to trust its code.
+PROCESSOR_AUTO_MAP = {"AutoImageProcessor": [f"{READER_MODULE}.{PROCESSOR_TYPE}", None]}
+
+INTERPOLATIONS = {"nearest": 0, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5, "lanczos": 1}  # PIL's numbers
 CROP_MODES = ("center", "squash", "border")
 CHANNEL_ORDERS = ("RGB", "BGR")
+PIL_MODES = {1: "L", 3: "RGB"}
 
-_WHITE_IS_ONE = [0.0, 1.0]
-_KEYS = {"interpolation", "crop_pct", "crop_mode", "mean", "std", "padding", "channel_order", "value_range"}
+# Three channels of 8192 x 8192, 0.8 GB as float32; the largest size in timm is 1024.
+MAX_RESIZED_VALUES = 3 * 2**26
+MAX_PADDED_SIDE = 2**14
+# Of mean, std and value_range: 16-bit images and Hounsfield units fit in.
+_LEAST_STEP, _MOST_VALUE = 1e-6, 1e6
+
+_BLOCK_KEYS = ("interpolation", "crop_pct", "crop_mode", "mean", "std", "padding", "channel_order", "value_range")
+_FILE_NAMES = {"mean": "image_mean", "std": "image_std"}  # the other entries keep their names
+PROCESSOR_FACTS = ("size", *(_FILE_NAMES.get(key, key) for key in _BLOCK_KEYS))
+# Keys that transformers itself writes into a processor's file.
+TRANSFORMERS_PROCESSOR_KEYS = frozenset(
+    {"image_processor_type", "auto_map", "processor_class", "feature_extractor_type"}
+)
+STANDARD_KEYS = (
+    "do_resize", "resample", "do_center_crop", "do_rescale", "rescale_factor", "do_normalize", "do_convert_rgb",
+)  # fmt: skip
 
 
 def preprocess_from_timm(pretrained_cfg: dict[str, Any], in_chans: int) -> dict[str, Any]:
     """timm's `pretrained_cfg` -> the preprocess block.
 
     Args:
-        pretrained_cfg: of the trunk as it was built.
+        pretrained_cfg: Of the trunk as it was built.
         in_chans: Channels of the image; where they are not as many as timm has means for, each channel gets the
             average of timm's means and standard deviations, as timm's first convolution is averaged over channels.
     """
@@ -2525,16 +3204,8 @@ def preprocess_from_timm(pretrained_cfg: dict[str, Any], in_chans: int) -> dict[
     mean, std = list(data["mean"]), list(data["std"])
     if len(mean) != in_chans:
         mean, std = [sum(mean) / len(mean)] * in_chans, [sum(std) / len(std)] * in_chans
-    return {
-        "interpolation": data["interpolation"],
-        "crop_pct": data["crop_pct"],
-        "crop_mode": data["crop_mode"],
-        "mean": mean,
-        "std": std,
-        "padding": None,
-        "channel_order": "RGB",
-        "value_range": list(_WHITE_IS_ONE),
-    }
+    timms = {key: data[key] for key in ("interpolation", "crop_pct", "crop_mode")}
+    return {**timms, "mean": mean, "std": std, "padding": None, "channel_order": "RGB", "value_range": [0.0, 1.0]}
 
 
 def check_preprocess(block: dict[str, Any], in_chans: int) -> None:
@@ -2543,69 +3214,56 @@ def check_preprocess(block: dict[str, Any], in_chans: int) -> None:
     Raises:
         ConfigError: names the entry and its value.
     """
-    if set(block) != _KEYS:
-        raise ConfigError(f"preprocess: missing {sorted(_KEYS - set(block))}, unknown {sorted(set(block) - _KEYS)}")
-    for key, choices in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
-        if block[key] not in choices:
-            raise ConfigError(f"preprocess.{key}={block[key]!r}: expected one of {', '.join(choices)}")
-    crop = block["crop_pct"]
-    if not _is_number(crop) or not 0.05 <= crop <= 2:
-        raise ConfigError(f"preprocess.crop_pct={crop!r}: expected a number from 0.05 to 2")
-    for key in ("mean", "std"):
-        if not _are_numbers(block[key], in_chans):
-            raise ConfigError(f"preprocess.{key}={block[key]!r}: expected {in_chans} numbers")
-    if not all(value > 0 for value in block["std"]):
-        raise ConfigError(f"preprocess.std={block['std']!r}: expected positive numbers")
-    padding = block["padding"]
-    if padding is not None and not _is_padding(padding, in_chans):
-        raise ConfigError(
-            f"preprocess.padding={padding!r}: expected None or {{'mode': 'square', 'color': [...]}} with {in_chans} "
-            "whole numbers from 0 to 255"
-        )
-    order = block["channel_order"]
-    if order not in CHANNEL_ORDERS:
-        raise ConfigError(f"preprocess.channel_order={order!r}: expected one of {', '.join(CHANNEL_ORDERS)}")
-    if order == "BGR" and in_chans != 3:
+    if set(block) != set(_BLOCK_KEYS):
+        missing, unknown = set(_BLOCK_KEYS) - set(block), set(block) - set(_BLOCK_KEYS)
+        raise ConfigError(f"preprocess: missing {sorted(missing)}, unknown {shown(sorted(unknown, key=str))}")
+    bounds, padding = block["value_range"], block["padding"]
+    range_fits = _are_numbers(bounds, 2) and bounds[1] - bounds[0] >= _LEAST_STEP
+    rules = {
+        "interpolation": (block["interpolation"] in tuple(INTERPOLATIONS), f"one of {', '.join(INTERPOLATIONS)}"),
+        "crop_mode": (block["crop_mode"] in CROP_MODES, f"one of {', '.join(CROP_MODES)}"),
+        "crop_pct": (_are_numbers([block["crop_pct"]], 1, 0.05, 2), "a number from 0.05 to 2"),
+        "mean": (_are_numbers(block["mean"], in_chans), f"{in_chans} numbers from -1e6 to 1e6"),
+        "std": (_are_numbers(block["std"], in_chans, _LEAST_STEP), f"{in_chans} numbers from 1e-6 to 1e6"),
+        "padding": (
+            padding is None or _is_padding(padding, in_chans),
+            f"None or {{'mode': 'square', 'color': [...]}} with {in_chans} whole numbers from 0 to 255",
+        ),
+        "channel_order": (block["channel_order"] in CHANNEL_ORDERS, f"one of {', '.join(CHANNEL_ORDERS)}"),
+        "value_range": (
+            range_fits,
+            "[lo, hi] with lo < hi, what black and white are before mean and std are applied ([0, 1] is timm's own)",
+        ),
+    }
+    for key, (fits, expected) in rules.items():
+        if not fits:
+            raise ConfigError(f"preprocess.{key}={shown(block[key])}: expected {expected}")
+    if block["channel_order"] == "BGR" and in_chans != 3:
         raise ConfigError(f"preprocess.channel_order='BGR': an image with in_chans={in_chans} has no red and blue")
-    bounds = block["value_range"]
-    if not _are_numbers(bounds, 2) or not bounds[0] < bounds[1]:
-        raise ConfigError(
-            f"preprocess.value_range={bounds!r}: expected [lo, hi] with lo < hi, what black and white are before mean "
-            "and std are applied ([0, 1] is timm's own)"
-        )
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _are_numbers(values: Any, length: int) -> bool:
-    return isinstance(values, list) and len(values) == length and all(_is_number(value) for value in values)
+def _are_numbers(values: Any, length: int, least: float = -_MOST_VALUE, most: float = _MOST_VALUE) -> bool:
+    if not isinstance(values, list) or len(values) != length:
+        return False
+    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    return len(numbers) == length and all(least <= value <= most for value in numbers)
 
 
 def _is_padding(padding: Any, in_chans: int) -> bool:
     if not isinstance(padding, dict) or set(padding) != {"mode", "color"} or padding["mode"] != "square":
         return False
-    color = padding["color"]
-    return _are_numbers(color, in_chans) and all(isinstance(value, int) and 0 <= value <= 255 for value in color)
+    return _are_numbers(padding["color"], in_chans, 0, 255) and all(
+        isinstance(value, int) for value in padding["color"]
+    )
 
 
+@dataclass(frozen=True)
 class PadToSquare:
-    """PIL image -> the same in the middle of a square of its longer side.
+    """PIL image -> the same in the middle of a square of its longer side, in this color."""
 
-    Args:
-        color: of what is around it, one number from 0 to 255 for each channel.
-    """
-
-    def __init__(self, color: Sequence[int]) -> None:
-        self.color = tuple(color)
+    color: tuple[int, ...]
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        if len(image.getbands()) != len(self.color):
-            raise ArgumentError(
-                f"transform: an image of mode {image.mode}, but the tower pads in {len(self.color)} channels: "
-                f"image.convert({'L' if len(self.color) == 1 else 'RGB'!r}) first"
-            )
         side = max(image.size)
         canvas = Image.new(image.mode, (side, side), self.color if len(self.color) > 1 else self.color[0])
         canvas.paste(image, self.corner(image.width, image.height))
@@ -2617,38 +3275,138 @@ class PadToSquare:
         side = max(width, height)
         return (side - width) // 2, (side - height) // 2
 
-    def __repr__(self) -> str:
-        return f"PadToSquare(color={self.color})"
 
-
+@dataclass(frozen=True)
 class ScaleValues:
     """Float tensor in [0, 1] -> [lo, hi]."""
 
-    def __init__(self, lo: float, hi: float) -> None:
-        self.lo, self.hi = lo, hi
+    lo: float
+    hi: float
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         return images * (self.hi - self.lo) + self.lo
 
-    def __repr__(self) -> str:
-        return f"ScaleValues(lo={self.lo}, hi={self.hi})"
 
-
+@dataclass(frozen=True)
 class ReverseChannels:
     """`[..., 3, H, W]` -> the same with red and blue exchanged."""
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         return images[..., [2, 1, 0], :, :]
 
+
+class TowerTransform(Compose):  # type: ignore[misc]  # torchvision carries no types
+    """timm's steps, before which a PIL image that they cannot take, or only at great cost, is refused in words.
+
+    Args:
+        steps: PIL image -> float tensor `[in_chans, height, width]`.
+        block: A checked preprocess block.
+        resized: Height and width that the image is resized to before the crop; None where that is random.
+    """
+
+    def __init__(self, steps: list[Any], block: dict[str, Any], resized: Sequence[int] | None) -> None:
+        super().__init__(steps)
+        self.channels, self.crop_mode, self.padded = (
+            len(block["mean"]),
+            block["crop_mode"],
+            block["padding"] is not None,
+        )
+        self.resized = resized
+
+    def __call__(self, image: Any) -> Any:
+        """One image through all steps.
+
+        Raises:
+            ArgumentError: the image is of another mode, empty, damaged, or too large once it is padded or resized.
+        """
+        if isinstance(image, Image.Image):
+            load_pixels(image)
+            mode = PIL_MODES.get(self.channels, image.mode)
+            if image.mode != mode or len(image.getbands()) != self.channels:
+                deep = " (after scaling it to 8 bits)" if image.mode.startswith(("I", "F")) else ""
+                raise ArgumentError(
+                    f"transform: an image of mode {image.mode}, but the tower takes {self.channels} channels: "
+                    f"image.convert({mode!r}) first{deep}"
+                )
+            self.check_cost(image.height, image.width)
+        return super().__call__(image)
+
+    def check_cost(self, height: int, width: int) -> None:
+        """Refuse an image that becomes too large, or nothing, on its way to the crop.
+
+        Raises:
+            ArgumentError: with the size that it would have.
+        """
+        found, longer = f"an image of {height} x {width} pixels", max(height, width)
+        if self.padded:
+            if longer > MAX_PADDED_SIDE:
+                raise ArgumentError(f"{found}: padded to a square it would be larger than {MAX_PADDED_SIDE} a side")
+            height = width = longer
+        if self.resized is None:
+            return
+        tall, wide = self.resized
+        if self.crop_mode != "squash":
+            choose = max if self.crop_mode == "center" else min
+            scale = choose(tall / height, wide / width)
+            tall, wide = round(height * scale), round(width * scale)
+        if min(tall, wide) < 1 or self.channels * tall * wide > MAX_RESIZED_VALUES:
+            raise ArgumentError(
+                f"{found}: its sides are too unequal, it would be resized to {tall} x {wide} before it is cropped. Cut "
+                "it to the part that matters."
+            )
+
     def __repr__(self) -> str:
-        return "ReverseChannels()"
+        return repr(Compose(self.transforms))  # timm's
 
 
-def make_transform(config: TimmTowerConfig, is_training: bool = False, **kwargs: Any) -> Callable[[Any], Any]:
+def load_pixels(image: Image.Image) -> None:
+    """Read a PIL image to its end.
+
+    Raises:
+        ArgumentError: it has no pixels, or its file is damaged.
+    """
+    if 0 in image.size:
+        raise ArgumentError(f"an empty image, of {image.height} x {image.width} pixels")
+    try:
+        image.load()
+    except (OSError, ValueError, SyntaxError, EOFError) as error:  # PIL raises any of these for a damaged file
+        raise ArgumentError(f"the image cannot be read: {shown(str(error))}") from error
+
+
+def in_channels(image: Image.Image, channels: int) -> Image.Image:
+    """A PIL image in the mode of the tower, as timm's datasets have it: `image.convert("RGB")`, "L" for one channel.
+
+    So transparency is dropped and not blended. 16-bit and floating point images have white at 255 and are clipped,
+    with a warning where that changes a value.
+
+    Raises:
+        ArgumentError: no image mode has so many channels; the image is empty or damaged.
+    """
+    mode = PIL_MODES.get(channels)
+    if mode is None:
+        raise ArgumentError(
+            f"a PIL image (mode {image.mode}), but the tower takes {channels} channels: pass arrays or tensors"
+        )
+    load_pixels(image)
+    if image.mode == mode:
+        return image
+    if image.mode.startswith(("I", "F")):
+        extrema: Any = image.getextrema()
+        least, most = extrema
+        if not 0 <= least <= most <= 255 or (image.mode == "F" and most <= 1):
+            warnings.warn(
+                f"an image of mode {image.mode} with values from {least} to {most}: PIL's convert takes white for 255 "
+                "and clips what is not from 0 to 255, and timm has the same. Scale it to 8 bits first.",
+                stacklevel=2,
+            )
+    return image.convert(mode)
+
+
+def make_transform(config: TimmTowerConfig, is_training: bool = False, **kwargs: Any) -> Any:
     """timm's own transform for a tower, from the config alone.
 
     It pads first, and scales to `value_range` and reverses the channels around the normalisation, where the preprocess
-    block says so; otherwise it is what `timm.data.create_transform` gives.
+    block says so; otherwise its steps are those of `timm.data.create_transform`.
 
     Args:
         config: A completed config.
@@ -2656,22 +3414,28 @@ def make_transform(config: TimmTowerConfig, is_training: bool = False, **kwargs:
         kwargs: Further arguments of `timm.data.create_transform` (augmentation).
 
     Returns:
-        PIL image -> float tensor `[in_chans, height, width]`, normalised.
+        PIL image -> float32 tensor `[in_chans, height, width]`, normalised.
 
     Raises:
-        ConfigError: the config is not completed.
+        ConfigError: the config is not completed, or asks for images of too many pixels.
         ArgumentError: an argument that the config decides, or that timm does not know, or with which the transform
             does not normalise although the tower needs what is done there.
     """
-    block, size = completed_preprocess(config)
-    transform: Callable[[Any], Any] = transform_of(block, size, is_training, **kwargs)
-    return transform
+    return transform_of(*completed_preprocess(config), is_training, **kwargs)
 
 
 def transform_of(block: dict[str, Any], size: Sequence[int], is_training: bool = False, **kwargs: Any) -> Any:
     """`make_transform` from a checked preprocess block and `[height, width]`."""
+    resized = [math.floor(side / block["crop_pct"]) for side in size]
+    values = len(block["mean"]) * max(math.prod(resized), math.prod(size))
+    if min(resized) < 1 or values > MAX_RESIZED_VALUES:
+        raise ConfigError(
+            f"image_size={list(size)} with crop_pct={block['crop_pct']}: images of {len(block['mean'])} channels would "
+            f"be resized to {resized[0]} x {resized[1]}; at most {MAX_RESIZED_VALUES} values (8192 x 8192 in colour), "
+            "and at least one pixel, are taken"
+        )
     lo, hi = block["value_range"]
-    scaled = [lo, hi] != _WHITE_IS_ONE
+    scaled, reverse, padded = [lo, hi] != [0, 1], block["channel_order"] == "BGR", block["padding"] is not None
     # timm also makes colours of the mean (of borders, and in augmentation), which it takes to be in [0, 1].
     mean = [(value - lo) / (hi - lo) for value in block["mean"]] if scaled else block["mean"]
     std = [value / (hi - lo) for value in block["std"]] if scaled else block["std"]
@@ -2685,28 +3449,23 @@ def transform_of(block: dict[str, Any], size: Sequence[int], is_training: bool =
         raise ArgumentError(f"transform: {', '.join(twice)} come from the tower's config; change them there")
     try:
         transform = create_transform(is_training=is_training, **decided, **kwargs)
-    except TypeError as error:
+    except (TypeError, ValueError, AssertionError) as error:
         raise ArgumentError(f"transform: timm.data.create_transform refuses: {error}") from error
-    reverse = block["channel_order"] == "BGR"
-    if block["padding"] is None and not scaled and not reverse:
-        return transform
     steps = list(transform.transforms) if isinstance(transform, Compose) else []
-    places = [place for place, step in enumerate(steps) if isinstance(step, Normalize)]
-    if len(places) != 1:
-        raise ArgumentError(
-            f"transform: with {kwargs} timm does not normalise within one transform, and this tower's padding, "
-            "value_range or channel_order would get lost; leave such arguments out"
-        )
-    place = places[0]
-    if scaled:
-        normalise = Normalize(mean=torch.tensor(block["mean"]), std=torch.tensor(block["std"]))
-        steps[place : place + 1] = [ScaleValues(lo, hi), normalise]
-        place += 1
-    if reverse:
-        steps.insert(place + 1, ReverseChannels())
-    if block["padding"] is not None:
-        steps.insert(0, PadToSquare(block["padding"]["color"]))
-    return Compose(steps)
+    if scaled or reverse or padded:
+        places = [place for place, step in enumerate(steps) if isinstance(step, Normalize)]
+        if len(places) != 1:
+            raise ArgumentError(
+                f"transform: with {kwargs} timm does not normalise within one transform, and this tower's padding, "
+                "value_range or channel_order would get lost; leave such arguments out"
+            )
+        normalise = steps[places[0]]
+        if scaled:
+            normalise = Normalize(mean=torch.tensor(block["mean"]), std=torch.tensor(block["std"]))
+        around = [*[ScaleValues(lo, hi)] * scaled, normalise, *[ReverseChannels()] * reverse]
+        steps[places[0] : places[0] + 1] = around
+        steps[:0] = [PadToSquare(tuple(block["padding"]["color"]))] if padded else []
+    return TowerTransform(steps, block, None if is_training else resized) if steps else transform
 
 
 def completed_preprocess(config: TimmTowerConfig) -> tuple[dict[str, Any], list[int]]:
@@ -2719,177 +3478,14 @@ def completed_preprocess(config: TimmTowerConfig) -> tuple[dict[str, Any], list[
         raise ConfigError("the config has no preprocess block yet: build a tower from it first")
     return config.preprocess, check_size("image_size", config.image_size)
 
-# --- tensor_transform.py
 
-"""timm's transform on tensors: whole batches, on any device, close to the exact one and not equal to it.
-
-timm's steps say what happens; only the resizing is done by torch instead of PIL. How far the two are apart before mean
-and std, in steps of an 8-bit pixel (of 255), from a fifth to three times the size, is measured by
-`scripts/bench_image_processor.py`. With the aspect kept, on an x86-64 CPU with torch 2.14.1, torchvision 0.29.1 and
-Pillow 13.0:
-
-    interpolation        uint8: max, mean      uint8 without a kernel of its own      float: max, mean
-    nearest              0, 0                  0, 0                                   0, 0
-    bilinear             2, 0.024              2, 0.25                                1.0, 0.35
-    bicubic, lanczos     2, 0.010              2, 0.027                               1.2, 0.32
-
-The means are the largest of all sizes. torch has uint8 kernels on CPUs with AVX2 or NEON, not on GPUs. Floats are not
-rounded to whole steps, which is what their mean comes from. Where an image loses much height and little width (say a
-portrait that is squashed to a square), this Pillow resizes the columns before the rows, and we do not: then the maximum
-is 11 and the mean of uint8 0.30.
-"""
-
-
-def transform_tensor(images: torch.Tensor, block: dict[str, Any], size: Sequence[int]) -> torch.Tensor:
-    """Preprocess a batch of tensors.
-
-    Args:
-        images: `[B, C, H, W]`, uint8, or floating point in [0, 1]; one channel counts as grey where three are needed.
-        block: A checked preprocess block.
-        size: Height and width of the result in pixels.
-
-    Returns:
-        `[B, C, height, width]`, float32, on the device of `images`; differentiable where `images` are floats.
-
-    Raises:
-        ArgumentError: channels, dtype or values are not those of images, or torch has no such interpolation.
-    """
-    images = _checked(images, len(block["mean"]))
-    for step in transform_of(block, size).transforms:
-        if isinstance(step, PadToSquare):
-            images = _pad_to_square(images, step)
-        elif isinstance(step, Resize):
-            images = _resize(images, _target(images, step.size), step.interpolation)
-        elif isinstance(step, ResizeKeepRatio):
-            target = step.get_params(images, step.size, step.longest)  # type: ignore[no-untyped-call]
-            images = _resize(images, target, step.interpolation)
-        elif isinstance(step, CenterCropOrPad):
-            images = _crop_or_pad(images, step)
-        elif isinstance(step, MaybeToTensor):
-            images = images if images.is_floating_point() else images.float().div(255)
-        else:
-            images = step(images)  # cropping, normalising and our own steps take both kinds
-    return images
-
-
-def _checked(images: torch.Tensor, channels: int) -> torch.Tensor:
-    if images.ndim != 4 or 0 in images.shape:
-        raise ArgumentError(f"a tensor of shape {list(images.shape)}: expected [C, H, W] or [B, C, H, W], not empty")
-    if images.shape[1] == 1:
-        images = images.expand(-1, channels, -1, -1) if channels == 3 else images
-    if images.shape[1] != channels:
-        raise ArgumentError(
-            f"a tensor of shape {list(images.shape)}: expected {channels} channels first, [B, {channels}, H, W]; with "
-            "channels last pass input_data_format='channels_last'"
-        )
-    if images.dtype == torch.uint8:
-        return images
-    if not images.is_floating_point():
-        raise ArgumentError(f"a tensor of {images.dtype}: expected uint8, or floating point in [0, 1]")
-    images = images.float()
-    least, most = (bound.item() for bound in images.detach().aminmax())
-    if not (least >= 0 and most <= 1):
-        raise ArgumentError(
-            f"a floating point tensor with values from {least:.4g} to {most:.4g}: expected [0, 1], before mean and "
-            "std. Divide by 255 what goes to 255; what is normalised already goes to the model as it is."
-        )
-    return images
-
-
-def _target(images: torch.Tensor, size: int | Sequence[int]) -> list[int]:
-    """Height and width that torchvision's `Resize` gives: a single number is the shorter side."""
-    if not isinstance(size, int):
-        return list(size)
-    height, width = images.shape[-2:]
-    longer = int(size * max(height, width) / min(height, width))
-    return [size, longer] if height <= width else [longer, size]
-
-
-def _resize(images: torch.Tensor, size: Sequence[int], mode: InterpolationMode) -> torch.Tensor:
-    height, width = size
-    if mode == InterpolationMode.NEAREST:
-        rows, columns = _nearest(images.shape[-2], height), _nearest(images.shape[-1], width)
-        return images[..., rows, :][..., columns]
-    try:
-        # As PIL does: rows first, then columns, and what bicubic and lanczos overshoot is cut after each of them. uint8
-        # is also rounded in between, as PIL's is, where torch has no kernel of its own for it.
-        for target in ([images.shape[-2], width], [height, width]):
-            images = F.resize(images, target, interpolation=mode, antialias=True)
-            images = images.clamp(0, 1) if images.is_floating_point() else images
-    except (NotImplementedError, ValueError) as error:
-        raise ArgumentError(
-            f"this torch and torchvision cannot resize tensors with interpolation {mode.value!r}; pass PIL images or "
-            "uint8 numpy arrays"
-        ) from error
-    return images
-
-
-def _nearest(before: int, after: int) -> list[int]:
-    """The pixels that PIL takes: it adds up the step in double precision, where torch's modes multiply in single."""
-    step = before / after
-    position, taken = step * 0.5, []
-    for _ in range(after):
-        taken.append(min(int(position), before - 1))
-        position += step
-    return taken
-
-
-def _fill(images: torch.Tensor, color: Sequence[int]) -> torch.Tensor:
-    fill = torch.tensor(color, device=images.device)
-    return (fill / 255 if images.is_floating_point() else fill).to(images.dtype)
-
-
-def _pad_to_square(images: torch.Tensor, step: PadToSquare) -> torch.Tensor:
-    batch, channels, height, width = images.shape
-    side = max(height, width)
-    left, top = step.corner(width, height)
-    canvas = _fill(images, step.color).view(1, channels, 1, 1).repeat(batch, 1, side, side)
-    canvas[..., top : top + height, left : left + width] = images
-    return canvas
-
-
-def _crop_or_pad(images: torch.Tensor, step: CenterCropOrPad) -> torch.Tensor:
-    """timm's own, channel by channel: torchvision pads tensors with one number only."""
-    color: Any = step.fill
-    fill = _fill(images, color).tolist()
-    parts = [center_crop_or_pad(images[:, i : i + 1], step.size, fill=value) for i, value in enumerate(fill)]
-    return torch.cat(parts, 1)
-
-# --- processor_config.py
-
-"""`preprocessor_config.json`: what it holds, made from a tower's config, and held against it.
-
-It repeats the preprocess block and the size for transformers, under transformers' names. Here and not beside the
-processor's class, so that saving and loading a tower need not import transformers' image processing.
-"""
-
-
-PROCESSOR_TYPE = "TimmTowerImageProcessor"
-# Where transformers finds the class in a tower's folder, under trust_remote_code. A list: of a plain name transformers
-# makes a video processor's, and asks every pipeline's user to trust its code.
-PROCESSOR_AUTO_MAP = {"AutoImageProcessor": [f"modeling_timm_tower.{PROCESSOR_TYPE}", None]}
-# Keys that transformers itself writes into a processor's file.
-PROCESSOR_FOREIGN_KEYS = frozenset({"image_processor_type", "auto_map", "processor_class", "feature_extractor_type"})
-
-# Entry of the preprocess block -> its name in the file.
-_NAMES = {
-    "interpolation": "interpolation",
-    "crop_pct": "crop_pct",
-    "crop_mode": "crop_mode",
-    "mean": "image_mean",
-    "std": "image_std",
-    "padding": "padding",
-    "channel_order": "channel_order",
-    "value_range": "value_range",
-}
-PROCESSOR_FACTS = ("size", *_NAMES.values())
+# --- preprocessor_config.json: the block and the size under transformers' names
 
 
 def facts_of(block: dict[str, Any], size: Sequence[int]) -> dict[str, Any]:
     """The preprocess block and `[height, width]` under their names in `preprocessor_config.json`."""
-    height, width = size
-    named = {name: block[key] for key, name in _NAMES.items()}
-    return {"size": {"height": height, "width": width}, **_plain(named)}
+    named = {_FILE_NAMES.get(key, key): _plain_fact(block[key]) for key in _BLOCK_KEYS}
+    return {"size": {"height": size[0], "width": size[1]}, **named}
 
 
 def block_of(facts: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
@@ -2900,23 +3496,38 @@ def block_of(facts: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
     """
     if missing := [name for name in PROCESSOR_FACTS if name not in facts]:
         raise ConfigError(f"{PROCESSOR_TYPE}: {', '.join(missing)} missing")
-    block = _plain({key: facts[name] for key, name in _NAMES.items()})
+    block = {key: _plain_fact(facts[_FILE_NAMES.get(key, key)]) for key in _BLOCK_KEYS}
     size = facts["size"]
     if isinstance(size, Mapping):
         if set(size) != {"height", "width"}:
-            raise ConfigError(f"size={dict(size)!r}: expected {{'height': ..., 'width': ...}} in pixels")
+            raise ConfigError(f"size={shown(dict(size))}: expected {{'height': ..., 'width': ...}} in pixels")
         size = [size["height"], size["width"]]
-    if not isinstance(block["mean"], list) or not block["mean"]:
-        raise ConfigError(f"image_mean={block['mean']!r}: expected a list with a number for each channel")
+    if not isinstance(block["mean"], list) or not 1 <= len(block["mean"]) <= MAX_IN_CHANS:
+        raise ConfigError(f"image_mean={shown(block['mean'])}: expected a list with a number for each channel")
     check_preprocess(block, len(block["mean"]))
     return block, check_size("size", size)
 
 
-def _plain(value: Any) -> Any:
+def _plain_fact(value: Any) -> Any:
     """What JSON gives back: lists for tuples, and nothing shared with the config."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: list(item) if isinstance(item, tuple) else item for key, item in value.items()}
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def standard_keys(block: dict[str, Any]) -> dict[str, Any]:
+    """How other readers of `preprocessor_config.json` (transformers.js, ...) name steps, where that is exact.
+
+    `size` is the result's, so that resizing can be named only where the image is squashed to it; elsewhere the key is
+    left out, and a reader that then does not resize meets a wrong shape, not other pixels.
+    """
+    (lo, hi), channels = block["value_range"], len(block["mean"])
+    keys: dict[str, Any] = {"do_convert_rgb": True} if channels == 3 else {}
+    if block["channel_order"] == "RGB" and lo == 0:
+        keys.update(do_rescale=True, rescale_factor=hi / 255, do_normalize=True)
+    if block["crop_mode"] == "squash" and block["crop_pct"] == 1 and block["padding"] is None:
+        keys.update(do_resize=True, resample=INTERPOLATIONS[block["interpolation"]], do_center_crop=False)
+    return keys
 
 
 def processor_dict(config: TimmTowerConfig) -> dict[str, Any]:
@@ -2930,11 +3541,8 @@ def processor_dict(config: TimmTowerConfig) -> dict[str, Any]:
     """
     block, size = completed_preprocess(config)
     check_preprocess(block, config.in_chans)
-    return {
-        **facts_of(block, size),
-        "image_processor_type": PROCESSOR_TYPE,
-        "auto_map": dict(PROCESSOR_AUTO_MAP),
-    }
+    named = {"image_processor_type": PROCESSOR_TYPE, "auto_map": dict(PROCESSOR_AUTO_MAP)}
+    return {**facts_of(block, size), **standard_keys(block), **named}
 
 
 def facts_in_tower(processor: dict[str, Any]) -> dict[str, Any]:
@@ -2946,30 +3554,41 @@ def facts_in_tower(processor: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in processor.items() if name not in ("image_processor_type", "auto_map")}
 
 
+def processor_differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """How the entries of a `preprocessor_config.json` differ from the expected ones, in words; ours must be there."""
+    named = [*PROCESSOR_FACTS, *(name for name in STANDARD_KEYS if name in found)]
+    differ = [
+        f"{name} is {shown(found.get(name, 'missing'))} there and should be {shown(expected.get(name, 'left out'))}"
+        for name in named
+        if name not in found or name not in expected or found[name] != expected[name]
+    ]
+    unknown = sorted(set(found) - set(expected) - set(STANDARD_KEYS) - TRANSFORMERS_PROCESSOR_KEYS, key=str)
+    return differ + [f"unknown {shown(name)}{near_names(name, PROCESSOR_FACTS)}" for name in unknown[:4]]
+
+
+def near_names(name: str, names: Sequence[str], cutoff: float = 0.6) -> str:
+    """` (did you mean ...?)`, or nothing where no name is near, or the text is too long to look for one."""
+    near = difflib.get_close_matches(name, names, n=2, cutoff=cutoff) if len(name) <= 64 else []
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
 def check_processor(found: Mapping[str, Any], config: TimmTowerConfig) -> None:
     """Refuse a `preprocessor_config.json` that would prepare other pixels than the tower's config says.
 
     Args:
-        found: The parsed file.
+        found: The parsed file; towers saved by earlier versions have none of `STANDARD_KEYS`.
         config: The completed config of the same folder, before any override.
 
     Raises:
         ConfigError: names every fact that differs, with both values.
     """
-    expected = processor_dict(config)
     kind = found.get("image_processor_type")  # not beside a tower, but whoever saved the processor alone wrote it
     if kind not in (None, PROCESSOR_TYPE):
         raise ConfigError(
-            f"preprocessor_config.json: image_processor_type is {kind!r}, not {PROCESSOR_TYPE!r}: it would prepare "
-            "other pixels than this tower was made for. Save the tower again to write its own."
+            f"preprocessor_config.json: image_processor_type is {shown(kind)}, not {PROCESSOR_TYPE!r}: it would "
+            "prepare other pixels than this tower was made for. Save the tower again to write its own."
         )
-    differ = [
-        f"{name} is {found.get(name, 'missing')!r} there and {expected[name]!r} in config.json"
-        for name in PROCESSOR_FACTS
-        if name not in found or found[name] != expected[name]
-    ]
-    differ += [f"{name} is unknown" for name in sorted(set(found) - set(expected) - PROCESSOR_FOREIGN_KEYS)]
-    if differ:
+    if differ := processor_differences(found, processor_dict(config)):
         raise ConfigError(
             f"preprocessor_config.json and config.json disagree: {'; '.join(differ)}. One of them was edited; save the "
             "tower again to write both."
@@ -2979,21 +3598,20 @@ def check_processor(found: Mapping[str, Any], config: TimmTowerConfig) -> None:
 
 """`TimmTowerImageProcessor`: timm's eval transform as transformers' image processor.
 
-- PIL images, uint8 numpy arrays and paths give, bit for bit, what timm's transform gives for `image.convert("RGB")`
-  (`"L"` for towers of one channel). So transparency is dropped and not blended, and PIL clips what 16-bit images hold
-  above 255.
-- Tensors and floating point arrays take the path of `tensor_transform.py`, which is close and not equal.
-- EXIF rotation: paths and URLs are read by transformers' `load_image`, as in pipelines, which turns the image upright.
-  A PIL image is taken as it is, as timm takes it: `PIL.ImageOps.exif_transpose` is the caller's.
+- PIL images, uint8 numpy arrays, paths and URLs give, bit for bit, what timm's transform gives for
+  `image.convert("RGB")` (`"L"` for towers of one channel); see `in_channels` for transparency and 16-bit images.
+- Tensors and floating point arrays are resized by torch, in whole batches and on any device: close and not equal. The
+  largest difference before mean and std, in steps of an 8-bit pixel (of 255), from a fifth to three times the size, is
+  0 for nearest and 2 otherwise; 11 where an image is squashed to less than a fifth of its height, because Pillow then
+  resizes columns before rows. The means are at most 0.36. Measured by `scripts/bench_image_processor.py`.
+- EXIF rotation: paths and URLs are turned upright, as transformers' `load_image` does. A PIL image is taken as it is,
+  as timm takes it: `PIL.ImageOps.exif_transpose` is the caller's.
 
 In a file of its own: importing transformers' image processing is not free, and `TimmModel` does without.
 """
 
 
-# From a folder, transformers 5.4 copies the files that a remote file imports, and not those that these import in turn:
-# so all that are needed are imported above.
-
-_PIL_MODES = {1: "L", 3: "RGB"}
+_DEEPEST_LIST = 4
 
 
 class TimmTowerImagesKwargs(TypedDict, total=False):
@@ -3002,6 +3620,11 @@ class TimmTowerImagesKwargs(TypedDict, total=False):
     return_tensors: str | None
     device: str | torch.device | None
     input_data_format: str | None
+    do_resize: bool | None
+    do_center_crop: bool | None
+    do_rescale: bool | None
+    do_normalize: bool | None
+    do_convert_rgb: bool | None
 
 
 class TimmTowerImageProcessor(BaseImageProcessor):
@@ -3029,13 +3652,12 @@ class TimmTowerImageProcessor(BaseImageProcessor):
 
     def __init__(self, **facts: Any) -> None:
         super().__init__()
-        # transformers sets this on the class of remote code and would then, at each save, copy the code into the
-        # folder's top and point `auto_map` there. `save_pretrained` below keeps it in core/.
-        self._auto_class = None
-        if unknown := sorted(set(facts) - set(PROCESSOR_FACTS) - PROCESSOR_FOREIGN_KEYS):
-            raise ConfigError(f"{type(self).__name__}: unknown {', '.join(map(_with_near_names, unknown))}")
-        defaults = {"padding": None, "channel_order": "RGB", "value_range": [0.0, 1.0]}
-        for name, value in facts_of(*block_of({**defaults, **facts})).items():
+        facts = {"padding": None, "channel_order": "RGB", "value_range": [0.0, 1.0], **facts}
+        block, size = block_of(facts)
+        checked = facts_of(block, size)
+        if wrong := processor_differences({**facts, **checked}, {**checked, **standard_keys(block)}):
+            raise ConfigError(f"{type(self).__name__}: {'; '.join(wrong)}")
+        for name, value in checked.items():
             setattr(self, name, value)
 
     @classmethod
@@ -3055,7 +3677,7 @@ class TimmTowerImageProcessor(BaseImageProcessor):
         hands it to the model and to us, and both follow.
 
         Raises:
-            ArgumentError: a keyword looks like a fact misspelt.
+            ArgumentError: a keyword looks like a fact misspelt, or belongs into the call.
         """
         return_unused = kwargs.pop("return_unused_kwargs", False)
         given = {name: kwargs.pop(name) for name in PROCESSOR_FACTS if name in kwargs}
@@ -3064,29 +3686,27 @@ class TimmTowerImageProcessor(BaseImageProcessor):
                 raise ArgumentError(f"{cls.__name__}: image_size is another name of size; give one of them")
             given["size"] = kwargs.pop("image_size")
         for name in kwargs:
-            if name in ("mean", "std") or difflib.get_close_matches(name, PROCESSOR_FACTS, n=1, cutoff=0.75):
-                raise ArgumentError(f"{cls.__name__}: unknown {_with_near_names(name)}")
-        processor = cls(**{**image_processor_dict, **given})
+            if name in ("mean", "std", *STANDARD_KEYS) or near_names(name, PROCESSOR_FACTS, 0.75):
+                raise ArgumentError(
+                    f"{cls.__name__}: unknown {name}{near_names(name, PROCESSOR_FACTS)}; steps are left out in the call"
+                )
+        processor = cls(**image_processor_dict)
+        processor = cls(**{**processor._facts(), **given}) if given else processor
         return (processor, kwargs) if return_unused else processor
 
     def to_dict(self) -> dict[str, Any]:
         """What `preprocessor_config.json` holds."""
-        kind, auto_map = type(self).__name__, dict(PROCESSOR_AUTO_MAP)
-        return {**self._facts(), "image_processor_type": kind, "auto_map": auto_map}
+        named = {"image_processor_type": type(self).__name__, "auto_map": dict(PROCESSOR_AUTO_MAP)}
+        facts = self._facts()
+        return {**facts, **standard_keys(block_of(facts)[0]), **named}
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """Write `preprocessor_config.json`, and for remote code `core/` with the code, unless the folder has one."""
-        code = Path(save_directory) / "core"
-        if type(self)._auto_class is not None and not code.exists():
-            code.mkdir(parents=True)
-            for file in {__file__, *get_relative_import_files(__file__)}:
-                shutil.copyfile(file, code / Path(file).name)
-        saved = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        path, config = (Path(save_directory, name) for name in ("preprocessor_config.json", "config.json"))
-        if config.is_file() and json.loads(config.read_text()).get("model_type") == TimmTowerConfig.model_type:
-            facts = facts_in_tower(json.loads(path.read_text()))  # as the tower itself writes it
-            path.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
-        return saved
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write `preprocessor_config.json`; beside a tower, as the tower itself writes it."""
+        path, content = Path(json_file_path), self.to_dict()
+        if _is_tower(path.with_name("config.json")):
+            content = facts_in_tower(content)
+        path.unlink(missing_ok=True)  # a link is replaced, what it points to stays
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def preprocess(
         self,
@@ -3094,17 +3714,21 @@ class TimmTowerImageProcessor(BaseImageProcessor):
         return_tensors: str | None = None,
         device: str | torch.device | None = None,
         input_data_format: str | None = None,
-        **unknown: Any,
+        **steps: bool | None,
     ) -> BatchFeature:
         """Preprocess one image or a list of them.
 
         Args:
             images: PIL images; numpy arrays `[H, W]`, `[H, W, C]`, `[C, H, W]` or a batch of these, uint8 or floats
-                in [0, 1]; tensors `[C, H, W]` or `[B, C, H, W]`, likewise; paths and URLs; or a flat list of these.
+                in [0, 1], and uint16 or int32 where they are grey; tensors `[C, H, W]` or `[B, C, H, W]`, uint8 or
+                floats; paths and URLs; or a list of these, which may hold further lists.
             return_tensors: `"pt"` or `"np"`: one array of the batch; None: a list of tensors `[C, height, width]`.
-            device: Where the tensor path runs and where the result lies; by default each image's own.
+            device: Where the tensor path runs and where the result is; by default each image's own.
             input_data_format: `channels_first` or `channels_last` of arrays and tensors. By default tensors have their
                 channels first, and arrays where their shape shows them.
+            steps: transformers' names of steps, taken where they say what is done. `do_resize=False`: the images have
+                the tower's size already, and are neither padded nor cropped. `do_rescale=False`: they are floats in
+                [0, 1]; True: they are not. `do_convert_rgb=False`: they have the tower's mode.
 
         Returns:
             `pixel_values`: `[B, C, height, width]`, float32.
@@ -3113,18 +3737,12 @@ class TimmTowerImageProcessor(BaseImageProcessor):
             ArgumentError: an image, or a keyword, that cannot be used.
             ConfigError: an attribute has been set to what cannot be used.
         """
-        if unknown:
-            raise ArgumentError(
-                f"{type(self).__name__}: unknown {', '.join(sorted(unknown))}. A call takes return_tensors, device and "
-                "input_data_format; the steps are the tower's (size, interpolation, ...) and none is left out."
-            )
         if return_tensors not in (None, "pt", "np"):
             raise ArgumentError(f"return_tensors={return_tensors!r}: expected 'pt', 'np' or None")
         if input_data_format not in (None, "channels_first", "channels_last"):
             raise ArgumentError(f"input_data_format={input_data_format!r}: not 'channels_first' or 'channels_last'")
-        prepared = _Call(self._facts(), device, input_data_format)
-        images = list(images) if isinstance(images, (list, tuple)) else [images]
-        done = [made for image in images for made in prepared(image)]
+        prepared = _Call(self._facts(), device, input_data_format, steps)
+        done = [made for image in _flat_images(images) for made in prepared(image)]
         if not done:
             raise ArgumentError("no images: expected one at least")
         if return_tensors is None:
@@ -3137,18 +3755,68 @@ class TimmTowerImageProcessor(BaseImageProcessor):
         return facts_of(*block_of({name: getattr(self, name) for name in PROCESSOR_FACTS}))
 
 
+def _is_tower(config: Path) -> bool:
+    try:
+        found = json.loads(config.read_bytes()) if config.is_file() else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.get("model_type") == TimmTowerConfig.model_type
+
+
+def _flat_images(images: Any, depth: int = 0) -> Iterator[Any]:
+    if not isinstance(images, (list, tuple)):
+        yield images
+        return
+    if depth == _DEEPEST_LIST:
+        raise ArgumentError(f"images: lists within lists, more than {_DEEPEST_LIST} deep")
+    for image in images:
+        yield from _flat_images(image, depth + 1)
+
+
+def _opened(source: str) -> Image.Image:
+    """The image of a path, a URL or base64 text, upright and in its own mode: transformers' `load_image` clips it."""
+    try:
+        if source.startswith(("http://", "https://")):
+            with urlopen(Request(source, headers={"User-Agent": "transformers"}), timeout=60) as response:
+                image = Image.open(BytesIO(response.read()))
+        elif os.path.isfile(source):
+            image = Image.open(source)
+        else:
+            text = source.partition(",")[2] if source.startswith("data:image/") else source
+            image = Image.open(BytesIO(base64.b64decode(text, validate=True)))
+        return ImageOps.exif_transpose(image)
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ArgumentError(
+            f"{shown(source)}: expected the path or the URL of an image, or its base64 text: {shown(str(error))}"
+        ) from error
+
+
 class _Call:
     """One call of the processor: image -> its `[C, height, width]` tensors."""
 
-    def __init__(self, facts: dict[str, Any], device: Any, data_format: str | None) -> None:
+    def __init__(self, facts: dict[str, Any], device: Any, data_format: str | None, given: dict[str, Any]) -> None:
         self.block, self.size = block_of(facts)
         self.channels = len(self.block["mean"])
         self.transform = transform_of(self.block, self.size)
         self.device, self.data_format = device, data_format
+        self.given = {name: value for name, value in given.items() if value is not None}
+        whole = self.given.get("do_resize") is False or standard_keys(self.block).get("do_center_crop") is False
+        only_true = ("do_normalize",) if whole else ("do_normalize", "do_center_crop")
+        for name, value in self.given.items():
+            usable = (True,) if name in only_true else (True, False)
+            if name not in TimmTowerImagesKwargs.__annotations__ or value not in usable:
+                raise ArgumentError(
+                    f"TimmTowerImageProcessor: {name}={shown(value)} cannot be had. A call takes "
+                    f"{', '.join(TimmTowerImagesKwargs.__annotations__)}; the other steps are the tower's (size, "
+                    "interpolation, ...) and none is left out."
+                )
+        if self.given.get("do_resize") is False:
+            steps = self.transform.transforms
+            self.transform.transforms = steps[[isinstance(step, MaybeToTensor) for step in steps].index(True) :]
 
     def __call__(self, image: Any) -> Iterator[torch.Tensor]:
         if isinstance(image, (str, os.PathLike)):
-            image = load_image(os.fspath(image))
+            image = _opened(os.fspath(image))
         if isinstance(image, Image.Image):
             yield self._exact(image)
         elif isinstance(image, np.ndarray):
@@ -3156,8 +3824,6 @@ class _Call:
                 yield self._from_array(array)
         elif isinstance(image, torch.Tensor):
             yield from self._from_tensor(image, self.data_format or "channels_first")
-        elif isinstance(image, (list, tuple)):
-            raise ArgumentError("a list within the list of images: expected a flat list, one image after the other")
         else:
             raise ArgumentError(
                 f"an image of type {type(image).__name__}: expected a PIL image, a numpy array, a torch tensor, a path "
@@ -3165,37 +3831,45 @@ class _Call:
             )
 
     def _exact(self, image: Image.Image) -> torch.Tensor:
-        mode = _PIL_MODES.get(self.channels)
-        if mode is None:
-            raise ArgumentError(
-                f"a PIL image (mode {image.mode}), but the tower takes {self.channels} channels: pass arrays or tensors"
-            )
-        if image.mode != mode:
-            _warn_of_clipping(image)
-            image = image.convert(mode)
-        made: torch.Tensor = self.transform(image)
+        converted = in_channels(image, self.channels)
+        if converted is not image and self.given.get("do_convert_rgb") is False:
+            raise ArgumentError(f"do_convert_rgb=False, but the image has mode {image.mode} and not {converted.mode}")
+        self._check_steps([image.height, image.width], rescales=True)
+        made: torch.Tensor = self.transform(converted)
         return made if self.device is None else made.to(self.device)
 
+    def _check_steps(self, size: list[int], rescales: bool) -> None:
+        """Refuse a step that was asked for, or out, and does not fit an image of this height and width."""
+        if self.given.get("do_rescale", rescales) is not rescales:
+            raise ArgumentError(
+                f"do_rescale={not rescales}: uint8 and PIL images are divided by 255, floats are in [0, 1] already"
+            )
+        if self.given.get("do_resize") is False and size != self.size:
+            raise ArgumentError(f"do_resize=False: an image of {size}, but the tower takes {self.size} (height, width)")
+
     def _from_array(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
-        """One image; uint8 of one, three or four channels through PIL, all else through torch."""
+        """One image; uint8 of one, three or four channels and deeper grey through PIL, all else through torch."""
         if array.ndim == 2:
             array = array[:, :, None]
         elif array.ndim != 3:
             raise ArgumentError(f"an array of shape {array.shape}: expected [H, W], [H, W, C] or [C, H, W]")
         elif self._data_format(array.shape) == "channels_first":
             array = array.transpose(1, 2, 0)
-        if array.dtype == np.uint8 and self.channels in _PIL_MODES and array.shape[-1] in (1, 3, 4):
+        if 0 in array.shape:
+            raise ArgumentError(f"an array of shape {array.shape}: it is empty")
+        depth = {"uint8": (1, 3, 4), "uint16": (1,), "int32": (1,)}.get(array.dtype.name, ())
+        if self.channels in PIL_MODES and array.shape[-1] in depth:
             pixels = array[:, :, 0] if array.shape[-1] == 1 else array
-            return self._exact(Image.fromarray(np.ascontiguousarray(pixels)))
+            return self._exact(Image.fromarray(np.array(pixels, array.dtype.newbyteorder("="))))
         if array.dtype != np.uint8 and array.dtype.kind != "f":
             raise ArgumentError(f"an array of {array.dtype}: expected uint8, or floating point in [0, 1]")
-        tensor = torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
-        return next(self._from_tensor(tensor, "channels_first"))
+        kind = np.uint8 if array.dtype == np.uint8 else np.float32
+        return next(self._from_tensor(torch.from_numpy(np.array(array.transpose(2, 0, 1), kind)), "channels_first"))
 
     def _data_format(self, shape: tuple[int, ...]) -> str:
         if self.data_format is not None:
             return self.data_format
-        counts = {1, 3, 4} if self.channels in _PIL_MODES else {1, self.channels}
+        counts = {1, 3, 4} if self.channels in PIL_MODES else {1, self.channels}
         first, last = shape[0] in counts, shape[-1] in counts
         if first == last:
             raise ArgumentError(
@@ -3212,25 +3886,119 @@ class _Call:
             batch = batch.permute(0, 3, 1, 2)
         if self.device is not None:
             batch = batch.to(self.device)
-        yield from transform_tensor(batch, self.block, self.size)
+        batch = _checked_tensor(batch, self.channels)
+        self._check_steps(list(batch.shape[-2:]), rescales=not batch.is_floating_point())
+        yield from transform_tensor(batch, self.transform)
 
 
-def _with_near_names(name: str) -> str:
-    near = difflib.get_close_matches(name, PROCESSOR_FACTS, n=2)
-    return f"{name} (did you mean {' or '.join(near)}?)" if near else name
+def transform_tensor(images: torch.Tensor, transform: TowerTransform) -> torch.Tensor:
+    """timm's steps on a batch; only the resizing is done by torch instead of PIL.
+
+    Args:
+        images: `[B, C, H, W]`, uint8, or floating point in [0, 1].
+        transform: The tower's, for evaluation.
+
+    Returns:
+        `[B, C, height, width]`, float32, on the device of `images`; differentiable where `images` are floats.
+
+    Raises:
+        ArgumentError: torch has no such interpolation, or the images become too large on the way.
+    """
+    transform.check_cost(*images.shape[-2:])
+    for step in transform.transforms:
+        if isinstance(step, PadToSquare):
+            images = _pad_tensor(images, step)
+        elif isinstance(step, Resize):
+            images = _resize_tensor(images, _resize_target(images, step.size), step.interpolation)
+        elif isinstance(step, ResizeKeepRatio):
+            target = step.get_params(images, step.size, step.longest)  # type: ignore[no-untyped-call]
+            images = _resize_tensor(images, target, step.interpolation)
+        elif isinstance(step, CenterCropOrPad):  # channel by channel: torchvision pads tensors with one number only
+            fill = _color_of(images, step.fill).tolist()
+            images = torch.cat(
+                [center_crop_or_pad(images[:, i : i + 1], step.size, fill=value) for i, value in enumerate(fill)], 1
+            )
+        elif isinstance(step, MaybeToTensor):
+            images = images if images.is_floating_point() else images.float().div(255)
+        else:
+            images = step(images)  # cropping, normalising and our own steps take both kinds
+    return images
 
 
-def _warn_of_clipping(image: Image.Image) -> None:
-    if not image.mode.startswith(("I", "F")):
-        return
-    extrema: Any = image.getextrema()
-    least, most = extrema
-    if least < 0 or most > 255 or (image.mode == "F" and most <= 1):
-        warnings.warn(
-            f"an image of mode {image.mode} with values from {least} to {most}: PIL's convert takes white for 255 and "
-            "clips what is not from 0 to 255, and timm has the same. Scale it to 8 bits first.",
-            stacklevel=2,
+def _checked_tensor(images: torch.Tensor, channels: int) -> torch.Tensor:
+    if images.ndim != 4 or 0 in images.shape or images.is_meta:
+        raise ArgumentError(f"a tensor of shape {list(images.shape)}: expected [C, H, W] or [B, C, H, W], not empty")
+    if images.shape[1] == 1 and channels == 3:
+        images = images.expand(-1, channels, -1, -1)
+    if images.shape[1] != channels:
+        raise ArgumentError(
+            f"a tensor of shape {list(images.shape)}: expected {channels} channels first, [B, {channels}, H, W]; with "
+            "channels last pass input_data_format='channels_last'"
         )
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise ArgumentError(f"a tensor of {images.dtype}: expected uint8, or floating point in [0, 1]")
+    images = images.float()
+    least, most = (bound.item() for bound in images.detach().aminmax())
+    if not (least >= 0 and most <= 1):
+        raise ArgumentError(
+            f"a floating point tensor with values from {least:.4g} to {most:.4g}: expected [0, 1], before mean and "
+            "std. Divide by 255 what goes to 255; what is normalised already goes to the model as it is."
+        )
+    return images
+
+
+def _resize_target(images: torch.Tensor, size: int | Sequence[int]) -> list[int]:
+    """Height and width that torchvision's `Resize` gives: a single number is the shorter side."""
+    if not isinstance(size, int):
+        return list(size)
+    height, width = images.shape[-2:]
+    longer = int(size * max(height, width) / min(height, width))
+    return [size, longer] if height <= width else [longer, size]
+
+
+def _resize_tensor(images: torch.Tensor, size: Sequence[int], mode: InterpolationMode) -> torch.Tensor:
+    height, width = size
+    if mode == InterpolationMode.NEAREST:
+        rows, columns = _nearest(images.shape[-2], height), _nearest(images.shape[-1], width)
+        return images[..., rows, :][..., columns]
+    try:
+        # As PIL does: rows first, then columns, and what bicubic and lanczos overshoot is cut after each of them. uint8
+        # is also rounded in between, as PIL's is, where torch has no kernel of its own for it.
+        for target in ([images.shape[-2], width], [height, width]):
+            images = tv_functional.resize(images, target, interpolation=mode, antialias=True)
+            images = images.clamp(0, 1) if images.is_floating_point() else images
+    except (NotImplementedError, ValueError) as error:
+        raise ArgumentError(
+            f"this torch and torchvision cannot resize tensors with interpolation {mode.value!r}; pass PIL images or "
+            "uint8 numpy arrays"
+        ) from error
+    return images
+
+
+def _nearest(before: int, after: int) -> list[int]:
+    """The pixels that PIL takes: it adds up the step in double precision, where torch's modes multiply in single."""
+    step = before / after
+    position, taken = step * 0.5, []
+    for _ in range(after):
+        taken.append(min(int(position), before - 1))
+        position += step
+    return taken
+
+
+def _color_of(images: torch.Tensor, color: Any) -> torch.Tensor:
+    fill = torch.tensor(color, device=images.device).clamp(0, 255)
+    return (fill / 255 if images.is_floating_point() else fill).to(images.dtype)
+
+
+def _pad_tensor(images: torch.Tensor, step: PadToSquare) -> torch.Tensor:
+    batch, channels, height, width = images.shape
+    side = max(height, width)
+    left, top = step.corner(width, height)
+    canvas = _color_of(images, step.color).view(1, channels, 1, 1).repeat(batch, 1, side, side)
+    canvas[..., top : top + height, left : left + width] = images
+    return canvas
 
 # --- tower.py
 
@@ -3294,6 +4062,8 @@ class Tower(nn.Module):
         classifier: A layer on top of the embedding, stored beside it; `forward` leaves it out.
     """
 
+    _tp_plan = _pp_plan = None  # transformers asks a `base_model` for these
+
     def __init__(
         self, config: TimmTowerConfig, trunk: nn.Module, head: nn.Module, classifier: nn.Module | None = None
     ) -> None:
@@ -3329,7 +4099,10 @@ def build_tower(
         raise ConfigError("num_features=None: the config is not completed; hf_timm_tower.TimmModel completes it")
     config = copy.deepcopy(config)
     trunk = create_trunk(config)
-    head = builtin_head(config) if config.head is None else rebuild_head(config.head) if make_head is None else make_head()
+    if config.head is None:
+        head: nn.Module = builtin_head(config)
+    else:
+        head = rebuild_head(config.head) if make_head is None else make_head()
     return Tower(config, trunk, head, make_classifier(config) if with_classifier else None)
 
 
@@ -3348,8 +4121,8 @@ def check_buildable(config: TimmTowerConfig) -> None:
         raise HeadError("the config says that there is a custom head, but not which: save the tower with its head")
 
 
-def make_classifier(config: TimmTowerConfig) -> nn.Linear:
-    """A fresh classifier `[B, embed_dim]` -> `[B, num_labels]`.
+def make_classifier(config: TimmTowerConfig) -> nn.Module:
+    """A fresh classifier `[B, embed_dim]` -> `[B, num_labels]`; nothing where the trunk's own gives the scores.
 
     Raises:
         ConfigError: the embedding has no width, or there are no labels.
@@ -3358,6 +4131,10 @@ def make_classifier(config: TimmTowerConfig) -> nn.Linear:
         raise ConfigError(
             "a classifier needs an embedding of a known width; this tower's head gives a tuple, a dict or another rank"
         )
+    if config.is_classifier:
+        if config.num_labels != config.embed_dim:
+            config.num_labels = config.embed_dim
+        return nn.Identity()
     if not config.num_labels:
         raise ConfigError("num_labels=0: a classifier needs at least one label; pass num_labels=... or id2label={...}")
     layer = nn.Linear(config.embed_dim, config.num_labels)
@@ -3380,7 +4157,7 @@ def has_classifier(weights: Mapping[str, torch.Tensor]) -> bool:
 def plain_defaults() -> Iterator[None]:
     """float32 on the CPU for what is made inside, whatever the process has set as its default dtype and device.
 
-    What a constructor computes (relative positions, rotary tables) is then the same everywhere.
+    What a constructor computes (relative positions, rotary tables) is then the same everywhere. Also a decorator.
     """
     wanted = torch.get_default_dtype()
     with torch.device("cpu"):
@@ -3424,8 +4201,8 @@ class StoredTower:
 def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
     """Key -> tensor of a tower's weight files, which lie in one folder with their index.
 
-    Tensors are mapped; those at odd addresses are copied, since kernels may give other last bits for them. Keys that the
-    index calls tied or shared hold one tensor.
+    Tensors are mapped; those at odd addresses are copied, since kernels may give other last bits for them. Keys that
+    the index calls tied or shared hold one tensor.
 
     Raises:
         FormatError: a file is damaged, or the index does not fit the files.
@@ -3441,7 +4218,7 @@ def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
         if isinstance(weight_map, dict):
             listed = {key for key, name in weight_map.items() if name == file.name}
             if odd := sorted(listed ^ tensors.keys()):
-                raise FormatError(f"{file}: the index and the file disagree on {len(odd)} keys, such as {shown(odd[0])}")
+                raise FormatError(f"{file}: {len(odd)} keys are not where the index puts them, such as {shown(odd[0])}")
         found.update(tensors)
     found = {key: tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone() for key, tensor in found.items()}
     metadata = index.get("metadata")
@@ -3449,10 +4226,12 @@ def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
         groups = metadata.get(kind, []) if isinstance(metadata, dict) else []
         for group in groups if isinstance(groups, list) else []:
             if not isinstance(group, list) or any(key not in found for key in group):
-                raise FormatError(f"{files[0].with_name(INDEX_FILE)}: metadata.{kind} names unknown keys: {shown(group)}")
+                raise FormatError(f"{files[0].parent / INDEX_FILE}: metadata.{kind} names unknown keys: {shown(group)}")
             first = found[group[0]]
             if odd := [key for key in group if not same_bytes_of(found[key], first)]:
-                raise FormatError(f"{files[0].with_name(INDEX_FILE)}: {shown(odd[0])} is {kind} to another key but differs")
+                raise FormatError(
+                    f"{files[0].parent / INDEX_FILE}: {shown(odd[0])} is {kind} with another key but differs"
+                )
             found.update((key, first if kind == "tied" else first.view(first.shape)) for key in group[1:])
     return found
 
@@ -3570,8 +4349,8 @@ def assign_weights(
     after = module.state_dict(keep_vars=True)
     if refused := [key for key, value in values.items() if after[key] is not value]:
         raise WeightsError(
-            f"{source}: {_listed(refused)} did not reach the module: it overrides how attributes are set or a state dict "
-            "is loaded, which a tower cannot use"
+            f"{source}: {_listed(refused)} did not reach the module: it overrides how attributes are set or a state "
+            "dict is loaded, which a tower cannot use"
         )
     if device is not None:
         _move_computed_buffers(module, device)
@@ -3684,6 +4463,7 @@ class TowerLoading:
         download: How its files are found: `revision`, `token`, `cache_dir`, `subfolder`, ...
         trusts: Code of the place may run.
         keeps_dtypes: No dtype was asked for: every tensor keeps its own.
+        run_code: Makes a head that is stored as code.
         fresh: Keys that are not in the files, and need not be.
         left_out: Keys in the files that this model has no place for, and need not have.
         stored: What was read.
@@ -3693,6 +4473,7 @@ class TowerLoading:
     download: Mapping[str, Any]
     trusts: bool
     keeps_dtypes: bool
+    run_code: Callable[..., nn.Module] = make_code_head
     fresh: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     stored: Any = None
@@ -3717,7 +4498,7 @@ class TowerLoading:
         """
         if not self.trusts:
             raise refuse_code(spec, repo=self.place, revision=self.download.get("revision"))
-        return make_code_head(spec, self.place, **self.download)
+        return self.run_code(spec, self.place, **self.download)
 
     def refuse_stale(self, files: Sequence[str]) -> None:
         """Refuse a `model.safetensors` that an index of other files is beside, as a folder with both is refused.
@@ -3767,7 +4548,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             make_head = partial(_loading.make_head, config.head)
         budget = Budget.default() if _loading is None or config.trunk_source is not None else _loading.budget()
         # Everything is computed in float32 and then cast, as for a tower that is loaded and cast.
-        with plain_defaults(), skip_init(budget) if on_meta else nullcontext():
+        with plain_defaults(), skip_init(budget) if on_meta else within_budget(budget):
             tower = self._build(config, self._has_classifier, make_head)
         if not on_meta and wanted != torch.float32:
             tower.to(wanted)
@@ -3779,6 +4560,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             self.add_module(name, part)
         # Buffers that no checkpoint holds, until they are back in their places; None where they never left.
         self._computed: dict[str, torch.Tensor] | None = None
+        self._buffers_to: torch.dtype | None = wanted if on_meta else None
         if on_meta:
             self._computed = _computed_buffers(self)
             _move_to_meta(self, wanted)
@@ -3793,6 +4575,8 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         self.post_init()  # type: ignore[no-untyped-call]
 
     # --- steps that hf_timm_tower's own classes replace
+
+    _make_code_head = staticmethod(make_code_head)
 
     @staticmethod
     def _build(config: TimmTowerConfig, with_classifier: bool, make_head: Any) -> Tower:
@@ -3866,7 +4650,10 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             return  # nothing is loaded yet
         _put_buffers(self, self._computed)
         self._computed = None
-        buffers_as_timm(self.trunk)
+        if self._buffers_to is not None:
+            buffers_as_timm(self, self._buffers_to)
+        else:
+            buffers_as_timm(self.trunk, float_dtype(self.trunk))
         # What is on meta is on the disk: transformers loads it when it runs.
         state = {key: tensor for key, tensor in self.state_dict(keep_vars=True).items() if not tensor.is_meta}
         if fresh := [key for key, tensor in state.items() if not getattr(tensor, "_is_hf_initialized", False)]:
@@ -3907,8 +4694,8 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         Args:
             pretrained_model_name_or_path: A folder, or a repository's id.
             config: A config that was loaded already, or where to load it from.
-            dtype: Cast floating-point weights; None and `"auto"` keep every tensor's own, which transformers
-                otherwise makes one for all.
+            dtype: Cast floating-point weights; None and `"auto"` keep every tensor's own, whatever `dtype` of the
+                config says.
             torch_dtype: The old name of `dtype`.
             ignore_mismatched_sizes: Weights that are missing, unexpected or of another shape are no error: they get
                 fresh values or are left out, and a warning lists them.
@@ -3929,6 +4716,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             download={key: kwargs[key] for key in _DOWNLOAD if kwargs.get(key) is not None},
             trusts=bool(kwargs.get("trust_remote_code")),
             keeps_dtypes=wanted in (None, "auto"),
+            run_code=cls._make_code_head,
         )
         found: Any = super().from_pretrained(
             pretrained_model_name_or_path,
@@ -3970,7 +4758,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         folder = Path(checkpoint_files[0]).parent
         _refuse_changed(stored.config, model.config, folder)
         weights = dict(stored.weights)
-        saved_with_one = type(model).__name__ in (stored.config.architectures or ())
+        saved_with_one = type(model).__name__.removeprefix("FSDP") in (stored.config.architectures or ())
         if model._has_classifier and not has_classifier(weights) and not saved_with_one:
             loading.fresh += [f"{CLASSIFIER}.{name}" for name in model.classifier.state_dict()]
         if not model._has_classifier:
@@ -3978,12 +4766,12 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             weights = {key: tensor for key, tensor in weights.items() if key not in loading.left_out}
         if load_config.hf_quantizer is not None or load_config.ignore_mismatched_sizes or len(devices) > 1:
             return stock(model, weights, None, load_config, *args, **kwargs)
-        keeps = loading.keeps_dtypes and stored.config.dtype is None
+        model._buffers_to = None if loading.keeps_dtypes else floating_dtype(load_config.dtype)
         assign_weights(
             model,
             weights,
             source=str(folder),
-            dtype=None if keeps else floating_dtype(load_config.dtype),
+            dtype=model._buffers_to,
             device=devices.pop(),
             allow_missing=loading.fresh,
         )
@@ -4063,7 +4851,7 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
 
     _has_classifier = True
 
-    classifier: nn.Linear
+    classifier: nn.Module
 
     def __init__(self, config: TimmTowerConfig, _loading: TowerLoading | None = None) -> None:
         super().__init__(config, _loading)
@@ -4277,7 +5065,8 @@ def _warn_of_changes(loading: TowerLoading, info: Mapping[str, Any]) -> None:
     """List fresh weights, and those in the files that the model leaves out."""
     fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
     left_out = sorted({*loading.left_out, *info["unexpected_keys"]})
-    for keys, what in ((fresh, "fresh random weights, to be trained"), (left_out, "weights that this model leaves out")):
+    found = {"fresh random weights, to be trained": fresh, "weights that this model leaves out": left_out}
+    for what, keys in found.items():
         if keys:
             warnings.warn(f"{loading.place}: {what}: {', '.join(shown(key)[1:-1] for key in keys)}", stacklevel=4)
 

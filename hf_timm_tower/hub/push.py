@@ -5,17 +5,22 @@ out files that were unchanged a moment ago, and a push of somebody else in betwe
 """
 
 import os
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
-from ..files.checkpoint import CARD_NAME, is_own_file
-from ..files.sentence_files import MODULES_NAME, SENTENCE_NAME, are_edited
-from ..reader.errors import HubError
-from .download import Access, download_files, hub_errors
+from ..files.names import CARD_NAME, is_own_file
+from ..files.open_folder import OpenFolder
+from ..files.sentence_transformers import MODULES_NAME, SENTENCE_NAME, are_edited
+from ..reader.errors import FormatError, HubError
+from .card_merge import MAX_CARD_BYTES
+from .download import Access, check_token, download_files, hub_errors
+from .reader_file import READER_NAME
 
 COMMIT_MESSAGE = "Push a tower with hf_timm_tower"
 
@@ -24,27 +29,11 @@ _ATTEMPTS = 8
 _CONFLICT = 412
 
 
-def push_folder(
-    folder: Path,
-    repo_id: str,
-    make_card: Callable[[str, str | None], str],
-    *,
-    commit_message: str,
-    commit_description: str | None = None,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    branch: str | None = None,
-    create_pr: bool | None = None,
-    allow_patterns: list[str] | str | None = None,
-    ignore_patterns: list[str] | str | None = None,
-    delete_patterns: list[str] | str | None = None,
-) -> str:
-    """Push a tower's folder in one commit; files that an earlier tower left and this one lacks go in the same commit.
+@dataclass(frozen=True)
+class PushOptions:
+    """How a tower is pushed, passed along from the caller of a face.
 
-    Args:
-        folder: What to push; its card is written here.
-        repo_id: From `create_repository`.
-        make_card: The repository's full id, the card as it is there (None where there is none) -> the card to push.
+    Attributes:
         commit_message: The commit's first line.
         commit_description: What stands under it.
         private: Of the repository, where it is made by this call.
@@ -54,28 +43,71 @@ def push_folder(
         allow_patterns: Push only files that match.
         ignore_patterns: Do not push files that match.
         delete_patterns: Delete further files of the repository that match.
+    """
+
+    commit_message: str = COMMIT_MESSAGE
+    commit_description: str | None = None
+    private: bool | None = None
+    token: str | bool | None = field(default=None, repr=False)
+    branch: str | None = None
+    create_pr: bool | None = None
+    allow_patterns: list[str] | str | None = None
+    ignore_patterns: list[str] | str | None = None
+    delete_patterns: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        check_token(self.token)
+
+
+def files_of(folder: Path) -> list[str]:
+    """All files of a folder that nobody but one save wrote into, for `push_folder`."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    make_card: Callable[[str, str | None], str],
+    names: Collection[str],
+    options: PushOptions,
+) -> str:
+    """Push a saved tower in one commit; files that an earlier tower left and this one lacks go in the same commit.
+
+    Args:
+        folder: Where the tower was saved; nothing is written into it.
+        repo_id: `name` or `org/name`; made where it does not exist.
+        make_card: The repository's full id, the card as it is there (None where there is none) -> the card to push.
+        names: The files that the save wrote, by their path in the folder; no other file of the folder is pushed.
+        options: How.
 
     Returns:
         The commit's address.
 
     Raises:
-        HubError: the repository cannot be written; nothing was committed.
+        HubError: the repository cannot be written, or a file is gone; nothing was committed.
     """
+    for name in names:
+        if not (folder / name).exists() or not stat.S_ISREG(os.lstat(folder / name).st_mode):
+            raise HubError(f"{folder / name} is not the file that was saved; save again, nothing was pushed")
+    branch, token = options.branch, options.token
     api = HfApi(token=token)
     with hub_errors("cannot be pushed to", repo_id, branch):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        repo_id = api.create_repo(repo_id, private=options.private, exist_ok=True).repo_id
     for _ in range(_ATTEMPTS):
         with hub_errors("cannot be pushed to", repo_id, branch):
             parent, remote = _state(api, repo_id, branch)
         card = make_card(repo_id, _card(repo_id, parent, remote, token))
-        (folder / CARD_NAME).write_bytes(card.encode("utf-8"))
-        local = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        pushed = list(filter_repo_objects(local, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        local = sorted({*names, CARD_NAME})
+        pushed = list(
+            filter_repo_objects(
+                local, allow_patterns=options.allow_patterns, ignore_patterns=options.ignore_patterns
+            )
+        )
         kept = _kept(repo_id, parent, remote, token)
         pushed = [name for name in pushed if name not in kept]
-        stale = _stale(remote, pushed, delete_patterns)
+        stale = _stale(remote, pushed, options.delete_patterns)
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in pushed),
+            *(CommitOperationAdd(name, card.encode() if name == CARD_NAME else folder / name) for name in pushed),
             *(CommitOperationDelete(path_in_repo=name, is_folder=False) for name in stale),
         ]
         with hub_errors("cannot be pushed to", repo_id, branch):
@@ -83,17 +115,17 @@ def push_folder(
                 done = api.create_commit(
                     repo_id,
                     operations,
-                    commit_message=commit_message,
-                    commit_description=commit_description,
+                    commit_message=options.commit_message,
+                    commit_description=options.commit_description,
                     revision=branch,
-                    create_pr=create_pr,
+                    create_pr=options.create_pr,
                     parent_commit=parent,
                 )
             except HfHubHTTPError as error:
                 if error.response.status_code != _CONFLICT:
                     raise
                 continue
-        return str(done.pr_url if create_pr and done.pr_url else done.commit_url)
+        return str(done.pr_url if options.create_pr and done.pr_url else done.commit_url)
     raise HubError(
         f"{repo_id} cannot be pushed to: in each of {_ATTEMPTS} attempts somebody else pushed first; try again"
     )
@@ -116,7 +148,10 @@ def _card(repo_id: str, commit: str | None, remote: list[str], token: str | bool
         return None
     root = download_files(repo_id, [CARD_NAME], commit, Access(token=token), whole=True)
     try:
-        return (root / CARD_NAME).read_bytes().decode("utf-8")
+        with OpenFolder(root) as folder:
+            return folder.read_bytes(CARD_NAME, MAX_CARD_BYTES).decode("utf-8")
+    except FormatError as error:
+        raise HubError(f"{repo_id} cannot be pushed to: {error}") from error
     except UnicodeDecodeError as error:
         raise HubError(
             f"{repo_id} cannot be pushed to: its {CARD_NAME} is not UTF-8 text ({error}); mend it on the Hub first"
@@ -135,7 +170,7 @@ def _kept(repo_id: str, commit: str | None, remote: list[str], token: str | bool
 
 def _stale(remote: list[str], pushed: list[str], delete_patterns: list[str] | str | None) -> list[str]:
     """What an earlier tower left in the repository, and what the caller wants deleted."""
-    gone = [name for name in remote if is_own_file(name, remote)]
+    gone = [name for name in remote if name == READER_NAME or is_own_file(name, remote)]
     if delete_patterns is not None:
         gone += list(filter_repo_objects(remote, allow_patterns=delete_patterns))
     return sorted(set(gone) - set(pushed) - {".gitattributes"})

@@ -1,4 +1,4 @@
-"""A trunk whose weights lie in another repository: pinned by commit and digest, fetched when the tower is loaded.
+"""A trunk whose weights are stored in another repository: pinned by commit and digest, fetched when a tower is loaded.
 
 For foundation models under a licence that lets a head be shared and the trunk not. `config.trunk_source` holds::
 
@@ -10,74 +10,23 @@ keys of timm's layout that the trunk has no place for (its classifier), so that 
 """
 
 import os
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
-from ..files.aligned import same_bits
-from ..files.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, OpenFolder, read_json
-from ..files.open_folder import require_plain_name
+from ..files.names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from ..files.open_folder import OpenFolder, read_json, require_plain_name
+from ..files.ties import same_bits
 from ..reader.config import TimmTowerConfig
-from ..reader.errors import ConfigError, FolderError, FormatError, HubError, WeightsError
+from ..reader.errors import ConfigError, FolderError, FormatError, HubError, WeightsError, shown
+from ..reader.weights import TrunkSource, parse_trunk_source
 from .download import Access, download_files, file_sha256
-from .identify import describe_foreign
+from .identify import identify
 
 _PREFIX = "trunk."
-_COMMIT, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
-_FIELDS = {"repo_id", "commit", "layout", "files", "unused"}
-
-
-@dataclass(frozen=True)
-class TrunkSource:
-    """Where a trunk's weights lie.
-
-    Attributes:
-        repo_id: `org/name`.
-        commit: 40 hex digits.
-        layout: Whose keys the files have.
-        files: File name -> SHA-256 of its bytes.
-        unused: Keys that the trunk has no place for.
-    """
-
-    repo_id: str
-    commit: str
-    layout: Literal["tower", "timm"]
-    files: dict[str, str]
-    unused: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """What `config.trunk_source` holds."""
-        return {**asdict(self), "unused": list(self.unused)}
-
-
-def parse_trunk_source(spec: Any) -> TrunkSource:
-    """`config.trunk_source` of a file that nobody vouches for.
-
-    Raises:
-        ConfigError: names what is wrong with it.
-    """
-    if not isinstance(spec, dict) or set(spec) != _FIELDS:
-        raise ConfigError(f"trunk_source: expected an object with {', '.join(sorted(_FIELDS))}, found {spec!r:.200}")
-    repo_id, commit, layout, files, unused = (
-        spec[name] for name in ("repo_id", "commit", "layout", "files", "unused")
-    )
-    if not isinstance(repo_id, str) or not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
-        raise ConfigError(f"trunk_source: expected a repository's id and a commit, found {repo_id!r} and {commit!r}")
-    if layout not in ("tower", "timm"):
-        raise ConfigError(f"trunk_source.layout={layout!r}: expected 'tower' or 'timm'")
-    if not isinstance(files, dict) or not files:
-        raise ConfigError("trunk_source.files: expected file names with their SHA-256")
-    for name, digest in files.items():
-        require_plain_name(name, "trunk_source.files")
-        if not name.endswith(".safetensors") or not isinstance(digest, str) or not _SHA256.fullmatch(digest):
-            raise ConfigError(f"trunk_source.files: {name!r}: {digest!r} is not a .safetensors file with its SHA-256")
-    if not isinstance(unused, list) or not all(isinstance(key, str) for key in unused):
-        raise ConfigError("trunk_source.unused: expected a list of keys")
-    return TrunkSource(repo_id, commit, layout, dict(files), tuple(unused))
 
 
 def read_trunk(source: TrunkSource, access: Access) -> dict[str, Tensor]:
@@ -94,7 +43,7 @@ def read_trunk(source: TrunkSource, access: Access) -> dict[str, Tensor]:
         root = download_files(source.repo_id, source.files, source.commit, access)
     except HubError as error:
         raise HubError(
-            f"only the head lies in this repository; its trunk lies in {source.repo_id} at commit {source.commit}, and "
+            f"only the head is stored here; its trunk is stored in {source.repo_id} at commit {source.commit}, and "
             f"could not be fetched: {error}"
         ) from error
     return _read(root, source)
@@ -119,11 +68,18 @@ def _read(root: Path, source: TrunkSource) -> dict[str, Tensor]:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file; a blob of the Hub's cache bears it as its name, checked when it was downloaded."""
-    blob = Path(os.path.realpath(path))
-    if path.is_symlink() and blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
-        return blob.name
-    return file_sha256(path)
+    """SHA-256 of a file's bytes, computed once in a process for a file that nobody touched since.
+
+    The name of a blob in the Hub's cache is no proof: a bad disk or another program may have changed it.
+    """
+    blob = os.path.realpath(path)
+    status = os.stat(blob)
+    return _digest_of(blob, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _digest_of(path: str, *identity: int) -> str:
+    return file_sha256(Path(path))
 
 
 def find_trunk(place: str, state: Mapping[str, Tensor], access: Access) -> TrunkSource:
@@ -146,7 +102,7 @@ def find_trunk(place: str, state: Mapping[str, Tensor], access: Access) -> Trunk
     names = [SINGLE_NAME]
     if config.get("model_type") == TimmTowerConfig.model_type:
         if config.get("trunk_source") is not None:
-            raise ConfigError(f"trunk={place!r}: holds a head only; name the repository that its trunk lies in")
+            raise ConfigError(f"trunk={place!r}: holds a head only; name the repository that its trunk is stored in")
         layout = "tower"
         if (root / INDEX_NAME).exists():
             index = read_json(root / INDEX_NAME).get("weight_map")
@@ -156,7 +112,7 @@ def find_trunk(place: str, state: Mapping[str, Tensor], access: Access) -> Trunk
         layout = "timm"
     else:
         raise ConfigError(
-            f"trunk={place!r}: holds neither a tower nor a timm model. {describe_foreign((), config, repo_id)}".rstrip()
+            f"trunk={place!r}: holds neither a tower nor a timm model. {identify((), config, repo_id)}".rstrip()
         )
     for name in names:
         require_plain_name(name, f"{repo_id}: {INDEX_NAME}")
@@ -172,17 +128,46 @@ def find_trunk(place: str, state: Mapping[str, Tensor], access: Access) -> Trunk
     return TrunkSource(repo_id, commit, layout, source.files, tuple(spare) if layout == "timm" else ())
 
 
+def kept_trunk_source(config: TimmTowerConfig, state: Mapping[str, Tensor], access: Access) -> TrunkSource | None:
+    """Where a tower's trunk stays when the tower is pushed again; None for one that was loaded with its own trunk.
+
+    A head is published without its trunk where the trunk's terms forbid to publish that: a push must not do it
+    unasked.
+
+    Args:
+        config: Of the tower.
+        state: Its state dict.
+        access: To read the trunk's repository with.
+
+    Raises:
+        HubError: that repository cannot be read.
+        WeightsError: the trunk is no longer the one that is stored there, bit for bit.
+    """
+    if config.trunk_source is None:
+        return None
+    source = parse_trunk_source(config.trunk_source)
+    where = f"the trunk in {source.repo_id} at commit {source.commit}, which this tower was loaded with,"
+    try:
+        _require_equal({key: state[key] for key in state if key.startswith(_PREFIX)}, read_trunk(source, access), where)
+    except WeightsError as error:
+        raise WeightsError(
+            f"{error} Nothing was pushed: pass trunk='org/name' of a repository that holds the trunk as it is now, or "
+            "trunk=False to publish it with the head, where its terms allow that."
+        ) from error
+    return source
+
+
 def _require_equal(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], where: str) -> None:
     if lacking := sorted(ours.keys() - theirs.keys()):
         raise WeightsError(
-            f"{where} lacks {len(lacking)} weights of this tower's trunk ({', '.join(lacking[:4])}): it is another "
-            "architecture, or its files have another layout of keys"
+            f"{where} lacks {len(lacking)} weights of this tower's trunk ({shown(lacking[:4])}): it is another "
+            "architecture, or its files have another layout of keys."
         )
     other = [key for key, tensor in ours.items() if not same_bits(tensor.detach().cpu(), theirs[key])]
     if other:
         raise WeightsError(
-            f"{where} is not this tower's trunk: {len(other)} of {len(ours)} weights differ ({', '.join(other[:4])}). "
-            "The trunk was trained, resized or cast since; push the tower whole, without trunk=..."
+            f"{where} is not this tower's trunk: {len(other)} of {len(ours)} weights differ ({shown(other[:4])}). "
+            "The trunk was trained, resized or cast since."
         )
 
 
@@ -198,7 +183,7 @@ def merged(head: Mapping[str, Tensor], trunk: Mapping[str, Tensor], where: str) 
         FormatError: the head's files hold trunk weights too.
     """
     if both := sorted(key for key in head if key.startswith(_PREFIX)):
-        raise FormatError(f"{where}: trunk_source says that the trunk lies elsewhere, yet the files hold {both[0]}")
+        raise FormatError(f"{where}: by trunk_source the trunk is elsewhere, yet the files hold {shown(both[0])}")
     return {**head, **trunk}
 
 

@@ -15,8 +15,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..files.aligned import same_bits
-from ..files.assign import find_ties
+from ..files.ties import find_ties, same_bits
 from ..reader.errors import ArgumentError, WeightsError, shown
 from ..reader.trunk import BUILD_ERRORS
 from ..training.layer_groups import smallest_cover

@@ -2,8 +2,6 @@
 
 import inspect
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +9,19 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from ..files.aligned import folder_error
-from ..reader.errors import ConfigError, ExportError, FolderError
+from ..reader.errors import ConfigError, ExportError
 from ..reader.trunk import float_dtype
 from .onnxruntime import Session
-from .torch_export import PREPROCESS_NAME, EvalTower, Exported, check_output, reasons, required_suffix, trace
+from .torch_export import (
+    PREPROCESS_NAME,
+    EvalTower,
+    Exported,
+    check_output,
+    finished_file,
+    reasons,
+    required_suffix,
+    trace,
+)
 
 INPUT_NAME, OUTPUT_NAME = "images", "embedding"
 
@@ -24,7 +30,7 @@ def export_onnx(tower: nn.Module, path: str | os.PathLike[str], *, check: bool =
     """Write a tower as ONNX: input `images` `[batch, in_chans, H, W]`, output `embedding`, the batch size free.
 
     What the images must have gone through is in the model's metadata, as JSON under `preprocess.json`. Weights of more
-    than about 2 GB lie beside the file, in `<name>.onnx.data`.
+    than about 2 GB are stored beside the file, in `<name>.onnx.data`.
 
     Args:
         tower: A tower in float32 or float16; it is not changed.
@@ -60,18 +66,16 @@ def export_onnx(tower: nn.Module, path: str | os.PathLike[str], *, check: bool =
         raise ExportError(f'torch.onnx: {error}: pip install "hf_timm_tower[onnx]"') from error
     assert converted is not None
     converted.model.metadata_props[PREPROCESS_NAME] = model.preprocess()
+    for part in (converted.model.graph, *converted.model.functions.values()):
+        for node in part:
+            node.metadata_props.clear()  # paths and source lines of this machine
+            node.doc_string = None
     difference = None
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as staging:
-            partial = Path(staging, path.name)
-            converted.save(partial)
-            if check:
-                difference = check_output(model, Session(partial), f"{path.name} (onnxruntime)")
-            _move(partial, path)
-    except OSError as error:
-        if isinstance(error, FolderError):
-            raise
-        raise folder_error(f"{path}: cannot be written", error) from error
+    with finished_file(path) as partial:
+        converted.save(partial)
+        if check:
+            difference = check_output(model, Session(partial), f"{path.name} (onnxruntime)")
+        _move_weights(partial, path)
     return Exported(path, difference)
 
 
@@ -92,15 +96,14 @@ def _plain_attention(model: nn.Module) -> Iterator[None]:
             vars(part)["fused_attn"] = True
 
 
-def _move(partial: Path, path: Path) -> None:
-    """Into place: never a model beside another one's weights."""
+def _move_weights(partial: Path, path: Path) -> None:
+    """The weights beside the model, if there are any: never a model beside another one's weights."""
     data, old = partial.with_name(f"{partial.name}.data"), path.with_name(f"{path.name}.data")
     if data.exists() or old.exists():
         path.unlink(missing_ok=True)
         old.unlink(missing_ok=True)
-        if data.exists():
-            shutil.move(data, old)
-    os.replace(partial, path)
+    if data.exists():
+        os.replace(data, old)
 
 
 def _output_names(model: EvalTower) -> list[str] | None:

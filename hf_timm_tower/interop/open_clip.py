@@ -17,13 +17,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..files.checkpoint import read_json
-from ..files.strict_json import shorten
+from ..files.open_folder import read_json
 from ..hub.download import Access, download_files
 from ..reader.config import TimmTowerConfig, check_size
-from ..reader.errors import ArgumentError, ConfigError, FolderError, FormatError, HubError, WeightsError
+from ..reader.errors import ArgumentError, ConfigError, FolderError, FormatError, HubError, WeightsError, shown
 from ..reader.image_processing import check_preprocess
-from ..reader.skip_init import no_init
+from ..reader.skip_init import Budget, skip_init
 from ..reader.trunk import eval_mode, has_fixed_size, native_cfg, own_pool
 from ..reader.weights import assign_weights
 from ..trunk_facts import trunk_arguments
@@ -43,7 +42,6 @@ FURTHER_NAMES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", 
 
 # What the training script of open_clip, DistributedDataParallel and torch.compile put before it.
 _WRAPPERS = ("", "module.", "_orig_mod.", "state_dict.", "state_dict.module.", "state_dict._orig_mod.")
-_BUDGET_FACTOR, _BUDGET_SLACK = 4, 2**30
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ def _find(
     model_cfg = config.get("model_cfg", config)
     for name in ("model_cfg", "preprocess_cfg"):
         if not isinstance(config.get(name, {}), Mapping):
-            raise FormatError(f"{where}: {name} must be an object, found {shorten(config[name])}")
+            raise FormatError(f"{where}: {name} must be an object, found {shown(config[name])}")
     prepared = {**(config.get("preprocess_cfg", {})), **(preprocess_cfg or {})}
     return _Found(vision_arguments(model_cfg, where), preprocess_entries(prepared, where), weights)
 
@@ -198,9 +196,8 @@ def _weight_file(folder: Path, place: str, is_repo: bool, allow_pickle: bool) ->
 def _build(cls: type[T], found: _Found, device: str | torch.device | None, dtype: torch.dtype | None) -> T:
     specs, names = _vision_specs(found.weights)
     held = sum(spec.numel() * spec.element_size() for spec in specs.values())
-    budget = _BUDGET_FACTOR * held + _BUDGET_SLACK
     arguments = found.vision.arguments
-    with no_init(budget=budget):
+    with skip_init(Budget.for_weights(held)):
         tower = cls(**arguments, model_kwargs=found.model_kwargs)
     declared, built = found.vision.declared_size, found.vision.built_size
     if declared != built and shapes_of(tower.state_dict()) == shapes_of(specs):
@@ -212,7 +209,7 @@ def _build(cls: type[T], found: _Found, device: str | torch.device | None, dtype
         )
     elif declared != built:
         # Saved after its input size was changed; if that is not it either, the weights' names and shapes tell.
-        with no_init(budget=budget):
+        with skip_init(Budget.for_weights(held)):
             tower = cls(**{**arguments, "image_size": declared}, model_kwargs=found.model_kwargs)
     _set_preprocess(tower, found.preprocess)
     weights = found.weights.read(list(names.values()))
@@ -315,7 +312,7 @@ def _check_same_numbers(tower: "TimmModel", visual: nn.Module) -> None:
     atol = 1e-2 * float(expected.abs().max().nan_to_num())
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-2, atol=atol, equal_nan=True):
         raise ConfigError(
-            "the vision tower gives other numbers than one that is built from its own arguments: it was changed by "
+            "the vision tower gives other outputs than one that is built from its own arguments: it was changed by "
             "hand. Wrap its trunk with TimmModel.from_trunk, or override TimmModel._create_trunk."
         )
 

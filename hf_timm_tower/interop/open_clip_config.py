@@ -100,7 +100,7 @@ def vision_arguments(model_cfg: Mapping[str, Any], where: str) -> VisionArgument
         raise ConfigError(f"{where}: timm_model_name={name!r}: expected the name of a timm model")
     if ":" in name:
         raise ConfigError(
-            f"{where}: timm_model_name={name!r}: expected the name of a timm model without a scheme; what lies behind "
+            f"{where}: timm_model_name={name!r}: expected the name of a timm model without a scheme; what is behind "
             "a scheme may change, and a config must rebuild the tower without a network"
         )
     patch_dropout = found["patch_dropout"]

@@ -22,13 +22,16 @@ from timm.layers.create_norm import get_norm_layer
 from timm.models import get_model_args, get_model_traits
 from torch import Tensor
 
-from ..files.aligned import read_aligned, same_bits, write_aligned
-from ..files.checkpoint import CONFIG_NAME, SINGLE_NAME, write_json
+from ..files.json import write_json
+from ..files.names import CONFIG_NAME, SINGLE_NAME
+from ..files.safetensors_layout import write_aligned
+from ..files.safetensors_read import read_aligned
 from ..files.staging import staged_folder
+from ..files.ties import same_bits
 from ..reader.config import ATTENTION_POOLS, TimmTowerConfig
 from ..reader.errors import ArgumentError, ConfigError, FolderError, HeadError, WeightsError
 from ..reader.model_args import encode
-from ..reader.skip_init import no_init
+from ..reader.skip_init import skip_init
 from ..reader.tower import HeadInput, run_head
 from ..reader.trunk import BUILD_ERRORS, eval_mode, float_dtype, native_cfg, split_tag
 
@@ -43,7 +46,7 @@ class TimmExport:
     Attributes:
         folder: Where.
         architecture: timm's name of the trunk.
-        model_args: What stands in `config.json` beside it.
+        model_args: What `config.json` says beside it.
         num_classes: Width of the projection that became timm's classifier; 0 where there is none.
         left_out: What of the tower is not in the folder, in words; empty where it is all there.
         difference: Largest difference of timm's output to the tower's, over the largest output. 0.0 means equal bits.
@@ -200,7 +203,7 @@ def _find_arguments(arch: str, trunk: nn.Module, config: TimmTowerConfig, num_cl
     """
     args = {key: value for key, value in get_model_args(trunk).items() if key != "num_classes" and value is not None}
     stored = {key: _json_value(key, value, config) for key, value in args.items()}
-    # A pool set after construction: timm's ViTs choose by their pool at construction where the last norm lies.
+    # A pool set after construction: timm's ViTs choose by their pool at construction where the last norm is.
     norm = getattr(trunk, "fc_norm", None)
     trials = [stored]
     if isinstance(norm, nn.Module):
@@ -211,7 +214,7 @@ def _find_arguments(arch: str, trunk: nn.Module, config: TimmTowerConfig, num_cl
     reasons = []
     for trial in trials:
         try:
-            with no_init():
+            with skip_init():
                 built = timm.create_model(arch, num_classes=num_classes, **trial)
         except BUILD_ERRORS as error:
             reasons.append(str(error))
@@ -256,7 +259,7 @@ def _classifier_weights(
     arch: str, model_args: Mapping[str, Any], linear: nn.Linear, trunk_state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The projection under the keys of timm's classifier."""
-    with no_init():
+    with skip_init():
         built = timm.create_model(arch, num_classes=linear.out_features, **model_args)
     added = {key for key in built.state_dict() if key not in trunk_state}
     layers = [

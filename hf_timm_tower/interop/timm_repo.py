@@ -18,15 +18,15 @@ import torch
 import torch.nn as nn
 from timm.models import PretrainedCfg
 
-from ..files.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from ..files.names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from ..files.open_folder import OpenFolder, require_plain_name
 from ..hub.download import Access, download_files
-from ..hub.identify import describe_foreign
+from ..hub.identify import identify
 from ..reader.config import TimmTowerConfig, check_architecture, check_size
 from ..reader.errors import ConfigError, FolderError, FormatError, WeightsError
 from ..reader.image_processing import preprocess_from_timm
 from ..reader.model_args import FROM_TRUNK, check_names, decode, encode
-from ..reader.skip_init import no_init
+from ..reader.skip_init import Budget, skip_init
 from ..reader.trunk import BUILD_ERRORS, has_fixed_size, native_cfg
 from .weight_source import open_weights
 
@@ -35,8 +35,6 @@ HUB_SCHEMES, FOLDER_SCHEME = ("hf-hub:", "hf_hub:"), "local-dir:"
 
 _WRAPPER = "timm_wrapper"
 _WRAPPER_PREFIX = "timm_model."
-# A config may ask for somewhat more than its weight files hold (buffers, tables); not for another order of size.
-_BUDGET_FACTOR, _BUDGET_SLACK = 4, 2**30
 # Where weights lie and how they are read is settled here, and not by the file.
 _SOURCE_FIELDS = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"}
 _CFG_FIELDS = {field.name for field in dataclasses.fields(PretrainedCfg)} - _SOURCE_FIELDS
@@ -163,7 +161,7 @@ def open_timm_source(
         root = Path(name)
     with OpenFolder(root) as folder:
         if not folder.has(CONFIG_NAME):
-            seems = describe_foreign(os.listdir(root), None, name)
+            seems = identify(os.listdir(root), None, name)
             raise FolderError(f"{name}: {CONFIG_NAME} is missing, so it holds no timm model. {seems}".rstrip())
         described = _describe(folder.read_json(CONFIG_NAME), name)
     weights = None
@@ -180,7 +178,7 @@ def _describe(stored: dict[str, Any], place: str) -> TimmSource:
     if kind not in (None, _WRAPPER) or not isinstance(name, str):
         raise ConfigError(
             f"{where} describes no timm model (model_type {kind!r}, architecture {name!r}). "
-            f"{describe_foreign((), stored, place)}".rstrip()
+            f"{identify((), stored, place)}".rstrip()
         )
     # timm's older form has everything at the top level
     cfg = stored.get("pretrained_cfg")
@@ -290,7 +288,7 @@ def _plain_keys(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _check_budget(source: TimmSource, weights: Mapping[str, torch.Tensor]) -> None:
     held = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
-    with no_init(budget=_BUDGET_FACTOR * held + _BUDGET_SLACK):
+    with skip_init(Budget.for_weights(held)):
         create_model(source, source.image_size, source.in_chans, source.model_args, source.has_size)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..reader.errors import ConfigError
-from ..reader.skip_init import no_init
+from ..reader.skip_init import skip_init
 from ..reader.trunk import create_trunk
 from ..subclassing import OVERRIDABLE, overrides
 from ..trunk_facts import trunk_arguments
@@ -44,7 +44,7 @@ def to_open_clip_model_cfg(tower: "TimmModel") -> dict[str, Any]:
     if changed:
         raise ConfigError(f"{type(tower).__name__} overrides {', '.join(changed)}, of which open_clip knows nothing")
     model_cfg = model_cfg_of(tower.config)
-    with no_init():
+    with skip_init():
         twin = type(tower)(**vision_arguments(model_cfg, "the tower").arguments)
     facts = ("pool", "proj", "layout", "num_features", "classifier")
     differ = [name for name in facts if getattr(twin.config, name) != getattr(tower.config, name)]
@@ -81,7 +81,7 @@ def fit_inside_open_clip(tower: "TimmModel", state: dict[str, Any], prefix: str)
     """Let a tower that open_clip built with `force_image_size` take weights of the trunk's native size.
 
     open_clip builds its trunk natively, loads, and resizes then; a tower is built for its size at once. So the
-    weights go through a trunk of the native size and timm's own `set_input_size`: the same numbers as in open_clip.
+    weights go through a trunk of the native size and timm's own `set_input_size`: the same outputs as in open_clip.
 
     Args:
         tower: The tower that loads.
@@ -100,7 +100,7 @@ def fit_inside_open_clip(tower: "TimmModel", state: dict[str, Any], prefix: str)
         return
     native = copy.deepcopy(tower.config)
     native.image_size = None
-    with no_init():
+    with skip_init():
         twin = create_trunk(native, initialise=False)
     if shapes_of(incoming) != shapes_of(twin.state_dict()):
         return  # torch says what does not fit

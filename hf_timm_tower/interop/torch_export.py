@@ -5,6 +5,7 @@ The program is traced in eval mode with a free batch size; image size and dtype 
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch.nn as nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from ..files.aligned import folder_error
+from ..files.disk import folder_error
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ArgumentError, ConfigError, ExportError, TowerError
 from ..reader.tower import HeadInput, run_head
@@ -28,6 +29,8 @@ TOLERANCE = 1e-4
 PREPROCESS_NAME = "preprocess.json"
 """Text stored in the file: what the images must have gone through (`config.preprocess` and the image size)."""
 
+# Where in whose files each operation was called: paths and source lines of this machine, which nothing needs.
+_TRACES = ("stack_trace", "source_fn_stack", "from_node")
 _TRACED_BATCH, CHECKED_BATCHES = 2, (1, 3)
 
 
@@ -117,7 +120,12 @@ def trace(model: EvalTower) -> ExportedProgram:
     """
     images = model.images(_TRACED_BATCH)
     with torch.no_grad(), eval_mode(model), reasons("torch.export", model):
-        return torch.export.export(model, (images,), dynamic_shapes={"images": {0: Dim("batch")}}, strict=False)
+        program = torch.export.export(model, (images,), dynamic_shapes={"images": {0: Dim("batch")}}, strict=False)
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            for name in _TRACES:
+                node.meta.pop(name, None)
+    return program
 
 
 @contextmanager
@@ -189,21 +197,20 @@ def required_suffix(path: str | os.PathLike[str], suffix: str) -> Path:
 
 @contextmanager
 def finished_file(path: Path) -> Iterator[Path]:
-    """A file beside `path`, of the same ending, to write to; it takes the name when the block ends well, or is removed.
+    """A file of that name in a folder beside, to write to; it is moved into place when the block ends well, or removed.
 
     Raises:
         FolderError: it cannot be written.
     """
-    partial = path.with_name(f".{path.stem}.{os.getpid()}-{os.urandom(4).hex()}{path.suffix}")
     try:
-        open(partial, "xb").close()  # a folder that cannot be written to is an OSError here, and none inside of torch
-        yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        # a folder of its own: torch writes the file's name into the file
+        with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as staging:
+            partial = Path(staging, path.name)
+            yield partial
+            with open(partial, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
     except OSError as error:
         if isinstance(error, TowerError):
             raise
         raise folder_error(f"{path}: cannot be written", error) from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -42,5 +42,5 @@ class ScriptableTower(nn.Module):
         if self.to_nchw:
             features = features.permute(0, 3, 1, 2).contiguous()
         if self.per_position:
-            return self.head(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return self.head(features)
+            return self.head(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
+        return self.head(features)  # type: ignore[no-any-return]

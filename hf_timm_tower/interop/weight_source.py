@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files.aligned import folder_error
-from ..files.safetensors_header import ALIGNMENT, MAX_HEADER_BYTES, Entry, parse_header
+from ..files.disk import folder_error
+from ..files.safetensors_layout import ALIGNMENT, MAX_HEADER_BYTES, Entry, parse_header
 from ..reader.errors import FolderError, FormatError, WeightsError, shown
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".tar", ".pkl", ".th", ".pyth")

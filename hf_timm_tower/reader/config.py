@@ -145,7 +145,7 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         self.__dict__["_labels_given"] = any(kwargs.get(name) is not None for name in _LABELS)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
+        super().__setattr__(name, value)  # type: ignore[no-untyped-call]
         if name in _LABELS:
             self.__dict__["_labels_given"] = True
 
@@ -249,7 +249,8 @@ def _check(config: TimmTowerConfig) -> None:
     if config.classifier is None:
         attention = config.pool in ATTENTION_POOLS
         by_trunk = config.proj in (None, "none") and config.head is None and not attention
-        config.classifier = "construct" if by_trunk and config.pool not in OUR_POOLS else "reset"
+        own_classifier = config.proj is None and config.pool == "default"
+        config.classifier = "construct" if by_trunk and (own_classifier or config.pool not in OUR_POOLS) else "reset"
     model_args = dict(config.model_args or {})
     check_names(model_args, recorded=(*RECORDED, *(FROM_TRUNK if config.classifier == "reset" else ())))
     config.model_args = {key: encode(value, f"model_args.{key}") for key, value in sorted(model_args.items())}

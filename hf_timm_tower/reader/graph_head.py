@@ -13,25 +13,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..heads.batch_formula import evaluate
-from ..heads.isolation import submodule
-from .errors import GraphError, HeadError
+from .errors import ConfigError, GraphError, HeadError, shown
 from .graph_layers import build_layer
 from .graph_ops import OPS
-from .graph_program import check_growth, may_grow
-from .graph_records import (
+from .graph_program import (
+    DTYPES,
     DtypeOf,
     Formula,
     FromInput,
-    Graph,
-    ModuleSpec,
     Node,
     Pairs,
     Program,
     Reference,
     Slice,
+    evaluate,
 )
-from .graph_values import DTYPES
+from .graph_schema import Graph, ModuleSpec, TensorSpec, parse_graph
+from .graph_sizes import Sizes
+from .skip_init import Budget, within_budget
+
+# A call of a layer runs all that is in it. The longest of the heads in this package's tests runs 102 modules and calls.
+MAX_STEPS = 50_000
 
 _CONTAINERS: dict[str, type[nn.Module]] = {
     "Sequential": nn.Sequential,
@@ -53,6 +55,7 @@ class GraphHead(nn.Module):
         super().__init__()
         self.__graph = graph
         self.__constants = list(graph.constants)
+        self.__sizes = Sizes()
         if graph.ties or graph.layouts:
             self.register_load_state_dict_post_hook(_settle_after_load)  # type: ignore[no-untyped-call]
 
@@ -60,7 +63,7 @@ class GraphHead(nn.Module):
         """Input [B, ...] of the recorded shape; the output is the original head's, nested containers included."""
         self.__check_input(x)
         program = self.__graph.programs[self.training]
-        run = _Run(self, x, self.__constants)
+        run = _Run(self, x, self.__constants, self.__sizes)
         for region in _regions(program):
             with ExitStack() as stack:
                 _enter(stack, region[0], x)
@@ -157,26 +160,27 @@ def _enter(stack: ExitStack, node: Node, x: torch.Tensor) -> None:
 class _Run:
     """One forward: the results so far."""
 
-    def __init__(self, head: nn.Module, x: torch.Tensor, constants: list[torch.Tensor]) -> None:
+    def __init__(self, head: nn.Module, x: torch.Tensor, constants: list[torch.Tensor], sizes: Sizes) -> None:
         self.head = head
         self.x = x
         self.batch = x.shape[0]
         self.constants = constants
         self.results: list[Any] = []
+        self.counted = sizes.start(head, x)
 
     def step(self, node: Node) -> None:
+        """Make one call, once it is known that its result is of a bearable size."""
         args = [self.resolve(value) for value in node.args]
         kwargs = {key: self.resolve(value) for key, value in node.kwargs}
-        if node.kind == "op":
-            if may_grow(node.target):
-                check_growth(node.target, (args, kwargs), "forward")
-            self.results.append(OPS[node.target](*args, **kwargs))
-        elif node.kind == "call":
-            self.results.append(submodule(self.head, node.target)(*args, **kwargs))
-        else:
+        if node.kind == "write":
             owner, key = _owner(self.head, node.target)
             owner._buffers[key] = args[0]
             self.results.append(None)
+            return
+        function = OPS[node.target] if node.kind == "op" else submodule(self.head, node.target)
+        if self.counted is not None:
+            self.counted.check(len(self.results), node.target, function, args, kwargs)
+        self.results.append(function(*args, **kwargs))
 
     def resolve(self, value: Any) -> Any:
         if isinstance(value, Reference):
@@ -219,32 +223,63 @@ def _owner(head: nn.Module, name: str) -> tuple[nn.Module, str]:
     return submodule(head, parent), key
 
 
-def build(graph: Graph, max_bytes: int) -> nn.Module:
-    """Construct the module of an audited graph on the ambient default device; weights are arbitrary.
+def submodule(head: nn.Module, name: str) -> nn.Module:
+    """The module of a dotted name; unlike `get_submodule` also where a method has the name of a module (``half``)."""
+    module = head
+    for key in name.split(".") if name else ():
+        child = module._modules[key]
+        assert child is not None
+        module = child
+    return module
 
-    Raises GraphError where the modules do not fit together, or would take more than `max_bytes`.
+
+def construct(graph: Any, *, budget: Budget | None = None) -> nn.Module:
+    """Build the head of an untrusted graph: parse, audit, construct; nothing of it is ever run as code.
+
+    The result has the original's state-dict keys, shapes and dtypes; its weights are arbitrary until they are loaded.
+    It is made on the ambient default device; embedded tensors are on the CPU and follow ``.to()``.
+
+    Args:
+        graph: JSON.
+        budget: What it may cost, where no `skip_init` around it counts; the default limits if None.
+
+    Raises:
+        GraphError: anything that a save would not have written, or more than the budget allows.
     """
-    with torch.device("meta"):
-        _assemble(graph, max_bytes)
-    return _assemble(graph, max_bytes)
+    parsed = parse_graph(graph)
+    try:
+        with within_budget(budget or Budget.default()):
+            return _assemble(parsed)
+    except ConfigError as error:
+        raise GraphError(f"the stored head is refused: {error}") from error
 
 
-def _assemble(graph: Graph, max_bytes: int) -> nn.Module:
-    left = max_bytes
+def _assemble(graph: Graph) -> nn.Module:
     built: dict[str, nn.Module] = {}
     for spec in graph.modules:
         module = built[spec.same] if spec.kind == "same" else _construct(graph, spec)
-        if spec.kind != "same":
-            left -= _bytes_of(module)
-            if left < 0:
-                raise GraphError(f"the stored head asks for more than {max_bytes} bytes of weights (at {spec.name!r})")
         built[spec.name] = module
         if spec.name:
             parent, _, key = spec.name.rpartition(".")
             built[parent]._modules[key] = module
     root = built[""]
     _finish(graph, root)
+    _check_steps(graph, root)
     return root
+
+
+def _check_steps(graph: Graph, root: nn.Module) -> None:
+    """Bound what one forward runs: calls of operations, and the modules inside the layers that are called."""
+    weights: dict[str, int] = {}
+    for mode, program in graph.programs.items():
+        steps = 0
+        for node in program.nodes:
+            if node.kind == "call" and node.target not in weights:
+                weights[node.target] = sum(1 for _ in submodule(root, node.target).modules())
+            steps += weights[node.target] if node.kind == "call" else 1
+        if steps > MAX_STEPS:
+            where = "training" if mode else "evaluation"
+            raise GraphError(f"the stored head runs {steps} calls and modules in {where}, more than {MAX_STEPS}")
 
 
 def _construct(graph: Graph, spec: ModuleSpec) -> nn.Module:
@@ -254,26 +289,22 @@ def _construct(graph: Graph, spec: ModuleSpec) -> nn.Module:
         return _CONTAINERS[spec.layer]()
     module = GraphHead(graph) if spec.name == "" else HeadPart()
     for tensor in spec.params:
-        try:
-            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-            value = torch.empty(tensor.shape, dtype=tensor.dtype)
-        except RuntimeError as error:
-            raise GraphError(f"module {spec.name!r}: parameter {tensor.name!r} cannot be made: {error}") from None
-        grad = empty.is_floating_point() or empty.is_complex()
+        value = _reserve(tensor, spec)
+        grad = value.is_floating_point() or value.is_complex()
         module._parameters[tensor.name] = nn.Parameter(value, requires_grad=grad)
     for tensor in spec.buffers:
-        try:
-            module._buffers[tensor.name] = torch.empty(tensor.shape, dtype=tensor.dtype)
-        except RuntimeError as error:
-            raise GraphError(f"module {spec.name!r}: buffer {tensor.name!r} cannot be made: {error}") from None
+        module._buffers[tensor.name] = _reserve(tensor, spec)
     for name, value in spec.values:
         module._buffers[name] = value.clone()
         module._non_persistent_buffers_set.add(name)
     return module
 
 
-def _bytes_of(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+def _reserve(tensor: TensorSpec, spec: ModuleSpec) -> torch.Tensor:
+    try:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    except RuntimeError as error:
+        raise GraphError(f"module {shown(spec.name)}: {shown(tensor.name)} cannot be made: {error}") from None
 
 
 def _finish(graph: Graph, root: nn.Module) -> None:
@@ -292,7 +323,7 @@ def _finish(graph: Graph, root: nn.Module) -> None:
     for name, order in graph.layouts:
         _all_known([name], tensors, "layouts")
         if tensors[name].dim() != len(order):
-            raise GraphError(f"layouts: {name!r} has {tensors[name].dim()} dimensions, not {len(order)}")
+            raise GraphError(f"layouts: {shown(name)} has {tensors[name].dim()} dimensions, not {len(order)}")
     if (graph.ties or graph.layouts) and not isinstance(root, GraphHead):
         raise GraphError("ties and layouts need a head with a forward of its own")
     for alias, first in graph.ties:
@@ -301,7 +332,7 @@ def _finish(graph: Graph, root: nn.Module) -> None:
         target = owner._parameters.get(key)
         shared = target if target is not None else owner._buffers[key]
         if shared is None or shared.shape != tensors[alias].shape or (alias in parameters) != (first in parameters):
-            raise GraphError(f"ties: {alias!r} and {first!r} are not alike")
+            raise GraphError(f"ties: {shown(alias)} and {shown(first)} are not alike")
         _replace(root, alias, shared)
     if isinstance(root, GraphHead):
         root.settle()
@@ -319,7 +350,7 @@ def _check_references(graph: Graph, tensors: dict[str, torch.Tensor], root: nn.M
 
     def check(value: Any) -> None:
         if isinstance(value, Reference) and value.kind == "tensor" and value.name not in tensors:
-            raise GraphError(f"the forward uses a tensor {value.name!r:.80} that the head does not have")
+            raise GraphError(f"the forward uses a tensor {shown(value.name)} that the head does not have")
         if isinstance(value, DtypeOf):
             check(value.tensor)
         if isinstance(value, Pairs):
@@ -335,14 +366,14 @@ def _check_references(graph: Graph, tensors: dict[str, torch.Tensor], root: nn.M
             check(node.args)
             check([item for _, item in node.kwargs])
             if node.kind == "write" and node.target not in buffers:
-                raise GraphError(f"the forward writes a buffer {node.target!r:.80} that the head does not have")
+                raise GraphError(f"the forward writes a buffer {shown(node.target)} that the head does not have")
         check(program.output)
 
 
 def _all_known(names: Any, known: dict[str, Any], where: str) -> None:
     for name in names:
         if name not in known:
-            raise GraphError(f"{where}: the head has no {name!r:.80}")
+            raise GraphError(f"{where}: the head has no {shown(name)}")
 
 
 def _replace(root: nn.Module, name: str, value: torch.Tensor) -> None:

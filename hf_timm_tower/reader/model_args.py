@@ -16,8 +16,8 @@ import torch.nn as nn
 
 from .errors import ConfigError, shown
 
-MAX_DEPTH = 8
-MAX_ITEMS = 4096
+MAX_ARGUMENT_DEPTH = 8
+MAX_ARGUMENT_ITEMS = 4096
 MAX_INT = 2**31
 CLASS_KEY = "class"
 
@@ -84,8 +84,8 @@ def encode(value: Any, where: str, depth: int = 0) -> Any:
     Raises:
         ConfigError: a value that cannot be stored, with its place.
     """
-    if depth > MAX_DEPTH:
-        raise ConfigError(f"{where}: nested deeper than {MAX_DEPTH} levels")
+    if depth > MAX_ARGUMENT_DEPTH:
+        raise ConfigError(f"{where}: nested deeper than {MAX_ARGUMENT_DEPTH} levels")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}={value}: expected a finite number")
     if value is None or isinstance(value, (bool, str, float)):
@@ -127,11 +127,11 @@ def decode(value: Any, where: str, depth: int = 0) -> Any:
     Raises:
         ConfigError: a class that is not on the allow-list, or a malformed entry.
     """
-    if depth > MAX_DEPTH:
-        raise ConfigError(f"{where}: nested deeper than {MAX_DEPTH} levels")
+    if depth > MAX_ARGUMENT_DEPTH:
+        raise ConfigError(f"{where}: nested deeper than {MAX_ARGUMENT_DEPTH} levels")
     if isinstance(value, (list, tuple)):
-        if len(value) > MAX_ITEMS:
-            raise ConfigError(f"{where}: {len(value)} items, at most {MAX_ITEMS} are read")
+        if len(value) > MAX_ARGUMENT_ITEMS:
+            raise ConfigError(f"{where}: {len(value)} items, at most {MAX_ARGUMENT_ITEMS} are read")
         return tuple(decode(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value))
     if isinstance(value, dict):
         if CLASS_KEY in value:

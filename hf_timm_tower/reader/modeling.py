@@ -12,8 +12,7 @@ the index and the folder's config, and put in strictly.
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,7 @@ from .config import OUR_FIELDS, TimmTowerConfig
 from .errors import ArgumentError, ConfigError, FolderError, FormatError, HeadError, WeightsError, shown
 from .freezing import apply_frozen, keep_statistics
 from .head import CODE, make_code_head, refuse_code
-from .skip_init import Budget, skip_init
+from .skip_init import Budget, skip_init, within_budget
 from .tower import CLASSIFIER, Tower, build_tower, has_classifier, init_classifier, plain_defaults, run_head
 from .trunk import buffers_as_timm, float_dtype, native_size
 from .weights import (
@@ -43,6 +42,7 @@ from .weights import (
     assign_weights,
     fetch_pinned_trunk,
     floating_dtype,
+    parse_trunk_source,
     read_weight_files,
 )
 
@@ -80,6 +80,7 @@ class TowerLoading:
         download: How its files are found: `revision`, `token`, `cache_dir`, `subfolder`, ...
         trusts: Code of the place may run.
         keeps_dtypes: No dtype was asked for: every tensor keeps its own.
+        run_code: Makes a head that is stored as code.
         fresh: Keys that are not in the files, and need not be.
         left_out: Keys in the files that this model has no place for, and need not have.
         stored: What was read.
@@ -89,6 +90,7 @@ class TowerLoading:
     download: Mapping[str, Any]
     trusts: bool
     keeps_dtypes: bool
+    run_code: Callable[..., nn.Module] = make_code_head
     fresh: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     stored: Any = None
@@ -113,7 +115,7 @@ class TowerLoading:
         """
         if not self.trusts:
             raise refuse_code(spec, repo=self.place, revision=self.download.get("revision"))
-        return make_code_head(spec, self.place, **self.download)
+        return self.run_code(spec, self.place, **self.download)
 
     def refuse_stale(self, files: Sequence[str]) -> None:
         """Refuse a `model.safetensors` that an index of other files is beside, as a folder with both is refused.
@@ -163,7 +165,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             make_head = partial(_loading.make_head, config.head)
         budget = Budget.default() if _loading is None or config.trunk_source is not None else _loading.budget()
         # Everything is computed in float32 and then cast, as for a tower that is loaded and cast.
-        with plain_defaults(), skip_init(budget) if on_meta else nullcontext():
+        with plain_defaults(), skip_init(budget) if on_meta else within_budget(budget):
             tower = self._build(config, self._has_classifier, make_head)
         if not on_meta and wanted != torch.float32:
             tower.to(wanted)
@@ -175,6 +177,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             self.add_module(name, part)
         # Buffers that no checkpoint holds, until they are back in their places; None where they never left.
         self._computed: dict[str, torch.Tensor] | None = None
+        self._buffers_to: torch.dtype | None = wanted if on_meta else None
         if on_meta:
             self._computed = _computed_buffers(self)
             _move_to_meta(self, wanted)
@@ -190,6 +193,8 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
 
     # --- steps that hf_timm_tower's own classes replace
 
+    _make_code_head = staticmethod(make_code_head)
+
     @staticmethod
     def _build(config: TimmTowerConfig, with_classifier: bool, make_head: Any) -> Tower:
         return build_tower(config, with_classifier=with_classifier, make_head=make_head)
@@ -201,7 +206,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         config = TimmTowerConfig(**described)
         weights = read_weight_files([Path(file) for file in files])
         if config.trunk_source is not None:
-            weights = {**weights, **fetch_pinned_trunk(config.trunk_source, **loading.access())}
+            weights = {**weights, **fetch_pinned_trunk(parse_trunk_source(config.trunk_source), **loading.access())}
         return StoredTower(config, weights)
 
     # --- what transformers asks of a model
@@ -262,7 +267,10 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             return  # nothing is loaded yet
         _put_buffers(self, self._computed)
         self._computed = None
-        buffers_as_timm(self.trunk, float_dtype(self.trunk))
+        if self._buffers_to is not None:
+            buffers_as_timm(self, self._buffers_to)
+        else:
+            buffers_as_timm(self.trunk, float_dtype(self.trunk))
         # What is on meta is on the disk: transformers loads it when it runs.
         state = {key: tensor for key, tensor in self.state_dict(keep_vars=True).items() if not tensor.is_meta}
         if fresh := [key for key, tensor in state.items() if not getattr(tensor, "_is_hf_initialized", False)]:
@@ -325,6 +333,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             download={key: kwargs[key] for key in _DOWNLOAD if kwargs.get(key) is not None},
             trusts=bool(kwargs.get("trust_remote_code")),
             keeps_dtypes=wanted in (None, "auto"),
+            run_code=cls._make_code_head,
         )
         found: Any = super().from_pretrained(
             pretrained_model_name_or_path,
@@ -366,7 +375,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         folder = Path(checkpoint_files[0]).parent
         _refuse_changed(stored.config, model.config, folder)
         weights = dict(stored.weights)
-        saved_with_one = type(model).__name__ in (stored.config.architectures or ())
+        saved_with_one = type(model).__name__.removeprefix("FSDP") in (stored.config.architectures or ())
         if model._has_classifier and not has_classifier(weights) and not saved_with_one:
             loading.fresh += [f"{CLASSIFIER}.{name}" for name in model.classifier.state_dict()]
         if not model._has_classifier:
@@ -374,11 +383,12 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             weights = {key: tensor for key, tensor in weights.items() if key not in loading.left_out}
         if load_config.hf_quantizer is not None or load_config.ignore_mismatched_sizes or len(devices) > 1:
             return stock(model, weights, None, load_config, *args, **kwargs)
+        model._buffers_to = None if loading.keeps_dtypes else floating_dtype(load_config.dtype)
         assign_weights(
             model,
             weights,
             source=str(folder),
-            dtype=None if loading.keeps_dtypes else floating_dtype(load_config.dtype),
+            dtype=model._buffers_to,
             device=devices.pop(),
             allow_missing=loading.fresh,
         )

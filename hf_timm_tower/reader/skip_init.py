@@ -1,97 +1,362 @@
-"""Construct a module without initialising its parameters.
+"""Construct a module without initialising its parameters, and within bounds.
 
 timm's constructors spend most of their time in random initialisation that a checkpoint overwrites at once. Inside
-`no_init()` every in-place write into an `nn.Parameter` is left out, and nothing else: buffers and tensors computed
-in the constructor are real, which the meta device cannot offer (relative position indices, rotary tables, attention
-biases). Memory of the parameters is reserved, not touched.
+`skip_init()` every in-place write into an `nn.Parameter`, a view of one or its `.data` is left out, and nothing else:
+buffers and tensors computed in the constructor are real, which the meta device cannot offer (relative position indices,
+rotary tables, attention biases). Memory of the parameters is reserved, not touched. Whatever is drawn inside comes from
+a generator of its own, so that torch's global one is neither read nor set back.
+
+A config may come from anybody, so what it costs to build is counted while it is built: a `Budget`.
 """
 
+import inspect
+import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import ConfigError
 
-# These reserve memory without touching it, so that they may be counted after the fact; the others write at once.
-_LAZY = {torch.empty, torch.zeros}
-_EAGER = {torch.ones, torch.full, torch.rand, torch.randn, torch.eye, torch.arange, torch.linspace}
-# One tensor costs Python time even if it is tiny, so that a config with a million layers ends as well.
-_LEAST_CHARGE = 2**18
+
+class Budget:
+    """What building a model may cost, and what it cost so far. Time is bounded by these counts, not by a clock.
+
+    The limits, and the most that one of timm 1.0.31's largest architectures needs:
+
+    - `reserved`, 64 GiB: bytes of `torch.empty` and `torch.zeros`, which take no memory until they are written
+      (vit_7b_patch16_dinov3, 25 GiB in float32).
+    - `computed`, 8 GiB: bytes that are computed, copied or written for real, also those that are gone again
+      (beit_large_patch16_512, 1.7 GiB).
+    - `kept`, 512 MiB: those of them that are still there (swinv2_cr_giant_384, 70 MiB).
+    - `tensors`, 100,000: calls of torch, a copy counted ten times for the module around it (maxvit_xlarge_tf_512,
+      30,073).
+    - `modules`, 10,000: modules put into another one (efficientnet_l2, 1,760).
+
+    Where the size of the weight files is known, what is reserved and kept together is at most four times as much and
+    1 GiB: there are buffers, tables and files in half precision, but not another order of size.
+
+    Args:
+        total: Most bytes reserved and kept together, None where only the limits above hold.
+    """
+
+    def __init__(self, total: int | None = None) -> None:
+        self.limits = {"reserved": 2**36, "computed": 2**33, "kept": 2**29, "tensors": 100_000, "modules": 10_000}
+        if total is not None:
+            self.limits["bytes"] = total
+        self.spent = dict.fromkeys((*self.limits, "bytes"), 0)
+
+    @classmethod
+    def default(cls) -> "Budget":
+        """The absolute limits alone, for a config whose weight files nobody has seen."""
+        return cls()
+
+    @classmethod
+    def for_weights(cls, nbytes: int) -> "Budget":
+        """For a config whose weight files hold so many bytes."""
+        budget = cls(4 * nbytes + 2**30)
+        budget.limits["kept"] += nbytes  # layers that torch makes by copying one
+        return budget
+
+    def charge(self, kind: str, amount: int) -> None:
+        """Count `amount` of one of `limits`; bytes are also counted together.
+
+        Raises:
+            ConfigError: a limit is exceeded.
+        """
+        self.spent[kind] += amount
+        if kind in ("reserved", "kept"):
+            self.spent["bytes"] += amount
+        for each in (kind, "bytes"):
+            limit = self.limits.get(each)
+            if limit is not None and self.spent[each] > limit:
+                what = f"{limit} {each}" if each in ("tensors", "modules") else f"{limit / 2**30:.2f} GiB"
+                raise ConfigError(
+                    f"the config asks for a model of more than {what}"
+                    + (", which its weight files do not hold" if each == "bytes" else "")
+                    + ": refused before it is built. The config does not belong to these weights, or is not one of timm"
+                )
 
 
-class _SkipInit(TorchFunctionMode):
-    def __init__(self, budget: int | None) -> None:
+    def charge_made(self, nbytes: int) -> None:
+        """Count bytes that are computed and, for the moment, kept."""
+        self.charge("computed", nbytes)
+        self.charge("kept", nbytes)
+
+    def release(self, nbytes: int) -> None:
+        """Count bytes as no longer kept."""
+        self.spent["kept"] -= nbytes
+        self.spent["bytes"] -= nbytes
+
+
+_ACTIVE: ContextVar[Budget | None] = ContextVar("budget", default=None)
+_SIZED = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
+_LAZY = frozenset({torch.empty, torch.zeros})
+# Results of fewer elements than this are measured after they were made, larger ones on the meta device before.
+_SMALL = 2**22
+_DRAWS = frozenset(
+    """
+    rand randn randint randperm normal bernoulli poisson multinomial normal_ uniform_ random_ exponential_ geometric_
+    cauchy_ log_normal_ bernoulli_
+    """.split()
+)
+
+
+class _Construction(TorchFunctionMode):
+    def __init__(self, budget: Budget | None, *, skip: bool) -> None:
         super().__init__()
         self.budget = budget
-        self.spent = 0
+        self.skip = skip
+        self.generators: dict[str, torch.Generator] = {}
+        self.parameter_data: dict[int, torch.Tensor] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
         # functions of torch.nn.init pass their target by keyword when they come through here
         target = args[0] if args else kwargs.get("tensor")
-        if isinstance(target, nn.Parameter):
-            name = getattr(func, "__name__", "")
-            if name.endswith("_") and not name.endswith("__") and name != "requires_grad_":
-                return target
+        if name in ("__get__", "__set__"):
+            found = func(*args, **kwargs)
+            if isinstance(found, torch.Tensor) and isinstance(target, torch.Tensor) and self._is_parameter(target):
+                self.parameter_data[id(found)] = found  # kept, so that the id stays its own
+            return found
+        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        if in_place and self.skip and isinstance(target, torch.Tensor) and self._is_parameter(target):
+            return target
+        if name in _DRAWS or name.endswith("_like") or getattr(func, "__module__", "") == "torch.nn.init":
+            func, args, kwargs = self._with_generator(func, name, target, args, kwargs)
         if self.budget is None:
             return func(*args, **kwargs)
-        if func in _LAZY:
-            try:
-                made = func(*args, **kwargs)
-            except RuntimeError:
-                self._charge(func(*args, **{**kwargs, "device": "meta"}))  # more than the machine has
-                raise
-            self._charge(made)
-            return made
-        if func in _EAGER:
-            self._charge(func(*args, **{**kwargs, "device": "meta"}))
-        return func(*args, **kwargs)
+        self.budget.charge("tensors", 10 if name == "clone" else 1)
+        return self._charged(self.budget, func, name, target if in_place else None, args, kwargs)
 
-    def _charge(self, made: torch.Tensor) -> None:
-        self.spent += max(made.numel() * made.element_size(), _LEAST_CHARGE)
-        if self.budget is not None and self.spent > self.budget:
-            raise ConfigError(
-                f"the config asks for a model of more than {self.budget / 2**30:.2f} GiB, which its weight files do "
-                "not hold: refused before it is built. The config does not belong to these weights."
-            )
+    def _is_parameter(self, tensor: torch.Tensor) -> bool:
+        return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter) or (
+            id(tensor if tensor._base is None else tensor._base) in self.parameter_data
+        )
+
+    def _charged(
+        self, budget: Budget, func: Any, name: str, written: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call a function; what it makes is charged before it takes memory."""
+        inputs = list(_tensors_of((args, kwargs)))
+        if written is not None:
+            if self.skip:
+                budget.charge("computed", written.nbytes)
+            return func(*args, **kwargs)
+        if not inputs and (func in _SIZED or "device" in kwargs or name in _FACTORIES):
+            made = _size_of(func, args, kwargs)
+            if func in _LAZY:
+                budget.charge("reserved", made)
+                return func(*args, **kwargs)
+            budget.charge_made(made)
+            return _released(budget, func(*args, **kwargs), made)
+        most = math.prod(max(tensor.numel(), 1) for tensor in inputs) * math.prod(_numbers_in((args, kwargs)))
+        if most * max(len(inputs), 1) > _SMALL:
+            try:
+                made = _bytes_on_meta(func, args, kwargs)
+            except NotImplementedError:  # decided by values: at most as large as what it is made of, times its rank
+                made = 8 * sum(tensor.nbytes for tensor in inputs)
+            budget.charge_made(made)
+            return _released(budget, func(*args, **kwargs), made)
+        result = func(*args, **kwargs)
+        made = _fresh(result, {tensor.untyped_storage()._cdata for tensor in inputs})
+        budget.charge_made(made)
+        return _released(budget, result, made)
+
+    def _with_generator(
+        self, func: Any, name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """The same call, drawing from a generator of this block."""
+        place = target.device if isinstance(target, torch.Tensor) else kwargs.get("device")
+        kind = torch.device(place or torch.get_default_device()).type
+        if kind == "meta" or kwargs.get("generator") is not None:
+            return func, args, kwargs
+        if kind not in self.generators:
+            self.generators[kind] = torch.Generator(kind).manual_seed(0)
+        if name in ("rand_like", "randn_like"):
+            draw = torch.Tensor.uniform_ if name == "rand_like" else torch.Tensor.normal_
+            generator = self.generators[kind]
+            return lambda *a, **k: draw(torch.empty_like(*a, **k), generator=generator), args, kwargs
+        if name not in _DRAWS and not _takes_generator(func):
+            return func, args, kwargs
+        return func, args, {**kwargs, "generator": self.generators[kind]}
+
+
+def _released(budget: Budget, result: Any, nbytes: int) -> Any:
+    """A result whose bytes are taken off what is kept as soon as it is gone; not worth it for small ones."""
+    if isinstance(result, torch.Tensor) and nbytes >= _SMALL // 4:
+        weakref.finalize(result, budget.release, nbytes)
+    return result
+
+
+_FACTORIES = frozenset("arange linspace logspace eye randint randperm tensor tril_indices triu_indices".split())
+
+
+@lru_cache(maxsize=256)
+def _takes_generator(func: Any) -> bool:
+    try:
+        return "generator" in inspect.signature(func).parameters
+    except (ValueError, TypeError):  # of a function in C
+        return False
+
+
+def _tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors_of(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors_of(item)
+
+
+def _numbers_in(value: Any) -> Iterator[int]:
+    if type(value) is int:
+        yield max(abs(value), 1)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _numbers_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _numbers_in(item)
+
+
+def _size_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Bytes that a factory function is asked for, found without making them."""
+    if func not in _SIZED:
+        if getattr(func, "__name__", "") == "tensor":
+            return 0  # as large as the Python values that are there already
+        made = func(*args, **{**kwargs, "device": "meta", **({"generator": None} if "generator" in kwargs else {})})
+        return int(made.nbytes)
+    size = kwargs.get("size", args[0] if args and isinstance(args[0], (tuple, list)) else args)
+    dtype = kwargs.get("dtype") or torch.get_default_dtype()
+    return math.prod(int(each) for each in size) * int(dtype.itemsize)
+
+
+def _bytes_on_meta(func: Any, args: Any, kwargs: Any) -> int:
+    """Bytes that a call would make, found without making them."""
+    known: set[int] = set()
+
+    def move(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+            known.add(twin.untyped_storage()._cdata)
+            twins.append(twin)
+            return twin
+        if isinstance(value, (tuple, list)):
+            return type(value)(*map(move, value)) if hasattr(value, "_fields") else type(value)(map(move, value))
+        return None if isinstance(value, torch.Generator) else value
+
+    twins: list[torch.Tensor] = []
+    kwargs = {key: move(value) for key, value in kwargs.items() if key != "device"}
+    with torch.device("meta"):
+        return _fresh(func(*move(tuple(args)), **kwargs), known)
+
+
+def _fresh(made: Any, known: set[int]) -> int:
+    """Bytes of the tensors of a result that are not on the memory of an argument."""
+    return sum(tensor.nbytes for tensor in _tensors_of(made) if tensor.untyped_storage()._cdata not in known)
+
+
+_COUNTS_MODULES = [False]
+
+
+def _count_module(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    budget = _ACTIVE.get()
+    if budget is not None:
+        budget.charge("modules", 1)
 
 
 @contextmanager
-def no_init(budget: int | None = None) -> Iterator[None]:
-    """Leave out every in-place write into a parameter, and leave torch's random state as it was.
-
-    Args:
-        budget: Most bytes that the constructor may ask for, None for no limit.
-
-    Raises:
-        ConfigError: the budget is exceeded.
-    """
-    with torch.random.fork_rng(devices=[]), _SkipInit(budget):
-        yield
-
-
-class Budget:
-    """TEMPORARY shim until the counted budget arrives."""
-
-    def __init__(self, nbytes: int | None) -> None:
-        self.nbytes = nbytes
-
-    @classmethod
-    def default(cls) -> "Budget":
-        return cls(None)
-
-    @classmethod
-    def for_weights(cls, nbytes: int) -> "Budget":
-        return cls(4 * nbytes + 2**30)
+def _construction(budget: Budget | None, *, skip: bool) -> Iterator[None]:
+    if budget is not None and not _COUNTS_MODULES[0]:
+        # Once for the process and never taken away: other threads walk torch's table of these hooks.
+        _COUNTS_MODULES[0] = True
+        register_module_module_registration_hook(_count_module)  # type: ignore[no-untyped-call]
+    token = _ACTIVE.set(budget if budget is not None else _ACTIVE.get())
+    try:
+        with _Construction(budget, skip=skip):
+            yield
+    finally:
+        _ACTIVE.reset(token)
 
 
 @contextmanager
 def skip_init(budget: Budget | None = None) -> Iterator[None]:
-    with no_init(None if budget is None else budget.nbytes):
+    """Leave out every in-place write into a parameter; torch's global random generators are not used.
+
+    Args:
+        budget: What may be built, None for no limit (a model of the caller's own).
+
+    Raises:
+        ConfigError: the budget is exceeded.
+    """
+    with _construction(budget, skip=True):
         yield
+
+
+@contextmanager
+def within_budget(budget: Budget) -> Iterator[None]:
+    """Initialise as usual, but count; nothing where a `skip_init` around it counts already.
+
+    Raises:
+        ConfigError: the budget is exceeded.
+    """
+    if _ACTIVE.get() is not None:
+        yield
+        return
+    with _construction(budget, skip=False):
+        yield
+
+
+class PrivateDraws(TorchDispatchMode):
+    """Inside, whatever is drawn at random comes from generators of this block, also in the backward pass.
+
+    torch's global generators are neither read nor set, so that other threads draw what they would have drawn.
+
+    Args:
+        seed: Of the generators, one for each kind of device.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+        self.generators: dict[str, torch.Generator] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunction():  # what calls of torch are made in turn is nobody's call
+            return self._draw(func, args, kwargs or {})
+
+    def _draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
+            return func(*args, **kwargs)
+        place = args[0].device if args and isinstance(args[0], torch.Tensor) else kwargs.get("device") or "cpu"
+        kind = torch.device(place).type
+        if kind == "meta":
+            return func(*args, **kwargs)
+        if kind not in self.generators:
+            self.generators[kind] = torch.Generator(kind).manual_seed(self.seed)
+        generator = self.generators[kind]
+        if any(argument.name == "generator" for argument in func._schema.arguments):
+            return func(*args, **{**kwargs, "generator": generator})
+        packet = func.overloadpacket
+        name = packet.__name__
+        if name in ("rand_like", "randn_like"):
+            made = torch.empty_like(args[0], **kwargs)
+            return made.uniform_(generator=generator) if name == "rand_like" else made.normal_(generator=generator)
+        overload = {"default": "generator", "low": "low_generator", "names": ""}.get(func._overloadname, "")
+        if overload in packet.overloads():
+            return getattr(packet, overload)(*args, **{**kwargs, "generator": generator})
+        return func(*args, **kwargs)

@@ -71,6 +71,8 @@ class Tower(nn.Module):
         classifier: A layer on top of the embedding, stored beside it; `forward` leaves it out.
     """
 
+    _tp_plan = _pp_plan = None  # transformers asks a `base_model` for these
+
     def __init__(
         self, config: TimmTowerConfig, trunk: nn.Module, head: nn.Module, classifier: nn.Module | None = None
     ) -> None:
@@ -164,7 +166,7 @@ def has_classifier(weights: Mapping[str, torch.Tensor]) -> bool:
 def plain_defaults() -> Iterator[None]:
     """float32 on the CPU for what is made inside, whatever the process has set as its default dtype and device.
 
-    What a constructor computes (relative positions, rotary tables) is then the same everywhere.
+    What a constructor computes (relative positions, rotary tables) is then the same everywhere. Also a decorator.
     """
     wanted = torch.get_default_dtype()
     with torch.device("cpu"):

@@ -11,7 +11,7 @@ import torch.nn as nn
 from .config import ATTENTION_POOLS, TimmTowerConfig, check_size
 from .errors import ArgumentError, ConfigError
 from .model_args import RECORDED, decode
-from .skip_init import no_init
+from .skip_init import skip_init
 
 # What timm's constructors raise for arguments they cannot use.
 BUILD_ERRORS = (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError,
@@ -97,7 +97,7 @@ def create_trunk(config: TimmTowerConfig, *, pretrained: bool = False, initialis
         if initialise:
             trunk = timm.create_model(name, pretrained=pretrained, **kwargs)
         else:
-            with no_init():
+            with skip_init():
                 trunk = timm.create_model(name, **kwargs)
     except BUILD_ERRORS as error:
         raise _build_error(config, kwargs, error) from error
@@ -237,8 +237,8 @@ def buffers_as_timm(module: nn.Module, dtype: torch.dtype) -> None:
     for part in module.modules():
         computed = {id(part._buffers[name]) for name in part._non_persistent_buffers_set if name in part._buffers}
         if any(id(buffer) in computed and buffer.is_floating_point() for buffer in part.buffers(recurse=False)):
-            part._apply(
-                lambda tensor, computed=computed: (  # type: ignore[misc]
+            part._apply(  # type: ignore[no-untyped-call]
+                lambda tensor, computed=computed: (
                     # One buffer that several modules hold stays one.
                     cast.setdefault(id(tensor), tensor.to(dtype))
                     if id(tensor) in computed and tensor.is_floating_point()

@@ -2,24 +2,31 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .config import TimmTowerConfig
-from .errors import ArgumentError, FormatError, HubError, WeightsError, shown
+from .errors import ArgumentError, ConfigError, FormatError, HubError, WeightsError, shown
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _MAX_INDEX_BYTES = 32 * 1024**2
+_COMMIT, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
+_WEIGHT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.safetensors")
+_PINNED_FIELDS = {"repo_id", "commit", "layout", "files", "unused"}
+_MOST_FILES = 1000
 _ALIGNMENT = 64  # bytes; what torch's CPU allocator aligns to
 
 
@@ -93,20 +100,74 @@ def _read_index(path: Path) -> dict[str, Any]:
     return index if isinstance(index, dict) else {}
 
 
-def fetch_pinned_trunk(source: Mapping[str, Any], **access: Any) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True)
+class TrunkSource:
+    """Where a trunk's weights are stored.
+
+    Attributes:
+        repo_id: `org/name`.
+        commit: 40 hex digits.
+        layout: Whose keys the files have.
+        files: File name -> SHA-256 of its bytes.
+        unused: Keys that the trunk has no place for.
+    """
+
+    repo_id: str
+    commit: str
+    layout: Literal["tower", "timm"]
+    files: dict[str, str]
+    unused: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """What `config.trunk_source` holds."""
+        return {**asdict(self), "unused": list(self.unused)}
+
+
+def parse_trunk_source(spec: Any) -> TrunkSource:
+    """`config.trunk_source` of an untrusted file.
+
+    Raises:
+        ConfigError: names what is wrong with it.
+    """
+    if not isinstance(spec, dict) or set(spec) != _PINNED_FIELDS:
+        raise ConfigError(f"trunk_source: expected {', '.join(sorted(_PINNED_FIELDS))}, found {shown(spec, 200)}")
+    repo_id, commit, layout, files, unused = (
+        spec[name] for name in ("repo_id", "commit", "layout", "files", "unused")
+    )
+    if not isinstance(repo_id, str) or not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+        raise ConfigError(
+            f"trunk_source: expected a repository's id and a commit, found {shown(repo_id)} and {shown(commit)}"
+        )
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ConfigError(f"trunk_source.repo_id={shown(repo_id)}: not the id of a repository") from error
+    if layout not in ("tower", "timm"):
+        raise ConfigError(f"trunk_source.layout={shown(layout)}: expected 'tower' or 'timm'")
+    if not isinstance(files, dict) or not 1 <= len(files) <= _MOST_FILES:
+        raise ConfigError(f"trunk_source.files: expected 1 to {_MOST_FILES} file names with their SHA-256")
+    for name, digest in files.items():
+        if not _WEIGHT_NAME.fullmatch(name) or not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+            raise ConfigError(f"trunk_source.files: {shown(name)} is not a .safetensors file with its SHA-256")
+    if not isinstance(unused, list) or not all(isinstance(key, str) for key in unused):
+        raise ConfigError("trunk_source.unused: expected a list of keys")
+    return TrunkSource(repo_id, commit, layout, dict(files), tuple(unused))
+
+
+def fetch_pinned_trunk(source: TrunkSource, **access: Any) -> dict[str, torch.Tensor]:
     """`trunk.*` -> tensor of a trunk in another repository, at the pinned commit and with the pinned digests.
 
     Args:
-        source: `config.trunk_source`, checked.
+        source: From `parse_trunk_source`.
         access: `token`, `cache_dir`, `local_files_only`, `force_download` of huggingface_hub.
 
     Raises:
         HubError: the repository cannot be read.
         WeightsError: a file there is not the one that was pinned.
     """
-    repo_id, commit = source["repo_id"], source["commit"]
+    repo_id, commit = source.repo_id, source.commit
     found: dict[str, torch.Tensor] = {}
-    for name, digest in source["files"].items():
+    for name, digest in source.files.items():
         try:
             path = Path(hf_hub_download(repo_id, name, revision=commit, **access))
         except (OSError, ValueError, RuntimeError) as error:
@@ -123,9 +184,9 @@ def fetch_pinned_trunk(source: Mapping[str, Any], **access: Any) -> dict[str, to
             )
         found.update(load_file(path))
     aligned = {key: tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone() for key, tensor in found.items()}
-    if source["layout"] == "tower":
+    if source.layout == "tower":
         return {key: tensor for key, tensor in aligned.items() if key.startswith("trunk.")}
-    return {f"trunk.{key}": tensor for key, tensor in aligned.items() if key not in source["unused"]}
+    return {f"trunk.{key}": tensor for key, tensor in aligned.items() if key not in source.unused}
 
 
 def same_bytes_of(a: torch.Tensor, b: torch.Tensor) -> bool:

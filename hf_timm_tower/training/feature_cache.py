@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from ..files.disk import locked_folder
 from ..files.fingerprint import TOLERANCES, fixed_seed, weight_digests
 from ..heads.batch_formula import same_bytes
-from ..reader.errors import ArgumentError, ConfigError, FolderError
+from ..reader.errors import ArgumentError, ConfigError, FolderError, FormatError
 from ..reader.freezing import is_held, keeps_statistics
 from ..reader.tower import HeadInput, run_head
 from ..reader.trunk import eval_mode, float_dtype
 from .feature_rows import ImageRows, Sample, take_sample
-from .feature_store import Column, Plan, prepare_folder, read_plan, read_table, rows_written, write_rows
+from .feature_store import DTYPES, Column, Plan, prepare_folder, read_plan, read_table, rows_written, write_rows
 
 if TYPE_CHECKING:
     from ..timm_model import TimmModel
@@ -62,14 +62,16 @@ class CachedFeatures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         if plan is None:
             raise FolderError(f"{self.path}: there is no feature cache; cache_features(tower, dataset, path) makes one")
         done = rows_written(self.path) or 0
+        if done > plan.rows:
+            raise FormatError(f"{self.path}: {done} rows written, of {plan.rows}; delete the folder to cache anew")
         if done < plan.rows:
             raise FolderError(
                 f"{self.path}: the feature cache has {done} of {plan.rows} rows; cache_features with the same "
                 "arguments goes on"
             )
-        self.repeats = int(plan.made_of["repeats"])
+        self.repeats: int = plan.made_of["repeats"]
         self.images = plan.rows // self.repeats
-        self.dtype: torch.dtype = getattr(torch, str(plan.made_of["features dtype"]).removeprefix("torch."))
+        self.dtype = DTYPES[plan.made_of["features dtype"]]
         self._column = plan.features
         self._features, self._labels = (read_table(self.path, name, plan) for name in ("features", "labels"))
 

@@ -16,12 +16,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..heads.batch_formula import flat_bytes, same_bytes
-from ..heads.isolation import keep_random_state, seed_cpu
+from ..heads.isolation import isolated
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ArgumentError
-from ..reader.image_processing import completed_preprocess, make_transform
+from ..reader.image_processing import PIL_MODES, completed_preprocess, in_channels, make_transform
 
-_PIL_MODES = {1: "L", 3: "RGB"}
 _SEEDS_TRIED = 4
 # In the repr of what has none of its own; it differs from process to process.
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -71,11 +70,10 @@ class ImageRows(Dataset[tuple[torch.Tensor, torch.Tensor]]):
             ArgumentError: the dataset's item cannot be used; says which and why.
         """
         index = row % self.images
-        with keep_random_state():
-            seed_cpu(seed)
+        with isolated(seed):
             image, label = self._parts(self.dataset[index], index)
-            if isinstance(image, Image.Image) and self.in_chans in _PIL_MODES:
-                image = image.convert(_PIL_MODES[self.in_chans])  # as timm's own datasets do
+            if isinstance(image, Image.Image) and self.in_chans in PIL_MODES:
+                image = in_channels(image, self.in_chans)  # as timm's own datasets do
             if not (self.own_transform and isinstance(image, torch.Tensor)):
                 image = self.transform(image)
         if not isinstance(image, torch.Tensor) or image.ndim != 3 or not image.is_floating_point():

@@ -17,22 +17,26 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, BinaryIO, Self
 
 import numpy as np
 import torch
 
 from ..files.disk import sync
-from ..files.strict_json import MAX_JSON_BYTES, parse_json, shorten
-from ..reader.errors import FolderError, FormatError
+from ..files.json import parse_json
+from ..reader.errors import FolderError, FormatError, shown
 
 STORE_VERSION = 1
 MANIFEST, PROGRESS = "manifest.json", "progress.txt"
 COLUMNS = ("features", "labels")
 # A killed run loses at most the rows of this many seconds.
 SECONDS_BETWEEN_SYNCS = 1.0
+# A manifest has a few KB; progress has a line for each second of the run.
+MAX_MANIFEST_BYTES, MAX_PROGRESS_BYTES = 2**20, 2**24
+MAX_NUMBER = 2**48
 
-_DTYPES = {
+DTYPES = {
     str(dtype): dtype
     for dtype in (
         torch.float32, torch.float64, torch.float16, torch.bfloat16,
@@ -95,9 +99,9 @@ class Column:
     def from_json(cls, entry: Any) -> Self:
         """From the manifest; KeyError, TypeError or ValueError where it is not one."""
         shape, axes = tuple(entry["shape"]), tuple(entry["axes"])
-        if not all(isinstance(size, int) and size >= 0 for size in shape) or sorted(axes) != list(range(len(shape))):
-            raise ValueError(f"shape {shape}, axes {axes}")
-        return cls(shape, _DTYPES[entry["dtype"]], axes)
+        if not all(_is_whole(size, 0) for size in shape) or sorted(axes) != list(range(len(shape))):
+            raise ValueError("shape and axes")
+        return cls(shape, DTYPES[entry["dtype"]], axes)
 
 
 @dataclass(frozen=True)
@@ -124,27 +128,49 @@ def read_plan(folder: Path) -> Plan | None:
         FormatError: the manifest is damaged or of another version.
     """
     place = folder / MANIFEST
-    if not place.exists():
+    data = _read_small(place, MAX_MANIFEST_BYTES)
+    if data is None:
         return None
-    with open(place, "rb") as file:
-        data = file.read(MAX_JSON_BYTES + 1)
-    if len(data) > MAX_JSON_BYTES:
-        raise FormatError(f"{place}: more than {MAX_JSON_BYTES} bytes, this is no manifest of a feature cache")
     found = parse_json(data, str(place))
     try:
         if found["store_version"] != STORE_VERSION:
             raise FormatError(
-                f"{place}: version {shorten(found['store_version'])}, this package reads {STORE_VERSION}; "
+                f"{place}: version {shown(found['store_version'])}, this package reads {STORE_VERSION}; "
                 "delete the folder to cache anew"
             )
+        features, labels = (Column.from_json(found[name]) for name in COLUMNS)
         rows, made_of = found["rows"], found["made_of"]
-        if not isinstance(rows, int) or not isinstance(made_of, dict):
-            raise TypeError("rows and made_of")
-        return Plan(rows, Column.from_json(found["features"]), Column.from_json(found["labels"]), made_of)
+        repeats = made_of["repeats"]
+        if not (_is_whole(rows, 1) and _is_whole(repeats, 1)) or rows % repeats:
+            raise ValueError(f"{rows} rows, {repeats} versions of each image")
+        if not features.dtype.is_floating_point or not DTYPES[made_of["features dtype"]].is_floating_point:
+            raise ValueError("features that are not floating point")
+        return Plan(rows, features, labels, made_of)
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, FormatError):
             raise
-        raise FormatError(f"{place}: not the manifest of a feature cache ({error!r})") from error
+        raise FormatError(f"{place}: not the manifest of a feature cache ({shown(repr(error))})") from error
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_NUMBER
+
+
+def _read_small(place: Path, limit: int) -> bytes | None:
+    """The bytes of a file, None where there is none.
+
+    Raises:
+        FormatError: it is no regular file, or larger than `limit` bytes.
+    """
+    if not os.path.lexists(place):
+        return None
+    if not place.is_file():
+        raise FormatError(f"{place}: not a file")
+    with open(place, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise FormatError(f"{place}: more than {limit} bytes, this is not of a feature cache")
+    return data
 
 
 def prepare_folder(folder: Path, plan: Plan) -> None:
@@ -182,7 +208,7 @@ def refuse_stale(folder: Path, then: Plan, now: Plan) -> None:
     old = {**then.made_of, "rows": then.rows, **{name: getattr(then, name).to_json() for name in COLUMNS}}
     new = {**now.made_of, "rows": now.rows, **{name: getattr(now, name).to_json() for name in COLUMNS}}
     changed = [
-        f"  {key}: {shorten(old.get(key), 120)} then, {shorten(new.get(key), 120)} now"
+        f"  {key}: {shown(old.get(key), 120)} then, {shown(new.get(key), 120)} now"
         for key in (*new, *(key for key in old if key not in new))
         if old.get(key) != new.get(key)
     ]
@@ -200,13 +226,14 @@ def rows_written(folder: Path) -> int | None:
         FormatError: the file of progress is damaged.
     """
     place = folder / PROGRESS
-    if not place.exists():
-        return None
-    lines = place.read_bytes().split(b"\n")[:-1]  # a line that was cut short has no end
+    data = _read_small(place, MAX_PROGRESS_BYTES)
+    lines = (data or b"").split(b"\n")[:-1]  # a line that was cut short has no end
     if not lines:
         return None
-    if not lines[-1].isdigit():
-        raise FormatError(f"{place}: expected a number in the last line, found {shorten(lines[-1])}; delete the folder")
+    if not lines[-1].isdigit() or len(lines[-1]) > len(str(MAX_NUMBER)):
+        raise FormatError(
+            f"{place}: expected a number in the last line, found {shown(repr(lines[-1][:80]))}; delete the folder"
+        )
     return int(lines[-1])
 
 
@@ -223,9 +250,12 @@ def read_table(folder: Path, name: str, plan: Plan) -> torch.Tensor:
 def _mapped(folder: Path, name: str, plan: Plan) -> np.memmap[Any, Any]:
     place, column = folder / f"{name}.npy", getattr(plan, name)
     try:
+        if not place.is_file():
+            raise FileNotFoundError("no regular file")
         array = np.lib.format.open_memmap(place, mode="c")
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{place}: cannot be mapped ({error}); delete the folder to cache anew") from error
+    except (OSError, ValueError, TypeError, SyntaxError, RecursionError, OverflowError, TokenError) as error:
+        reason = shown(str(error), 200)  # numpy parses the header as Python text and passes on what that raises
+        raise FormatError(f"{place}: cannot be mapped ({reason}); delete the folder to cache anew") from error
     expected = torch.empty(0, dtype=column.dtype_on_disk).numpy().dtype
     if array.shape != (plan.rows, *column.shape_on_disk) or array.dtype != expected or not array.flags.c_contiguous:
         raise FormatError(

@@ -27,7 +27,7 @@ class LayerGroup:
     Attributes:
         name: Unique among the tower's groups: `stem`, `blocks.0`, `head`.
         part: `trunk`, `head`, or the tower's attribute that holds it.
-        modules: Names of the largest modules that lie wholly in the group, and of parameters that stand alone.
+        modules: Names of the largest modules that are wholly in the group, and of parameters that stand alone.
         parameters: Names of the parameters, as in `tower.named_parameters()`.
         statistics: Names of the modules that keep running statistics.
     """
@@ -47,9 +47,9 @@ def layer_groups(tower: nn.Module) -> list[LayerGroup]:
     """
     names = [name for name, _ in tower.named_parameters()]
     modules = dict(tower.named_modules())
-    keepers = [name for name, module in modules.items() if keeps_statistics(module)]
+    statistics = [name for name, module in modules.items() if keeps_statistics(module)]
     cut: list[tuple[str, list[str]]] = []
-    for part in dict.fromkeys(("trunk", "head", *(_part(name) for name in (*names, *keepers)))):
+    for part in dict.fromkeys(("trunk", "head", *(_part(name) for name in (*names, *statistics)))):
         own = {name: None for name in names if _part(name) == part}
         if part == "trunk":
             groups = [[f"trunk.{name}" for name in group] for group in trunk_groups(modules["trunk"])]
@@ -57,10 +57,10 @@ def layer_groups(tower: nn.Module) -> list[LayerGroup]:
             found = [kept for group in groups if (kept := [name for name in group if name in own])]
         else:
             found = [list(own)] if own else []
-        if not found and any(_part(name) == part for name in keepers):
+        if not found and any(_part(name) == part for name in statistics):
             found = [[]]  # nothing but running statistics
         cut += [(part, group) for group in found]
-    owned = _statistics_of(modules, set(keepers), cut)
+    owned = _statistics_of(modules, set(statistics), cut)
     other_parts = {part for part, _ in cut if part != "trunk"}
     several = sum(part == "trunk" for part, _ in cut) > 1
     covers = _covers({name: index for index, (_, group) in enumerate(cut) for name in group})
@@ -86,7 +86,7 @@ def trunk_groups(trunk: nn.Module) -> list[list[str]]:
 
 
 def smallest_cover(chosen: Iterable[str], everything: Collection[str]) -> list[str]:
-    """The fewest dotted names of which each stands for itself and all that lies under it: together just `chosen`.
+    """The fewest dotted names of which each stands for itself and all that is under it: together just `chosen`.
 
     Args:
         chosen: Names from `everything`.
@@ -127,7 +127,7 @@ def _part(name: str) -> str:
 
 
 def _statistics_of(
-    modules: dict[str, nn.Module], keepers: Collection[str], cut: Sequence[tuple[str, list[str]]]
+    modules: dict[str, nn.Module], statistics: Collection[str], cut: Sequence[tuple[str, list[str]]]
 ) -> list[list[str]]:
     """For each group its modules with statistics; one without parameters goes with the parameters before it."""
     group_of = {name: index for index, (_, group) in enumerate(cut) for name in group}
@@ -138,7 +138,7 @@ def _statistics_of(
     for name, module in modules.items():
         own = [group_of.get(f"{name}.{key}") for key, _ in module.named_parameters(recurse=False)]
         current[_part(name)] = next((index for index in own if index is not None), current.get(_part(name), 0))
-        if name in keepers:
+        if name in statistics:
             owned[current[_part(name)]].append(name)
     return owned
 

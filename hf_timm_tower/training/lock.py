@@ -101,13 +101,13 @@ def unlock(
 
 def _freeze(tower: nn.Module, groups: list[LayerGroup], frozen: set[str], statistics: bool) -> None:
     """Freeze these members; statistics go with the parameters of their module, or where it has none by its name."""
-    held: set[str] = set()
+    frozen_statistics: set[str] = set()
     for group in groups if statistics else ():
         for name in group.statistics:
             own = {key for key in group.parameters if key.rpartition(".")[0] == name} or {name}
             if own <= frozen:
-                held.add(name)
-    freeze(tower, frozen, held)
+                frozen_statistics.add(name)
+    freeze(tower, frozen, frozen_statistics)
 
 
 def _members(groups: Iterable[LayerGroup]) -> set[str]:

@@ -103,7 +103,7 @@ def group_matcher(tower: nn.Module, coarse: bool = False) -> Callable[[str], int
         ]
         classifier = getattr(trunk, "pretrained_cfg", {}).get("classifier") or "classifier"
         classifier = f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"
-        # numbers by timm's own hand; it closes the gaps between those that it then groups
+        # numbered by timm itself, which closes the gaps between those that it then groups
         of = group_with_matcher(
             ((name, None) for name in dict.fromkeys([*names, classifier])),
             trunk.group_matcher(coarse=coarse),
@@ -111,7 +111,7 @@ def group_matcher(tower: nn.Module, coarse: bool = False) -> Callable[[str], int
         )
         after = of[classifier]
     else:
-        of = auto_group_layers(trunk)
+        of = auto_group_layers(trunk)  # type: ignore[no-untyped-call]
     known = {f"trunk.{name}": number for name, number in of.items()}
     return lambda name: known.get(name, after)
 

@@ -190,7 +190,7 @@ class UnfreezeSchedule(TrainerCallback):
 
 
 def _open(tower: nn.Module, stage: Stage) -> int:
-    """Open what the stage says and close the rest; how many numbers are open."""
+    """Open what the stage says and close the rest; how many parameters are open."""
     if stage.opens == _ALL:
         unlock(tower)
     elif isinstance(stage.opens, int):

@@ -39,7 +39,7 @@ def run(options: Options) -> Result:
     Every process trains and returns; only the main one writes.
 
     Raises:
-        NotTheSame: what was loaded again gives other numbers.
+        NotTheSame: what was loaded again gives other outputs.
     """
     sharing = DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=options.seed)
     accelerator = Accelerator(cpu=options.cpu, dataloader_config=sharing)
@@ -73,8 +73,8 @@ def _publish(trained: WithText | WithPairs, data: Data, accuracy: float, options
     folder.mkdir(parents=True, exist_ok=True)
     trained.save(folder, data, accuracy)
     trained.check(str(folder), data)
-    print(f"saved in {folder}: loaded again, it gives the same numbers")
+    print(f"saved in {folder}: loaded again, it gives the same outputs")
     if options.push_to_hub is not None:
         url = push(folder, options.push_to_hub, options.private)
         trained.check(options.push_to_hub, data)
-        print(f"pushed to {url}: loaded again, it gives the same numbers")
+        print(f"pushed to {url}: loaded again, it gives the same outputs")

@@ -6,7 +6,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 
 class NotTheSame(Exception):
-    """What was loaded does not give the numbers of what was trained."""
+    """What was loaded does not give the outputs of what was trained."""
 
 
 def write_card(folder: Path, title: str, text: str, tags: list[str], pipeline_tag: str) -> None:

@@ -6,15 +6,34 @@ from typing import Any
 import torch
 import torch.nn as nn
 from accelerate import Accelerator
+from open_clip.loss import ClipLoss, SigLipLoss
 from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
-from hf_timm_tower.training.contrastive import gathered_clip_loss, gathered_siglip_loss
 from hf_timm_tower.training.param_groups import param_groups
 
 from .data import Draws
 from .options import Options
 from .towers import LARGEST_SCALE, ImageAndText, TwoImages
+
+
+def make_loss(name: str, rank: int, processes: int) -> nn.Module:
+    """open_clip's loss of this process's rows, with the negatives of all processes.
+
+    Gradients, *averaged* over the processes as DistributedDataParallel does, are those of one process with the whole
+    batch; so is the mean of the losses.
+
+    Args:
+        name: `clip` or `siglip`.
+        rank: Number of this process.
+        processes: How many share a batch.
+
+    Returns:
+        `(image_embeds [B, D], other_embeds [B, D], scale, bias or None)` -> a scalar, in nats.
+    """
+    if name == "siglip":
+        return SigLipLoss(rank=rank, world_size=processes)
+    return ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=processes)
 
 
 def train(
@@ -51,6 +70,7 @@ def train(
     steps = options.epochs * (len(draws) // size)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(options.warmup * steps), steps)
     model, optimizer, loader = accelerator.prepare(module, optimizer, loader)
+    criterion = make_loss(options.loss, accelerator.process_index, processes)
     means = []
     for epoch in range(options.epochs):
         draws.set_epoch(epoch)
@@ -58,10 +78,7 @@ def train(
         total = torch.zeros((), device=accelerator.device)
         for batch in loader:
             image, other, scale, bias = model(**batch)
-            if bias is None:
-                loss = gathered_clip_loss(image, other, scale)
-            else:
-                loss = gathered_siglip_loss(image, other, scale, bias)
+            loss = criterion(image, other, scale, bias)
             optimizer.zero_grad()
             accelerator.backward(loss)
             optimizer.step()
@@ -69,7 +86,7 @@ def train(
             with torch.no_grad():
                 module.log_scale.clamp_(0, LARGEST_SCALE)
             total += loss.detach()
-        means.append(total.item() / len(loader))
+        means.append(accelerator.reduce(total, "mean").item() / len(loader))
         accelerator.print(f"epoch {epoch + 1}/{options.epochs}  loss {means[-1]:.4f}")
     module.eval()
     return means

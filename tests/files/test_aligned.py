@@ -14,7 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_timm_tower.files.aligned import read_aligned, same_bits, write_aligned
+from hf_timm_tower.files.safetensors_layout import write_aligned
+from hf_timm_tower.files.safetensors_read import read_aligned
+from hf_timm_tower.files.ties import same_bits
 from hf_timm_tower.reader.errors import FolderError, FormatError, WeightsError
 
 DTYPES = [

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -138,3 +139,61 @@ def test_a_tower_that_gives_nan_is_saved_and_verified(tmp_path: Path) -> None:
     with torch.no_grad():
         again.head.weight[3].fill_(1.0)
     assert again.verify().status == "different"
+
+
+class Noisy(torch.nn.Module):
+    """A head that draws in eval, by an operation that takes a generator and by some that do not."""
+
+    def __init__(self, in_features: int, embed_dim: int) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(in_features, embed_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.linear(x)
+        x = x + torch.rand_like(x) + torch.randn(x.shape) + torch.nn.functional.dropout(x, 0.5, training=True)
+        return x + torch.nn.functional.rrelu(-x, training=True) + torch.randperm(x.shape[1]) + random.random()
+
+
+def test_a_probe_draws_what_seed_0_gives_and_takes_no_random_number_from_others() -> None:
+    tower = TimmModel("test_resnet", 8, custom_head=Noisy(96, 8)).eval()
+    torch.manual_seed(0)
+    random.seed(0)
+    with torch.no_grad():
+        expected = tower(probe_image(3, [160, 160]))
+    torch.manual_seed(7)
+    random.seed(7)
+    before = torch.get_rng_state(), random.getstate()
+    found = run_probe(tower, 3, [160, 160])[""]
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert torch.equal(found, expected)
+    assert torch.equal(run_probe(tower, 3, [160, 160])[""], found)
+
+
+def test_torchs_generator_is_never_seeded_during_a_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other threads draw from it meanwhile."""
+
+    class Watching(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.get_rng_state())
+            return super().forward(torch.nn.functional.dropout(x, 0.1, training=True))
+
+    seen: list[torch.Tensor] = []
+    tower = TimmModel("test_resnet", 8, custom_head=Watching(96, 8))
+    state = torch.get_rng_state()
+    seen.clear()
+    run_probe(tower, 3, [160, 160])
+    assert len(seen) == 1
+    assert torch.equal(seen[0], state)
+
+
+def test_a_probe_is_of_the_class_without_autocast() -> None:
+    tower = TimmModel("test_resnet", 8).eval()
+    expected = run_probe(tower, 3, [160, 160])[""]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(run_probe(tower, 3, [160, 160])[""], expected)
+    tower.forward = lambda x: x.mean()  # type: ignore[method-assign]
+    assert torch.equal(run_probe(tower, 3, [160, 160])[""], expected)
+    del tower.forward
+    with torch.device("meta"):
+        assert torch.equal(run_probe(tower, 3, [160, 160])[""], expected)

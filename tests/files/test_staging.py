@@ -1,8 +1,11 @@
 """A save is swapped in whole, at every moment, wherever the folder lies; what is not ours stays."""
 
 import errno
+import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -10,13 +13,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from hf_timm_tower.files import disk, staging
-from hf_timm_tower.files.checkpoint import (
+from hf_timm_tower.files import names as names_module
+from hf_timm_tower.files import records as records_module
+from hf_timm_tower.files.json import write_json
+from hf_timm_tower.files.names import (
     CARD_NAME,
     CONFIG_NAME,
     FINGERPRINT_NAME,
@@ -24,14 +32,11 @@ from hf_timm_tower.files.checkpoint import (
     INDEX_NAME,
     SINGLE_NAME,
     TRUNK_NAME,
-    OpenFolder,
-    read_folder,
-    read_json,
-    read_weights,
-    write_json,
-    write_weights,
+    digest_of,
 )
-from hf_timm_tower.files.staging import staged_folder
+from hf_timm_tower.files.open_folder import OpenFolder, read_json
+from hf_timm_tower.files.staging import read_folder, staged_folder
+from hf_timm_tower.files.weights import read_weights, write_weights
 from hf_timm_tower.reader.errors import FolderError
 
 WEIGHTS = {CONFIG_NAME, INDEX_NAME, TRUNK_NAME, HEAD_NAME}
@@ -224,10 +229,6 @@ def test_other_files_survive_and_an_earlier_saves_own_do_not(tmp_path: Path, wit
     stale = {SINGLE_NAME, FINGERPRINT_NAME, "trunk-00001-of-00002.safetensors", "model-00001-of-00002.safetensors"}
     for name in stale:
         (target / name).write_bytes(b"stale")
-    code = target / "core"
-    code.mkdir()
-    for name in ("checkpoint.py", "modeling.py"):
-        (code / name).write_text("")
     if with_folder:
         (target / ".git").mkdir()
         (target / ".git" / "HEAD").write_text("ref")
@@ -243,20 +244,243 @@ def test_other_files_survive_and_an_earlier_saves_own_do_not(tmp_path: Path, wit
         assert (target / ".git" / "HEAD").read_text() == "ref"
 
 
-def test_a_folder_of_ours_is_replaced_and_a_users_folder_called_core_is_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_core_folder_of_an_earlier_version_goes_and_any_other_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
+    """Every byte of it must be one that this package wrote."""
+    released = {"__init__.py": b"", "checkpoint.py": b"a = 1", "modeling.py": b"b = 2"}
+    monkeypatch.setattr(names_module, "_RELEASED_CODE", frozenset({digest_of(released)}))
+
+    def changed(code: Path, case: str) -> None:
+        if case == "one byte":
+            (code / "modeling.py").write_bytes(b"b = 3")
+        elif case == "one more":
+            (code / "mine.py").write_bytes(b"")
+        elif case == "one less":
+            (code / "modeling.py").unlink()
+        elif case == "a folder":
+            (code / "sub").mkdir()
+        elif case == "a link":
+            (code / "modeling.py").rename(tmp_path / f"modeling-{inside}.py")
+            (code / "modeling.py").symlink_to(tmp_path / f"modeling-{inside}.py")
+        elif case == "a pipe":
+            os.mkfifo(code / "pipe")
+
+    for case in ("ours", "one byte", "one more", "one less", "a folder", "a link", "a pipe"):
+        target = tmp_path / case
+        save(target, 1)
+        if inside:
+            (target / "runs").mkdir()
+        (target / "core").mkdir()
+        for name, content in released.items():
+            (target / "core" / name).write_bytes(content)
+        changed(target / "core", case)
+        before = names(target / "core")
+        save(target, 2)
+        assert version_of(target) == 2
+        assert (target / "core").exists() == (case != "ours"), case
+        if case != "ours":
+            assert names(target / "core") == before
+
+
+def test_the_digest_of_the_released_core_is_that_of_its_files(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    done = subprocess.run(["git", "cat-file", "-e", "f18fbe0"], cwd=root, capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("a clone without the history that has it")
+    script = [sys.executable, str(root / "scripts" / "core_digest.py"), "f18fbe0"]
+    found = subprocess.run(script, cwd=root, capture_output=True, text=True, check=True).stdout.split()[-1]
+    assert found in names_module._RELEASED_CODE
+
+
+def tree(folder: Path, but: set[str] = frozenset()) -> dict[str, object]:  # type: ignore[assignment]
+    """What is in a folder: kind, mode, size or goal and content of everything, links not followed."""
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.relative_to(folder).parts[0] in but:
+            continue
+        status = path.lstat()
+        content: object = None
+        if path.is_symlink():
+            content = os.readlink(path)
+        elif path.is_file():
+            content = path.read_bytes()
+        found[str(path.relative_to(folder))] = (status.st_mode, status.st_ino, content)
+    return found
+
+
+def strange_neighbours(target: Path) -> None:
+    """Things that no save wrote, many under names that look as if one had."""
+    for name in ("Trunk.safetensors", "CONFIG.JSON", "readme.md", "trunk.safetensors.bak", "head_code.py", "-r", "a\n"):
+        (target / name).write_text("mine")
+    os.chmod(target / "CONFIG.JSON", 0o400)
+    (target / "adapter_model.safetensors").write_bytes(b"mine")
+    (target / "link").symlink_to("nowhere")
+    (target / "out").symlink_to("..")
+    os.mkfifo(target / "pipe")
+    place = socket.socket(socket.AF_UNIX)
+    here = os.open(".", os.O_RDONLY)
+    try:
+        os.chdir(target)  # the name of a socket has at most 107 bytes
+        place.bind("socket")
+    finally:
+        os.fchdir(here)
+        os.close(here)
+        place.close()
+
+
+def strange_folders(target: Path) -> None:
+    new = {"config.json": "{}", "trunk.safetensors": "x", INDEX_NAME: "{}"}
+    plan = {"names": ["x"], "stale": ["../victim", "optimizer.pt"], "linked": {}, "inode": 1, "move": True}
+    for box in (".tower-commit", ".tower-save-1-abcd", ".tower-save-0123456789abcdef", "Core", "core", ".git"):
+        for inner in ("", "new"):
+            (target / box / inner).mkdir(exist_ok=True)
+            for name, content in new.items():
+                (target / box / inner / name).write_text(content)
+        (target / box / "lock").touch()
+        (target / box / "plan.json").write_text(json.dumps(plan))
+
+
+@pytest.mark.parametrize("with_folders", [False, True])
+def test_a_save_touches_no_name_that_it_did_not_write(tmp_path: Path, with_folders: bool) -> None:
+    parent = tmp_path / "parent"
+    target = parent / "tower"
+    save(target, 1)
+    strange_neighbours(target)
+    (parent / "victim").write_text("mine")
+    strange_folders(parent)
+    for name in (".tower.tower-save-1-abcd", ".tower.tower-save-0123456789abcdef"):
+        shutil.copytree(parent / ".tower-save-1-abcd", parent / name)
+    if with_folders:
+        strange_folders(target)
+    inside, outside = tree(target, WEIGHTS), tree(parent, {"tower"})
+    for version in (2, 3):
+        save(target, version)
+        assert version_of(target) == version_for_others(target) == version
+        assert tree(target, WEIGHTS) == inside
+        assert tree(parent, {"tower"}) == outside
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, TRUNK_NAME, INDEX_NAME])
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_a_name_that_is_taken_by_something_else_than_a_file_is_refused(tmp_path: Path, name: str, kind: str) -> None:
     target = tmp_path / "tower"
-    for version in (1, 2):
-        with staged_folder(target) as new:
-            (new / "core").mkdir()
-            (new / "core" / f"v{version}.py").write_text("")
-            (new / "core" / "checkpoint.py").write_text("")
-            (new / "core" / "modeling.py").write_text("")
-    assert names(target / "core") == {"v2.py", "checkpoint.py", "modeling.py"}
-    users = tmp_path / "other"
-    (users / "core").mkdir(parents=True)
-    (users / "core" / "apple.txt").write_text("")
-    save(users, 1)
-    assert names(users / "core") == {"apple.txt"}
+    target.mkdir()
+    if kind == "folder":
+        (target / name).mkdir()
+        (target / name / "mine").write_text("mine")
+    else:
+        os.mkfifo(target / name)
+    before = tree(target)
+    with pytest.raises(FolderError, match=f"{name} is .*move it"):
+        save(target, 1)
+    assert tree(tmp_path, {"tower"}) == {}
+    assert tree(target) == before
+
+
+def test_a_link_under_a_name_of_ours_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    target = tmp_path / "tower"
+    target.mkdir()
+    for name in (CONFIG_NAME, TRUNK_NAME, FINGERPRINT_NAME):
+        (target / name).symlink_to("../precious")
+    save(target, 1)
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert names(target) == WEIGHTS
+    assert not (target / CONFIG_NAME).is_symlink()
+
+
+def test_nothing_hidden_is_read(tmp_path: Path) -> None:
+    save(tmp_path / "a", 1)
+    save(tmp_path / "b", 2)
+    for box in (".tower-commit", ".tower-save-0123456789abcdef"):
+        shutil.copytree(tmp_path / "b", tmp_path / "a" / box / "new")
+        shutil.copytree(tmp_path / "b", tmp_path / "a" / box, dirs_exist_ok=True)
+    assert version_of(tmp_path / "a") == 1
+    (tmp_path / "a" / INDEX_NAME).unlink()
+    with pytest.raises(FolderError, match="no weights"):
+        version_of(tmp_path / "a")
+
+
+def test_records_in_a_folder_that_others_can_write_are_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "tower"
+    save(target, 1)
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    records = tmp_path / "home" / "hf_timm_tower" / f"saves-{os.geteuid()}"
+    box = tmp_path / ".tower.tower-save-0123456789abcdef"
+    box.mkdir()
+    (box / "mine").write_text("mine")
+    record = {"path": str(box), "new": disk.identity(box)}
+    prefix = records_module._name_of(Path(os.path.realpath(target)))
+    for mode, kept in ((0o777, True), (0o700, False)):  # the second shows that the first was no matter of its text
+        records.mkdir(parents=True, exist_ok=True)
+        os.chmod(records, mode)
+        (records / f"{prefix}-0").write_text(json.dumps(record) + "\n")
+        save(target, 2)
+        assert box.exists() == kept
+
+
+@pytest.mark.parametrize("torn", [b"", b"{", b'{"path": 3}\n', b"\xff\n", b"[]\n", b'{"path": "/etc"}\n'])
+def test_a_damaged_record_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: bytes) -> None:
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    target = tmp_path / "tower"
+    save(target, 1)
+    folder = tmp_path / "home" / "hf_timm_tower" / f"saves-{os.geteuid()}"
+    (folder / f"{records_module._name_of(Path(os.path.realpath(target)))}-0").write_bytes(torn)
+    save(target, 2)
+    assert version_of(target) == 2
+    assert names(folder) == set()
+
+
+@pytest.mark.parametrize("home", ["read-only", "a file"])
+def test_without_a_cache_to_keep_records_in_saving_works(
+    open_path: Path, monkeypatch: pytest.MonkeyPatch, home: str
+) -> None:
+    place = open_path / "home"
+    if home == "a file":
+        place.write_text("")
+    else:
+        place.mkdir(mode=0o555)
+    monkeypatch.setattr(constants, "HF_HOME", str(place))
+    with not_root(open_path):
+        for version in (1, 2):
+            save(open_path / "tower", version)
+            assert version_of(open_path / "tower") == version
+    assert names(open_path) == {"tower", "home"}
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("when", ["the block raised", "the save was done"])
+def test_an_interrupt_while_cleaning_up_leaves_no_staging_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, times: int
+) -> None:
+    target = tmp_path / "tower"
+    save(target, 1)
+    (target / "optimizer.pt").write_text("mine")
+    real, interrupts = shutil.rmtree, iter(range(times))
+
+    def interrupted(*arguments: Any, **keywords: Any) -> None:
+        if next(interrupts, None) is not None:
+            raise KeyboardInterrupt
+        real(*arguments, **keywords)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt), staged_folder(target) as new:  # noqa: PT012
+        write_json(new / CONFIG_NAME, {"version": 2})
+        state = {key: torch.full((9,), 2, dtype=torch.int32) for key in ("trunk.a", "trunk.b", "head.a")}
+        write_weights(new, torch.nn.Module(), state=state)
+        if when == "the block raised":
+            raise KeyError
+    assert version_of(target) == (1 if when == "the block raised" else 2)
+    if times == 1:
+        assert names(tmp_path) == {"tower"}
+    save(target, 3)  # of an interrupt of the second attempt too, the next save in the same process leaves nothing
+    assert version_of(target) == 3
+    assert names(tmp_path) == {"tower"}
+    assert (target / "optimizer.pt").read_text() == "mine"
 
 
 @linux_only

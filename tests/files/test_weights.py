@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,22 +16,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hf_timm_tower.files.aligned import same_bits, write_aligned
-from hf_timm_tower.files.checkpoint import (
-    HEAD_NAME,
-    INDEX_NAME,
-    SINGLE_NAME,
-    TRUNK_NAME,
-    OpenFolder,
-    assign_weights,
-    plan_weights,
-    read_folder,
-    read_json,
-    read_weights,
-    write_json,
-    write_weights,
-)
+from hf_timm_tower import TimmModel, TimmTowerModel
+from hf_timm_tower.files.json import MAX_JSON_BYTES, write_json
+from hf_timm_tower.files.names import CONFIG_NAME, FINGERPRINT_NAME, HEAD_NAME, INDEX_NAME, SINGLE_NAME, TRUNK_NAME
+from hf_timm_tower.files.open_folder import OpenFolder, read_json, read_text
+from hf_timm_tower.files.safetensors_layout import write_aligned
+from hf_timm_tower.files.safetensors_read import digest_of_file
+from hf_timm_tower.files.same_save import mismatch, tie_digests
+from hf_timm_tower.files.staging import read_folder
+from hf_timm_tower.files.ties import same_bits
+from hf_timm_tower.files.weights import plan_weights, read_weights, write_weights
 from hf_timm_tower.reader.errors import ConfigError, FolderError, FormatError, WeightsError
+from hf_timm_tower.reader.weights import assign_weights
 
 
 class Tower(nn.Module):
@@ -582,3 +581,176 @@ def test_a_folder_that_never_rests_is_an_error(tmp_path: Path) -> None:
 
     with pytest.raises(FolderError, match="changed"):
         read_folder(folder, read)
+
+
+# The files of one save
+
+
+CONFIG = {"model_type": "timm_tower", "architecture": "resnet18", "pool": "avg", "model_args": {"act_layer": "relu"}}
+
+
+def write_tower(folder: Path, limit: int | str = "5GB") -> Path:
+    folder.mkdir()
+    write_json(folder / CONFIG_NAME, CONFIG)
+    write_weights(folder, Tower(64), limit)
+    write_json(folder / FINGERPRINT_NAME, tie_digests(folder))
+    return folder
+
+
+def words_about(folder: Path, **edit: Any) -> str | None:
+    digests: dict[str, str] = {}
+    read_weights(folder, digests=digests)
+    return mismatch(read_json(folder / FINGERPRINT_NAME), {**CONFIG, **edit}, digests, "x")
+
+
+@pytest.mark.parametrize("limit", ["5GB", 300])
+@pytest.mark.parametrize("part", ["head", "trunk"])
+def test_a_file_of_another_save_is_named(tmp_path: Path, limit: int | str, part: str) -> None:
+    torch.manual_seed(1)
+    first, second = write_tower(tmp_path / "a", limit), write_tower(tmp_path / "b", limit)
+    assert words_about(first) is None
+    (name, *_) = sorted(path.name for path in first.glob(f"{part}*"))
+    (first / name).write_bytes((second / name).read_bytes())
+    assert f"{name} is not of the save" in str(words_about(first))
+
+
+@pytest.mark.parametrize("size", [1, 2**18 - 200, 2**18 + 4096, 10 * 2**20])
+def test_a_files_digest_tells_other_weights_of_the_same_shape_apart(tmp_path: Path, size: int) -> None:
+    found = set()
+    for seed in range(3):
+        weights = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+        for _ in range(2):
+            write_aligned(tmp_path / "a.safetensors", {"a": weights})
+            found.add((seed, digest_of_file(tmp_path / "a.safetensors")))
+    assert len(found) == len({digest for _, digest in found}) == 3
+
+
+def test_a_fingerprint_without_digests_says_nothing() -> None:
+    assert mismatch(None, CONFIG, {HEAD_NAME: "x"}, "x") is None
+    assert mismatch({"outputs": {}}, CONFIG, {HEAD_NAME: "x"}, "x") is None
+
+
+@pytest.mark.parametrize("digests", [3, [], None, {"files": 3}, {"files": []}, {"config": "x"}])
+def test_a_wrong_list_of_digests_is_refused(digests: object) -> None:
+    with pytest.raises(FormatError, match=r"fingerprint\.json: digests"):
+        mismatch({"digests": digests}, CONFIG, {}, "x")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [{"pool": "max"}, {"architecture": "resnet34"}, {"model_args": {}}, {"model_args": None},
+     {"head": {"form": "graph"}}, {"proj_bias": True}, {"layout": "NHWC"}, {"model_args": {"act_layer": "gelu"}}],
+)  # fmt: skip
+def test_a_config_that_was_edited_in_what_changes_outputs_is_named_by_field(
+    tmp_path: Path, edit: dict[str, Any]
+) -> None:
+    words = str(words_about(write_tower(tmp_path / "a"), **edit))
+    assert f"config.json: {next(iter(edit))}=" in words
+    assert "Undo it" in words
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [{"id2label": {"0": "cat"}}, {"_name_or_path": "x"}, {"frozen": None}, {"auto_map": {}}, {"dtype": "float32"},
+     {"timm_version": "9"}, {"head": None}, {"model_args": {"act_layer": "relu"}}, {"preprocess": {"mean": [0.5]}}],
+)  # fmt: skip
+def test_other_edits_of_a_config_are_the_users_business(tmp_path: Path, edit: dict[str, Any]) -> None:
+    assert words_about(write_tower(tmp_path / "a"), **edit) is None
+
+
+@pytest.mark.parametrize("face", [TimmModel, TimmTowerModel])
+def test_no_face_takes_an_edited_tower_or_a_mix_without_a_word(tmp_path: Path, face: Any) -> None:
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        TimmModel("test_vit", 8, pool="token").save_pretrained(tmp_path / name, include_code=False)
+    config = read_json(tmp_path / "a" / CONFIG_NAME)
+    write_json(tmp_path / "a" / CONFIG_NAME, {**config, "id2label": {"0": "cat"}, "label2id": {"cat": 0}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        face.from_pretrained(tmp_path / "a")
+    write_json(tmp_path / "a" / CONFIG_NAME, {**config, "model_args": {**config["model_args"], "act_layer": "relu"}})
+    with pytest.warns(UserWarning, match="model_args=.* is not what the weights were saved with"):
+        face.from_pretrained(tmp_path / "a")
+    write_json(tmp_path / "a" / CONFIG_NAME, config)
+    for name in (TRUNK_NAME, HEAD_NAME):
+        shutil.copy(tmp_path / "b" / name, tmp_path / "a" / name)
+        with pytest.warns(UserWarning, match=f"{name}.*files of two saves"):
+            face.from_pretrained(tmp_path / "a")
+
+
+# Files as they should not be
+
+
+def test_without_mmap_a_change_in_place_reaches_no_tensor(tmp_path: Path) -> None:
+    write_weights(tmp_path, Tower(64))
+    for mmap in (False, True):
+        tensors = read_weights(tmp_path, mmap=mmap)
+        before = {key: tensor.clone() for key, tensor in tensors.items()}
+        content = (tmp_path / TRUNK_NAME).read_bytes()
+        with open(tmp_path / TRUNK_NAME, "r+b") as file:
+            file.seek(-2000, os.SEEK_END)
+            file.write(bytes(2000))
+        assert all(torch.equal(tensor, before[key]) for key, tensor in tensors.items()) == (not mmap)
+        with open(tmp_path / TRUNK_NAME, "r+b") as file:
+            file.write(content)
+        assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors.values())
+
+
+def test_a_pointer_of_git_lfs_is_called_that(tmp_path: Path) -> None:
+    write_weights(tmp_path, Tower())
+    (tmp_path / TRUNK_NAME).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(FormatError, match=r"trunk\.safetensors: a pointer of git-lfs.*git lfs pull"):
+        read_weights(tmp_path)
+
+
+def test_text_of_a_folder_is_read_bounded_and_from_files_of_its_own(tmp_path: Path) -> None:
+    folder = tmp_path / "tower"
+    assert read_text(folder / "README.md") is None
+    folder.mkdir()
+    assert read_text(folder / "README.md") is None
+    (folder / "README.md").write_text("grün", encoding="utf-8")
+    assert read_text(folder / "README.md") == "grün"
+    (tmp_path / "secret").write_text("secret")
+    (folder / "inner.md").write_text("inner")
+
+    def refused(make: Callable[[Path], object], match: str) -> None:
+        (folder / "README.md").unlink()
+        make(folder / "README.md")
+        with pytest.raises((FolderError, FormatError), match=match):
+            read_text(folder / "README.md")
+
+    refused(lambda path: path.symlink_to("../secret"), "outside of the tower's folder")
+    refused(lambda path: path.symlink_to("/dev/zero"), "outside of the tower's folder")
+    refused(lambda path: path.symlink_to("missing"), "which is missing")
+    refused(os.mkfifo, "not a regular file")
+    refused(lambda path: path.write_bytes(b"\xff"), "not UTF-8")
+    refused(lambda path: path.write_bytes(b"x" * (2**20 + 1)), "at most 1048576")
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to("inner.md")
+    assert read_text(folder / "README.md") == "inner"
+
+
+@pytest.mark.parametrize("name", ["\x1b[2J.safetensors", "a\nb.safetensors", "\u202ea.safetensors", "a\0.safetensors"])
+def test_a_file_name_that_a_terminal_would_act_on_is_refused_and_shown_escaped(tmp_path: Path, name: str) -> None:
+    write_weights(tmp_path, Tower())
+    index = read_json(tmp_path / INDEX_NAME)
+    index["weight_map"]["trunk.x"] = name
+    write_json(tmp_path / INDEX_NAME, index)
+    with pytest.raises(FormatError, match="plain file name") as caught:
+        read_weights(tmp_path)
+    assert str(caught.value).isprintable()
+
+
+def test_json_beyond_the_limit_is_refused_before_it_is_parsed_and_never_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"a": [' + "{}," * (MAX_JSON_BYTES // 3) + "{}]}")
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "loads", None)
+        with pytest.raises(FormatError, match="at most"):
+            read_json(path)
+    with pytest.raises(FormatError, match="at most"):
+        write_json(path, {"a": "x" * MAX_JSON_BYTES})
+    write_json(path, {"a": "x" * (MAX_JSON_BYTES - 20)})
+    assert len(read_json(path)["a"]) == MAX_JSON_BYTES - 20

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from heads_in_the_wild import HEADS, Head
-from hf_timm_tower.heads.to_graph import construct, describe
+from hf_timm_tower.heads.to_graph import to_graph
 from hf_timm_tower.heads.verify import verify_head
 from hf_timm_tower.reader.errors import HeadError
+from hf_timm_tower.reader.graph_head import construct
 
 SHAPES = {"vector": (96,), "map": (96, 5, 5), "tokens": (101, 64)}
 ROOT = Path(__file__).parents[2]
@@ -34,7 +35,7 @@ def make(head: Head) -> nn.Module:
 
 def store(head: nn.Module, shape: tuple[int, ...]) -> dict[str, object]:
     example = torch.zeros(2, *shape)
-    graph = describe(head, example)
+    graph = to_graph(head, example)
     verify_head(head, construct(graph), example)
     return graph
 
@@ -91,7 +92,7 @@ def test_four_in_five_hard_heads_are_data() -> None:
 @pytest.mark.parametrize("entry", STORED, ids=lambda entry: entry.name)
 def test_describing_a_rebuilt_head_gives_the_same_graph(entry: Head) -> None:
     head, example = make(entry), torch.zeros(2, *SHAPES[entry.form])
-    graph = describe(head, example)
+    graph = to_graph(head, example)
     again = construct(graph)
     again.load_state_dict(head.state_dict())
-    assert json.dumps(describe(again, example)) == json.dumps(graph)
+    assert json.dumps(to_graph(again, example)) == json.dumps(graph)

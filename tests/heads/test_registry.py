@@ -8,17 +8,17 @@ import pytest
 import torch
 import torch.nn as nn
 
-import hf_timm_tower.reader.head as registry
 from hf_timm_tower import ArgumentError, ConfigError, HeadError, TimmModel, TimmTowerConfig, register_head
-from hf_timm_tower.reader.head import builtin_head, rebuild_head, store_head
+from hf_timm_tower.heads.stored_form import store_head
+from hf_timm_tower.reader.head import HEAD_FACTORIES, builtin_head, rebuild_head
 
 
 @pytest.fixture(autouse=True)
 def _registry_as_before() -> Iterator[None]:
-    before = dict(registry._REGISTRY)
+    before = dict(HEAD_FACTORIES)
     yield
-    registry._REGISTRY.clear()
-    registry._REGISTRY.update(before)
+    HEAD_FACTORIES.clear()
+    HEAD_FACTORIES.update(before)
 
 
 class ByValue(nn.Module):
@@ -68,7 +68,7 @@ def test_head_that_a_graph_holds_is_data_although_it_is_registered() -> None:
 def test_name_that_is_not_registered_at_load_says_what_to_import(tmp_path: Path) -> None:
     register_head("tests/gone")(fresh(ByValue))
     TimmModel("test_resnet", 8, custom_head="tests/gone").save_pretrained(tmp_path / "t")
-    del registry._REGISTRY["tests/gone"]
+    del HEAD_FACTORIES["tests/gone"]
     with pytest.raises(HeadError, match=r"(?s)'tests/gone'.*Import the module.*custom_head="):
         TimmModel.from_pretrained(tmp_path / "t")
     TimmModel.from_pretrained(tmp_path / "t", custom_head=ByValue)

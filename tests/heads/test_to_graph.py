@@ -1,8 +1,10 @@
 """A head becomes JSON and comes back; JSON from strangers becomes a head or a GraphError, and nothing else."""
 
+import base64
 import copy
 import json
 import random
+import time
 from typing import Any
 
 import pytest
@@ -12,10 +14,11 @@ from hypothesis import strategies as st
 from more_heads import CODE, STORABLE, AutocastRegions, FrozenNorm, LearnedGeM, SinusPositions, TiedAutoencoder
 from torch import nn
 
-from hf_timm_tower.heads.to_graph import construct, describe
+from hf_timm_tower.heads.to_graph import to_graph
 from hf_timm_tower.heads.verify import verify_head
 from hf_timm_tower.reader.errors import GraphError, HeadError
-from hf_timm_tower.reader.graph_head import GraphHead
+from hf_timm_tower.reader.graph_head import GraphHead, construct
+from hf_timm_tower.reader.skip_init import Budget
 
 SHAPES = {"vector": (96,), "map": (96, 5, 5), "tokens": (101, 64)}
 
@@ -44,18 +47,18 @@ class CustomHead(nn.Module):
 @pytest.mark.parametrize("entry", STORABLE, ids=name)
 def test_head_comes_back_from_json(entry: Any) -> None:
     head, example = made(entry)
-    graph = describe(head, example)
+    graph = to_graph(head, example)
     rebuilt = construct(json.loads(json.dumps(graph, sort_keys=True)))
     verify_head(head, rebuilt, example)
     rebuilt.load_state_dict(head.state_dict())
-    assert describe(rebuilt, example) == graph
+    assert to_graph(rebuilt, example) == graph
 
 
 @pytest.mark.parametrize("entry", CODE, ids=name)
 def test_code_is_refused(entry: Any) -> None:
     head, example = made(entry)
     with pytest.raises(HeadError):
-        verify_head(head, construct(describe(head, example)), example)
+        verify_head(head, construct(to_graph(head, example)), example)
 
 
 def test_refusal_names_the_line() -> None:
@@ -64,7 +67,7 @@ def test_refusal_names_the_line() -> None:
             return x if x.sum() > 0 else -x
 
     with pytest.raises(GraphError, match=r"Branching\.forward.*x\.sum\(\) > 0"):
-        describe(Branching(), torch.zeros(2, 4))
+        to_graph(Branching(), torch.zeros(2, 4))
 
 
 def test_describing_leaves_head_and_random_state_alone() -> None:
@@ -74,7 +77,7 @@ def test_describing_leaves_head_and_random_state_alone() -> None:
     whole = nn.Sequential(head, CustomHead(4, 3))
     before = copy.deepcopy(head.state_dict())
     states = torch.get_rng_state(), random.getstate()
-    describe(whole, torch.zeros(2, 8))
+    to_graph(whole, torch.zeros(2, 8))
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert all(torch.equal(value, before[key]) for key, value in head.state_dict().items())
@@ -83,30 +86,30 @@ def test_describing_leaves_head_and_random_state_alone() -> None:
 
 
 def test_layers_come_back_as_themselves() -> None:
-    rebuilt = construct(describe(CustomHead(8, 4), torch.zeros(2, 8)))
+    rebuilt = construct(to_graph(CustomHead(8, 4), torch.zeros(2, 8)))
     assert type(rebuilt.linear) is nn.Linear
     assert type(rebuilt.drop) is nn.Dropout
-    assert type(construct(describe(nn.Linear(8, 4), torch.zeros(2, 8)))) is nn.Linear
+    assert type(construct(to_graph(nn.Linear(8, 4), torch.zeros(2, 8)))) is nn.Linear
 
 
 def test_graph_follows_changes_to_the_rebuilt_head() -> None:
     head, example = CustomHead(8, 4), torch.zeros(2, 8)
-    rebuilt = construct(describe(head, example))
+    rebuilt = construct(to_graph(head, example))
     rebuilt.load_state_dict(head.state_dict())
     rebuilt.drop.p = 0.7
     rebuilt.linear.bias.requires_grad_(False)
-    again = construct(describe(rebuilt, example))
+    again = construct(to_graph(rebuilt, example))
     assert again.drop.p == 0.7
     assert not again.linear.bias.requires_grad
     verify_head(rebuilt, again, example)
 
 
 def test_head_that_minds_its_size_refuses_another_and_one_that_does_not_takes_it() -> None:
-    fixed = construct(describe(SinusPositions(101, 64), torch.zeros(2, 101, 64)))
+    fixed = construct(to_graph(SinusPositions(101, 64), torch.zeros(2, 101, 64)))
     with pytest.raises(HeadError, match=r"\[B, 101, 64\]"):
         fixed(torch.zeros(2, 102, 64))
     head = LearnedGeM(96).eval()
-    free = construct(describe(head, torch.zeros(2, 96, 5, 5)))
+    free = construct(to_graph(head, torch.zeros(2, 96, 5, 5)))
     free.load_state_dict(head.state_dict())
     wide = torch.randn(3, 96, 9, 4)
     assert torch.equal(free.eval()(wide), head(wide))
@@ -117,7 +120,7 @@ def test_head_that_minds_its_size_refuses_another_and_one_that_does_not_takes_it
 def test_ties_survive_loading_by_assignment() -> None:
     head, example = TiedAutoencoder(96), torch.zeros(2, 96)
     with torch.device("meta"):
-        rebuilt = construct(describe(head, example))
+        rebuilt = construct(to_graph(head, example))
     weights = {key: value.detach().clone() for key, value in head.state_dict().items()}
     rebuilt.load_state_dict(weights, assign=True)
     assert rebuilt.twin.weight is rebuilt.encode.weight
@@ -127,7 +130,7 @@ def test_ties_survive_loading_by_assignment() -> None:
 def test_constants_survive_the_meta_device_and_keep_their_dtype() -> None:
     head, example = SinusPositions(101, 64).eval(), torch.zeros(2, 101, 64)
     with torch.device("meta"):
-        rebuilt = construct(describe(head, example))
+        rebuilt = construct(to_graph(head, example))
     rebuilt.load_state_dict({key: value.clone() for key, value in head.state_dict().items()}, assign=True)
     x = torch.randn(3, 101, 64)
     assert torch.equal(rebuilt.eval()(x), head(x))
@@ -143,7 +146,7 @@ def test_dtypes_written_as_those_of_the_input_follow_it() -> None:
             return self.fc(x) + torch.zeros(x.size(0), 4, dtype=x.dtype, device=x.device)
 
     head = Zeros()
-    rebuilt = construct(describe(head, torch.zeros(2, 8)))
+    rebuilt = construct(to_graph(head, torch.zeros(2, 8)))
     rebuilt.load_state_dict(head.state_dict())
     x = torch.randn(3, 8).bfloat16()
     assert torch.equal(rebuilt.bfloat16()(x), head.bfloat16()(x))
@@ -151,7 +154,7 @@ def test_dtypes_written_as_those_of_the_input_follow_it() -> None:
 
 def test_autocast_regions_hold_inside_autocast() -> None:
     head = AutocastRegions(96).eval()
-    rebuilt = construct(describe(head, torch.zeros(2, 96))).eval()
+    rebuilt = construct(to_graph(head, torch.zeros(2, 96))).eval()
     rebuilt.load_state_dict(head.state_dict())
     x = torch.randn(3, 96)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -161,14 +164,14 @@ def test_autocast_regions_hold_inside_autocast() -> None:
 
 
 def test_modules_held_in_one_mode_stay_there() -> None:
-    rebuilt = construct(describe(FrozenNorm(96), torch.zeros(2, 96)))
+    rebuilt = construct(to_graph(FrozenNorm(96), torch.zeros(2, 96)))
     assert not rebuilt.train().norm.training
     assert rebuilt.fc.training
 
 
 def test_rebuilt_head_can_be_copied_and_compiled() -> None:
     head = CustomHead(8, 4).eval()
-    rebuilt = construct(describe(head, torch.zeros(2, 8))).eval()
+    rebuilt = construct(to_graph(head, torch.zeros(2, 8))).eval()
     rebuilt.load_state_dict(head.state_dict())
     x = torch.randn(3, 8)
     assert torch.equal(copy.deepcopy(rebuilt)(x), head(x))
@@ -194,7 +197,7 @@ def small_graph() -> dict[str, Any]:
             y = torch.cat([self.net(x), self.twin(x) * self.gain + self.shift], dim=-1)
             return {"y": y.view(x.shape[0], 2, 4).mean(1), "z": torch.einsum("bi,bi->b", y, y)}
 
-    return json.loads(json.dumps(describe(Small(), torch.zeros(2, 4))))
+    return json.loads(json.dumps(to_graph(Small(), torch.zeros(2, 4))))
 
 
 def with_node(node: dict[str, Any]) -> dict[str, Any]:
@@ -338,10 +341,10 @@ def test_nesting_is_bounded() -> None:
 
 
 def test_weights_are_bounded_before_they_are_allocated() -> None:
-    graph = describe(CustomHead(1000, 1000), torch.zeros(2, 1000))
-    with pytest.raises(GraphError, match="bytes"):
-        construct(graph, max_bytes=4_000_000)
-    construct(graph, max_bytes=4_004_000)
+    graph = to_graph(CustomHead(1000, 1000), torch.zeros(2, 1000))
+    with pytest.raises(GraphError, match="GiB"):
+        construct(graph, budget=Budget(4_000_000))
+    construct(graph, budget=Budget(4_010_000))
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -355,7 +358,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
-GRAPHS = [json.loads(json.dumps(describe(*made(entry)))) for entry in STORABLE[:40:4]] + [small_graph()]
+GRAPHS = [json.loads(json.dumps(to_graph(*made(entry)))) for entry in STORABLE[:40:4]] + [small_graph()]
 WORDS = st.sampled_from(
     ["x", "%0", "%1", "%1.0", "$gain", "#0", "", "torch.cat", "Tensor.view", "F.linear", "Linear", "LSTM", "net", "B"]
 )
@@ -380,8 +383,109 @@ def test_a_changed_graph_is_a_head_or_a_graph_error(data: st.DataObject) -> None
         elif isinstance(parent, list):
             parent.append(copy.deepcopy(parent[path[-1]]))
     try:
-        head = construct(graph, max_bytes=1 << 26)
+        head = construct(graph, budget=Budget(1 << 26))
     except GraphError:
         return
     assert isinstance(head, nn.Module)
     assert sum(tensor.nbytes for tensor in head.state_dict().values()) <= 1 << 27
+
+
+# --- what calls make together is bounded when a head runs, before it is made
+
+
+def run_at_growth(*nodes: dict[str, Any], constants: Any = (), x: torch.Tensor | None = None) -> Any:
+    """Run a head of no weights that makes these calls."""
+    graph = {
+        "version": 1,
+        "input": {"shape": [None, 8]},
+        "modules": [{"name": "", "part": True}],
+        "forward": {"nodes": list(nodes), "output": f"%{len(nodes) - 1}"},
+        "constants": [
+            {
+                "shape": list(tensor.shape),
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "data": base64.b64encode(tensor.numpy().tobytes()).decode(),
+            }
+            for tensor in constants
+        ],
+    }
+    return construct(graph)(torch.ones(2, 8) if x is None else x)
+
+
+VECTOR = torch.ones(20_000)
+GROWTH: dict[str, Any] = {
+    "doubling": ([{"op": "torch.cat", "in": [["x" if not i else f"%{i - 1}"] * 2]} for i in range(40)], []),
+    "outer product": ([{"op": "torch.outer", "in": ["#0", "#0"]}], [VECTOR]),
+    "Kronecker product": ([{"op": "torch.kron", "in": ["#0", "#0"]}], [VECTOR]),
+    "broadcast": ([{"op": "Tensor.unsqueeze", "in": ["#0", 1]}, {"op": "Tensor.add", "in": ["%0", "#0"]}], [VECTOR]),
+    "einsum of many": ([{"op": "torch.einsum", "in": [{"s": "a,b,c,d->abcd"}, ["#0"] * 4]}], [VECTOR]),
+    "grid": ([{"op": "torch.cartesian_prod", "in": ["#0", "#0", "#0"]}], [VECTOR]),
+    "millions of tensors": ([{"op": "torch.tensor_split", "in": ["x", 2**24]}, {"op": "torch.relu", "in": ["x"]}], []),
+    "unbind of nothing": ([{"op": "torch.zeros", "in": [[2**30, 0]]}, {"op": "torch.unbind", "in": ["%0"]}], []),
+    "repeats told by a tensor": ([{"op": "torch.repeat_interleave", "in": ["#0", "#0"]}], [torch.tensor([2**40])]),
+    "bins told by a value": ([{"op": "torch.bincount", "in": ["#0"]}], [torch.tensor([2**40])]),
+    "classes told by a value": ([{"op": "F.one_hot", "in": ["#0"]}], [torch.tensor([2**40])]),
+    "decompositions": ([{"op": "linalg.svd", "in": ["#0"]}] * 3000, [torch.ones(500, 500)]),
+    "copies of a view": (
+        [{"op": "Tensor.expand", "in": ["x", 2**20, 2, 8]}, {"op": "Tensor.contiguous", "in": ["%0"]}] * 20,
+        [],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", GROWTH)
+def test_a_forward_that_makes_too_much_is_refused_before_it_does(kind: str) -> None:
+    nodes, constants = GROWTH[kind]
+    with pytest.raises(GraphError, match="intermediate tensors"):
+        run_at_growth(*nodes, constants=constants)
+
+
+def test_layers_count_by_what_they_make() -> None:
+    graph = {
+        "version": 1,
+        "input": {"shape": [None, 1, 8, 8]},
+        "modules": [
+            {"name": "", "part": True},
+            {"name": "up", "layer": "PixelShuffle", "args": {"upscale_factor": 1}},
+            {
+                "name": "big",
+                "layer": "Upsample",
+                "args": {
+                    "size": None, "scale_factor": 40.0, "mode": "nearest", "align_corners": None,
+                    "recompute_scale_factor": None,
+                },
+            },
+        ],
+        "forward": {"nodes": [{"call": "big", "in": [at]} for at in ("x", "%0", "%1", "%2")], "output": "%3"},
+    }  # fmt: skip
+    head = construct(graph)
+    with pytest.raises(GraphError, match="intermediate tensors"):
+        head(torch.ones(1, 1, 8, 8))
+
+
+def test_a_call_is_sized_once_for_each_shape_and_honest_growth_is_let_through() -> None:
+    nodes = [{"op": "torch.cat", "in": [["x" if not i else f"%{i - 1}"] * 2]} for i in range(8)]
+    assert run_at_growth(*nodes).shape == (512, 8)
+    masked = [{"op": "Tensor.gt", "in": ["x", 0.5]}, {"op": "Tensor.__getitem__", "in": ["x", "%0"]}]
+    assert run_at_growth(*masked).shape == (16,)
+    assert run_at_growth({"op": "F.one_hot", "in": ["#0"]}, constants=[torch.tensor([0, 3])]).shape == (2, 4)
+
+
+BIG = {
+    "too many values": with_node({"op": "torch.cat", "in": [["x"] * 9_999 for _ in range(30)]}),
+    "too much text": {**small_graph(), "frozen": ["a" * 1999] * 600},
+    "too many modules": with_module(*({"name": f"m{i}", "container": "Sequential"} for i in range(3000))),
+    "too many calls": {**small_graph(), "forward": {"nodes": [{"call": "net", "in": ["x"]}] * 10_001, "output": "x"}},
+    "calls times layers": {
+        **with_module(*({"name": f"net.{i}", "layer": "Identity", "args": {}} for i in range(2, 1002))),
+        "forward": {"nodes": [{"call": "net", "in": ["x"]}] * 100, "output": "%99"},
+    },
+}
+
+
+@pytest.mark.parametrize("graph", BIG.values(), ids=BIG.keys())
+def test_graphs_beyond_the_limits_are_refused_in_little_time(graph: Any) -> None:
+    began = time.process_time()
+    with pytest.raises(GraphError, match=r"more than|at most"):
+        construct(graph)
+    assert time.process_time() - began < 2

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_timm_tower.hub.card_snippets import snippets
+from hf_timm_tower.hub.card import snippets
 
 from .. import hub_calls as calls
 from ..hub_worker import HubWorker

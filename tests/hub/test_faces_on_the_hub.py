@@ -16,7 +16,7 @@ from PIL import Image
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hf_timm_tower import TimmModel, TimmTowerForImageClassification, TimmTowerModel
-from hf_timm_tower.hub.card_snippets import snippets
+from hf_timm_tower.hub.card import snippets
 
 from .. import face_calls as calls
 from .. import hub_calls

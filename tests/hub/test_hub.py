@@ -330,11 +330,12 @@ def test_trunk_that_may_not_be_read_or_is_gone_is_named(ann: HubWorker, tmp_path
     ann.call(calls.push, "ann/licensed", 1)
     _, numbers = ann.call(calls.push_head_on, "ann/free-head", "ann/licensed", seed=9)
     ann.call(calls.api, "update_repo_settings", "ann/licensed", gated="manual")
-    with pytest.raises(HubError, match=r"(?s)only the head.*trunk lies in ann/licensed at commit [0-9a-f]{40}.*gated"):
+    refusal = r"(?s)only the head.*trunk is stored in ann/licensed at commit [0-9a-f]{40}.*gated"
+    with pytest.raises(HubError, match=refusal):
         ann.call(calls.load, "ann/free-head", token="hf_bob", cache_dir=str(tmp_path / "bob"))
     assert ann.call(calls.load, "ann/free-head", token="hf_ann", cache_dir=str(tmp_path / "ann")) == numbers
     ann.call(calls.api, "delete_repo", "ann/licensed")
-    with pytest.raises(HubError, match=r"(?s)trunk lies in ann/licensed.*could not be fetched"):
+    with pytest.raises(HubError, match=r"(?s)trunk is stored in ann/licensed.*could not be fetched"):
         ann.call(calls.load, "ann/free-head", cache_dir=str(tmp_path / "later"))
 
 
@@ -346,6 +347,69 @@ def test_trunk_whose_bytes_are_not_those_that_were_pinned_is_refused(ann: HubWor
     ann.call(calls.push_files, "ann/pinned-head", {"config.json": json.dumps(config).encode()})
     with pytest.raises(WeightsError, match=r"ann/pinned-base.*SHA-256.*another trunk"):
         ann.call(calls.load, "ann/pinned-head")
+
+
+def is_head_only(ann: HubWorker, repo: str) -> bool:
+    names = ann.call(calls.list_files, repo)
+    return "head.safetensors" in names and not any(re.match(r"(trunk|model).*\.safetensors$", name) for name in names)
+
+
+@pytest.mark.parametrize("push_again", [calls.train_head_and_push, calls.train_and_push_face], ids=["timm", "face"])
+def test_head_only_repository_pushed_again_does_not_publish_its_trunk(ann: HubWorker, push_again: object) -> None:
+    repo = f"ann/again-{push_again.__name__}"  # type: ignore[attr-defined]
+    ann.call(calls.push, "ann/kept", 1)
+    ann.call(calls.push_head_on, repo, "ann/kept", seed=9)
+    before = json.loads(ann.call(calls.read_files, repo, ["config.json"])["config.json"])["trunk_source"]
+    numbers = ann.call(push_again, repo, 5)
+    assert is_head_only(ann, repo)
+    assert json.loads(ann.call(calls.read_files, repo, ["config.json"])["config.json"])["trunk_source"] == before
+    assert ann.call(calls.load, repo) == numbers
+    numbers = ann.call(push_again, f"{repo}-copy", 6, source=repo)
+    assert is_head_only(ann, f"{repo}-copy")
+    assert ann.call(calls.load, f"{repo}-copy") == numbers
+
+
+@pytest.mark.parametrize("push_again", [calls.train_head_and_push, calls.train_and_push_face], ids=["timm", "face"])
+def test_trunk_that_was_trained_is_not_published_unasked(hub: LocalHub, ann: HubWorker, push_again: object) -> None:
+    repo = f"ann/trained-{push_again.__name__}"  # type: ignore[attr-defined]
+    ann.call(calls.push, "ann/kept-2", 1)
+    ann.call(calls.push_head_on, repo, "ann/kept-2", seed=9)
+    hub.forget()
+    with pytest.raises(WeightsError, match=r"ann/kept-2 at commit .*weights differ.*trunk=False"):
+        ann.call(push_again, repo, 5, part="trunk")
+    assert hub.uploaded() == {}
+    assert is_head_only(ann, repo)
+    numbers = ann.call(push_again, repo, 5, part="trunk", trunk=False)
+    assert ann.call(calls.load, repo) == numbers
+    assert not is_head_only(ann, repo)
+
+
+# --- what a push takes from a folder
+
+
+def test_only_the_files_that_are_named_are_pushed_and_the_folder_stays_as_it_is(ann: HubWorker, tmp_path: Path) -> None:
+    numbers = ann.call(calls.save, 1, str(tmp_path / "t"))
+    names = sorted(calls.files_of(str(tmp_path / "t")))
+    (tmp_path / "t" / "secret.txt").write_text("mine")
+    (tmp_path / "t" / "checkpoint-1").mkdir()
+    (tmp_path / "t" / "checkpoint-1" / "optimizer.pt").write_bytes(b"x")
+    before = calls.files_of(str(tmp_path / "t"))
+    ann.call(calls.push_saved, str(tmp_path / "t"), "ann/named", names)
+    assert calls.files_of(str(tmp_path / "t")) == before
+    assert set(ann.call(calls.list_files, "ann/named")) - {".gitattributes"} == set(names)
+    assert ann.call(calls.read_files, "ann/named", ["README.md"])["README.md"] == b"# ann/named None\n"
+    assert ann.call(calls.load, "ann/named") == numbers
+    (tmp_path / "t" / "head.safetensors").unlink()
+    (tmp_path / "t" / "head.safetensors").symlink_to("secret.txt")
+    with pytest.raises(HubError, match=r"head\.safetensors is not the file that was saved"):
+        ann.call(calls.push_saved, str(tmp_path / "t"), "ann/named", names)
+
+
+def test_a_card_on_the_hub_that_is_too_long_to_be_a_card_stops_the_push(ann: HubWorker) -> None:
+    ann.call(calls.push, "ann/long-card", 1)
+    ann.call(calls.push_files, "ann/long-card", {"README.md": b"x" * (2**20 + 1)})
+    with pytest.raises(HubError, match=r"ann/long-card cannot be pushed to.*README\.md: 1048577 bytes"):
+        ann.call(calls.push, "ann/long-card", 2)
 
 
 # --- heads stored as code

@@ -33,7 +33,7 @@ from hf_timm_tower.interop.open_clip import tower_from_open_clip
 from hf_timm_tower.interop.open_clip_config import preprocess_entries, vision_arguments
 from hf_timm_tower.interop.to_open_clip import to_open_clip_config, to_open_clip_state_dict
 from hf_timm_tower.reader.image_processing import make_transform
-from hf_timm_tower.reader.skip_init import no_init
+from hf_timm_tower.reader.skip_init import skip_init
 
 from ..open_clip_calls import SIGLIP, TEXT, TINY
 
@@ -124,7 +124,7 @@ def test_every_timm_config_of_open_clip_has_its_keys_and_shapes() -> None:
     for name, config in CONFIGS.items():
         with torch.device("meta"):
             theirs = their_tower(config)
-        with no_init():
+        with skip_init():
             ours = TimmModel(**vision_arguments(config, name).arguments)
         assert {key: value.shape for key, value in ours.state_dict().items()} == {
             key: value.shape for key, value in theirs.state_dict().items()
@@ -168,7 +168,7 @@ def preprocessings() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def small_config(cfg: dict[str, Any], size: Any) -> TimmTowerConfig:
     """A tower of this size and preprocessing; the trunk does not matter for pixels."""
-    with no_init():
+    with skip_init():
         config = TimmModel("test_resnet", 16, image_size=size).config
     config.preprocess = {**config.preprocess, **preprocess_entries(cfg, "test")}
     return config

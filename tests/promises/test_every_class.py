@@ -15,7 +15,7 @@ from transformers import AutoModel
 
 from hf_timm_tower import TimmModel
 from hf_timm_tower.reader.config import TimmTowerConfig
-from hf_timm_tower.reader.skip_init import no_init
+from hf_timm_tower.reader.skip_init import skip_init
 
 from ..class_towers import ClassTower, build, build_and_save
 from ..fresh import outputs_in_fresh_process
@@ -67,7 +67,7 @@ def test_a_class_is_built_again_with_every_further_pool(built: ClassTower) -> No
     """The disk does not know of pools: config and weights make the same tower, without saving each."""
     assert len(built.pools) >= 2 or built.architecture not in QUICK
     for pool, proj in built.pools[1:]:
-        with no_init():
+        with skip_init():
             tower = build(built.architecture, pool, proj)
             share_weights(tower, built.tower)
             again = TimmModel.from_config(TimmTowerConfig.from_dict(json.loads(tower.config.to_json_string())))

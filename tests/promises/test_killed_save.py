@@ -10,16 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from hf_timm_tower.files.checkpoint import (
-    CONFIG_NAME,
-    OpenFolder,
-    assign_weights,
-    read_folder,
-    read_weights,
-    write_json,
-    write_weights,
-)
-from hf_timm_tower.files.staging import staged_folder
+from hf_timm_tower.files.json import write_json
+from hf_timm_tower.files.names import CONFIG_NAME
+from hf_timm_tower.files.open_folder import OpenFolder
+from hf_timm_tower.files.staging import read_folder, staged_folder
+from hf_timm_tower.files.weights import read_weights, write_weights
+from hf_timm_tower.reader.weights import assign_weights
 
 KILLS = 60
 

@@ -162,8 +162,16 @@ def test_training_transform_has_the_same_steps_or_is_refused(photographs: list[I
         ("value_range", [0.0, float("inf")]),
         ("value_range", 255),
         ("interpolation", "random"),
+        ("value_range", [0.0, 1e-300]),
+        ("value_range", [-1e308, 1e308]),
+        ("mean", [10**400, 0, 0]),
+        ("mean", [float("nan"), 0, 0]),
+        ("std", [1e-300, 1.0, 1.0]),
+        ("std", [0.0, 1.0, 1.0]),
+        ("crop_pct", 10**400),
+        ("crop_mode", {"center": 1}),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40] if not isinstance(value, int) else "int",
 )
 def test_entry_that_cannot_be_applied_is_refused(entry: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"preprocess\.{entry}="):
@@ -180,3 +188,51 @@ def test_image_of_other_channels_than_the_padding_is_refused(photographs: list[I
     made = make_transform(described(padding={"mode": "square", "color": [0] * 3}))
     with pytest.raises(ArgumentError, match="convert"):
         made(photographs[0].convert("RGBA"))
+
+
+@pytest.mark.parametrize(
+    ("size", "entries"),
+    [
+        ([16384, 16384], {"crop_pct": 0.05}),
+        ([16384, 16384], {"crop_pct": 1.0}),
+        ([4096, 4096], {"crop_pct": 0.05, "crop_mode": "squash"}),
+        ([512, 16384], {"crop_pct": 0.1, "crop_mode": "border"}),
+        ([1, 1], {"crop_pct": 2.0}),
+    ],
+    ids=str,
+)
+def test_block_that_asks_for_too_many_pixels_or_none_is_refused(size: list[int], entries: dict[str, Any]) -> None:
+    config = described(**entries)
+    config.image_size = size
+    for is_training in (False, True):
+        with pytest.raises(ConfigError, match=r"image_size=.* crop_pct="):
+            make_transform(config, is_training)
+
+
+@pytest.mark.parametrize(
+    ("image", "entries", "reason"),
+    [
+        ((1, 40_000), {"padding": {"mode": "square", "color": [0] * 3}}, "padded"),
+        ((4_000_000, 1), {"crop_mode": "center"}, "too unequal"),
+        ((1, 4_000_000), {"crop_mode": "border"}, "0"),
+        ((0, 5), {}, "empty"),
+    ],
+    ids=str,
+)
+def test_image_that_becomes_too_large_or_nothing_is_refused(
+    image: tuple[int, int], entries: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ArgumentError, match=reason):
+        make_transform(described(**entries))(Image.new("RGB", image))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "YCbCr", "I;16", "F"])
+def test_image_of_another_mode_is_refused_by_name(mode: str) -> None:
+    for is_training in (False, True):
+        with pytest.raises(ArgumentError, match=rf"mode {mode}.*convert\('RGB'\)"):
+            make_transform(described(), is_training)(Image.new(mode, (70, 70)))
+
+
+def test_border_of_a_mean_that_is_no_color(photographs: list[Image.Image]) -> None:
+    made = make_transform(described(crop_mode="border", mean=[2.0, -1.0, 0.5]))
+    assert made(photographs[0]).isfinite().all()

@@ -1,11 +1,15 @@
 """The image processor gives timm's pixels, to transformers' ways of asking, and travels as transformers' files do."""
 
+import ast
+import base64
 import copy
+import functools
 import itertools
 import json
 import pickle
-import shutil
+import threading
 from collections.abc import Callable
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +22,19 @@ from packaging.version import Version
 from PIL import Image, ImageOps
 from skimage import data
 from timm.data import create_transform, resolve_data_config
-from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 from hf_timm_tower import ArgumentError, ConfigError, TimmTowerConfig
-from hf_timm_tower.reader.image_processing import make_transform, preprocess_from_timm
+from hf_timm_tower.reader.image_processing import (
+    READER_MODULE,
+    STANDARD_KEYS,
+    check_processor,
+    make_transform,
+    preprocess_from_timm,
+    processor_dict,
+)
 from hf_timm_tower.reader.image_processor import TimmTowerImageProcessor
-from hf_timm_tower.reader.processor_config import check_processor, processor_dict
 
-CORE = Path(__file__).resolve().parents[2] / "hf_timm_tower" / "core"
+READER = Path(__file__).resolve().parents[2] / "hf_timm_tower" / "reader"
 # transformers, too, takes torchvision to have it for tensors from this version on
 LANCZOS = ("lanczos",) if Version(torchvision.__version__) >= Version("0.27") else ()
 SQUARE = {"mode": "square", "color": [255, 250, 7]}
@@ -128,6 +137,131 @@ def test_pixels_of_every_image_mode_are_those_of_pil_s_convert(
         assert torch.equal(pixels(ours, image)[0], reference(image.convert(mode))), name
 
 
+DEEP = {
+    "16-bit PNG": (np.uint16, "scan.png"),
+    "16-bit TIFF": (np.uint16, "scan.tif"),
+    "32-bit TIFF": (np.int32, "scan.tif"),
+    "float TIFF": (np.float32, "scan.tif"),
+}
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("kind", DEEP)
+def test_deeper_image_has_one_meaning_and_one_warning_for_every_way_in(
+    kind: str, in_chans: int, tmp_path: Path
+) -> None:
+    dtype, name = DEEP[kind]
+    values = np.linspace(0, 65535, 90 * 120).reshape(90, 120).astype(dtype)
+    Image.fromarray(values).save(tmp_path / name)
+    data_url = "data:image/png;base64," + base64.b64encode((tmp_path / name).read_bytes()).decode()
+    ways: list[Any] = [tmp_path / name, str(tmp_path / name), data_url, Image.open(tmp_path / name)]
+    if dtype != np.float32:  # floating point arrays are in [0, 1]
+        ways += [values, values[:, :, None], values.astype(values.dtype.newbyteorder(">"))]
+    reference = make_transform(described(in_chans=in_chans))
+    expected = reference(Image.open(tmp_path / name).convert({1: "L", 3: "RGB"}[in_chans]))
+    for given in ways:
+        with pytest.warns(UserWarning, match="clips"):
+            made = pixels(processor(in_chans=in_chans), given)
+        assert torch.equal(made[0], expected), type(given)
+    with pytest.raises(ArgumentError, match="scaling it to 8 bits"):
+        reference(Image.open(tmp_path / name))
+
+
+def test_deeper_image_by_url(tmp_path: Path) -> None:
+    Image.fromarray(np.full((90, 120), 999, np.uint16)).save(tmp_path / "scan.png")
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.warns(UserWarning, match="clips"):
+            processor()(f"http://127.0.0.1:{server.server_port}/scan.png")
+        with pytest.raises(ArgumentError, match="404"):
+            processor()(f"http://127.0.0.1:{server.server_port}/none.png")
+        server.shutdown()
+
+
+def test_damaged_file_is_refused_however_it_comes(colors: list[Image.Image], tmp_path: Path) -> None:
+    colors[0].save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-5000])
+    for refuse in (processor(), make_transform(described())):
+        with pytest.raises(ArgumentError, match="truncated"):
+            refuse(Image.open(tmp_path / "half.png"))
+    with pytest.raises(ArgumentError, match="truncated"):
+        processor()(tmp_path / "half.png")
+
+
+def test_steps_named_as_transformers_names_them_are_taken_where_they_are_exact(colors: list[Image.Image]) -> None:
+    ours, small = processor(), colors[1].resize((64, 64))
+    tensor = torch.from_numpy(np.array(colors[0])).permute(2, 0, 1)
+    named = {"do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True}
+    assert torch.equal(pixels(ours, colors, **named, do_convert_rgb=False), pixels(ours, colors))
+    assert torch.equal(pixels(ours, tensor / 255, do_rescale=False), pixels(ours, tensor / 255))
+    mean_and_std = {"mean": (0.4, 0.5, 0.6), "std": (0.1, 0.2, 0.3)}
+    as_it_is = create_transform((3, 64, 64), crop_pct=1.0, crop_mode="squash", **mean_and_std)
+    whole = torch.from_numpy(np.array(small)).permute(2, 0, 1)
+    for given in (small, np.array(small), whole, whole / 255):
+        assert torch.equal(pixels(ours, given, do_resize=False, do_center_crop=False)[0], as_it_is(small))
+    squashed = processor(crop_mode="squash", crop_pct=1.0)
+    assert torch.equal(pixels(squashed, colors, do_center_crop=False), pixels(squashed, colors))
+
+
+def test_lists_within_lists_are_flattened(colors: list[Image.Image]) -> None:
+    nested = [[colors[0], np.asarray(colors[1])], [[colors[2]], colors[3]], (colors[4],)]
+    assert torch.equal(pixels(processor(), nested), pixels(processor(), colors))
+
+
+def test_standard_keys_give_timm_s_pixels_in_transformers_own_processor(colors: list[Image.Image]) -> None:
+    """Every key is left out, or read by another class as we mean it."""
+    from transformers import ViTImageProcessor
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    assert ViTImageProcessor is not None
+    for entries in ({}, {"value_range": [0.0, 255.0], "mean": [100.0] * 3, "std": [50.0] * 3}):
+        config = described((48, 80), crop_mode="squash", crop_pct=1.0, **entries)
+        stored = processor_dict(config)
+        assert {"do_resize", "resample", "do_rescale", "rescale_factor", "do_normalize"} <= set(stored)
+        keys = {name: stored[name] for name in ("size", "image_mean", "image_std", *STANDARD_KEYS)}
+        keys.pop("do_center_crop")  # this class crops nothing
+        theirs = ViTImageProcessorPil(**keys)(colors, return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(theirs, pixels(TimmTowerImageProcessor.from_tower_config(config), colors))
+
+
+def test_steps_that_the_standard_keys_cannot_say_are_left_out() -> None:
+    for entries, left_out in (
+        ({}, {"do_resize", "resample", "do_center_crop"}),
+        ({"crop_mode": "squash", "crop_pct": 1.0, "padding": SQUARE}, {"do_resize"}),
+        ({"channel_order": "BGR"}, {"do_normalize", "do_rescale"}),
+        ({"value_range": [-1.0, 1.0]}, {"do_normalize", "do_rescale"}),
+    ):
+        assert not left_out & set(processor_dict(described(**entries)))
+
+
+def test_file_without_the_standard_keys_is_read_too(colors: list[Image.Image]) -> None:
+    config = described()
+    old = {name: value for name, value in processor_dict(config).items() if name not in STANDARD_KEYS}
+    check_processor(old, config)
+    assert torch.equal(pixels(TimmTowerImageProcessor.from_dict(old), colors), pixels(processor(), colors))
+    for wrong in ({"do_normalize": False}, {"do_resize": True}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            TimmTowerImageProcessor.from_dict({**old, **wrong})
+        with pytest.raises(ArgumentError, match=next(iter(wrong))):
+            TimmTowerImageProcessor.from_dict(old, **wrong)
+    squashed = processor_dict(described(crop_mode="squash", crop_pct=1.0))
+    changed = TimmTowerImageProcessor.from_dict(squashed, crop_pct=0.5)
+    assert "do_resize" not in changed.to_dict()
+
+
+def test_saving_replaces_a_link_and_is_the_tower_s_file_beside_a_tower(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("years of work")
+    (tmp_path / "tower").mkdir()
+    (tmp_path / "tower" / "preprocessor_config.json").symlink_to(tmp_path / "precious.txt")
+    for config, alone in ((b"[" * 100_000, True), (b"\xff", True), (b'{"model_type": "timm_tower"}', False)):
+        (tmp_path / "tower" / "config.json").write_bytes(config)
+        processor().save_pretrained(tmp_path / "tower")
+        stored = json.loads((tmp_path / "tower" / "preprocessor_config.json").read_text())
+        assert ("auto_map" in stored) == ("image_processor_type" in stored) == alone
+    assert (tmp_path / "precious.txt").read_text() == "years of work"
+
+
 def test_deeper_image_is_clipped_as_timm_has_it_and_said_so() -> None:
     deep = Image.fromarray(data.camera()[:90, :120].astype(np.uint16) * 257)
     reference = make_transform(described())
@@ -195,9 +329,7 @@ def test_batches_and_what_they_come_back_as(colors: list[Image.Image]) -> None:
 
 @pytest.mark.parametrize("entries", [{}, EVERYTHING], ids=["plain", "everything"])
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
-def test_tensors_are_as_close_as_documented(
-    crop_mode: str, entries: dict[str, Any], colors: list[Image.Image]
-) -> None:
+def test_tensors_are_as_close_as_documented(crop_mode: str, entries: dict[str, Any], colors: list[Image.Image]) -> None:
     for interpolation, size in itertools.product(("nearest", "bilinear", "bicubic", *LANCZOS), (64, (180, 96))):
         facts = {"crop_mode": crop_mode, "interpolation": interpolation, **entries}
         ours, scale = processor(size, **facts), 255.0 if not entries else 1.0
@@ -247,7 +379,6 @@ def test_channels_of_no_image_mode_come_as_arrays_or_tensors(colors: list[Image.
 
 
 REFUSED: list[tuple[Callable[[], Any], dict[str, Any], str]] = [
-    (lambda: [[Image.new("RGB", (9, 9))]], {}, "flat list"),
     (list, {}, "no images"),
     (lambda: None, {}, "NoneType"),
     (lambda: torch.rand(3, 9, 9) * 255, {}, "Divide by 255"),
@@ -255,6 +386,20 @@ REFUSED: list[tuple[Callable[[], Any], dict[str, Any], str]] = [
     (lambda: torch.full((3, 9, 9), torch.nan), {}, r"\[0, 1\]"),
     (lambda: torch.zeros(3, 9, 9, dtype=torch.int64), {}, "int64"),
     (lambda: np.zeros((9, 9, 3), np.uint16), {}, "uint16"),
+    (lambda: np.zeros((9, 9), np.int64), {}, "int64"),
+    (lambda: np.zeros((0, 9, 3), np.uint8), {}, "empty"),
+    (lambda: np.zeros((0, 9), np.float32), {}, "empty"),
+    (lambda: np.zeros((0, 9, 9, 3), np.uint8), {}, "no images"),
+    (lambda: np.array("cat.png"), {}, "shape"),
+    (lambda: Image.new("RGB", (0, 9)), {}, "empty"),
+    (lambda: Image.new("RGB", (1, 2_000_000)), {}, "too unequal"),
+    (lambda: torch.zeros(3, 1, 2_000_000), {}, "too unequal"),
+    (lambda: torch.zeros(3, 9, 9, device="meta"), {}, "shape"),
+    (lambda: "no-such.png", {}, "no-such.png"),
+    (lambda: __file__, {}, "cannot identify image"),
+    (lambda: "data:image/png;base64,AAAA", {}, "cannot identify image"),
+    (lambda: [[[[[Image.new("RGB", (9, 9))]]]]], {}, "deep"),
+    (lambda: [[1, 2], [3, 4]], {}, "type int"),
     (lambda: torch.zeros(9, 9, 3), {}, "channels_last"),
     (lambda: torch.zeros(4, 9, 9), {}, "3 channels"),
     (lambda: torch.zeros(9, 9), {}, "shape"),
@@ -264,6 +409,14 @@ REFUSED: list[tuple[Callable[[], Any], dict[str, Any], str]] = [
     (lambda: Image.new("RGB", (9, 9)), {"return_tensors": "tf"}, "return_tensors"),
     (lambda: Image.new("RGB", (9, 9)), {"input_data_format": "last"}, "input_data_format"),
     (lambda: Image.new("RGB", (9, 9)), {"do_normalize": False}, "do_normalize"),
+    (lambda: Image.new("RGB", (9, 9)), {"do_resize": False}, r"\[9, 9\], but the tower takes \[64, 64\]"),
+    (lambda: Image.new("RGB", (9, 9)), {"do_center_crop": False}, "do_center_crop"),
+    (lambda: Image.new("RGB", (9, 9)), {"do_rescale": False}, "divided by 255"),
+    (lambda: torch.zeros(3, 9, 9, dtype=torch.uint8), {"do_rescale": False}, "divided by 255"),
+    (lambda: np.zeros((9, 9, 3), np.float32), {"do_rescale": True}, "divided by 255"),
+    (lambda: Image.new("L", (9, 9)), {"do_convert_rgb": False}, "mode L"),
+    (lambda: Image.new("RGB", (9, 9)), {"rescale_factor": 1.0}, "rescale_factor"),
+    (lambda: Image.new("RGB", (9, 9)), {"do_resize": 3}, "do_resize=3"),
     (lambda: Image.new("RGB", (9, 9)), {"return_tensor": "pt"}, "return_tensor"),
 ]
 
@@ -342,7 +495,11 @@ def test_size_given_on_loading_is_followed_and_a_misspelt_fact_refused(
         ({"interpolation": "bilinear"}, "interpolation is"),
         ({"padding": SQUARE}, "padding is"),
         ({"channel_order": "BGR"}, "channel_order is"),
-        ({"do_resize": True}, "do_resize is unknown"),
+        ({"do_resize": True}, "do_resize is True there and should be 'left out'"),
+        ({"do_normalize": False}, "do_normalize is False there and should be True"),
+        ({"rescale_factor": 1.0}, "rescale_factor is"),
+        ({"do_flip": True}, "unknown 'do_flip'"),
+        ({"crop_percent": 1.0}, "unknown 'crop_percent' .did you mean crop_pct"),
         ({"image_processor_type": "CLIPImageProcessor"}, "CLIPImageProcessor"),
         ({"value_range": None}, "value_range is"),
     ],
@@ -354,7 +511,7 @@ def test_file_that_disagrees_with_the_config_is_refused(edit: dict[str, Any], re
         check_processor({**processor_dict(config), **edit}, config)
     missing = {key: value for key, value in processor_dict(config).items() if key not in edit}
     # Beside a tower the class's name is in config.json.
-    if len(missing) < len(processor_dict(config)) and "image_processor_type" not in edit:
+    if len(missing) < len(processor_dict(config)) and not {"image_processor_type", *STANDARD_KEYS} & set(edit):
         with pytest.raises(ConfigError, match=next(iter(edit))):
             check_processor(missing, config)
 
@@ -434,6 +591,25 @@ def test_transformers_pipelines_and_processors_take_it(colors: list[Image.Image]
     assert torch.allclose(torch.tensor([told["cat"], told["cup"]]), scores, atol=1e-6)
 
 
+def one_file(last: Path) -> str:
+    """A module of the reader and all that it needs as one file: what travels, cut down to the processor."""
+    done: dict[Path, str] = {}
+
+    def add(file: Path) -> None:
+        text = file.read_text()
+        lines = text.splitlines()
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.ImportFrom) and node.level:
+                needed = file.parents[node.level - 1].joinpath(*str(node.module).split(".")).with_suffix(".py")
+                if needed not in done:
+                    add(needed)
+                lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+        done[file] = "\n".join(lines)
+
+    add(last)
+    return "\n".join(done.values())
+
+
 @pytest.fixture
 def tower_folder(colors: list[Image.Image], tmp_path: Path) -> Path:
     """What a saved tower has of preprocessing, beside an image and the pixels it must give."""
@@ -441,7 +617,7 @@ def tower_folder(colors: list[Image.Image], tmp_path: Path) -> Path:
     config = described((48, 80), **EVERYTHING)
     config.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(processor_dict(config), indent=2, sort_keys=True))
-    shutil.copytree(CORE, folder / "core", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / f"{READER_MODULE}.py").write_text(one_file(READER / "image_processor.py"))
     colors[0].save(tmp_path / "image.png")
     torch.save(pixels(TimmTowerImageProcessor.from_tower_config(config), colors[0]), tmp_path / "expected.pt")
     return folder
@@ -477,14 +653,6 @@ for backend in (None, "pil", "torchvision"):
     fresh_process(code, tower_folder)
 
 
-def test_remote_code_names_every_file_it_needs_itself() -> None:
-    """transformers 5.4 copies from a folder what the named file imports, and does not look into the copies."""
-    file = CORE / "image_processor.py"
-    needed = {Path(other).stem for other in get_relative_import_files(file)}
-    assert {"config", "errors"} < needed
-    assert set(get_relative_imports(file)) == needed
-
-
 def test_remote_code_loads_without_the_package_and_saves_what_loads_again(
     fresh_process: Callable[..., str], tower_folder: Path, tmp_path: Path
 ) -> None:
@@ -498,9 +666,9 @@ check(found)
 again = folder.parent / "again"
 found.save_pretrained(again)
 assert json.loads((again / "preprocessor_config.json").read_text()) == found.to_dict()
-assert sorted(file.name for file in again.iterdir()) == ["core", "preprocessor_config.json"]
-for file in (again / "core").iterdir():
-    assert file.read_bytes() == (folder / "core" / file.name).read_bytes()
+code = "modeling_timm_tower.py"
+assert sorted(file.name for file in again.iterdir()) == [code, "preprocessor_config.json"]
+assert (again / code).read_bytes() == (folder / code).read_bytes()
 check(AutoImageProcessor.from_pretrained(again, trust_remote_code=True))
 try:
     AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)

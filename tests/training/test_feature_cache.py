@@ -177,6 +177,7 @@ def test_smaller_on_disk_comes_back_in_the_dtype_of_the_trunk(tmp_path: Path) ->
 
 # --- a data set
 
+
 def test_data_loaders_give_what_batches_give(tmp_path: Path) -> None:
     cached = locked().cache_features(Pictures(), tmp_path / "cache", progress=False)
     for workers in (0, 1):
@@ -350,6 +351,74 @@ def test_folders_and_files_that_are_not_a_cache_are_refused(tmp_path: Path) -> N
         cache_features(tower, [(dataset[0][0], "cat")], tmp_path / "other")
 
 
+def forged(made_of: Any = None, **edit: Any) -> Any:
+    """manifest -> the same with these entries, and these in what it was made of."""
+    return lambda found: {**found, **edit, "made_of": {**found["made_of"], **(made_of or {})}}
+
+
+FORGED = {
+    "no version of an image": forged({"repeats": 0}),
+    "versions below 0": forged({"repeats": -1}),
+    "versions that do not divide": forged({"repeats": 3}),
+    "versions as text": forged({"repeats": "1"}),
+    "versions as truth": forged({"repeats": True}),
+    "dtype of nothing": forged({"features dtype": "torch.nope"}),
+    "dtype is a function": forged({"features dtype": "torch.load"}),
+    "dtype of whole numbers": forged({"features dtype": "torch.int8"}),
+    "dtype is a list": forged({"features dtype": ["torch.float32"]}),
+    "rows huge": forged(rows=10**400),
+    "rows true": forged(rows=True),
+    "rows none": forged(rows=0),
+    "shape of truth": forged(features={"shape": [True], "dtype": "torch.float32", "axes": [0]}),
+    "features of whole numbers": forged(features={"shape": [64], "dtype": "torch.int32", "axes": [0]}),
+    "column is a list": forged(labels=[1, 2]),
+    "a list": lambda found: [found],
+    "made of nothing": lambda found: {**found, "made_of": None},
+}
+
+
+def test_forged_manifests_progress_and_tables_are_refused_in_words(tmp_path: Path) -> None:
+    folder, dataset = tmp_path / "cache", Pictures(4)
+    cache_features(locked(), dataset, folder, progress=False)
+    whole = (folder / "manifest.json").read_text()
+    for name, forge in FORGED.items():
+        (folder / "manifest.json").write_text(json.dumps(forge(json.loads(whole))))
+        with pytest.raises(FormatError, match=r"manifest\.json: not the manifest|features\.npy: "):
+            raise AssertionError(f"{name}: {CachedFeatures(folder)}")
+    (folder / "manifest.json").write_text(whole + " " * 2**20)
+    with pytest.raises(FormatError, match="more than"):
+        CachedFeatures(folder)
+    (folder / "manifest.json").write_text(whole)
+    for text in ("9" * 5000 + "\n", "5\n", "-4\n", "\x1b[2J\n"):
+        (folder / "progress.txt").write_text(text)
+        with pytest.raises(FormatError, match=r"expected a number|5 rows written, of 4") as caught:
+            CachedFeatures(folder)
+        assert str(caught.value).isprintable()
+    (folder / "progress.txt").write_text("4\n")
+    table = (folder / "features.npy").read_bytes()
+    for header in (b"(" * 100, b"{'descr': [", b"{'descr': 3, 'shape': (4,), 'fortran_order': 0}", b"{'descr': '|O'}"):
+        (folder / "features.npy").write_bytes(table[:10] + header.ljust(118) + table[128:])
+        with pytest.raises(FormatError, match=r"features\.npy: "):
+            CachedFeatures(folder)
+    (folder / "features.npy").unlink()
+    os.mkfifo(folder / "features.npy")
+    with pytest.raises(FormatError, match="no regular file"):
+        CachedFeatures(folder)
+
+
+def test_deeper_images_are_clipped_with_the_same_warning_as_elsewhere(tmp_path: Path) -> None:
+    deep = Image.fromarray(np.full((170, 170), 999, np.uint16))
+    with pytest.warns(UserWarning, match="clips"):
+        cache_features(locked(), [(deep, 0), (deep, 1)], tmp_path / "cache", progress=False)
+
+
+def test_the_earlier_import_path() -> None:
+    from hf_timm_tower import feature_cache
+
+    assert feature_cache.cache_features is cache_features
+    assert feature_cache.CachedFeatures is CachedFeatures
+
+
 # --- a kill
 
 
@@ -359,7 +428,8 @@ def noise() -> TensorDataset:
 
 SLOW = """
     import sys, time, torch
-    from hf_timm_tower import TimmModel, feature_store
+    from hf_timm_tower import TimmModel
+    from hf_timm_tower.training import feature_store
     from hf_timm_tower.training.feature_cache import cache_features
 
     torch.set_num_threads(1)

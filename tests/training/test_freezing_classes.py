@@ -12,7 +12,7 @@ from timm.models import group_parameters
 
 from hf_timm_tower import ConfigError, TimmModel
 from hf_timm_tower.reader.freezing import is_held
-from hf_timm_tower.reader.skip_init import no_init
+from hf_timm_tower.reader.skip_init import skip_init
 from hf_timm_tower.reader.trunk import eval_mode
 from hf_timm_tower.training.freezing import note_fixed
 from hf_timm_tower.training.layer_groups import LayerGroup, layer_groups
@@ -57,7 +57,7 @@ def build(architecture: str, image_size: int | None = None, **model_kwargs: obje
     """A tower without values, with the first pool that the trunk has."""
     for pool in ("avg", "default", "none"):
         try:
-            with no_init():
+            with skip_init():
                 return TimmModel(architecture, 8, image_size, pool=pool, model_kwargs=model_kwargs)
         except ConfigError as error:
             refused = error
@@ -108,7 +108,7 @@ def trunk_cut(tower: TimmModel, name: str) -> list[list[str]]:
 
 def shut_by_timm(architecture: str) -> set[str]:
     """What does not train in the bare trunk, which has no classifier that needs it."""
-    with no_init(), torch.device("meta"):
+    with skip_init(), torch.device("meta"):
         trunk = timm.create_model(architecture, num_classes=0)
     return {f"trunk.{name}" for name, parameter in trunk.named_parameters() if not parameter.requires_grad}
 

@@ -12,7 +12,7 @@ from timm.models import group_parameters
 
 from hf_timm_tower import ArgumentError, TimmModel, TimmTowerConfig, TimmTowerModel, TowerError
 from hf_timm_tower.interop.peft import add_lora, lora_config, merge_lora
-from hf_timm_tower.reader.skip_init import no_init
+from hf_timm_tower.reader.skip_init import skip_init
 from hf_timm_tower.training.freezing import describe_frozen
 from hf_timm_tower.training.layer_groups import layer_groups
 from hf_timm_tower.training.lock import lock, unlock
@@ -51,7 +51,7 @@ def test_lock_freezes_the_trunk_and_leaves_the_head() -> None:
 @pytest.mark.parametrize("name", CUTS)
 def test_unlocked_groups_are_those_of_open_clip(name: str) -> None:
     """The sets are equal for every count that open_clip takes as meant; a greater one opens all there, silently."""
-    with no_init():
+    with skip_init():
         ours = TimmModel(name, 8)
         theirs = open_clip.timm_model.TimmModel(name, 8, pretrained=False)
     count = len(group_parameters(ours.trunk, ours.trunk.group_matcher()))
@@ -69,11 +69,11 @@ def test_unlocked_groups_are_those_of_open_clip(name: str) -> None:
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_byobnet"])
 def test_frozen_statistics_are_those_of_open_clip(name: str) -> None:
     """But where every group is open: open_clip takes its empty list for all modules, and freezes behind open layers."""
-    with no_init():
+    with skip_init():
         ours = TimmModel(name, 8)
     count = sum(group.part == "trunk" for group in layer_groups(ours))
     for unlocked in range(count + 1):
-        with no_init():
+        with skip_init():
             theirs = open_clip.timm_model.TimmModel(name, 8, pretrained=False)
         theirs.lock(unlocked, freeze_bn_stats=True)
         frozen = {key for key, module in theirs.named_modules() if type(module).__name__.startswith("FrozenBatchNorm")}
@@ -296,7 +296,7 @@ def per_parameter(
 def test_layer_decay_is_timm_s(name: str, unlocked: int | None) -> None:
     """On the same parameters: a trunk with its classifier, and no further head."""
     tower = nn.Module()
-    with no_init():
+    with skip_init():
         tower.trunk, tower.head = timm.create_model(name, num_classes=8), nn.Identity()
     unlock(tower, unlocked)
     trunk = tower.trunk
@@ -311,7 +311,7 @@ def test_layer_decay_is_timm_s(name: str, unlocked: int | None) -> None:
 
 @pytest.mark.parametrize("name", CUTS)
 def test_weight_decay_alone_is_timm_s(name: str) -> None:
-    with no_init():
+    with skip_init():
         tower = TimmModel(name, 8)
     lock(tower, 4)
     theirs = timm.optim.param_groups_weight_decay(tower, 0.1, no_weight_decay_list=no_weight_decay(tower))

@@ -1,26 +1,33 @@
-"""The header of a safetensors file: the layout we write, and the strict reading of anybody's. No files here.
+"""One safetensors file, laid out so that a mapped tensor is already aligned; and the strict parsing of any header.
 
 The format: 8 bytes with the header's length, the header (JSON: key -> dtype, shape, data_offsets), then the data
-(https://github.com/huggingface/safetensors#format).
+(https://github.com/huggingface/safetensors#format). We pad the header with spaces to a multiple of 64 bytes and put
+tensors whose size is a multiple of 64 first, so they are at addresses divisible by 64 once the file is mapped;
+odd-sized ones follow. It stays a valid safetensors file for every other reader. Why alignment matters: CPU kernels may
+choose another path, and so give other last bits, when a weight does not start at the address an allocator would give.
 """
 
 import json
 import math
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..reader.errors import FormatError, WeightsError
-from .strict_json import parse_json, shorten
+from ..reader.errors import FolderError, FormatError, WeightsError, shown
+from .disk import folder_error
+from .json import parse_json
 
 ALIGNMENT = 64
 """Bytes; what torch's CPU allocator aligns to, and the width of the widest vector registers."""
 
-MAX_HEADER_BYTES = 32 * 1024**2
-"""Room for some 250,000 tensors. The reference reader takes 100 MB, which costs gigabytes once parsed."""
+MAX_HEADER_BYTES = 8 * 1024**2
+"""Room for some 60,000 tensors. The reference reader takes 100 MB, which costs gigabytes once parsed."""
 
 _MAX_RANK = 64
 _MAX_BYTES = 2**63 - 1
@@ -64,7 +71,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Layout:
+class _Layout:
     """A file to be written.
 
     Attributes:
@@ -76,7 +83,7 @@ class Layout:
     order: tuple[str, ...]
 
 
-def lay_out(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> Layout:
+def _lay_out(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> _Layout:
     """Order the tensors so that those with a size divisible by 64 lie at offsets divisible by 64.
 
     Raises:
@@ -106,7 +113,7 @@ def lay_out(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: s
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     if len(text) > MAX_HEADER_BYTES:
         raise WeightsError(f"{where}: {len(order)} tensors need a header of {len(text)} bytes, over {MAX_HEADER_BYTES}")
-    return Layout(len(text).to_bytes(8, "little") + text, tuple(order))
+    return _Layout(len(text).to_bytes(8, "little") + text, tuple(order))
 
 
 def _check_storable(key: str, tensor: object, where: str) -> None:
@@ -133,8 +140,67 @@ def _check_storable(key: str, tensor: object, where: str) -> None:
         raise WeightsError(f"{where}: {key} {list(tensor.shape)} cannot be stored: {reason}")
 
 
+def write_aligned(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write `tensors` as one safetensors file in the aligned layout, with the same bytes for the same tensors.
+
+    The file appears under its name at once and complete (written beside, fsynced, renamed), so a tower that has the
+    earlier file mapped keeps it. Its mode follows the umask. Tensors are written one by one: what is copied is at
+    most one tensor (not contiguous, or on another device) at a time. Tensors that share memory are written each.
+
+    Args:
+        path: the file to write or replace.
+        tensors: key -> tensor of any shape, device and strides.
+        metadata: the header's text entries; by default `{"format": "pt"}`, which transformers asks for.
+
+    Raises:
+        WeightsError: a tensor that no safetensors file can hold (its dtype, sparse, on meta), or an impossible key.
+        FolderError: the file cannot be written (disk full, read-only, no such folder).
+    """
+    path = Path(path)
+    require_little_endian()
+    layout = _lay_out(tensors, {"format": "pt"} if metadata is None else metadata, f"{path}")
+    partial = path.with_name(f".{path.name}.{os.urandom(8).hex()}.part")
+    try:
+        # os.open applies the umask to 0666; tempfile and the reference writer would leave 0600.
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        try:
+            with open(descriptor, "wb", buffering=0) as file:
+                _write_all(descriptor, memoryview(layout.head))
+                for key in layout.order:
+                    _write_all(descriptor, _bytes_of(tensors[key]))
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise folder_error(f"{path}: cannot be written", error) from error
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The tensor's bytes in C order: its own memory where it is contiguous on the CPU, else a copy."""
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    plain = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
+    # uint8 is what numpy can show of bfloat16 and float8 too.
+    return plain.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    while data:
+        # One write takes at most 2 GiB on Linux, less where a signal comes in.
+        data = data[os.write(descriptor, data[: 2**30]) :]
+
+
+def require_little_endian() -> None:
+    if sys.byteorder != "little":
+        raise FolderError("safetensors files are little-endian; reading and writing them on this machine is untested")
+
+
 def parse_header(text: bytes, data_size: int, where: str) -> list[Entry]:
-    """Read a header that nobody vouches for.
+    """Read a header of an untrusted file.
 
     Args:
         text: the header without its length.
@@ -159,7 +225,7 @@ def parse_header(text: bytes, data_size: int, where: str) -> list[Entry]:
     for entry in entries:
         if entry.begin != expected:
             what = "overlaps the tensor before it" if entry.begin < expected else "leaves a hole before it"
-            raise FormatError(f"{where}: {shorten(entry.key)} {what} (starts at {entry.begin}, expected {expected})")
+            raise FormatError(f"{where}: {shown(entry.key)} {what} (starts at {entry.begin}, expected {expected})")
         expected = entry.end
     if expected != data_size:
         what = "it was cut off; download or save it again" if expected > data_size else "bytes that nothing describes"
@@ -170,25 +236,25 @@ def parse_header(text: bytes, data_size: int, where: str) -> list[Entry]:
 def _entry(key: str, info: Any, where: str) -> Entry:
     """Check one tensor's description in itself: types, dtype, and that its size is what shape and dtype say."""
     if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
-        raise FormatError(f"{where}: {shorten(key)} must be described by dtype, shape and data_offsets")
+        raise FormatError(f"{where}: {shown(key)} must be described by dtype, shape and data_offsets")
     name, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     dtype = _DTYPES.get(name) if isinstance(name, str) else None
     if dtype is None:
         raise FormatError(
-            f"{where}: {shorten(key)} has the dtype {shorten(name)}, which torch {torch.__version__} cannot read "
+            f"{where}: {shown(key)} has the dtype {shown(name)}, which torch {torch.__version__} cannot read "
             f"(known: {', '.join(_DTYPES)})"
         )
     if not _are_sizes(shape) or len(shape) > _MAX_RANK:
-        raise FormatError(f"{where}: {shorten(key)} has an impossible shape: {shorten(shape)}")
+        raise FormatError(f"{where}: {shown(key)} has an impossible shape: {shown(shape)}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise FormatError(f"{where}: {shorten(key)} has impossible data_offsets: {shorten(offsets)}")
+        raise FormatError(f"{where}: {shown(key)} has impossible data_offsets: {shown(offsets)}")
     size = math.prod(shape) * dtype.itemsize
     # A zero among huge sizes gives no bytes, but strides that overflow.
     if math.prod(max(n, 1) for n in shape) * dtype.itemsize > _MAX_BYTES:
-        raise FormatError(f"{where}: {shorten(key)} has an impossible shape: {shorten(shape)}")
+        raise FormatError(f"{where}: {shown(key)} has an impossible shape: {shown(shape)}")
     if size != offsets[1] - offsets[0]:
         raise FormatError(
-            f"{where}: {shorten(key)} needs {size} bytes ({name} {shape}), data_offsets give {offsets[1] - offsets[0]}"
+            f"{where}: {shown(key)} needs {size} bytes ({name} {shape}), data_offsets give {offsets[1] - offsets[0]}"
         )
     return Entry(key, dtype, tuple(shape), *offsets)
 

@@ -1,67 +1,29 @@
-"""The weights of a tower's folder: which key lies in which file, writing them, reading them, checking the index.
+"""The weights of a tower's folder: which key is in which file, writing them, reading them, checking the index.
 
 Two weight files because they live differently (the head changes, the trunk often does not), in the ecosystem's
-standard form of several files and an index, so that transformers' own loader reads them too. This module also owns
-the names of all files of a tower's folder.
+standard form of several files and an index, so that transformers' own loader reads them too.
 """
 
-import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..reader.errors import ConfigError, FolderError, FormatError, WeightsError
-from .aligned import folder_error, same_bits, write_aligned
-from .assign import assign_weights, find_ties
-from .open_folder import OpenFolder, parse_object, read_bounded, read_folder, require_plain_name
-from .strict_json import MAX_JSON_BYTES, MAX_JSON_DEPTH, shorten
-
-__all__ = [
-    "CARD_NAME",
-    "CLASSIFIER_NAME",
-    "CODE_NAME",
-    "CONFIG_NAME",
-    "FINGERPRINT_NAME",
-    "HEAD_CODE_NAME",
-    "HEAD_NAME",
-    "INDEX_NAME",
-    "PREPROCESSOR_NAME",
-    "SINGLE_NAME",
-    "TRUNK_NAME",
-    "OpenFolder",
-    "WeightPlan",
-    "assign_weights",
-    "is_own_file",
-    "is_replaced",
-    "plan_weights",
-    "read_folder",
-    "read_json",
-    "read_weights",
-    "write_json",
-    "write_weights",
-]
-
-CONFIG_NAME = "config.json"
-PREPROCESSOR_NAME = "preprocessor_config.json"
-INDEX_NAME = "model.safetensors.index.json"
-TRUNK_NAME = "trunk.safetensors"
-HEAD_NAME = "head.safetensors"
-CLASSIFIER_NAME = "classifier.safetensors"
-SINGLE_NAME = "model.safetensors"
-FINGERPRINT_NAME = "fingerprint.json"
-CARD_NAME = "README.md"
-HEAD_CODE_NAME = "head_code.py"
-CODE_NAME = "core"
-"""Folder with this package's own core, which lets stock transformers load the tower."""
+from ..reader.errors import ConfigError, FolderError, FormatError, WeightsError, shown
+from .disk import folder_error
+from .json import write_json
+from .names import CLASSIFIER_NAME, HEAD_NAME, INDEX_NAME, SINGLE_NAME, TRUNK_NAME, is_weight_file
+from .open_folder import OpenFolder, require_plain_name
+from .safetensors_layout import write_aligned
+from .staging import read_folder
+from .ties import find_ties, same_bits
 
 # Prefix of keys -> their file; all others are the trunk's.
 _PARTS = {"head.": HEAD_NAME, "classifier.": CLASSIFIER_NAME}
-_WEIGHT_FILE = re.compile(r"(trunk|head|classifier|model)(-\d{5,}-of-\d{5,})?\.safetensors")
 _UNITS = {"": 1, "B": 1} | {
     prefix + tail: base**power
     for power, prefix in enumerate("KMGT", start=1)
@@ -169,17 +131,21 @@ def write_weights(
     write_json(folder / INDEX_NAME, {"metadata": metadata, "weight_map": plan.weight_map})
     try:
         for entry in os.listdir(folder):
-            if _WEIGHT_FILE.fullmatch(entry) and entry not in plan.files:
+            if is_weight_file(entry) and entry not in plan.files:
                 os.unlink(folder / entry)
     except OSError as error:
         raise folder_error(f"{folder}: an earlier save's weights cannot be removed", error) from error
 
 
-def read_weights(folder: str | os.PathLike[str] | OpenFolder, *, mmap: bool = True) -> dict[str, Tensor]:
+def read_weights(
+    folder: str | os.PathLike[str] | OpenFolder, mmap: bool = True, digests: dict[str, str] | None = None
+) -> dict[str, Tensor]:
     """Read all weights of a folder: those of its index, or of a plain `model.safetensors`.
 
     Args:
         folder: a path, which is read so that only one save is seen; or a folder that is open already.
+        mmap: False reads into memory of its own; see `safetensors_read.read_aligned`.
+        digests: takes the `file_digest` of each weight file.
 
     Returns:
         key -> tensor on the CPU, 64-byte aligned, mapped where the file allows it. Keys that the index calls tied
@@ -191,93 +157,15 @@ def read_weights(folder: str | os.PathLike[str] | OpenFolder, *, mmap: bool = Tr
         FormatError: a damaged file, or an index that does not fit its files.
     """
     if isinstance(folder, OpenFolder):
-        return _read_weights(folder)
-    return read_folder(folder, _read_weights)
+        return _read_weights(folder, mmap, digests)
+    return read_folder(folder, lambda opened: _read_weights(opened, mmap, digests))
 
 
-def read_json(
-    path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES, max_depth: int = MAX_JSON_DEPTH
-) -> dict[str, Any]:
-    """Read a JSON object from a file that nobody vouches for.
-
-    Args:
-        path: the file.
-        max_bytes: a larger file is refused by its size, before it is read.
-        max_depth: how many arrays and objects may lie inside each other.
-
-    Raises:
-        FolderError: missing or unreadable.
-        FormatError: too large or deep, not UTF-8, not JSON (NaN and Infinity are not), a key twice, not an object.
-    """
-    where = os.fspath(path)
-    try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    except FileNotFoundError as error:
-        raise FolderError(f"{where} is missing; the folder is incomplete or not a tower") from error
-    except OSError as error:
-        raise folder_error(f"{where}: cannot be opened", error) from error
-    try:
-        return parse_object(read_bounded(descriptor, where, max_bytes), where, max_depth)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
-    """Write a JSON object that `read_json` takes, indented, sorted by key, fsynced; replaces the file at once.
-
-    Raises:
-        FormatError: something in it that JSON cannot hold, NaN and infinity included.
-        FolderError: the file cannot be written.
-    """
-    path = Path(path)
-    try:
-        text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-        encoded = text.encode()
-    except (TypeError, ValueError) as error:
-        raise FormatError(f"{path}: cannot be written as JSON: {error}") from error
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.part")
-    try:
-        try:
-            with open(partial, "xb") as file:
-                file.write(encoded)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise folder_error(f"{path}: cannot be written", error) from error
-
-
-def is_replaced(entry: Path) -> bool:
-    """Whether a new save drops this entry of the folder where it does not write one of that name itself.
-
-    Weights, index and fingerprint of an earlier save would be taken for the new one's (a stale `model.safetensors`
-    beats the index in transformers), and its code is no longer asked for. Everything else is the user's, or a card.
-    """
-    if entry.name == CODE_NAME:
-        return not entry.is_symlink() and (entry / "checkpoint.py").is_file() and (entry / "modeling.py").is_file()
-    return _is_own(entry.name)
-
-
-def is_own_file(name: str, names: Collection[str]) -> bool:
-    """The same for a file of a repository, by its path and the paths of all files."""
-    folder, _, plain = name.rpartition("/")
-    if folder == CODE_NAME:
-        return f"{CODE_NAME}/checkpoint.py" in names and f"{CODE_NAME}/modeling.py" in names
-    return not folder and _is_own(plain)
-
-
-def _is_own(name: str) -> bool:
-    return name in (INDEX_NAME, FINGERPRINT_NAME, HEAD_CODE_NAME) or _WEIGHT_FILE.fullmatch(name) is not None
-
-
-def _read_weights(folder: OpenFolder) -> dict[str, Tensor]:
+def _read_weights(folder: OpenFolder, mmap: bool, digests: dict[str, str] | None) -> dict[str, Tensor]:
     has_single = folder.has(SINGLE_NAME)
     if not folder.has(INDEX_NAME):
         if has_single:
-            return folder.read_tensors(SINGLE_NAME)
+            return folder.read_tensors(SINGLE_NAME, mmap, digests)
         raise FolderError(
             f"{folder.path}: no weights, neither {INDEX_NAME} nor {SINGLE_NAME}; the folder is incomplete or not a "
             "tower: download or save it again"
@@ -288,7 +176,7 @@ def _read_weights(folder: OpenFolder) -> dict[str, Tensor]:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise FormatError(f"{where}: weight_map must be an object that maps each key to a file name")
     if not isinstance(metadata, dict):
-        raise FormatError(f"{where}: metadata must be an object, found {shorten(metadata)}")
+        raise FormatError(f"{where}: metadata must be an object, found {shown(metadata)}")
     if has_single and SINGLE_NAME not in weight_map.values():
         raise FormatError(
             f"{folder.path}: holds both {SINGLE_NAME} and an index of other files; transformers would load the first, "
@@ -300,7 +188,7 @@ def _read_weights(folder: OpenFolder) -> dict[str, Tensor]:
     for name in listed:
         require_plain_name(name, where)
         if not name.endswith(".safetensors"):
-            raise FormatError(f"{where}: names {shorten(name)}; only .safetensors files are read")
+            raise FormatError(f"{where}: names {shown(name)}; only .safetensors files are read")
     tensors: dict[str, Tensor] = {}
     for name in sorted(listed):
         if not folder.has(name):
@@ -308,7 +196,7 @@ def _read_weights(folder: OpenFolder) -> dict[str, Tensor]:
                 f"{folder.path / name} is missing, the index puts {_count(listed[name])} there; the folder is "
                 "incomplete: download or save it again"
             )
-        found = folder.read_tensors(name)
+        found = folder.read_tensors(name, mmap, digests)
         if lacking := listed[name] - found.keys():
             raise FormatError(f"{folder.path / name}: lacks {_count(lacking)} that the index puts there")
         if unlisted := found.keys() - listed[name]:
@@ -321,7 +209,7 @@ def _read_weights(folder: OpenFolder) -> dict[str, Tensor]:
             first = tensors[group[0]]
             for key in group[1:]:
                 if not same_bits(first, tensors[key]):
-                    raise FormatError(f"{where}: {shorten(group[0])} and {shorten(key)} are {kind} but differ")
+                    raise FormatError(f"{where}: {shown(group[0])} and {shown(key)} are {kind} but differ")
                 tensors[key] = first if kind == "tied" else first.view(first.shape)
     return tensors
 
@@ -329,15 +217,15 @@ def _read_weights(folder: OpenFolder) -> dict[str, Tensor]:
 def _groups(value: Any, kind: str, tensors: Mapping[str, Tensor], where: str) -> list[list[str]]:
     """The groups of keys in the index's metadata, checked: lists of two or more known keys, none twice."""
     if not isinstance(value, list):
-        raise FormatError(f"{where}: metadata.{kind} must be a list of lists of keys, found {shorten(value)}")
+        raise FormatError(f"{where}: metadata.{kind} must be a list of lists of keys, found {shown(value)}")
     seen: set[str] = set()
     for group in value:
         if not isinstance(group, list) or len(group) < 2 or not all(isinstance(key, str) for key in group):
-            raise FormatError(f"{where}: metadata.{kind} must hold lists of two or more keys, found {shorten(group)}")
+            raise FormatError(f"{where}: metadata.{kind} must hold lists of two or more keys, found {shown(group)}")
         for key in group:
             if key not in tensors or key in seen:
                 what = "unknown" if key not in tensors else "named twice"
-                raise FormatError(f"{where}: metadata.{kind} names {shorten(key)}, which is {what}")
+                raise FormatError(f"{where}: metadata.{kind} names {shown(key)}, which is {what}")
             seen.add(key)
     return value
 
@@ -345,8 +233,8 @@ def _groups(value: Any, kind: str, tensors: Mapping[str, Tensor], where: str) ->
 def _count(keys: Iterable[str], limit: int = 5) -> str:
     """Say how many keys and name the first few: "3 keys (a, b, c)"."""
     ordered = sorted(keys)
-    shown = ", ".join(shorten(key)[1:-1] for key in ordered[:limit]) + (", ..." if len(ordered) > limit else "")
-    return f"{len(ordered)} key{'' if len(ordered) == 1 else 's'} ({shown})"
+    first = ", ".join(shown(key)[1:-1] for key in ordered[:limit]) + (", ..." if len(ordered) > limit else "")
+    return f"{len(ordered)} key{'' if len(ordered) == 1 else 's'} ({first})"
 
 
 def _size(tensor: Tensor) -> int:

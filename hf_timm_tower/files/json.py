@@ -1,4 +1,4 @@
-"""JSON from files that nobody vouches for: bounded in size and depth, no duplicate keys, no NaN, one clear error.
+"""JSON of untrusted files: bounded in size and depth, no duplicate keys, no NaN, one clear error. And writing it.
 
 `json.loads` alone keeps the last of two equal keys (two readers of one file may then see two models), takes `NaN` and
 `Infinity`, turns `1e999` into infinity, and recurses as deep as the text says.
@@ -6,13 +6,19 @@
 
 import json
 import math
+import os
 import re
+from collections.abc import Mapping
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, NoReturn
 
-from ..reader.errors import FormatError
+from ..reader.errors import FormatError, shown
+from .disk import folder_error
 
-MAX_JSON_BYTES = 32 * 1024**2
+MAX_JSON_BYTES = 4 * 1024**2
+"""Ten times the largest honest file: an index of 3,000 keys has 0.3 MB. Empty objects cost 30 bytes of memory each."""
+
 MAX_JSON_DEPTH = 64
 
 # The closing quote is optional, so that the pattern never fails at a quote: text without an end stays linear to scan.
@@ -42,7 +48,7 @@ def parse_json(data: bytes, where: str, *, max_depth: int = MAX_JSON_DEPTH) -> A
         if len(found) != len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise FormatError(f"{where}: the key {shorten(twice)} stands twice in one object")
+            raise FormatError(f"{where}: the key {shown(twice)} stands twice in one object")
         return found
 
     def no_constant(name: str) -> NoReturn:
@@ -51,7 +57,7 @@ def parse_json(data: bytes, where: str, *, max_depth: int = MAX_JSON_DEPTH) -> A
     def finite(text: str) -> float:
         number = float(text)
         if math.isinf(number):
-            raise FormatError(f"{where}: the number {shorten(text)} is too large for a 64-bit float")
+            raise FormatError(f"{where}: the number {shown(text)} is too large for a 64-bit float")
         return number
 
     try:
@@ -66,7 +72,40 @@ def parse_json(data: bytes, where: str, *, max_depth: int = MAX_JSON_DEPTH) -> A
         raise FormatError(f"{where}: not JSON: {error}") from error
 
 
-def shorten(thing: object, limit: int = 80) -> str:
-    """`repr` of something from a foreign file, cut to at most about `limit` characters."""
-    text = repr(thing[: limit + 1] if isinstance(thing, str) else thing)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+def parse_object(data: bytes, where: str, max_depth: int = MAX_JSON_DEPTH) -> dict[str, Any]:
+    """`parse_json` of a document that must be an object."""
+    parsed = parse_json(data, where, max_depth=max_depth)
+    if not isinstance(parsed, dict):
+        kind = {list: "an array", str: "a text", type(None): "null"}.get(type(parsed), "a number or truth value")
+        raise FormatError(f"{where}: holds {kind}, expected a JSON object")
+    return parsed
+
+
+def write_json(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
+    """Write a JSON object, indented, sorted by key, fsynced; replaces the file at once.
+
+    Raises:
+        FormatError: something in it that JSON cannot hold, NaN and infinity included, or more than we read.
+        FolderError: the file cannot be written.
+    """
+    path = Path(path)
+    try:
+        text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        encoded = text.encode()
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"{path}: cannot be written as JSON: {error}") from error
+    if len(encoded) > MAX_JSON_BYTES:
+        raise FormatError(f"{path}: would have {len(encoded)} bytes, at most {MAX_JSON_BYTES} are read")
+    partial = path.with_name(f".{path.name}.{os.urandom(8).hex()}.part")
+    try:
+        try:
+            with open(partial, "xb") as file:
+                file.write(encoded)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise folder_error(f"{path}: cannot be written", error) from error

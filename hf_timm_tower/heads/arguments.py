@@ -19,7 +19,7 @@ in the file            stands for
 ``{"dtype": "..."}``   a dtype; ``"input"`` is the input's own, ``"$fc.weight"`` that of a parameter
 ``{"device": "input"}``the input's device
 ``{"memory": "..."}``  a memory format
-``{"n": expr}``        a number that follows the batch size (see `graph_batch`)
+``{"n": expr}``        a number that follows the batch size (see `batch_formula`)
 =====================  =====================================================================================
 """
 
@@ -30,19 +30,10 @@ from typing import Any
 
 import torch
 
-from .errors import GraphError
+from ..reader.errors import GraphError
+from ..reader.graph_program import DTYPES, MEMORY_FORMATS
 
-DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, name)
-    for name in ("float32 float64 float16 bfloat16 complex64 complex128 int8 int16 int32 int64 uint8 bool".split())
-}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MEMORY_FORMATS: dict[str, torch.memory_format] = {
-    "contiguous": torch.contiguous_format,
-    "preserve": torch.preserve_format,
-    "channels_last": torch.channels_last,
-    "channels_last_3d": torch.channels_last_3d,
-}
 _MEMORY_NAMES = {value: name for name, value in MEMORY_FORMATS.items()}
 _LEGACY_TYPES = {
     "torch.FloatTensor": "float32", "torch.DoubleTensor": "float64", "torch.HalfTensor": "float16",

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from ..reader.errors import FormatError
-from .aligned import folder_error
-from .strict_json import parse_json
+from .disk import folder_error
+from .json import parse_json
+from .open_folder import OpenFolder
 
 MODULES_NAME = "modules.json"
 SENTENCE_NAME = "sentence_bert_config.json"
@@ -69,16 +70,19 @@ def write_sentence_files(staging: Path, folder: Path, outputs: Mapping[str, torc
 
     Args:
         staging: Where the save is written.
-        folder: Where it will lie.
+        folder: The folder that it will replace.
         outputs: As in `sentence_files`.
 
     Raises:
         FolderError: a file cannot be read or written.
+        FormatError: a file is something else than a small regular file.
     """
     files = sentence_files(outputs)
+    if folder.is_dir():
+        with OpenFolder(folder) as before:
+            if are_edited({name: before.read_bytes(name) for name in files if before.has(name)}):
+                return
     try:
-        if are_edited({name: (folder / name).read_bytes() for name in files if (folder / name).is_file()}):
-            return
         for name, content in files.items():
             text = json.dumps(content, indent=2, sort_keys=True) + "\n"
             (staging / name).write_bytes(text.encode("utf-8"))

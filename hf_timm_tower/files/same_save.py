@@ -1,0 +1,97 @@
+"""That the files of a folder come from one save: `fingerprint.json` has digests of the others.
+
+(Not the index, which stays as it is when only a head was trained.)
+
+A half-finished copy, an rsync or a checkout of some files gives the head of one save beside the trunk of another, and
+a config that was edited to another activation has the same shapes as before. Neither shows in keys and shapes. Against
+somebody who wants to deceive this is no help: they can write the index too.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..reader.errors import FormatError, shown
+from .names import CONFIG_NAME, FINGERPRINT_NAME, INDEX_NAME
+from .open_folder import read_json
+from .safetensors_read import digest_of_file
+
+_KEY = "digests"
+# What decides which outputs the weights give. Labels, names, versions, what is frozen and how images are prepared may
+# be edited; of the trunk's files in another repository trunk_source has digests of its own.
+_FIELDS = (
+    "architecture",
+    "model_args",
+    "image_size",
+    "in_chans",
+    "pool",
+    "proj",
+    "proj_bias",
+    "embed_dim",
+    "head",
+    "classifier",
+    "num_features",
+    "layout",
+    "feat_size",
+    "tower_class",
+    "tower_kwargs",
+)
+
+
+def tie_digests(folder: Path) -> dict[str, Any]:
+    """What `fingerprint.json` says of the other files of a save, which are written already."""
+    index = read_json(folder / INDEX_NAME)
+    files = {name: digest_of_file(folder / name) for name in sorted(set(index["weight_map"].values()))}
+    return {_KEY: {"config": _of_config(read_json(folder / CONFIG_NAME)), "files": files}}
+
+
+def mismatch(
+    fingerprint: Mapping[str, Any] | None, config: Mapping[str, Any], files: Mapping[str, str], where: str
+) -> str | None:
+    """Whether config and weight files are those that a fingerprint was saved with.
+
+    Args:
+        fingerprint: The JSON of `fingerprint.json`; None where there is none.
+        config: The JSON of `config.json`, compared in what changes the outputs.
+        files: Weight file -> its `file_digest`.
+        where: The folder, for the message.
+
+    Returns:
+        What is not, and what to do; None where all is as it was saved, or nothing tells.
+
+    Raises:
+        FormatError: the fingerprint has something else in place of the digests.
+    """
+    digests = (fingerprint or {}).get(_KEY, {})
+    saved = digests.get("files", {}) if isinstance(digests, dict) else None
+    fields = digests.get("config", {}) if isinstance(digests, dict) else None
+    if not isinstance(saved, dict) or not isinstance(fields, dict):
+        raise FormatError(f"{where}/{FINGERPRINT_NAME}: {_KEY} must map config and files, found {shown(digests)}")
+    other = sorted(name for name, digest in files.items() if saved.get(name, digest) != digest)
+    if other:
+        return (
+            f"{where}: {', '.join(other[:5])} is not of the save that {FINGERPRINT_NAME} is of: files of two saves are "
+            "mixed, or one was changed, and the tower may give other outputs. Copy or download the folder again, "
+            "whole; where it was changed on purpose, save the tower again."
+        )
+    now = _of_config(config)
+    changed = [field for field in _FIELDS if fields and fields.get(field) != now.get(field)]
+    if changed:
+        values = ", ".join(f"{field}={shown(config.get(field), 40)}" for field in changed[:4])
+        return (
+            f"{where}/{CONFIG_NAME}: {values} is not what the weights were saved with: the file was edited or is of "
+            "another save, and the tower gives other outputs. Undo it, or copy the folder again, whole; where it was "
+            "changed on purpose, save the tower again."
+        )
+    return None
+
+
+def _of_config(config: Mapping[str, Any]) -> dict[str, str]:
+    return {field: _digest(config[field]) for field in _FIELDS if config.get(field) is not None}
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
