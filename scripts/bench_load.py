@@ -11,18 +11,25 @@ The rows:
   that keeps whole files can do less;
 - `bytes`: `safetensors.torch.load_file` and every page touched, no model at all;
 - `ours`: `TimmModel.from_pretrained`;
+- `auto`: `AutoModel.from_pretrained` with this package imported;
+- `remote, cold` and `remote, warm`: the same by the code in the folder (`trust_remote_code=True`), where the package is
+  never imported; cold is with an empty cache of transformers' copies of remote code;
 - `transformers`: `TimmWrapperModel.from_pretrained`;
 - `mixin`: `from_pretrained` of a module that is a plain `PyTorchModelHubMixin`;
 - `timm`: `timm.create_model(checkpoint_path=...)`.
 
 Peak memory is what the process holds at most while it loads, over what it held before (mapped files included), as
 a multiple of the bytes of the weights. Linux only.
+
+Two small tables follow: a save, and a second save after the weights changed, beside
+`TimmWrapperModel.save_pretrained`; and `import hf_timm_tower` as a multiple of `import timm`.
 """
 
 import argparse
 import json
 import mmap
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -36,13 +43,19 @@ import torch
 import torch.nn as nn
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import load_file, save_file
-from transformers import TimmWrapperConfig, TimmWrapperModel
+from transformers import AutoModel, TimmWrapperConfig, TimmWrapperModel
 
-from hf_timm_tower.reader.skip_init import skip_init
-from hf_timm_tower.timm_model import TimmModel
+# A child that loads by the code in the folder must not have the package: its Auto classes would take over.
+WITHOUT_PACKAGE = any(f"--child={way}" in sys.argv for way in ("remote, cold", "remote, warm"))
+if not WITHOUT_PACKAGE:
+    from hf_timm_tower import TimmTowerModel  # noqa: F401  # `auto` is timed with its imports done
+    from hf_timm_tower.reader.skip_init import skip_init
+    from hf_timm_tower.timm_model import TimmModel
 
 MODELS = ("vit_base_patch16_224", "convnext_base", "resnet50")
-WAYS = ("floor", "bytes", "ours", "transformers", "mixin", "timm")
+WAYS = ("floor", "bytes", "ours", "auto", "remote, cold", "remote, warm", "transformers", "mixin", "timm")
+REMOTE = ("remote, cold", "remote, warm")
+SAVES = ("ours", "transformers")
 PAGE = 4096
 
 
@@ -94,6 +107,11 @@ def load_ours(name: str, folder: Path) -> nn.Module:
     return TimmModel.from_pretrained(folder / "ours")
 
 
+def load_auto(name: str, folder: Path) -> nn.Module:
+    """transformers' own door to a tower, by this package or, where it is not imported, by the code in the folder."""
+    return AutoModel.from_pretrained(folder / "ours", trust_remote_code=WITHOUT_PACKAGE)
+
+
 def load_transformers(name: str, folder: Path) -> nn.Module:
     """transformers' own wrapper of timm."""
     return TimmWrapperModel.from_pretrained(folder / "transformers")
@@ -113,6 +131,9 @@ LOADERS: dict[str, Callable[[str, Path], object]] = {
     "floor": load_floor,
     "bytes": load_bytes,
     "ours": load_ours,
+    "auto": load_auto,
+    "remote, cold": load_auto,
+    "remote, warm": load_auto,
     "transformers": load_transformers,
     "mixin": load_mixin,
     "timm": load_timm,
@@ -159,8 +180,14 @@ def measure(way: str, name: str, folder: Path) -> dict[str, float]:
 
 def run_child(way: str, name: str, folder: Path) -> dict[str, float]:
     """Load once, in a fresh process."""
-    command = [sys.executable, __file__, "--child", way, "--models", name, "--folder", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, __file__, f"--child={way}", "--models", name, "--folder", str(folder)]
+    environment = dict(os.environ)
+    if way in REMOTE:
+        cache = folder / "modules"
+        if way == "remote, cold":
+            shutil.rmtree(cache, ignore_errors=True)
+        environment["HF_MODULES_CACHE"] = str(cache)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(f"{way} failed to load {name}:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -189,14 +216,64 @@ def compare(name: str, repeat: int) -> None:
         print(f"| {way} | {middle:.3f} ({least:.3f} - {most:.3f}) | {middle / floor:.2f} | {peak / size:.2f} |")
 
 
+def measure_saves(name: str, folder: Path) -> dict[str, float]:
+    """Seconds of a save and of a second one after the weights changed, in this process; `way, first` -> seconds."""
+    models = {"ours": load_ours(name, folder), "transformers": load_transformers(name, folder)}
+    seconds = {}
+    for turn in ("first", "second"):
+        for way, model in models.items():
+            start = time.perf_counter()
+            model.save_pretrained(folder / "saved" / way)
+            seconds[f"{way}, {turn}"] = time.perf_counter() - start
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1.001)
+    return seconds
+
+
+def compare_saves(name: str, repeat: int) -> None:
+    """Measure saves in fresh processes and print their table."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        prepare(name, folder)
+        runs = []
+        for _ in range(repeat):
+            command = [sys.executable, __file__, "--child=save", "--models", name, "--folder", str(folder)]
+            runs.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+            shutil.rmtree(folder / "saved")
+    print(f"\n{name}: saving\n\n| way | seconds | times transformers |\n|---|---|---|")
+    for turn in ("first", "second"):
+        middle = {way: statistics.median(run[f"{way}, {turn}"] for run in runs) for way in SAVES}
+        for way in SAVES:
+            print(f"| {way}, {turn} save | {middle[way]:.3f} | {middle[way] / middle['transformers']:.2f} |")
+
+
+def compare_imports(repeat: int) -> None:
+    """Time imports in fresh processes and print their table."""
+    code = "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
+    ours = ("import hf_timm_tower", "from hf_timm_tower import TimmModel")  # names of the package load late
+    runs: dict[str, list[float]] = {name: [] for name in ("import timm", *ours)}
+    for _ in range(repeat):
+        for name, seconds in runs.items():
+            done = subprocess.run([sys.executable, "-c", code.format(name)], capture_output=True, text=True, check=True)
+            seconds.append(float(done.stdout))
+    timm_alone = statistics.median(runs["import timm"])
+    print("\n| import | seconds | times timm |\n|---|---|---|")
+    for name, seconds in runs.items():
+        print(f"| {name} | {statistics.median(seconds):.2f} | {statistics.median(seconds) / timm_alone:.2f} |")
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--child", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=(*WAYS, "save"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.child == "save":
+        print(json.dumps(measure_saves(args.models[0], args.folder)))
+        return
     if args.child:
         print(json.dumps(measure(args.child, args.models[0], args.folder)))
         return
@@ -204,6 +281,8 @@ def main() -> None:
     print(f"{versions}; {os.cpu_count()} cores, {torch.get_num_threads()} threads; {args.repeat} runs of each")
     for name in args.models:
         compare(name, args.repeat)
+        compare_saves(name, args.repeat)
+    compare_imports(args.repeat)
 
 
 if __name__ == "__main__":

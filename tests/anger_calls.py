@@ -1,9 +1,10 @@
 """Train a tower for two steps as people's scripts do, and save it; see promises/test_used_in_anger."""
 
 import copy
-import os
+import sys
 import warnings
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,21 @@ class ByValue(nn.Module):
 
 
 def build(kind: str, scratch: Path, vit: bool = False) -> nn.Module:
-    """A small tower, or a classifier on one."""
+    """A small tower, or a classifier on one.
+
+    Args:
+        kind: One of KINDS.
+        scratch: Where a classifier's tower may be saved.
+        vit: With tokens and position embeddings instead of maps and BatchNorm.
+    """
     torch.manual_seed(0)
     name, small = ("test_vit", VIT) if vit else ("test_resnet", RESNET)
     head = {"graph head": Two, "registered head": ByValue}.get(kind)
     tower = TimmModel(name, 8, SIZE, custom_head=head, model_kwargs=small)
     if kind != "classifier":
         return tower.train()
+    if vit:
+        tower.set_input_size(OTHER_SIZE)  # which only the tower can
     tower.save_pretrained(scratch / "trunk")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the classifier is fresh, as it should be
@@ -139,7 +148,8 @@ def gradient_checkpointing(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def other_size(model: nn.Module, folder: Path) -> nn.Module:
-    model.set_input_size(OTHER_SIZE)
+    if isinstance(model, TimmModel):
+        model.set_input_size(OTHER_SIZE)
     assert list(model.config.image_size) == [OTHER_SIZE] * 2
     return plain(model, folder)
 
@@ -193,6 +203,9 @@ WAYS: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
 }
 
 
+CELLS = list(product(WAYS, KINDS))
+
+
 def bare(model: nn.Module) -> torch.Tensor:
     """What the class's own forward gives in eval mode, whatever was put on the instance."""
     model = copy.copy(model).eval()
@@ -201,29 +214,39 @@ def bare(model: nn.Module) -> torch.Tensor:
         return outputs(type(model).forward(model, images(model).to(anchor.dtype))).clone()
 
 
-def train_and_save(way: str, kind: str, folder: str) -> torch.Tensor:
+def train_and_save(way: str, kind: str, folder: Path) -> torch.Tensor:
     """Train and save one tower; what it then gives."""
-    torch.set_num_threads(1)
-    os.makedirs(folder)
-    model = build(kind, Path(folder), vit=way == "other size")
+    folder.mkdir(parents=True)
+    model = build(kind, folder, vit=way == "other size")
     fresh = [parameter.detach().clone() for parameter in model.parameters()]
-    saved = WAYS[way](model, Path(folder, "tower"))
+    saved = WAYS[way](model, folder / "tower")
     moved = [not torch.equal(a, b) for a, b in zip(fresh, saved.parameters(), strict=True)]
     assert sum(moved) > len(moved) // 2, "training moved it"
     return bare(saved)
 
 
-def load_all(folders: dict[tuple[str, str], str]) -> dict[tuple[str, str], tuple[torch.Tensor, str | None] | str]:
-    """Load towers that others saved; what each gives, and what `verify()` says of it; or the error."""
+def load(kind: str, folder: Path) -> tuple[torch.Tensor, str | None]:
+    """What a saved tower gives, and what `verify()` says of it."""
+    cls = TimmTowerForImageClassification if kind == "classifier" else TimmModel
+    model = cls.from_pretrained(folder)
+    assert not model.training
+    return bare(model), model.verify().status if isinstance(model, TimmModel) else None
+
+
+def main(act: str, root: Path) -> None:
+    """Train, or load, all cells in this process; `root` gets what each gave, or its error, as `<act>.pt`."""
     torch.set_num_threads(1)
-    found: dict[tuple[str, str], tuple[torch.Tensor, str | None] | str] = {}
-    for cell, folder in folders.items():
-        cls = TimmTowerForImageClassification if cell[1] == "classifier" else TimmModel
+    found: dict[str, Any] = {}
+    for number, (way, kind) in enumerate(CELLS):
+        folder = root / str(number)
         try:
-            model = cls.from_pretrained(Path(folder, "tower"))
-            assert not model.training
-            verified = model.verify().status if isinstance(model, TimmModel) else None
-            found[cell] = (bare(model), verified)
+            found[f"{way}, {kind}"] = (
+                train_and_save(way, kind, folder) if act == "train" else load(kind, folder / "tower")
+            )
         except Exception as error:
-            found[cell] = f"{type(error).__name__}: {error}"
-    return found
+            found[f"{way}, {kind}"] = f"{type(error).__name__}: {error}"
+    torch.save(found, root / f"{act}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

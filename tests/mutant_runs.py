@@ -33,8 +33,10 @@ class FolderWatcher(Watcher):
 
     may_write: str | None = None
     never = ""
+    _follows = True
 
     def _see(self, event: str, args: tuple[Any, ...]) -> None:
+        self._follows = event == "open"  # what is renamed or removed is the link itself
         if event.startswith("socket."):
             self.harm.append(f"socket: {event}")
         super()._see(event, args)
@@ -42,7 +44,9 @@ class FolderWatcher(Watcher):
     def _is_inside(self, path: object) -> bool:
         if self.may_write is None or not isinstance(path, str):
             return False
-        real = os.path.realpath(path) + os.sep
+        folder, name = os.path.split(path.rstrip(os.sep))
+        real = os.path.realpath(path) if self._follows else os.path.join(os.path.realpath(folder), name)
+        real += os.sep
         return real.startswith(self.may_write + os.sep) and not real.startswith(self.never + os.sep)
 
 
