@@ -7,9 +7,10 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from .heads.isolation import output_of, width_of
 from .reader.config import ATTENTION_POOLS, TimmTowerConfig
 from .reader.errors import ArgumentError, ConfigError, HeadError
-from .reader.head import LIVE, SUBCLASS, CustomHead, builtin_head, output_of, rebuild_head, width_of
+from .reader.head import LIVE, SUBCLASS, CustomHead, builtin_head, rebuild_head
 from .reader.image_processing import check_preprocess, preprocess_from_timm
 from .reader.model_args import check_names
 from .reader.tower import HeadInput, Tower, build_tower, check_buildable, make_classifier

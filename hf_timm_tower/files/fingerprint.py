@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import hashlib
 import platform
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,10 +19,10 @@ import timm
 import torch
 import torch.nn as nn
 import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..reader.errors import FormatError, TowerError, shown
 from ..reader.trunk import eval_mode
+from .private_draws import private_draws
 
 FINGERPRINT_VERSION = 1
 MAX_VALUES = 1024
@@ -73,76 +72,6 @@ class Verification:
         return "\n".join(lines)
 
 
-class fixed_seed(TorchDispatchMode):
-    """Random operations inside draw from generators of their own, seeded with 0, and never from torch's.
-
-    What torch's generators give elsewhere, in other threads too, is as if nothing ran here. The values are those that
-    `torch.manual_seed(0)` would give. Python's `random` is seeded and put back.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._generators: dict[torch.device, torch.Generator] = {}
-
-    def __enter__(self) -> "fixed_seed":
-        self._python = random.getstate()
-        random.seed(0)
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        random.setstate(self._python)
-        super().__exit__(*error)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = dict(kwargs or {})
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **given)
-        names = [argument.name for argument in func._schema.arguments]
-        values = {**dict(zip(names, args, strict=False)), **given}
-        if "dropout_p" in names and not values.get("dropout_p"):
-            return func(*args, **given)  # attention without dropout
-        if values.get("generator") is not None:
-            return func(*args, **given)
-        generator = self._generator_of(values)
-        if "generator" in names:
-            return func(*args, **{**given, "generator": generator})
-        if hasattr(func, "overloads") or (seeded := _with_generator(func)) is None:
-            return self._swapped(generator, func, args, given)
-        return seeded(*args, **{**given, "generator": generator})
-
-    def _generator_of(self, values: Mapping[str, Any]) -> torch.Generator:
-        device = values.get("device")
-        if device is None:
-            tensors = (value for value in values.values() if isinstance(value, torch.Tensor))
-            device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-        device = torch.device(device)
-        if device.type == "meta":
-            device = torch.device("cpu")
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(0)
-        return self._generators[device]
-
-    @staticmethod
-    def _swapped(generator: torch.Generator, func: Any, args: Any, given: dict[str, Any]) -> Any:
-        """For operations that take no generator: torch's own has our state while the one operation runs."""
-        cuda = generator.device.type == "cuda"
-        shared = torch.cuda.default_generators[generator.device.index or 0] if cuda else torch.default_generator
-        before = shared.get_state()
-        shared.set_state(generator.get_state())
-        try:
-            return func(*args, **given)
-        finally:
-            generator.set_state(shared.get_state())
-            shared.set_state(before)
-
-
-def _with_generator(func: Any) -> Any:
-    """The overload of a random operation that takes a generator and otherwise the same; None where there is none."""
-    packet = func.overloadpacket
-    name = "generator" if func._overloadname == "default" else f"{func._overloadname}_generator"
-    return getattr(packet, name) if name in packet.overloads() else None
-
-
 def run_probe(tower: nn.Module, in_chans: int, image_size: list[int]) -> dict[str, torch.Tensor]:
     """The tower's outputs on the probe, in eval mode: path -> tensor on the CPU (`""` for a single tensor).
 
@@ -161,7 +90,7 @@ def run_probe(tower: nn.Module, in_chans: int, image_size: list[int]) -> dict[st
                 stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(eval_mode(tower))
-        stack.enter_context(fixed_seed())
+        stack.enter_context(private_draws(0))
         try:
             output = forward(image)
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:

@@ -1,7 +1,6 @@
 """Working on a copy of somebody's head without leaving a trace."""
 
-import random
-import sys
+import copy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +11,8 @@ import torch
 from torch import nn
 from torch.utils import checkpoint
 
-from ..reader.errors import GraphError
-from ..reader.head import copy_module
-from ..reader.skip_init import PrivateDraws
+from ..files.private_draws import private_draws
+from ..reader.errors import GraphError, HeadError
 
 
 def copy_head(head: nn.Module) -> nn.Module:
@@ -27,24 +25,32 @@ def copy_head(head: nn.Module) -> nn.Module:
         ) from error
 
 
+def copy_module(module: nn.Module) -> nn.Module:
+    """A deep copy; tensors that hold a graph are copied without it, which `copy.deepcopy` alone refuses to do.
+
+    Such are the cached weight of the old-style ``weight_norm``, and what a head remembers of a training step.
+    """
+    memo: dict[int, object] = {}
+    for part in module.modules():
+        for tensor in _tensors_held(list(vars(part).values())):
+            if not tensor.is_leaf:
+                memo[id(tensor)] = tensor.detach().clone()
+    return copy.deepcopy(module, memo)
+
+
+def _tensors_held(value: object, depth: int = 3) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)) and depth:
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_held(item, depth - 1)
+
+
 @contextmanager
 def isolated(seed: int) -> Iterator[None]:
-    """Run a head as if nothing around it were there: no autocast, and random numbers of its own, seeded.
-
-    torch's generators are not touched. Those of Python and numpy, which have no such thing, are put back afterwards.
-    """
-    numpy = sys.modules.get("numpy")
-    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy is not None else None
-    random.seed(seed)
-    if numpy is not None:
-        numpy.random.seed(seed)
-    try:
-        with PrivateDraws(seed), torch.autocast("cpu", enabled=False), _plain_checkpoints():
-            yield
-    finally:
-        random.setstate(python_state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
+    """Run a head as if nothing around it were there: no autocast, and random numbers of its own, seeded."""
+    with private_draws(seed), torch.autocast("cpu", enabled=False), _plain_checkpoints():
+        yield
 
 
 _ISOLATED: ContextVar[bool] = ContextVar("isolated", default=False)
@@ -97,3 +103,33 @@ def _plain_checkpoints() -> Iterator[None]:
             _USERS[0] -= 1
             if not _USERS[0]:
                 vars(checkpoint).update(_NATIVE)
+
+
+def output_of(head: nn.Module, example: torch.Tensor, where: str) -> Any:
+    """What a head gives for an example, run on a copy in eval mode, autocast off, with random numbers of its own.
+
+    Args:
+        head: Any head.
+        example: `[2, C]`, `[2, N, C]` or `[2, C, H, W]`.
+        where: What the example is, for the message.
+
+    Raises:
+        HeadError: the head fails on it.
+    """
+    anchor = next(head.parameters(), None)
+    if anchor is not None:
+        example = example.to(anchor.device)
+    with isolated(0), torch.no_grad(), torch.autocast(example.device.type, enabled=False):
+        try:
+            return copy_module(head).eval()(example)
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError) as error:
+            raise HeadError(
+                f"custom_head={type(head).__name__} fails on {where} of shape {tuple(example.shape)}: {error}"
+            ) from error
+
+
+def width_of(output: Any) -> int | None:
+    """Width of an embedding: D of `[B, D]` and `[B, N, D]`, C of `[B, C, H, W]`, None for tuples and dicts."""
+    if not isinstance(output, torch.Tensor) or output.ndim not in (2, 3, 4):
+        return None
+    return int(output.shape[1] if output.ndim == 4 else output.shape[-1])

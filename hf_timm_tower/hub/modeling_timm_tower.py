@@ -12,13 +12,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 import difflib
 from functools import lru_cache, partial
 import hashlib
 from huggingface_hub import hf_hub_download
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 import inspect
 from io import BytesIO
 import json
@@ -593,7 +594,7 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         self.__dict__["_labels_given"] = any(kwargs.get(name) is not None for name in _LABELS)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
+        super().__setattr__(name, value)  # type: ignore[no-untyped-call]
         if name in _LABELS:
             self.__dict__["_labels_given"] = True
 
@@ -827,7 +828,6 @@ class Budget:
                     + ": refused before it is built. The config does not belong to these weights, or is not one of timm"
                 )
 
-
     def charge_made(self, nbytes: int) -> None:
         """Count bytes that are computed and, for the moment, kept."""
         self.charge("computed", nbytes)
@@ -883,8 +883,10 @@ class _Construction(TorchFunctionMode):
         return self._charged(self.budget, func, name, target if in_place else None, args, kwargs)
 
     def _is_parameter(self, tensor: torch.Tensor) -> bool:
-        return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter) or (
-            id(tensor if tensor._base is None else tensor._base) in self.parameter_data
+        return (
+            isinstance(tensor, nn.Parameter)
+            or isinstance(tensor._base, nn.Parameter)
+            or (id(tensor if tensor._base is None else tensor._base) in self.parameter_data)
         )
 
     def _charged(
@@ -1026,7 +1028,7 @@ def _construction(budget: Budget | None, *, skip: bool) -> Iterator[None]:
     if budget is not None and not _COUNTS_MODULES[0]:
         # Once for the process and never taken away: other threads walk torch's table of these hooks.
         _COUNTS_MODULES[0] = True
-        register_module_module_registration_hook(_count_module)  # type: ignore[no-untyped-call]
+        register_module_module_registration_hook(_count_module)
     token = _ACTIVE.set(budget if budget is not None else _ACTIVE.get())
     try:
         with _Construction(budget, skip=skip):
@@ -1061,47 +1063,6 @@ def within_budget(budget: Budget) -> Iterator[None]:
         return
     with _construction(budget, skip=False):
         yield
-
-
-class PrivateDraws(TorchDispatchMode):
-    """Inside, whatever is drawn at random comes from generators of this block, also in the backward pass.
-
-    torch's global generators are neither read nor set, so that other threads draw what they would have drawn.
-
-    Args:
-        seed: Of the generators, one for each kind of device.
-    """
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self.seed = seed
-        self.generators: dict[str, torch.Generator] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunction():  # what calls of torch are made in turn is nobody's call
-            return self._draw(func, args, kwargs or {})
-
-    def _draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
-            return func(*args, **kwargs)
-        place = args[0].device if args and isinstance(args[0], torch.Tensor) else kwargs.get("device") or "cpu"
-        kind = torch.device(place).type
-        if kind == "meta":
-            return func(*args, **kwargs)
-        if kind not in self.generators:
-            self.generators[kind] = torch.Generator(kind).manual_seed(self.seed)
-        generator = self.generators[kind]
-        if any(argument.name == "generator" for argument in func._schema.arguments):
-            return func(*args, **{**kwargs, "generator": generator})
-        packet = func.overloadpacket
-        name = packet.__name__
-        if name in ("rand_like", "randn_like"):
-            made = torch.empty_like(args[0], **kwargs)
-            return made.uniform_(generator=generator) if name == "rand_like" else made.normal_(generator=generator)
-        overload = {"default": "generator", "low": "low_generator", "names": ""}.get(func._overloadname, "")
-        if overload in packet.overloads():
-            return getattr(packet, overload)(*args, **{**kwargs, "generator": generator})
-        return func(*args, **kwargs)
 
 # --- trunk.py
 
@@ -1456,6 +1417,7 @@ _FFT = "fft ifft fft2 ifft2 fftn ifftn rfft irfft rfft2 irfft2 rfftn irfftn ffts
 
 TENSOR_PROPERTIES = ("T", "mT", "H", "mH", "real", "imag", "data")
 
+
 def _property_reader(name: str) -> Callable[[torch.Tensor], Any]:
     getter = getattr(torch.Tensor, name).__get__
 
@@ -1515,7 +1477,7 @@ Json = Any
 
 # The longest forward of the heads in this package's tests has 55 nodes; one that loops over 1,370 tokens has thousands.
 MAX_NODES = 10_000
-MAX_ITEMS = 10_000
+MAX_GRAPH_ITEMS = 10_000
 MAX_ELEMENTS = 2**31
 MAX_FORMULA_DEPTH = 6
 
@@ -1710,7 +1672,7 @@ def _node(value: Json, reader: "_ValueReader", modules: set[str]) -> Node:
     if kind == "call" and target not in modules:
         raise GraphError(f"{where}: calls {shown(target)}, which is not a layer of the head")
     reader.op = target if kind == "op" else ""
-    args = tuple(reader.read(item) for item in read_list(value.get("in", []), where, MAX_ITEMS))
+    args = tuple(reader.read(item) for item in read_list(value.get("in", []), where, MAX_GRAPH_ITEMS))
     keywords = value.get("kw", {})
     if not isinstance(keywords, dict) or not all(isinstance(key, str) and _KEYWORD.fullmatch(key) for key in keywords):
         raise GraphError(f"{where}: keyword arguments {shown(keywords)} are not an object of plain names")
@@ -1752,7 +1714,7 @@ class _ValueReader:
         if isinstance(value, str):
             return self._reference(value)
         if isinstance(value, list):
-            return [self.read(item) for item in read_list(value, self.where, MAX_ITEMS)]
+            return [self.read(item) for item in read_list(value, self.where, MAX_GRAPH_ITEMS)]
         if isinstance(value, dict) and len(value) == 1:
             ((tag, inner),) = value.items()
             return self._tagged(tag, inner)
@@ -1760,9 +1722,9 @@ class _ValueReader:
 
     def _tagged(self, tag: str, inner: Json) -> Any:
         if tag == "t":
-            return tuple(self.read(item) for item in read_list(inner, self.where, MAX_ITEMS))
+            return tuple(self.read(item) for item in read_list(inner, self.where, MAX_GRAPH_ITEMS))
         if tag in ("d", "ordered"):
-            pairs = [read_pair(item, self.where) for item in read_list(inner, self.where, MAX_ITEMS)]
+            pairs = [read_pair(item, self.where) for item in read_list(inner, self.where, MAX_GRAPH_ITEMS)]
             return Pairs(tag, tuple((self._dict_key(key), self.read(item)) for key, item in pairs))
         if tag == "s":
             return self._string(inner)
@@ -1859,7 +1821,7 @@ MAX_TEXT = 1 << 20
 MAX_VALUES = 200_000
 MAX_MODULES = 2_000
 MAX_MODULE_DEPTH = 32
-MAX_DEPTH = 16
+MAX_GRAPH_DEPTH = 16
 MAX_EMBEDDED_BYTES = 1 << 20
 
 _GRAPH_KEYS = frozenset("version input modules ties frozen dtypes layouts held constants forward train eval".split())
@@ -1955,7 +1917,7 @@ def check_extent(graph: Json) -> None:
         GraphError: a limit is exceeded.
     """
     level, values, letters = [graph], 1, 0
-    for _ in range(MAX_DEPTH):
+    for _ in range(MAX_GRAPH_DEPTH):
         deeper: list[Json] = []
         for item in level:
             inner = item.values() if isinstance(item, dict) else item
@@ -1973,11 +1935,11 @@ def check_extent(graph: Json) -> None:
         level = deeper
         if not level:
             return
-    raise GraphError(f"the stored head is nested deeper than {MAX_DEPTH} levels")
+    raise GraphError(f"the stored head is nested deeper than {MAX_GRAPH_DEPTH} levels")
 
 
 def _entries(graph: dict[str, Json], key: str) -> list[Json]:
-    return read_list(graph.get(key, []), key, MAX_ITEMS)
+    return read_list(graph.get(key, []), key, MAX_GRAPH_ITEMS)
 
 
 def _callable_names(modules: Sequence[ModuleSpec]) -> set[str]:
@@ -2089,11 +2051,11 @@ def _module(value: Json, left: list[int]) -> ModuleSpec:
     if value.get("part") is not True:
         raise GraphError(f"{where}: is neither a layer, a container, another name, nor a part")
     values = []
-    for item in read_list(value.get("values", []), where, MAX_ITEMS):
+    for item in read_list(value.get("values", []), where, MAX_GRAPH_ITEMS):
         key, tensor = read_pair(item, where)
         values.append((_key(key, where), _tensor(tensor, left, f"{where}, buffer {shown(key)}")))
     params, buffers = (
-        tuple(_tensor_spec(item, where) for item in read_list(value.get(kind, []), where, MAX_ITEMS))
+        tuple(_tensor_spec(item, where) for item in read_list(value.get(kind, []), where, MAX_GRAPH_ITEMS))
         for kind in ("params", "buffers")
     )
     spec = ModuleSpec(name, "part", params=params, buffers=buffers, values=tuple(values))
@@ -2200,7 +2162,7 @@ class Sizes:
 
     def start(self, head: nn.Module, x: torch.Tensor) -> "_Counted | None":
         """The count of one forward; None where torch compiles or exports the head, which calls nothing for real."""
-        if RECORDING.get() or torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta:
+        if RECORDING.get() or torch.compiler.is_compiling() or torch._C._get_tracing_state() or x.is_meta:
             return None
         weights = sum(tensor.nbytes for tensor in (*head.parameters(), *head.buffers()))
         if len(self.known) > _MAX_KNOWN:
@@ -2265,11 +2227,11 @@ def _too_much(name: str, spent: int, limit: int) -> GraphError:
     )
 
 
-class _Count(TorchDispatchMode):
+class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes that calls make, and ends the run where they are too many."""
 
     def __init__(self, limit: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.limit, self.made, self.tensors = limit, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -3017,57 +2979,6 @@ def code_file(config: dict[str, Any]) -> str | None:
     return name
 
 
-def copy_module(module: nn.Module) -> nn.Module:
-    """A deep copy; tensors that hold a graph are copied without it, which `copy.deepcopy` alone refuses to do.
-
-    Such are the cached weight of the old-style ``weight_norm``, and what a head remembers of a training step.
-    """
-    memo: dict[int, object] = {}
-    for part in module.modules():
-        for tensor in _tensors_held(list(vars(part).values())):
-            if not tensor.is_leaf:
-                memo[id(tensor)] = tensor.detach().clone()
-    return copy.deepcopy(module, memo)
-
-
-def _tensors_held(value: object, depth: int = 3) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple, dict)) and depth:
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_held(item, depth - 1)
-
-
-def output_of(head: nn.Module, example: torch.Tensor, where: str) -> Any:
-    """What a head gives for an example, run on a copy in eval mode, autocast off, with random numbers of its own.
-
-    Args:
-        head: Any head.
-        example: `[2, C]`, `[2, N, C]` or `[2, C, H, W]`.
-        where: What the example is, for the message.
-
-    Raises:
-        HeadError: the head fails on it.
-    """
-    anchor = next(head.parameters(), None)
-    if anchor is not None:
-        example = example.to(anchor.device)
-    with PrivateDraws(0), torch.no_grad(), torch.autocast(example.device.type, enabled=False):
-        try:
-            return copy_module(head).eval()(example)
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError) as error:
-            raise HeadError(
-                f"custom_head={type(head).__name__} fails on {where} of shape {tuple(example.shape)}: {error}"
-            ) from error
-
-
-def width_of(output: Any) -> int | None:
-    """Width of an embedding: D of `[B, D]` and `[B, N, D]`, C of `[B, C, H, W]`, None for tuples and dicts."""
-    if not isinstance(output, torch.Tensor) or output.ndim not in (2, 3, 4):
-        return None
-    return int(output.shape[1] if output.ndim == 4 else output.shape[-1])
-
-
 # --- heads that are stored as code
 
 _CODE_DTYPES = {each: getattr(torch, each) for each in ("float16", "bfloat16", "float32", "float64")}
@@ -3085,8 +2996,8 @@ def refuse_code(spec: dict[str, Any], *, repo: str, revision: str | None) -> Hea
     at = f" at revision {shown(revision)[1:-1]}" if revision else ""
     again = f'"{shown(repo)[1:-1]}"' + (f', revision="{shown(revision)[1:-1]}"' if revision else "")
     return HeadError(
-        f"the head of {shown(repo)[1:-1]}{at} is the class {shown(spec.get('class'))}, stored as code in {file}. Code of a "
-        f"repository is not run unless you say so, and nothing was run. Read {file}{at} first; then either\n"
+        f"the head of {shown(repo)[1:-1]}{at} is the class {shown(spec.get('class'))}, stored as code in {file}. "
+        f"Code of a repository is not run unless you say so, and nothing was run. Read {file}{at} first; then either\n"
         f"  - from_pretrained({again}, trust_remote_code=True) runs it, or\n"
         f"  - from_pretrained({again}, custom_head=...) takes a head of your own, checked against the weights"
     )
@@ -4175,6 +4086,10 @@ def plain_defaults() -> Iterator[None]:
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _MAX_INDEX_BYTES = 32 * 1024**2
+_COMMIT, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
+_WEIGHT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.safetensors")
+_PINNED_FIELDS = {"repo_id", "commit", "layout", "files", "unused"}
+_MOST_FILES = 1000
 _ALIGNMENT = 64  # bytes; what torch's CPU allocator aligns to
 
 
@@ -4248,20 +4163,74 @@ def _read_index(path: Path) -> dict[str, Any]:
     return index if isinstance(index, dict) else {}
 
 
-def fetch_pinned_trunk(source: Mapping[str, Any], **access: Any) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True)
+class TrunkSource:
+    """Where a trunk's weights are stored.
+
+    Attributes:
+        repo_id: `org/name`.
+        commit: 40 hex digits.
+        layout: Whose keys the files have.
+        files: File name -> SHA-256 of its bytes.
+        unused: Keys that the trunk has no place for.
+    """
+
+    repo_id: str
+    commit: str
+    layout: Literal["tower", "timm"]
+    files: dict[str, str]
+    unused: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """What `config.trunk_source` holds."""
+        return {**asdict(self), "unused": list(self.unused)}
+
+
+def parse_trunk_source(spec: Any) -> TrunkSource:
+    """`config.trunk_source` of an untrusted file.
+
+    Raises:
+        ConfigError: names what is wrong with it.
+    """
+    if not isinstance(spec, dict) or set(spec) != _PINNED_FIELDS:
+        raise ConfigError(f"trunk_source: expected {', '.join(sorted(_PINNED_FIELDS))}, found {shown(spec, 200)}")
+    repo_id, commit, layout, files, unused = (
+        spec[name] for name in ("repo_id", "commit", "layout", "files", "unused")
+    )
+    if not isinstance(repo_id, str) or not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+        raise ConfigError(
+            f"trunk_source: expected a repository's id and a commit, found {shown(repo_id)} and {shown(commit)}"
+        )
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ConfigError(f"trunk_source.repo_id={shown(repo_id)}: not the id of a repository") from error
+    if layout not in ("tower", "timm"):
+        raise ConfigError(f"trunk_source.layout={shown(layout)}: expected 'tower' or 'timm'")
+    if not isinstance(files, dict) or not 1 <= len(files) <= _MOST_FILES:
+        raise ConfigError(f"trunk_source.files: expected 1 to {_MOST_FILES} file names with their SHA-256")
+    for name, digest in files.items():
+        if not _WEIGHT_NAME.fullmatch(name) or not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+            raise ConfigError(f"trunk_source.files: {shown(name)} is not a .safetensors file with its SHA-256")
+    if not isinstance(unused, list) or not all(isinstance(key, str) for key in unused):
+        raise ConfigError("trunk_source.unused: expected a list of keys")
+    return TrunkSource(repo_id, commit, layout, dict(files), tuple(unused))
+
+
+def fetch_pinned_trunk(source: TrunkSource, **access: Any) -> dict[str, torch.Tensor]:
     """`trunk.*` -> tensor of a trunk in another repository, at the pinned commit and with the pinned digests.
 
     Args:
-        source: `config.trunk_source`, checked.
+        source: From `parse_trunk_source`.
         access: `token`, `cache_dir`, `local_files_only`, `force_download` of huggingface_hub.
 
     Raises:
         HubError: the repository cannot be read.
         WeightsError: a file there is not the one that was pinned.
     """
-    repo_id, commit = source["repo_id"], source["commit"]
+    repo_id, commit = source.repo_id, source.commit
     found: dict[str, torch.Tensor] = {}
-    for name, digest in source["files"].items():
+    for name, digest in source.files.items():
         try:
             path = Path(hf_hub_download(repo_id, name, revision=commit, **access))
         except (OSError, ValueError, RuntimeError) as error:
@@ -4278,9 +4247,9 @@ def fetch_pinned_trunk(source: Mapping[str, Any], **access: Any) -> dict[str, to
             )
         found.update(load_file(path))
     aligned = {key: tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone() for key, tensor in found.items()}
-    if source["layout"] == "tower":
+    if source.layout == "tower":
         return {key: tensor for key, tensor in aligned.items() if key.startswith("trunk.")}
-    return {f"trunk.{key}": tensor for key, tensor in aligned.items() if key not in source["unused"]}
+    return {f"trunk.{key}": tensor for key, tensor in aligned.items() if key not in source.unused}
 
 
 def same_bytes_of(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -4589,7 +4558,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         config = TimmTowerConfig(**described)
         weights = read_weight_files([Path(file) for file in files])
         if config.trunk_source is not None:
-            weights = {**weights, **fetch_pinned_trunk(config.trunk_source, **loading.access())}
+            weights = {**weights, **fetch_pinned_trunk(parse_trunk_source(config.trunk_source), **loading.access())}
         return StoredTower(config, weights)
 
     # --- what transformers asks of a model

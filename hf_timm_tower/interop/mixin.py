@@ -194,4 +194,3 @@ class InterchangeMixin(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     # It acts on a part of another model only: at the root, a tower leaves its state dict to nn.Module.
-    _load_from_state_dict.is_plain_at_the_root = True  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..files.json import write_json
 from ..files.names import CONFIG_NAME, SINGLE_NAME
+from ..files.private_draws import private_draws
 from ..files.safetensors_layout import write_aligned
 from ..files.safetensors_read import read_aligned
 from ..files.staging import staged_folder
@@ -332,7 +333,7 @@ def _check(
         The output's difference, over its largest value.
     """
     anchor = next(trunk.parameters())
-    with torch.random.fork_rng(devices=[]):
+    with private_draws(0):
         loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)
     loaded = loaded.to(device=anchor.device, dtype=float_dtype(trunk)).eval()
     written, state = read_aligned(folder / SINGLE_NAME), loaded.state_dict()

@@ -9,6 +9,7 @@ import torch.nn as nn
 from torch.overrides import TorchFunctionMode
 
 from ..build import checked_arguments, head_fields
+from ..files.private_draws import private_draws
 from ..hub.download import Access
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import WeightsError
@@ -94,7 +95,7 @@ def fill_trunk(trunk: nn.Module, config: TimmTowerConfig, source: TimmSource) ->
     args["num_classes"] = source.num_classes
     assert isinstance(config.image_size, (list, tuple))
     noted = _LoadOnly()
-    with torch.random.fork_rng(devices=[]), noted:
+    with private_draws(0), noted:
         full = create_model(source, list(config.image_size), config.in_chans, args, source.has_size, with_weights=True)
     lacking = [key for key, tensor in full.state_dict(keep_vars=True).items() if id(tensor) not in noted.filled]
     if lacking:

@@ -3,11 +3,10 @@
 Making heads and finding the form in which one is stored is not needed for reading (`heads/` in the package).
 """
 
-import copy
 import hashlib
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from transformers.utils.hub import cached_file
 from .config import TimmTowerConfig
 from .errors import ConfigError, FormatError, HeadError, shown
 from .graph_head import construct
-from .skip_init import PrivateDraws
 
 HeadFactory = Callable[..., nn.Module]
 CustomHead = nn.Module | HeadFactory | str
@@ -154,57 +152,6 @@ def code_file(config: dict[str, Any]) -> str | None:
     if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
         raise FormatError(f"config.head.file={shown(name)}: expected the plain name of a Python file")
     return name
-
-
-def copy_module(module: nn.Module) -> nn.Module:
-    """A deep copy; tensors that hold a graph are copied without it, which `copy.deepcopy` alone refuses to do.
-
-    Such are the cached weight of the old-style ``weight_norm``, and what a head remembers of a training step.
-    """
-    memo: dict[int, object] = {}
-    for part in module.modules():
-        for tensor in _tensors_held(list(vars(part).values())):
-            if not tensor.is_leaf:
-                memo[id(tensor)] = tensor.detach().clone()
-    return copy.deepcopy(module, memo)
-
-
-def _tensors_held(value: object, depth: int = 3) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple, dict)) and depth:
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_held(item, depth - 1)
-
-
-def output_of(head: nn.Module, example: torch.Tensor, where: str) -> Any:
-    """What a head gives for an example, run on a copy in eval mode, autocast off, with random numbers of its own.
-
-    Args:
-        head: Any head.
-        example: `[2, C]`, `[2, N, C]` or `[2, C, H, W]`.
-        where: What the example is, for the message.
-
-    Raises:
-        HeadError: the head fails on it.
-    """
-    anchor = next(head.parameters(), None)
-    if anchor is not None:
-        example = example.to(anchor.device)
-    with PrivateDraws(0), torch.no_grad(), torch.autocast(example.device.type, enabled=False):
-        try:
-            return copy_module(head).eval()(example)
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError) as error:
-            raise HeadError(
-                f"custom_head={type(head).__name__} fails on {where} of shape {tuple(example.shape)}: {error}"
-            ) from error
-
-
-def width_of(output: Any) -> int | None:
-    """Width of an embedding: D of `[B, D]` and `[B, N, D]`, C of `[B, C, H, W]`, None for tuples and dicts."""
-    if not isinstance(output, torch.Tensor) or output.ndim not in (2, 3, 4):
-        return None
-    return int(output.shape[1] if output.ndim == 4 else output.shape[-1])
 
 
 # --- heads that are stored as code

@@ -22,7 +22,6 @@ import torch
 import torch.nn as nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import ConfigError
 
@@ -320,44 +319,3 @@ def within_budget(budget: Budget) -> Iterator[None]:
         return
     with _construction(budget, skip=False):
         yield
-
-
-class PrivateDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside, whatever is drawn at random comes from generators of this block, also in the backward pass.
-
-    torch's global generators are neither read nor set, so that other threads draw what they would have drawn.
-
-    Args:
-        seed: Of the generators, one for each kind of device.
-    """
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seed = seed
-        self.generators: dict[str, torch.Generator] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunction():  # what calls of torch are made in turn is nobody's call
-            return self._draw(func, args, kwargs or {})
-
-    def _draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
-            return func(*args, **kwargs)
-        place = args[0].device if args and isinstance(args[0], torch.Tensor) else kwargs.get("device") or "cpu"
-        kind = torch.device(place).type
-        if kind == "meta":
-            return func(*args, **kwargs)
-        if kind not in self.generators:
-            self.generators[kind] = torch.Generator(kind).manual_seed(self.seed)
-        generator = self.generators[kind]
-        if any(argument.name == "generator" for argument in func._schema.arguments):
-            return func(*args, **{**kwargs, "generator": generator})
-        packet = func.overloadpacket
-        name = packet.__name__
-        if name in ("rand_like", "randn_like"):
-            made = torch.empty_like(args[0], **kwargs)
-            return made.uniform_(generator=generator) if name == "rand_like" else made.normal_(generator=generator)
-        overload = {"default": "generator", "low": "low_generator", "names": ""}.get(func._overloadname, "")
-        if overload in packet.overloads():
-            return getattr(packet, overload)(*args, **{**kwargs, "generator": generator})
-        return func(*args, **kwargs)

@@ -22,7 +22,8 @@ from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..files.disk import locked_folder
-from ..files.fingerprint import TOLERANCES, fixed_seed, weight_digests
+from ..files.fingerprint import TOLERANCES, weight_digests
+from ..files.private_draws import private_draws
 from ..heads.batch_formula import same_bytes
 from ..reader.errors import ArgumentError, ConfigError, FolderError, FormatError
 from ..reader.freezing import is_held, keeps_statistics
@@ -282,9 +283,9 @@ def _proven_features(tower: "TimmModel", inputs: torch.Tensor) -> torch.Tensor:
                 )
         features = _features_of(tower, inputs)
         with torch.no_grad():
-            with fixed_seed():
+            with private_draws(0):
                 whole = _tensors(tower(inputs.to(device, float_dtype(tower.trunk))))
-            with fixed_seed():
+            with private_draws(0):
                 by_head = _tensors(forward_from_cache(tower, features))
     if len(whole) != len(by_head) or not all(map(same_bytes, whole, by_head)):
         raise ConfigError(

@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_timm_tower import TimmModel
+from hf_timm_tower.files.private_draws import PrivateDraws
 from hf_timm_tower.heads.isolation import isolated
 from hf_timm_tower.heads.stored_form import store_head
-from hf_timm_tower.reader.skip_init import PrivateDraws
 
 
 class Remembers(nn.Module):

@@ -428,7 +428,8 @@ def bomb(depth: int) -> str:
 
 MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 9))
 RESULT = (
-    "model-index:\n- name: m\n  results:\n  - task: {{type: t}}\n    dataset: {}\n    metrics: [{{type: a, value: 1}}]\n"
+    "model-index:\n- name: m\n  results:\n  - task: {{type: t}}\n    dataset: {}\n"
+    "    metrics: [{{type: a, value: 1}}]\n"
 )
 
 
