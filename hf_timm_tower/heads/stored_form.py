@@ -103,6 +103,7 @@ def _copy_weights(source: nn.Module, target: nn.Module) -> None:
     if missing or unexpected:
         raise HeadError(f"rebuilt with other weight names: lacks {unexpected[:4]}, has {missing[:4]}")
     try:
-        target.load_state_dict({key: value.detach().clone() for key, value in theirs.items()})
+        # assigned, so that the rebuilt head has the dtypes of the original
+        target.load_state_dict({key: value.detach().clone() for key, value in theirs.items()}, assign=True)
     except RuntimeError as error:
         raise HeadError(f"rebuilt with other weight shapes: {error}") from error

@@ -2628,7 +2628,13 @@ class _Run:
         function = OPS[node.target] if node.kind == "op" else submodule(self.head, node.target)
         if self.counted is not None:
             self.counted.check(len(self.results), node.target, function, args, kwargs)
-        self.results.append(function(*args, **kwargs))
+        try:
+            self.results.append(function(*args, **kwargs))
+        except (TypeError, IndexError, KeyError, AttributeError) as error:
+            raise GraphError(
+                f"the stored head cannot make its call {shown(node.target)}: {shown(str(error), 200)}. The file is "
+                "damaged or was edited; save the tower again"
+            ) from error
 
     def resolve(self, value: Any) -> Any:
         if isinstance(value, Reference):
