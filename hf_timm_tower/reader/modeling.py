@@ -43,6 +43,7 @@ from .weights import (
     fetch_pinned_trunk,
     floating_dtype,
     parse_trunk_source,
+    read_index,
     read_weight_files,
 )
 
@@ -116,6 +117,16 @@ class TowerLoading:
         if not self.trusts:
             raise refuse_code(spec, repo=self.place, revision=self.download.get("revision"))
         return self.run_code(spec, self.place, **self.download)
+
+    def refuse_damaged_index(self) -> None:
+        """Refuse an index that does not map keys to file names.
+
+        Raises:
+            FormatError: it does not.
+        """
+        path = cached_file(self.place, INDEX_FILE, _raise_exceptions_for_missing_entries=False, **self.download)
+        if path is not None:
+            read_index(Path(path))
 
     def refuse_stale(self, files: Sequence[str]) -> None:
         """Refuse a `model.safetensors` that an index of other files is beside, as a folder with both is refused.
@@ -335,15 +346,19 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             keeps_dtypes=wanted in (None, "auto"),
             run_code=cls._make_code_head,
         )
-        found: Any = super().from_pretrained(
-            pretrained_model_name_or_path,
-            config=config,
-            dtype=wanted,
-            ignore_mismatched_sizes=ignore_mismatched_sizes,
-            output_loading_info=True,
-            _loading=loading,
-            **kwargs,
-        )
+        try:
+            found: Any = super().from_pretrained(
+                pretrained_model_name_or_path,
+                config=config,
+                dtype=wanted,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
+                output_loading_info=True,
+                _loading=loading,
+                **kwargs,
+            )
+        except (AttributeError, IndexError, KeyError, TypeError):
+            loading.refuse_damaged_index()  # transformers reads it unchecked
+            raise
         model, info = found
         model._loading = None
         if not ignore_mismatched_sizes:

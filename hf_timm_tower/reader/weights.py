@@ -22,7 +22,7 @@ from .errors import ArgumentError, ConfigError, FormatError, HubError, WeightsEr
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-_MAX_INDEX_BYTES = 32 * 1024**2
+_MAX_INDEX_BYTES = 4 * 1024**2
 _COMMIT, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 _WEIGHT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.safetensors")
 _PINNED_FIELDS = {"repo_id", "commit", "layout", "files", "unused"}
@@ -59,7 +59,7 @@ def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
     Raises:
         FormatError: a file is damaged, or the index does not fit the files.
     """
-    index = _read_index(files[0].with_name(INDEX_FILE))
+    index = read_index(files[0].with_name(INDEX_FILE))
     weight_map = index.get("weight_map")
     found: dict[str, torch.Tensor] = {}
     for file in files:
@@ -88,7 +88,12 @@ def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
     return found
 
 
-def _read_index(path: Path) -> dict[str, Any]:
+def read_index(path: Path) -> dict[str, Any]:
+    """The JSON of an index, `{}` where there is none.
+
+    Raises:
+        FormatError: it is too large, no JSON, or does not map keys to file names.
+    """
     if not path.is_file():
         return {}
     if path.stat().st_size > _MAX_INDEX_BYTES:
@@ -97,7 +102,12 @@ def _read_index(path: Path) -> dict[str, Any]:
         index = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not JSON: {error}") from error
-    return index if isinstance(index, dict) else {}
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise FormatError(f"{path}: weight_map must be an object that maps each key to a file name")
+    if not isinstance(index.get("metadata", {}), dict):
+        raise FormatError(f"{path}: metadata must be an object, found {shown(index['metadata'])}")
+    return index  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
