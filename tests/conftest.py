@@ -46,9 +46,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     from .timm_classes import chosen_classes, smallest_of_each_class
 
     left_out = smallest_of_each_class().keys() - chosen_classes()
+    # slow sweeps name a class or its smallest architecture; others name architectures for reasons of their own
+    smallest = {smallest_of_each_class()[name] for name in left_out}
     class_of = {item: set(getattr(getattr(item, "callspec", None), "id", "").split("-")) for item in items}
-    kept = [item for item in items if not class_of[item] & left_out]
-    config.hook.pytest_deselected(items=[item for item in items if class_of[item] & left_out])
+    dropped = {
+        item
+        for item in items
+        if class_of[item] & left_out or (class_of[item] & smallest and item.get_closest_marker("slow"))
+    }
+    kept = [item for item in items if item not in dropped]
+    config.hook.pytest_deselected(items=[item for item in items if item in dropped])
     order = {name: number for number, name in enumerate(smallest_of_each_class())}
     places = [place for place, item in enumerate(kept) if item.path.name == _CLASS_SWEEP]
     sweep = sorted(

@@ -155,6 +155,10 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         own = self.proj is None and self.head is None and self.pool not in ATTENTION_POOLS
         return own and (not self.__dict__["_labels_given"] or self.num_labels == self.embed_dim)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', without what only this object knows."""
+        return {name: value for name, value in super().to_dict().items() if name != "_labels_given"}
+
     def to_diff_dict(self) -> dict[str, Any]:
         """What `config.json` holds: every field of ours, and of transformers' fields those that were set.
 
@@ -164,8 +168,7 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         everything = self.to_dict()
         for name in OUR_FIELDS:
             written[name] = everything[name]
-        for name in ("custom_pipelines", "_labels_given"):
-            written.pop(name, None)
+        written.pop("custom_pipelines", None)
         if dropped := sorted(set(written) - set(OUR_FIELDS) - _TRANSFORMERS_KEYS):
             warnings.warn(f"not stored: a tower has no such fields: {', '.join(map(shown, dropped))}", stacklevel=2)
         return {name: value for name, value in written.items() if name not in dropped}

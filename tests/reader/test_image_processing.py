@@ -11,8 +11,8 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.data.transforms_factory import transforms_imagenet_eval
 
 from hf_timm_tower import ArgumentError, ConfigError, TimmModel, TimmTowerConfig
+from hf_timm_tower.build import resolve_config
 from hf_timm_tower.reader.image_processing import check_preprocess, make_transform, preprocess_from_timm
-from hf_timm_tower.reader.tower import complete
 from hf_timm_tower.reader.trunk import create_trunk
 
 # each with another interpolation, crop, size or normalisation
@@ -33,7 +33,7 @@ def photographs() -> list[Image.Image]:
 def without_weights(architecture: str, **arguments: Any) -> tuple[TimmTowerConfig, torch.nn.Module]:
     config = TimmTowerConfig(architecture=architecture, proj="none", **arguments)
     trunk = create_trunk(config, initialise=False)
-    return complete(config, trunk)[0], trunk
+    return resolve_config(config, trunk)[0], trunk
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
