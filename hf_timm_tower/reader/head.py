@@ -4,7 +4,6 @@ Making heads and finding the form in which one is stored is not needed for readi
 """
 
 import hashlib
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,7 +33,7 @@ CODE = "code"
 HEAD_FACTORIES: dict[str, HeadFactory] = {}
 """Name -> class or function, filled by `register_head`."""
 
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.py")
+HEAD_CODE_FILE = "head_code.py"
 
 
 def builtin_head(config: TimmTowerConfig) -> nn.Sequential:
@@ -143,14 +142,14 @@ def code_file(config: dict[str, Any]) -> str | None:
     """Name of the source file of a head that is stored as code, None for every other head.
 
     Raises:
-        FormatError: it is not the plain name of a Python file.
+        FormatError: it has another name than such files have.
     """
     head = config.get("head")
     if not isinstance(head, dict) or head.get("form") != CODE:
         return None
-    name = head.get("file")
-    if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
-        raise FormatError(f"config.head.file={shown(name)}: expected the plain name of a Python file")
+    name: Any = head.get("file")
+    if name != HEAD_CODE_FILE:
+        raise FormatError(f"config.head.file={shown(name)}: a head of code is stored in {HEAD_CODE_FILE}")
     return name
 
 
@@ -185,7 +184,7 @@ def check_code_spec(spec: Any) -> None:
         HeadError: says what it must have.
     """
     fits = (
-        code_file({"head": spec}) is not None
+        spec.get("file") == HEAD_CODE_FILE
         and isinstance(spec.get("class"), str)
         and spec["class"].isidentifier()
         and isinstance(spec.get("sha256"), str)

@@ -19,6 +19,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .config import TimmTowerConfig
 from .errors import ArgumentError, ConfigError, FormatError, HubError, WeightsError, shown
+from .trunk import buffers_as_timm
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -227,7 +228,7 @@ def assign_weights(
         module: Built on any device, `meta` included; its values are not looked at.
         tensors: Key -> tensor.
         source: Where they come from, for the error's text.
-        dtype: Floating tensors are cast to it; None keeps each tensor's own.
+        dtype: Floating tensors are cast to it, computed buffers as `module.to(dtype)` does; None keeps each one's own.
         device: Where everything goes; None leaves it where it is.
         allow_missing: Keys that may be missing: those stay what they are.
 
@@ -241,7 +242,8 @@ def assign_weights(
     full, differing = dict(tensors), list[str]()
     for keys in own_ties.values():
         if len(keys) > 1 and (given := [key for key in keys if key in full]):
-            differing += [key for key in given[1:] if not same_bytes_of(full[key], full[given[0]])]
+            odd = [key for key in given[1:] if not same_bytes_of(full[key], full[given[0]])]
+            differing += [f"{key} and {given[0]}" for key in odd]
             full.update((key, full[given[0]]) for key in keys)
     if problems := _misfits(state, full, allow_missing, differing):
         raise WeightsError(
@@ -268,6 +270,8 @@ def assign_weights(
             f"{source}: {_listed(refused)} did not reach the module: it overrides how attributes are set or a state "
             "dict is loaded, which a tower cannot use"
         )
+    if dtype is not None:
+        buffers_as_timm(module, dtype)
     if device is not None:
         _move_computed_buffers(module, device)
 

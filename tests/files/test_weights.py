@@ -225,16 +225,6 @@ def test_a_foreign_file_may_lack_the_aliases_of_a_tie_and_may_not_contradict_it(
         assign_weights(Autoencoder("object"), state, source="x")
 
 
-def test_ties_can_be_asked_for_at_load() -> None:
-    loaded = Autoencoder("none")
-    state = {key: value.clone() for key, value in Autoencoder("object").state_dict().items()}
-    assign_weights(loaded, state, source="x", ties=[["a.weight", "b.weight"]])
-    assert loaded.a.weight is loaded.b.weight
-    with pytest.raises(WeightsError, match=r"a\.bias"):
-        assign_weights(loaded, state, source="x", ties=[["a.bias", "b.bias"]])
-    with pytest.raises(WeightsError, match=r"nowhere"):
-        assign_weights(loaded, state, source="x", ties=[["a.weight", "nowhere"]])
-
 
 @pytest.mark.parametrize(
     "tied", [3, ["a.weight"], [["a.weight"]], [["a.weight", 3]], [["a.weight", "nowhere"]], [["a.bias", "b.bias"]],

@@ -22,7 +22,8 @@ import heads_in_the_wild
 from heads_in_the_wild import HEADS, DomainAdversarialHead, GreedyHashHead, Head
 from hf_timm_tower import HeadError, register_head
 from hf_timm_tower.heads.registry import known_arguments
-from hf_timm_tower.heads.source_file import construct_code, refuse_code, store_source
+from hf_timm_tower.heads.source_file import construct_code, store_source
+from hf_timm_tower.reader.head import refuse_code
 from hf_timm_tower.reader.skip_init import skip_init
 
 ROOT = Path(__file__).parents[2]
@@ -458,8 +459,8 @@ def test_two_loads_of_one_file_run_it_once() -> None:
 
 
 def test_the_refusal_says_what_where_and_how_to_allow_it() -> None:
-    error = refuse_code(spec_of(FINE), repo="org/eyes", revision="c0ffee", file="core/head_code.py")
+    error = refuse_code(spec_of(FINE), repo="org/eyes", revision="c0ffee")
     assert isinstance(error, HeadError)
-    for part in ("org/eyes", "c0ffee", "core/head_code.py", "'Head'", "trust_remote_code=True", "custom_head=", "Read"):
+    for part in ("org/eyes", "c0ffee", "head_code.py", "'Head'", "trust_remote_code=True", "custom_head=", "Read"):
         assert part in str(error)
-    assert "None" not in str(refuse_code(spec_of(FINE), repo="folder", revision=None, file="head_code.py"))
+    assert "None" not in str(refuse_code(spec_of(FINE), repo="folder", revision=None))
