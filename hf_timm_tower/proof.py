@@ -7,6 +7,7 @@ and gradients are not touched.
 
 import dis
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,20 +30,24 @@ _WRAPPED = ("_compiled_call_impl", "_original_forward", "_old_forward", "_hf_hoo
 _WRAPPER_CHILD = "_checkpoint_wrapped_module"
 
 
-def bare_tower(tower: Any) -> nn.Module:
+def bare_tower(tower: Any, weights: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
     """A live tower without what is wrapped around it and its parts, on the same parameters.
 
     Args:
         tower: With `config`, `trunk`, `head` and maybe `classifier`. A TimmModel stays one of its class, since a
             subclass may have parts and a forward of its own; of a transformers model its parts are taken.
+        weights: What the head's copy holds in place of the live head's tensors, where those are spread over processes.
 
     Raises:
         TowerError: a module of the trunk has a forward that was put on it by hand.
         HeadError: the head cannot be copied.
     """
-    trunk, head = bare_copy(tower.trunk), copy_head(tower.head)
+    of_head = {key.removeprefix("head."): value for key, value in (weights or {}).items() if key.startswith("head.")}
+    trunk, head = bare_copy(tower.trunk), copy_head(tower.head, of_head)
     if not hasattr(type(tower), "_is_tower_base"):
-        return Tower(tower.config, trunk, head, getattr(tower, "classifier", None))
+        classifier = getattr(tower, "classifier", None)
+        classifier = None if classifier is None else bare_copy(classifier, "classifier")
+        return Tower(tower.config, trunk, head, classifier)
     twin: nn.Module = object.__new__(type(tower))
     twin.__dict__.update(_own_fields(tower))
     twin.__dict__.pop("forward", None)
@@ -74,7 +79,7 @@ def bare_copy(module: nn.Module, name: str = "trunk", made: dict[int, nn.Module]
             f"the tower was not saved: the forward of {name} ({type(module).__name__}) was replaced on the module, "
             "which no config can describe. Take it off, or subclass TimmModel and override _create_trunk."
         )
-    twin = made[id(module)] = type(module).__new__(type(module))
+    twin = made[id(module)] = object.__new__(type(module))
     twin.__dict__.update(fields)
     for key, child in module._modules.items():
         twin._modules[key] = None if child is None else bare_copy(child, f"{name}.{key}", made)

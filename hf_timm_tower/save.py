@@ -210,7 +210,7 @@ def with_weights(tower: Any, state_dict: Mapping[str, torch.Tensor]) -> Any:
     own = tower.state_dict(keep_vars=True)
     if own.keys() == state_dict.keys() and all(own[key].data_ptr() == state_dict[key].data_ptr() for key in own):
         return tower
-    twin = bare_tower(tower)
+    twin = bare_tower(tower, state_dict)
     assign_weights(twin, state_dict, source="state_dict", device="cpu")
     return twin
 

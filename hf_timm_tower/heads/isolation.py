@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -15,25 +15,37 @@ from ..files.private_draws import private_draws
 from ..reader.errors import GraphError, HeadError
 
 
-def copy_head(head: nn.Module) -> nn.Module:
-    """A deep copy of `head`. Raises GraphError with the reason if it cannot be copied."""
+def copy_head(head: nn.Module, weights: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
+    """A deep copy of a head.
+
+    Args:
+        head: It stays as it is.
+        weights: Keys of the head -> what the copy holds in place of the head's own tensors.
+
+    Raises:
+        GraphError: it cannot be copied, with the reason.
+    """
     try:
-        return copy_module(head)
+        return copy_module(head, weights)
     except Exception as error:  # a user's __deepcopy__, locks, files: whatever it is, there is no copy to work on
         raise GraphError(
             f"the head cannot be copied, so it cannot be examined: {type(error).__name__}: {error}"
         ) from error
 
 
-def copy_module(module: nn.Module) -> nn.Module:
+def copy_module(module: nn.Module, weights: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
     """A deep copy; tensors that hold a graph are copied without it, which `copy.deepcopy` alone refuses to do.
 
     Such are the cached weight of the old-style ``weight_norm``, and what a head remembers of a training step.
     """
     memo: dict[int, object] = {}
+    for key, tensor in module.state_dict(keep_vars=True).items() if weights else ():
+        if weights is not None and key in weights:
+            new = weights[key].detach()
+            memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
     for part in module.modules():
         for tensor in _tensors_held(list(vars(part).values())):
-            if not tensor.is_leaf:
+            if not tensor.is_leaf and id(tensor) not in memo:
                 memo[id(tensor)] = tensor.detach().clone()
     return copy.deepcopy(module, memo)
 

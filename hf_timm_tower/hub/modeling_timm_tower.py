@@ -604,6 +604,10 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         own = self.proj is None and self.head is None and self.pool not in ATTENTION_POOLS
         return own and (not self.__dict__["_labels_given"] or self.num_labels == self.embed_dim)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', without what only this object knows."""
+        return {name: value for name, value in super().to_dict().items() if name != "_labels_given"}
+
     def to_diff_dict(self) -> dict[str, Any]:
         """What `config.json` holds: every field of ours, and of transformers' fields those that were set.
 
@@ -613,8 +617,7 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         everything = self.to_dict()
         for name in OUR_FIELDS:
             written[name] = everything[name]
-        for name in ("custom_pipelines", "_labels_given"):
-            written.pop(name, None)
+        written.pop("custom_pipelines", None)
         if dropped := sorted(set(written) - set(OUR_FIELDS) - _TRANSFORMERS_KEYS):
             warnings.warn(f"not stored: a tower has no such fields: {', '.join(map(shown, dropped))}", stacklevel=2)
         return {name: value for name, value in written.items() if name not in dropped}
@@ -2865,7 +2868,7 @@ CODE = "code"
 HEAD_FACTORIES: dict[str, HeadFactory] = {}
 """Name -> class or function, filled by `register_head`."""
 
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.py")
+HEAD_CODE_FILE = "head_code.py"
 
 
 def builtin_head(config: TimmTowerConfig) -> nn.Sequential:
@@ -2974,14 +2977,14 @@ def code_file(config: dict[str, Any]) -> str | None:
     """Name of the source file of a head that is stored as code, None for every other head.
 
     Raises:
-        FormatError: it is not the plain name of a Python file.
+        FormatError: it has another name than such files have.
     """
     head = config.get("head")
     if not isinstance(head, dict) or head.get("form") != CODE:
         return None
-    name = head.get("file")
-    if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
-        raise FormatError(f"config.head.file={shown(name)}: expected the plain name of a Python file")
+    name: Any = head.get("file")
+    if name != HEAD_CODE_FILE:
+        raise FormatError(f"config.head.file={shown(name)}: a head of code is stored in {HEAD_CODE_FILE}")
     return name
 
 
@@ -3016,7 +3019,7 @@ def check_code_spec(spec: Any) -> None:
         HeadError: says what it must have.
     """
     fits = (
-        code_file({"head": spec}) is not None
+        spec.get("file") == HEAD_CODE_FILE
         and isinstance(spec.get("class"), str)
         and spec["class"].isidentifier()
         and isinstance(spec.get("sha256"), str)
@@ -4091,7 +4094,7 @@ def plain_defaults() -> Iterator[None]:
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-_MAX_INDEX_BYTES = 32 * 1024**2
+_MAX_INDEX_BYTES = 4 * 1024**2
 _COMMIT, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 _WEIGHT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.safetensors")
 _PINNED_FIELDS = {"repo_id", "commit", "layout", "files", "unused"}
@@ -4128,7 +4131,7 @@ def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
     Raises:
         FormatError: a file is damaged, or the index does not fit the files.
     """
-    index = _read_index(files[0].with_name(INDEX_FILE))
+    index = read_index(files[0].with_name(INDEX_FILE))
     weight_map = index.get("weight_map")
     found: dict[str, torch.Tensor] = {}
     for file in files:
@@ -4157,7 +4160,12 @@ def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
     return found
 
 
-def _read_index(path: Path) -> dict[str, Any]:
+def read_index(path: Path) -> dict[str, Any]:
+    """The JSON of an index, `{}` where there is none.
+
+    Raises:
+        FormatError: it is too large, no JSON, or does not map keys to file names.
+    """
     if not path.is_file():
         return {}
     if path.stat().st_size > _MAX_INDEX_BYTES:
@@ -4166,7 +4174,15 @@ def _read_index(path: Path) -> dict[str, Any]:
         index = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not JSON: {error}") from error
-    return index if isinstance(index, dict) else {}
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise FormatError(f"{path}: weight_map must be an object that maps each key to a file name")
+    for name in set(map(str, names.values())):
+        if not _WEIGHT_NAME.fullmatch(name):
+            raise FormatError(f"{path}: {shown(name)} is not the plain name of a .safetensors file")
+    if not isinstance(index.get("metadata", {}), dict):
+        raise FormatError(f"{path}: metadata must be an object, found {shown(index['metadata'])}")
+    return index  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -4286,7 +4302,7 @@ def assign_weights(
         module: Built on any device, `meta` included; its values are not looked at.
         tensors: Key -> tensor.
         source: Where they come from, for the error's text.
-        dtype: Floating tensors are cast to it; None keeps each tensor's own.
+        dtype: Floating tensors are cast to it, computed buffers as `module.to(dtype)` does; None keeps each one's own.
         device: Where everything goes; None leaves it where it is.
         allow_missing: Keys that may be missing: those stay what they are.
 
@@ -4300,7 +4316,8 @@ def assign_weights(
     full, differing = dict(tensors), list[str]()
     for keys in own_ties.values():
         if len(keys) > 1 and (given := [key for key in keys if key in full]):
-            differing += [key for key in given[1:] if not same_bytes_of(full[key], full[given[0]])]
+            odd = [key for key in given[1:] if not same_bytes_of(full[key], full[given[0]])]
+            differing += [f"{key} and {given[0]}" for key in odd]
             full.update((key, full[given[0]]) for key in keys)
     if problems := _misfits(state, full, allow_missing, differing):
         raise WeightsError(
@@ -4327,6 +4344,8 @@ def assign_weights(
             f"{source}: {_listed(refused)} did not reach the module: it overrides how attributes are set or a state "
             "dict is loaded, which a tower cannot use"
         )
+    if dtype is not None:
+        buffers_as_timm(module, dtype)
     if device is not None:
         _move_computed_buffers(module, device)
 
@@ -4474,6 +4493,16 @@ class TowerLoading:
         if not self.trusts:
             raise refuse_code(spec, repo=self.place, revision=self.download.get("revision"))
         return self.run_code(spec, self.place, **self.download)
+
+    def refuse_damaged_index(self) -> None:
+        """Refuse an index that does not map keys to file names.
+
+        Raises:
+            FormatError: it does not.
+        """
+        path = cached_file(self.place, INDEX_FILE, _raise_exceptions_for_missing_entries=False, **self.download)
+        if path is not None:
+            read_index(Path(path))
 
     def refuse_stale(self, files: Sequence[str]) -> None:
         """Refuse a `model.safetensors` that an index of other files is beside, as a folder with both is refused.
@@ -4693,15 +4722,19 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             keeps_dtypes=wanted in (None, "auto"),
             run_code=cls._make_code_head,
         )
-        found: Any = super().from_pretrained(
-            pretrained_model_name_or_path,
-            config=config,
-            dtype=wanted,
-            ignore_mismatched_sizes=ignore_mismatched_sizes,
-            output_loading_info=True,
-            _loading=loading,
-            **kwargs,
-        )
+        try:
+            found: Any = super().from_pretrained(
+                pretrained_model_name_or_path,
+                config=config,
+                dtype=wanted,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
+                output_loading_info=True,
+                _loading=loading,
+                **kwargs,
+            )
+        except (AttributeError, IndexError, KeyError, OSError, TypeError):
+            loading.refuse_damaged_index()  # transformers reads it unchecked
+            raise
         model, info = found
         model._loading = None
         if not ignore_mismatched_sizes:

@@ -356,7 +356,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
                 _loading=loading,
                 **kwargs,
             )
-        except (AttributeError, IndexError, KeyError, TypeError):
+        except (AttributeError, IndexError, KeyError, OSError, TypeError):
             loading.refuse_damaged_index()  # transformers reads it unchecked
             raise
         model, info = found

@@ -104,8 +104,11 @@ def read_index(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not JSON: {error}") from error
     names = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+    if not isinstance(names, dict) or not names:
         raise FormatError(f"{path}: weight_map must be an object that maps each key to a file name")
+    for name in set(map(str, names.values())):
+        if not _WEIGHT_NAME.fullmatch(name):
+            raise FormatError(f"{path}: {shown(name)} is not the plain name of a .safetensors file")
     if not isinstance(index.get("metadata", {}), dict):
         raise FormatError(f"{path}: metadata must be an object, found {shown(index['metadata'])}")
     return index  # type: ignore[no-any-return]

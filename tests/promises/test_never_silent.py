@@ -66,10 +66,10 @@ class NotTraceable(nn.Module):
 @pytest.fixture
 def registered_names() -> Iterator[dict[str, Any]]:
     """The registry, as it was again after the test."""
-    before = dict(registry._REGISTRY)
-    yield registry._REGISTRY
-    registry._REGISTRY.clear()
-    registry._REGISTRY.update(before)
+    before = dict(registry.HEAD_FACTORIES)
+    yield registry.HEAD_FACTORIES
+    registry.HEAD_FACTORIES.clear()
+    registry.HEAD_FACTORIES.update(before)
 
 
 @pytest.fixture(scope="module")
