@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 
 from hf_timm_tower import TimmModel, TimmTowerModel, TowerError
 
@@ -47,6 +48,10 @@ class FolderWatcher(Watcher):
         folder, name = os.path.split(path.rstrip(os.sep))
         real = os.path.realpath(path) if self._follows else os.path.join(os.path.realpath(folder), name)
         real += os.sep
+        # where staging folders are recorded while a save is under way
+        records = os.path.join(os.path.realpath(constants.HF_HOME), "hf_timm_tower") + os.sep
+        if real.startswith(records):
+            return True
         return real.startswith(self.may_write + os.sep) and not real.startswith(self.never + os.sep)
 
 
