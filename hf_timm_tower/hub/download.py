@@ -109,13 +109,13 @@ def download_files(
             damaged = _remove_damaged(storage, before)
         if damaged:
             raise HubError(
-                f"{repo_id}: {shown(', '.join(damaged))} arrived damaged (not of the Hub's digest) and was removed "
-                "from the cache. Try again; if it stays so, the file on the Hub is damaged: push the tower again."
+                f"{repo_id}: {shown(', '.join(damaged))[1:-1]} arrived damaged (not of the Hub's digest) and was "
+                "removed from the cache. Try again; if it stays so, the file on the Hub is damaged: push the tower again."
             )
     # Where the Hub does not answer, older clients (1.5) give the cached part of a snapshot for the whole of it.
     if whole and (lacking := [name for name in names if not Path(root, name).exists()]):
         raise HubError(
-            f"{repo_id} cannot be loaded at commit {Path(root).name}: {shown(', '.join(lacking))} is missing. "
+            f"{repo_id} cannot be loaded at commit {Path(root).name}: {shown(', '.join(lacking))[1:-1]} is missing. "
             "Either the Hub could not be reached, and the cache has only a part: try again; or the repository is "
             "incomplete: push the tower again."
         )

@@ -8,6 +8,7 @@ whoever wants to trust it can read it from top to bottom and compare it with the
 """
 
 import ast
+import os
 from pathlib import Path
 
 from ..reader.errors import FolderError
@@ -91,13 +92,18 @@ def _import_lines(imports: dict[str, set[str]]) -> str:
 
 
 def write_reader(folder: Path) -> None:
-    """Write the file into a tower's folder, the same bytes every time.
+    """Write the file into a folder at once, the same bytes every time; a link of its name is replaced, not followed.
 
     Raises:
         FolderError: it cannot be written.
     """
+    partial = folder / f".{READER_NAME}.{os.getpid()}-{os.urandom(4).hex()}.part"
     try:
-        (folder / READER_NAME).write_bytes(_COPY.read_bytes())
+        try:
+            partial.write_bytes(_COPY.read_bytes())
+            os.replace(partial, folder / READER_NAME)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise FolderError(f"{folder / READER_NAME} cannot be written: {error}") from error
 

@@ -84,7 +84,7 @@ def test_a_pushed_face_is_what_timm_model_pushes_and_loads_everywhere_with_the_s
         name: data.replace(b"by-timm", b"by-face") if name == "README.md" else data
         for name, data in read_all(ann, "ann/by-timm").items()
     }
-    assert "core/push.py" in expected
+    assert "modeling_timm_tower.py" in expected
     assert other(read_all(ann, "ann/by-face"), expected) == set()
     [result] = ModelCard(card_of(ann, "ann/by-face")).data.eval_results
     assert (result.metric_type, result.metric_value, result.dataset_name) == ("accuracy", 0.5, "me/digits")
@@ -103,7 +103,8 @@ def test_a_pushed_classifier_is_the_tower_s_repository_and_its_classifier(ann: H
     assert torch.equal(without, embedding)
     plain, labelled = read_all(ann, "ann/plain"), read_all(ann, "ann/labelled")
     assert labelled.keys() - plain.keys() == {CLASSIFIER}
-    assert other(labelled, plain) == {CLASSIFIER, "README.md", "config.json", "model.safetensors.index.json"}
+    told = {"README.md", "config.json", "fingerprint.json", "model.safetensors.index.json"}
+    assert other(labelled, plain) == {CLASSIFIER, *told}
     configs = [json.loads(files["config.json"]) for files in (labelled, plain)]
     assert {key for key in configs[0].keys() | configs[1].keys() if configs[0].get(key) != configs[1].get(key)} <= {
         "architectures", "id2label", "label2id",
@@ -281,7 +282,7 @@ def test_a_classifier_s_snippets_run_and_say_what_the_tower_says(
     assert fresh_process(code, env=environment).splitlines()[-1] == label
 
 
-def test_where_the_package_is_absent_the_snippet_runs_and_a_push_is_the_same(
+def test_where_the_package_is_absent_the_snippet_runs_and_a_push_is_transformers_own(
     shown: dict[str, str],
     answers: tuple[str, list[float]],
     hub: LocalHub,
@@ -300,9 +301,11 @@ def test_where_the_package_is_absent_the_snippet_runs_and_a_push_is_the_same(
     address, label = fresh_process("\n".join(code), env=hub.env(tmp_path / "cache")).splitlines()[-2:]
     assert label == answers[0]
     assert "/ann/shown-2/commit/" in address
-    expected = read_all(ann, "ann/shown")
-    expected["README.md"] = re.sub(rb"\bshown\b", b"shown-2", expected["README.md"])
-    assert other(read_all(ann, "ann/shown-2"), expected) == set()
+    pushed, before = read_all(ann, "ann/shown-2"), read_all(ann, "ann/shown")
+    assert {"config.json", "model.safetensors", "modeling_timm_tower.py"} <= pushed.keys()
+    assert pushed["modeling_timm_tower.py"] == before["modeling_timm_tower.py"]
+    by_both = [ann.call(calls.load, name, by="classifier") for name in ("ann/shown", "ann/shown-2")]
+    assert torch.equal(*by_both)
 
 
 # --- frozen statistics
