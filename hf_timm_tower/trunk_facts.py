@@ -146,7 +146,8 @@ def check_pool(trunk: nn.Module, config: TimmTowerConfig, output: TrunkOutput) -
     has = own_pool(trunk)
     if wanted is not None and has is not None and has != wanted and hasattr(trunk, "reset_classifier"):
         raise UnsupportedPool(config, f"the trunk keeps its pool {has!r}")
-    if config.pool == "default" and output.layout != "NC":
+    unpooled = has == "" and hasattr(trunk, "reset_classifier")  # its own choice, as it was built
+    if config.pool == "default" and output.layout != "NC" and not unpooled:
         raise UnsupportedPool(
             config,
             f"it gives {output.layout} features, it has no pool of its own (pool='none' takes them as they are)",

@@ -110,7 +110,8 @@ def download_files(
         if damaged:
             raise HubError(
                 f"{repo_id}: {shown(', '.join(damaged))[1:-1]} arrived damaged (not of the Hub's digest) and was "
-                "removed from the cache. Try again; if it stays so, the file on the Hub is damaged: push the tower again."
+                "removed from the cache. Try again; if it stays so, the file on the Hub is damaged: push the tower "
+                "again."
             )
     # Where the Hub does not answer, older clients (1.5) give the cached part of a snapshot for the whole of it.
     if whole and (lacking := [name for name in names if not Path(root, name).exists()]):

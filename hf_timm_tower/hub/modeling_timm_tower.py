@@ -986,7 +986,7 @@ def _size_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         if getattr(func, "__name__", "") == "tensor":
             return 0  # as large as the Python values that are there already
         made = func(*args, **{**kwargs, "device": "meta", **({"generator": None} if "generator" in kwargs else {})})
-        return int(made.nbytes)
+        return int(made.nbytes) if isinstance(made, torch.Tensor) else 0  # `.to(...)` parses its arguments by a call
     size = kwargs.get("size", args[0] if args and isinstance(args[0], (tuple, list)) else args)
     dtype = kwargs.get("dtype") or torch.get_default_dtype()
     return math.prod(int(each) for each in size) * int(dtype.itemsize)
@@ -5110,3 +5110,11 @@ class TowerTextModel(VisionTextDualEncoderModel):  # type: ignore[no-untyped-cal
     """transformers' model of a vision and a text model, with a tower for the former."""
 
     config_class = TowerTextConfig
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers saves it, under the name of its own class: pipelines look for that one."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        path = Path(save_directory, "config.json")
+        if kwargs.get("is_main_process", True):
+            config = {**json.loads(path.read_bytes()), "architectures": [VisionTextDualEncoderModel.__name__]}
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

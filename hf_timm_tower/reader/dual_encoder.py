@@ -4,6 +4,8 @@ transformers finds the code of a model by `auto_map` at the top of a config and 
 classes are what `auto_map` of such a pair names (see `hf_timm_tower.make_self_contained`).
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -29,3 +31,11 @@ class TowerTextModel(VisionTextDualEncoderModel):  # type: ignore[no-untyped-cal
     """transformers' model of a vision and a text model, with a tower for the former."""
 
     config_class = TowerTextConfig
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers saves it, under the name of its own class: pipelines look for that one."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        path = Path(save_directory, "config.json")
+        if kwargs.get("is_main_process", True):
+            config = {**json.loads(path.read_bytes()), "architectures": [VisionTextDualEncoderModel.__name__]}
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

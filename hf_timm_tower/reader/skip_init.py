@@ -239,7 +239,7 @@ def _size_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         if getattr(func, "__name__", "") == "tensor":
             return 0  # as large as the Python values that are there already
         made = func(*args, **{**kwargs, "device": "meta", **({"generator": None} if "generator" in kwargs else {})})
-        return int(made.nbytes)
+        return int(made.nbytes) if isinstance(made, torch.Tensor) else 0  # `.to(...)` parses its arguments by a call
     size = kwargs.get("size", args[0] if args and isinstance(args[0], (tuple, list)) else args)
     dtype = kwargs.get("dtype") or torch.get_default_dtype()
     return math.prod(int(each) for each in size) * int(dtype.itemsize)

@@ -478,7 +478,7 @@ def test_models_without_a_timm_tower_or_changed_by_hand_are_errors(tmp_path: Pat
     assert_same_tower(tower_from_open_clip(TimmModel, model, preprocess_cfg={}), model.visual)
     for block in model.visual.trunk.blocks:
         block.mlp.act = torch.nn.Tanh()
-    with pytest.raises(ConfigError, match="gives other numbers"):
+    with pytest.raises(ConfigError, match="gives other outputs"):
         tower_from_open_clip(TimmModel, model, preprocess_cfg={})
 
 
