@@ -11,11 +11,11 @@ from .heads.isolation import output_of, width_of
 from .reader.config import ATTENTION_POOLS, TimmTowerConfig
 from .reader.errors import ArgumentError, ConfigError, HeadError
 from .reader.head import LIVE, SUBCLASS, CustomHead, builtin_head, rebuild_head
-from .reader.image_processing import check_preprocess, preprocess_from_timm
+from .reader.image_processing import check_preprocess
 from .reader.model_args import check_names
 from .reader.tower import HeadInput, Tower, build_tower, check_buildable, make_classifier
 from .reader.trunk import UnsupportedPool, create_trunk, float_dtype, native_size, own_pool
-from .trunk_facts import TrunkOutput, check_pool, offered_pools, settle_arguments, trunk_output
+from .trunk_facts import TrunkOutput, check_pool, offered_pools, preprocess_from_timm, settle_arguments, trunk_output
 
 # --- arguments -> config
 

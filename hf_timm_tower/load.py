@@ -14,7 +14,7 @@ from transformers.utils.hub import cached_file
 from .files.fingerprint import compare, run_probe
 from .files.names import CONFIG_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME
 from .files.open_folder import OpenFolder
-from .files.same_save import mismatch
+from .files.same_save import check_processor, mismatch
 from .files.staging import read_folder
 from .files.weights import read_weights
 from .heads.source_file import construct_code
@@ -24,7 +24,7 @@ from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, ConfigError, HeadError, shown
 from .reader.freezing import apply_frozen
 from .reader.head import CODE, CustomHead, check_stored, code_file, refuse_code
-from .reader.image_processing import check_preprocess, check_processor
+from .reader.image_processing import check_preprocess
 from .reader.skip_init import Budget, skip_init
 from .reader.tower import CLASSIFIER, Tower, build_tower, has_classifier, plain_defaults
 from .reader.trunk import buffers_as_timm, float_dtype, native_size

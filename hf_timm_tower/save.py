@@ -17,7 +17,7 @@ from .files.fingerprint import make_fingerprint
 from .files.json import write_json
 from .files.names import CARD_NAME, CONFIG_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME
 from .files.open_folder import read_text
-from .files.same_save import tie_digests
+from .files.same_save import facts_in_tower, tie_digests
 from .files.sentence_transformers import write_sentence_files
 from .files.staging import staged_folder
 from .files.ties import find_ties
@@ -31,7 +31,6 @@ from .reader.config import TimmTowerConfig
 from .reader.errors import WeightsError, shown
 from .reader.graph_head import GraphHead
 from .reader.head import LIVE, SUBCLASS, builtin_head
-from .reader.image_processing import facts_in_tower, processor_dict
 from .reader.skip_init import skip_init
 from .reader.tower import plain_defaults
 from .reader.trunk import native_size
@@ -181,7 +180,7 @@ def save_tower(
         facts = tower_facts(tower)
         with staged_folder(folder) as staging:
             write_json(staging / CONFIG_NAME, _written(config, with_reader))
-            write_json(staging / PREPROCESSOR_NAME, facts_in_tower(processor_dict(config)))
+            write_json(staging / PREPROCESSOR_NAME, facts_in_tower(config))
             for name, source in sources.items():
                 (staging / name).write_bytes(source.encode("utf-8"))
             if with_reader:

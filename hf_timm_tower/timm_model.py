@@ -29,7 +29,6 @@ from .reader.config import TimmTowerConfig, check_size
 from .reader.errors import ConfigError, HeadError
 from .reader.freezing import keep_statistics
 from .reader.head import LIVE, SUBCLASS, CustomHead, builtin_head, rebuild_head
-from .reader.image_processing import make_transform
 from .reader.model_args import FROM_TRUNK
 from .reader.tower import HeadInput, run_head
 from .reader.trunk import BUILD_ERRORS, create_trunk, float_dtype, remove_classifier
@@ -39,6 +38,7 @@ from .training.freezing import describe_frozen, frozen_context, note_fixed
 from .training.layer_groups import LayerGroup, layer_groups
 from .training.lock import Patterns, lock, unlock
 from .training.param_groups import param_groups, summary_table
+from .training.transform import make_transform
 from .trunk_facts import check_rebuilt, copy_trunk, record_size, trunk_arguments
 
 
@@ -298,7 +298,7 @@ class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
         return found
 
     def transform(self, is_training: bool = False, **kwargs: Any) -> Callable[[Any], Any]:
-        """timm's own transform for this tower: PIL image -> `[in_chans, H, W]`. See `reader/image_processing.py`."""
+        """timm's own transform for this tower: PIL image -> `[in_chans, H, W]`. See `training/transform.py`."""
         return make_transform(self.config, is_training, **kwargs)
 
     # --- changing

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import timm
 import torch
 import torch.nn as nn
+from timm.data.config import resolve_data_config
 
 from .reader.config import ATTENTION_POOLS, TimmTowerConfig, check_size
 from .reader.errors import ConfigError, TowerError
@@ -367,3 +368,19 @@ def _changed(config: TimmTowerConfig, trunk: nn.Module, again: nn.Module) -> Con
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Key of the state dict -> shape."""
     return {key: tuple(value.shape) for key, value in module.state_dict().items()}
+
+
+def preprocess_from_timm(pretrained_cfg: dict[str, Any], in_chans: int) -> dict[str, Any]:
+    """timm's `pretrained_cfg` -> the preprocess block.
+
+    Args:
+        pretrained_cfg: Of the trunk as it was built.
+        in_chans: Channels of the image; where they are not as many as timm has means for, each channel gets the
+            average of timm's means and standard deviations, as timm's first convolution is averaged over channels.
+    """
+    data = resolve_data_config(pretrained_cfg=pretrained_cfg)  # type: ignore[no-untyped-call]
+    mean, std = list(data["mean"]), list(data["std"])
+    if len(mean) != in_chans:
+        mean, std = [sum(mean) / len(mean)] * in_chans, [sum(std) / len(std)] * in_chans
+    timms = {key: data[key] for key in ("interpolation", "crop_pct", "crop_mode")}
+    return {**timms, "mean": mean, "std": std, "padding": None, "channel_order": "RGB", "value_range": [0.0, 1.0]}

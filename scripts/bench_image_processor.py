@@ -23,8 +23,8 @@ from skimage import data
 from timm.data import create_transform
 
 from hf_timm_tower import TimmTowerConfig
-from hf_timm_tower.reader.image_processing import preprocess_from_timm
 from hf_timm_tower.reader.image_processor import TimmTowerImageProcessor
+from hf_timm_tower.trunk_facts import preprocess_from_timm
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 # Side of the result / shorter side of the photograph.

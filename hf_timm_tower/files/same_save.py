@@ -1,4 +1,5 @@
-"""That the files of a folder come from one save: `fingerprint.json` has digests of the others.
+"""That the files of a folder come from one save: `fingerprint.json` has digests of the others, and
+`preprocessor_config.json` says what `config.json` says.
 
 (Not the index, which stays as it is when only a head was trained.)
 
@@ -13,7 +14,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..reader.errors import FormatError, shown
+from ..reader.config import TimmTowerConfig
+from ..reader.errors import ConfigError, FormatError, shown
+from ..reader.image_processing import (
+    PROCESSOR_AUTO_MAP,
+    PROCESSOR_FACTS,
+    PROCESSOR_KEYS,
+    PROCESSOR_TYPE,
+    STANDARD_KEYS,
+    completed_preprocess,
+    facts_of,
+    near_fact,
+    standard_keys,
+)
 from .names import CONFIG_NAME, FINGERPRINT_NAME, INDEX_NAME
 from .open_folder import read_json
 from .safetensors_read import digest_of_file
@@ -95,3 +108,66 @@ def _of_config(config: Mapping[str, Any]) -> dict[str, str]:
 def _digest(value: Any) -> str:
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# --- preprocessor_config.json, which says again what config.json says of preprocessing
+
+
+def processor_dict(config: TimmTowerConfig) -> dict[str, Any]:
+    """What the file holds where a processor is stored alone, from the tower's config.
+
+    Written with `json.dumps(..., indent=2, sort_keys=True)` and a newline it is, byte for byte, what
+    `TimmTowerImageProcessor.save_pretrained` writes.
+
+    Raises:
+        ConfigError: the config is not completed, or its preprocess block cannot be used.
+    """
+    return {**facts_in_tower(config), "image_processor_type": PROCESSOR_TYPE, "auto_map": dict(PROCESSOR_AUTO_MAP)}
+
+
+def facts_in_tower(config: TimmTowerConfig) -> dict[str, Any]:
+    """What it holds beside a tower's `config.json`, which names the class.
+
+    Here the class's name and `auto_map` would make transformers look for a video processor too, and ask every user of a
+    pipeline whether to trust the code, although the class is registered.
+
+    Raises:
+        ConfigError: the config is not completed, or its preprocess block cannot be used.
+    """
+    block, size = completed_preprocess(config)
+    return {**facts_of(block, size), **standard_keys(block)}
+
+
+def check_processor(found: Mapping[str, Any], config: TimmTowerConfig) -> None:
+    """Refuse a `preprocessor_config.json` that would prepare other pixels than the tower's config says.
+
+    Args:
+        found: The parsed file; towers saved by earlier versions have none of `STANDARD_KEYS`.
+        config: The completed config of the same folder, before any override.
+
+    Raises:
+        ConfigError: names every fact that differs, with both values.
+    """
+    kind = found.get("image_processor_type")  # not beside a tower, but whoever saved the processor alone wrote it
+    if kind not in (None, PROCESSOR_TYPE):
+        raise ConfigError(
+            f"preprocessor_config.json: image_processor_type is {shown(kind)}, not {PROCESSOR_TYPE!r}: it would "
+            "prepare other pixels than this tower was made for. Save the tower again to write its own."
+        )
+    if differ := _differences(found, facts_in_tower(config)):
+        raise ConfigError(
+            f"preprocessor_config.json and config.json disagree: {'; '.join(differ)}. One of them was edited; save the "
+            "tower again to write both."
+        )
+
+
+def _differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """How the entries of a `preprocessor_config.json` differ from the expected ones, in words; ours must be there."""
+    named = [*PROCESSOR_FACTS, *(name for name in STANDARD_KEYS if name in found)]
+    differ = [
+        f"{name} is {shown(found.get(name, 'missing'))} there and should be {shown(expected.get(name, 'left out'))}"
+        for name in named
+        if name not in found or name not in expected or found[name] != expected[name]
+    ]
+    unknown = sorted(set(found) - set(expected) - set(STANDARD_KEYS) - PROCESSOR_KEYS, key=str)
+    return differ + [f"unknown {shown(name)}{near_fact(name)}" for name in unknown[:4]]

@@ -24,10 +24,10 @@ from ..hub.download import Access, download_files
 from ..hub.identify import identify
 from ..reader.config import TimmTowerConfig, check_architecture, check_size
 from ..reader.errors import ConfigError, FolderError, FormatError, WeightsError
-from ..reader.image_processing import preprocess_from_timm
 from ..reader.model_args import FROM_TRUNK, check_names, decode, encode
 from ..reader.skip_init import Budget, skip_init
 from ..reader.trunk import BUILD_ERRORS, has_fixed_size, native_cfg
+from ..trunk_facts import preprocess_from_timm
 from .weight_source import open_weights
 
 PICKLE_NAME = "pytorch_model.bin"

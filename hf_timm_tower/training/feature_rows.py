@@ -19,7 +19,8 @@ from ..heads.batch_formula import flat_bytes, same_bytes
 from ..heads.isolation import isolated
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ArgumentError
-from ..reader.image_processing import PIL_MODES, completed_preprocess, in_channels, make_transform
+from ..reader.image_processing import PIL_MODES, completed_preprocess, in_channels
+from .transform import make_transform
 
 _SEEDS_TRIED = 4
 # In the repr of what has none of its own; it differs from process to process.

@@ -11,7 +11,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from hf_timm_tower import ArgumentError, TimmTowerConfig, TimmTowerImageProcessor
-from hf_timm_tower.reader.image_processing import make_transform
+from hf_timm_tower.training.transform import make_transform
 
 from .arguments import DataArguments
 

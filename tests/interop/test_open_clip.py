@@ -32,8 +32,8 @@ from hf_timm_tower import (
 from hf_timm_tower.interop.open_clip import tower_from_open_clip
 from hf_timm_tower.interop.open_clip_config import preprocess_entries, vision_arguments
 from hf_timm_tower.interop.to_open_clip import to_open_clip_config, to_open_clip_state_dict
-from hf_timm_tower.reader.image_processing import make_transform
 from hf_timm_tower.reader.skip_init import skip_init
+from hf_timm_tower.training.transform import make_transform
 
 from ..open_clip_calls import SIGLIP, TEXT, TINY
 

@@ -12,8 +12,10 @@ from timm.data.transforms_factory import transforms_imagenet_eval
 
 from hf_timm_tower import ArgumentError, ConfigError, TimmModel, TimmTowerConfig
 from hf_timm_tower.build import resolve_config
-from hf_timm_tower.reader.image_processing import check_preprocess, make_transform, preprocess_from_timm
+from hf_timm_tower.reader.image_processing import check_preprocess
 from hf_timm_tower.reader.trunk import create_trunk
+from hf_timm_tower.training.transform import make_transform
+from hf_timm_tower.trunk_facts import preprocess_from_timm
 
 # each with another interpolation, crop, size or normalisation
 ARCHITECTURES = (

@@ -24,15 +24,11 @@ from skimage import data
 from timm.data import create_transform, resolve_data_config
 
 from hf_timm_tower import ArgumentError, ConfigError, TimmTowerConfig
-from hf_timm_tower.reader.image_processing import (
-    READER_MODULE,
-    STANDARD_KEYS,
-    check_processor,
-    make_transform,
-    preprocess_from_timm,
-    processor_dict,
-)
+from hf_timm_tower.files.same_save import check_processor, processor_dict
+from hf_timm_tower.reader.image_processing import READER_MODULE, STANDARD_KEYS
 from hf_timm_tower.reader.image_processor import TimmTowerImageProcessor
+from hf_timm_tower.training.transform import make_transform
+from hf_timm_tower.trunk_facts import preprocess_from_timm
 
 READER = Path(__file__).resolve().parents[2] / "hf_timm_tower" / "reader"
 # transformers, too, takes torchvision to have it for tensors from this version on
