@@ -9,7 +9,7 @@ import base64
 import binascii
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 import copy
 from dataclasses import asdict, dataclass, field, fields
@@ -22,6 +22,7 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 import inspect
 from io import BytesIO
+import itertools
 import json
 import math
 import numpy as np
@@ -32,8 +33,7 @@ import reprlib
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 import timm
-from timm.data.config import resolve_data_config
-from timm.data.transforms import CenterCropOrPad, MaybeToTensor, ResizeKeepRatio, center_crop_or_pad
+from timm.data.transforms import CenterCropOrPad, MaybeToTensor, ResizeKeepRatio
 from timm.data.transforms_factory import create_transform
 from timm.layers import norm as timm_norm
 import timm.layers
@@ -51,7 +51,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize
+from torchvision.transforms import InterpolationMode, Normalize, Resize
 from torchvision.transforms.v2 import functional as tv_functional
 from transformers import (
     AutoConfig,
@@ -3067,360 +3067,235 @@ def head_of_class(cls: type[nn.Module], spec: Mapping[str, Any]) -> nn.Module:
 
 # --- image_processing.py
 
-"""The preprocess block of the config, timm's own transform made from it, and what `preprocessor_config.json` holds.
+"""The preprocess block of a config, timm's evaluation steps made from it, and the facts of `preprocessor_config.json`.
 
-The block holds what timm's `pretrained_cfg` says of preprocessing, and three facts that some models need beside it:
-
-- `padding`: None, or `{"mode": "square", "color": [255, 255, 255]}`: the image is put in the middle of a square of its
-  longer side before it is resized. One whole number from 0 to 255 for each channel.
-- `value_range`: `[lo, hi]`, what black and white are before mean and std are applied; `[0, 1]` is timm's own.
-- `channel_order`: `RGB`, or `BGR`: the channels are reversed last. `mean`, `std` and `color` are in the order R, G, B
-  in either case.
-
-Where these have their defaults, the steps are timm's and nothing else. The size is not in the block:
-`config.image_size` is its only owner, so that trunk, config and transform cannot disagree.
+The block is what timm's `pretrained_cfg` says of preprocessing, and `padding` (None, or `{"mode": "square", "color":
+[...]}`: first the image is centred on a square of its longer side), `value_range` (`[lo, hi]`, what black and white are
+before mean and std) and `channel_order` (`BGR`: reversed last; mean, std and color are R, G, B in either case).
 """
 
 
-READER_MODULE = "modeling_timm_tower"
-"""The module that travels with a tower and holds the classes, for transformers' `auto_map`."""
-
+READER_MODULE = "modeling_timm_tower"  # which travels with a tower and holds the classes, for transformers' `auto_map`
 PROCESSOR_TYPE = "TimmTowerImageProcessor"
 # A list: of a plain name transformers makes a video processor's, and asks every pipeline's user to trust its code.
 PROCESSOR_AUTO_MAP = {"AutoImageProcessor": [f"{READER_MODULE}.{PROCESSOR_TYPE}", None]}
 
 INTERPOLATIONS = {"nearest": 0, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5, "lanczos": 1}  # PIL's numbers
 CROP_MODES = ("center", "squash", "border")
-CHANNEL_ORDERS = ("RGB", "BGR")
 PIL_MODES = {1: "L", 3: "RGB"}
-
-# Three channels of 8192 x 8192, 0.8 GB as float32; the largest size in timm is 1024.
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # PIL's, for damaged files
+# Three channels of 8192 x 8192, 0.8 GB as float32; the largest size in timm is 1024. Padded are bytes.
 MAX_RESIZED_VALUES = 3 * 2**26
 MAX_PADDED_SIDE = 2**14
-# Of mean, std and value_range: 16-bit images and Hounsfield units fit in.
-_LEAST_STEP, _MOST_VALUE = 1e-6, 1e6
-
 _BLOCK_KEYS = ("interpolation", "crop_pct", "crop_mode", "mean", "std", "padding", "channel_order", "value_range")
-_FILE_NAMES = {"mean": "image_mean", "std": "image_std"}  # the other entries keep their names
-PROCESSOR_FACTS = ("size", *(_FILE_NAMES.get(key, key) for key in _BLOCK_KEYS))
+_FILE_NAMES = {key: {"mean": "image_mean", "std": "image_std"}.get(key, key) for key in _BLOCK_KEYS}
+PROCESSOR_FACTS = ("size", *_FILE_NAMES.values())
 # Keys that transformers itself writes into a processor's file.
-TRANSFORMERS_PROCESSOR_KEYS = frozenset(
-    {"image_processor_type", "auto_map", "processor_class", "feature_extractor_type"}
-)
-STANDARD_KEYS = (
-    "do_resize", "resample", "do_center_crop", "do_rescale", "rescale_factor", "do_normalize", "do_convert_rgb",
-)  # fmt: skip
-
-
-def preprocess_from_timm(pretrained_cfg: dict[str, Any], in_chans: int) -> dict[str, Any]:
-    """timm's `pretrained_cfg` -> the preprocess block.
-
-    Args:
-        pretrained_cfg: Of the trunk as it was built.
-        in_chans: Channels of the image; where they are not as many as timm has means for, each channel gets the
-            average of timm's means and standard deviations, as timm's first convolution is averaged over channels.
-    """
-    data = resolve_data_config(pretrained_cfg=pretrained_cfg)  # type: ignore[no-untyped-call]
-    mean, std = list(data["mean"]), list(data["std"])
-    if len(mean) != in_chans:
-        mean, std = [sum(mean) / len(mean)] * in_chans, [sum(std) / len(std)] * in_chans
-    timms = {key: data[key] for key in ("interpolation", "crop_pct", "crop_mode")}
-    return {**timms, "mean": mean, "std": std, "padding": None, "channel_order": "RGB", "value_range": [0.0, 1.0]}
+PROCESSOR_KEYS = frozenset({"image_processor_type", "auto_map", "processor_class", "feature_extractor_type"})
+STANDARD_KEYS = tuple("do_resize resample do_center_crop do_rescale rescale_factor do_normalize do_convert_rgb".split())
 
 
 def check_preprocess(block: dict[str, Any], in_chans: int) -> None:
-    """Refuse a preprocess block that cannot be used.
-
-    Raises:
-        ConfigError: names the entry and its value.
-    """
+    """Refuse a preprocess block that cannot be used by a `ConfigError` that names the entry and its value."""
     if set(block) != set(_BLOCK_KEYS):
         missing, unknown = set(_BLOCK_KEYS) - set(block), set(block) - set(_BLOCK_KEYS)
         raise ConfigError(f"preprocess: missing {sorted(missing)}, unknown {shown(sorted(unknown, key=str))}")
-    bounds, padding = block["value_range"], block["padding"]
-    range_fits = _are_numbers(bounds, 2) and bounds[1] - bounds[0] >= _LEAST_STEP
+    order, padding, bounds = block["channel_order"], block["padding"], block["value_range"]
+    square = isinstance(padding, dict) and set(padding) == {"mode", "color"} and padding["mode"] == "square"
+    padded = padding is None or (square and _are_numbers(padding["color"], in_chans, 0, 255, int))
     rules = {
         "interpolation": (block["interpolation"] in tuple(INTERPOLATIONS), f"one of {', '.join(INTERPOLATIONS)}"),
         "crop_mode": (block["crop_mode"] in CROP_MODES, f"one of {', '.join(CROP_MODES)}"),
         "crop_pct": (_are_numbers([block["crop_pct"]], 1, 0.05, 2), "a number from 0.05 to 2"),
         "mean": (_are_numbers(block["mean"], in_chans), f"{in_chans} numbers from -1e6 to 1e6"),
-        "std": (_are_numbers(block["std"], in_chans, _LEAST_STEP), f"{in_chans} numbers from 1e-6 to 1e6"),
-        "padding": (
-            padding is None or _is_padding(padding, in_chans),
-            f"None or {{'mode': 'square', 'color': [...]}} with {in_chans} whole numbers from 0 to 255",
-        ),
-        "channel_order": (block["channel_order"] in CHANNEL_ORDERS, f"one of {', '.join(CHANNEL_ORDERS)}"),
-        "value_range": (
-            range_fits,
-            "[lo, hi] with lo < hi, what black and white are before mean and std are applied ([0, 1] is timm's own)",
-        ),
+        "std": (_are_numbers(block["std"], in_chans, 1e-6), f"{in_chans} numbers from 1e-6 to 1e6"),
+        "padding": (padded, f"None or {{'mode': 'square', 'color': [{in_chans} whole numbers from 0 to 255]}}"),
+        "channel_order": (order == "RGB" or (order == "BGR" and in_chans == 3), f"RGB or BGR, with {in_chans=}"),
+        "value_range": (_are_numbers(bounds, 2) and bounds[1] - bounds[0] >= 1e-6, "[lo, hi], lo < hi; timm's: [0, 1]"),
     }
     for key, (fits, expected) in rules.items():
         if not fits:
             raise ConfigError(f"preprocess.{key}={shown(block[key])}: expected {expected}")
-    if block["channel_order"] == "BGR" and in_chans != 3:
-        raise ConfigError(f"preprocess.channel_order='BGR': an image with in_chans={in_chans} has no red and blue")
 
 
-def _are_numbers(values: Any, length: int, least: float = -_MOST_VALUE, most: float = _MOST_VALUE) -> bool:
-    if not isinstance(values, list) or len(values) != length:
-        return False
-    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
-    return len(numbers) == length and all(least <= value <= most for value in numbers)
-
-
-def _is_padding(padding: Any, in_chans: int) -> bool:
-    if not isinstance(padding, dict) or set(padding) != {"mode", "color"} or padding["mode"] != "square":
-        return False
-    return _are_numbers(padding["color"], in_chans, 0, 255) and all(
-        isinstance(value, int) for value in padding["color"]
+# The bounds are those of mean, std and value_range: 16-bit images and Hounsfield units fit in.
+def _are_numbers(values: Any, length: int, least: float = -1e6, most: float = 1e6, kind: Any = (int, float)) -> bool:
+    return (isinstance(values, list) and len(values) == length) and all(
+        isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most for value in values
     )
 
 
 @dataclass(frozen=True)
 class PadToSquare:
-    """PIL image -> the same in the middle of a square of its longer side, in this color."""
+    """PIL image, or tensor `[..., C, H, W]` -> the same in the middle of a square of its longer side, in this color."""
 
     color: tuple[int, ...]
 
-    def __call__(self, image: Image.Image) -> Image.Image:
-        side = max(image.size)
-        canvas = Image.new(image.mode, (side, side), self.color if len(self.color) > 1 else self.color[0])
-        canvas.paste(image, self.corner(image.width, image.height))
-        return canvas
-
-    @staticmethod
-    def corner(width: int, height: int) -> tuple[int, int]:
-        """Where the image's left upper pixel goes: (x, y)."""
-        side = max(width, height)
-        return (side - width) // 2, (side - height) // 2
+    def __call__(self, image: Any) -> Any:
+        return _padded(image, _size_after(self, image), self.color)
 
 
 @dataclass(frozen=True)
-class ScaleValues:
-    """Float tensor in [0, 1] -> [lo, hi]."""
+class NormalizeRange:
+    """Float tensor `[..., C, H, W]` in [0, 1] -> scaled to [lo, hi] and normalised, and the channels reversed."""
 
+    normalize: Normalize
     lo: float
     hi: float
+    reverse: bool
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        return images * (self.hi - self.lo) + self.lo
+        made: torch.Tensor = self.normalize(images * (self.hi - self.lo) + self.lo)
+        return made.flip(-3) if self.reverse else made
 
 
-@dataclass(frozen=True)
-class ReverseChannels:
-    """`[..., 3, H, W]` -> the same with red and blue exchanged."""
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        return images[..., [2, 1, 0], :, :]
-
-
-class TowerTransform(Compose):  # type: ignore[misc]  # torchvision carries no types
-    """timm's steps, before which a PIL image that they cannot take, or only at great cost, is refused in words.
-
-    Args:
-        steps: PIL image -> float tensor `[in_chans, height, width]`.
-        block: A checked preprocess block.
-        resized: Height and width that the image is resized to before the crop; None where that is random.
-    """
-
-    def __init__(self, steps: list[Any], block: dict[str, Any], resized: Sequence[int] | None) -> None:
-        super().__init__(steps)
-        self.channels, self.crop_mode, self.padded = (
-            len(block["mean"]),
-            block["crop_mode"],
-            block["padding"] is not None,
+def timm_arguments(block: dict[str, Any], size: Sequence[int]) -> dict[str, Any]:
+    """What `timm.data.create_transform` is told; `ConfigError` where that is images of too many pixels, or of none."""
+    channels, (lo, hi) = len(block["mean"]), block["value_range"]
+    resized = [math.floor(side / block["crop_pct"]) for side in size]
+    if 0 in resized or channels * max(math.prod(resized), math.prod(size)) > MAX_RESIZED_VALUES:
+        raise ConfigError(
+            f"image_size={list(size)} with crop_pct={block['crop_pct']}: {channels} channels would be resized to "
+            f"{resized[0]} x {resized[1]}; one pixel to {MAX_RESIZED_VALUES} values (8192 x 8192 in colour) are taken"
         )
-        self.resized = resized
+    # timm makes colours of the mean (of borders, and in augmentation), which it takes to be in [0, 1].
+    return {
+        "input_size": (channels, *size),
+        **{key: block[key] for key in ("interpolation", "crop_pct", "crop_mode")},
+        "mean": tuple((value - lo) / (hi - lo) for value in block["mean"]),
+        "std": tuple(value / (hi - lo) for value in block["std"]),
+    }
 
-    def __call__(self, image: Any) -> Any:
-        """One image through all steps.
 
-        Raises:
-            ArgumentError: the image is of another mode, empty, damaged, or too large once it is padded or resized.
-        """
-        if isinstance(image, Image.Image):
-            load_pixels(image)
-            mode = PIL_MODES.get(self.channels, image.mode)
-            if image.mode != mode or len(image.getbands()) != self.channels:
-                deep = " (after scaling it to 8 bits)" if image.mode.startswith(("I", "F")) else ""
-                raise ArgumentError(
-                    f"transform: an image of mode {image.mode}, but the tower takes {self.channels} channels: "
-                    f"image.convert({mode!r}) first{deep}"
-                )
-            self.check_cost(image.height, image.width)
-        return super().__call__(image)
+def with_tower_steps(steps: Sequence[Any], block: dict[str, Any]) -> list[Any]:
+    """timm's steps, with padding, range and order of the channels where the block says other than timm."""
+    (lo, hi), padding, reverse = block["value_range"], block["padding"], block["channel_order"] == "BGR"
+    normalize = Normalize(mean=torch.tensor(block["mean"]), std=torch.tensor(block["std"]))
+    own = NormalizeRange(normalize, lo, hi, reverse) if (lo, hi) != (0, 1) or reverse else normalize
+    padded = [] if padding is None else [PadToSquare(tuple(padding["color"]))]
+    return [*padded, *(own if isinstance(step, Normalize) else step for step in steps)]
 
-    def check_cost(self, height: int, width: int) -> None:
-        """Refuse an image that becomes too large, or nothing, on its way to the crop.
 
-        Raises:
-            ArgumentError: with the size that it would have.
-        """
-        found, longer = f"an image of {height} x {width} pixels", max(height, width)
-        if self.padded:
-            if longer > MAX_PADDED_SIDE:
-                raise ArgumentError(f"{found}: padded to a square it would be larger than {MAX_PADDED_SIDE} a side")
-            height = width = longer
-        if self.resized is None:
-            return
-        tall, wide = self.resized
-        if self.crop_mode != "squash":
-            choose = max if self.crop_mode == "center" else min
-            scale = choose(tall / height, wide / width)
-            tall, wide = round(height * scale), round(width * scale)
-        if min(tall, wide) < 1 or self.channels * tall * wide > MAX_RESIZED_VALUES:
-            raise ArgumentError(
-                f"{found}: its sides are too unequal, it would be resized to {tall} x {wide} before it is cropped. Cut "
-                "it to the part that matters."
-            )
+def run_steps(steps: Sequence[Any], image: Any) -> Any:
+    """timm's steps on a PIL image -> float32 `[C, height, width]`; on `[B, C, H, W]` torch resizes instead of PIL.
 
-    def __repr__(self) -> str:
-        return repr(Compose(self.transforms))  # timm's
+    `ArgumentError` where the image becomes too large, or nothing, on its way, or torch has no such interpolation.
+    """
+    for step in steps:
+        size = _size_after(step, image)
+        if size is not None:
+            channels, height, width = tv_functional.get_dimensions(image)
+            pads = isinstance(step, PadToSquare)
+            if 0 in size or channels * math.prod(size) > (
+                channels * MAX_PADDED_SIDE**2 if pads else MAX_RESIZED_VALUES
+            ):
+                made = f"it would be {'padded' if pads else 'resized'} to {size[0]} x {size[1]}"
+                raise ArgumentError(f"an image of {height} x {width} pixels, too large or too unequal: {made}")
+        if not isinstance(image, torch.Tensor):
+            image = step(image)
+        elif isinstance(step, MaybeToTensor):
+            image = image if image.is_floating_point() else image.float().div(255)
+        elif size is not None and isinstance(step, (Resize, ResizeKeepRatio)):
+            image = _resized(image, size, step.interpolation)
+        else:  # timm pads tensors with one number only
+            image = step(_padded(image, size, step.fill) if isinstance(step, CenterCropOrPad) else image)
+    return image
+
+
+def _size_after(step: Any, image: Any) -> Any:
+    """Height and width that a step resizes or pads an image to, None of other steps."""
+    if not isinstance(step, (PadToSquare, Resize, ResizeKeepRatio, CenterCropOrPad)):
+        return None
+    _, height, width = tv_functional.get_dimensions(image)
+    if isinstance(step, PadToSquare):
+        return [max(height, width)] * 2
+    if isinstance(step, CenterCropOrPad):
+        return [max(height, step.size[0]), max(width, step.size[1])]
+    if isinstance(step, ResizeKeepRatio):
+        return step.get_params(image, step.size, step.longest)  # type: ignore[no-untyped-call]
+    if not isinstance(step.size, int):
+        return list(step.size)
+    longer = int(step.size * max(height, width) / min(height, width))
+    return [step.size, longer] if height <= width else [longer, step.size]
+
+
+def _padded(image: Any, size: Any, color: Any) -> Any:
+    """PIL image, or tensor `[..., C, H, W]`, in the middle of this height and width."""
+    _, height, width = tv_functional.get_dimensions(image)
+    high, wide, fill = size[0] - height, size[1] - width, list(color)
+    if isinstance(image, torch.Tensor):
+        fill = [min(max(value, 0), 255) / (255 if image.is_floating_point() else 1) for value in color]
+    return tv_functional.pad(image, [wide // 2, high // 2, wide - wide // 2, high - high // 2], fill=fill)
+
+
+def _resized(images: torch.Tensor, size: Sequence[int], mode: InterpolationMode) -> torch.Tensor:
+    (rows, columns), (height, width) = size, images.shape[-2:]
+    if mode == InterpolationMode.NEAREST:
+        return images[..., _nearest(height, rows), :][..., _nearest(width, columns)]
+    try:
+        # As PIL does: rows first, then columns, and what bicubic and lanczos overshoot is cut after each of them. uint8
+        # is also rounded in between, as PIL's is, where torch has no kernel of its own for it.
+        for target in ([height, columns], [rows, columns]):
+            images = tv_functional.resize(images, target, interpolation=mode, antialias=True)
+            images = images.clamp(0, 1) if images.is_floating_point() else images
+    except (NotImplementedError, ValueError) as error:
+        raise ArgumentError(f"torch cannot resize tensors by {mode.value!r}: pass images or uint8 arrays") from error
+    return images
+
+
+def _nearest(before: int, after: int) -> list[int]:
+    """The pixels that PIL takes: it adds up the step in double precision, where torch's modes multiply in single."""
+    positions = itertools.accumulate(itertools.repeat(before / after, after - 1), initial=before / after * 0.5)
+    return [min(int(position), before - 1) for position in positions]
 
 
 def load_pixels(image: Image.Image) -> None:
-    """Read a PIL image to its end.
-
-    Raises:
-        ArgumentError: it has no pixels, or its file is damaged.
-    """
+    """Read a PIL image to its end; `ArgumentError` where it has no pixels, or its file is damaged."""
     if 0 in image.size:
         raise ArgumentError(f"an empty image, of {image.height} x {image.width} pixels")
     try:
         image.load()
-    except (OSError, ValueError, SyntaxError, EOFError) as error:  # PIL raises any of these for a damaged file
+    except UNREADABLE as error:
         raise ArgumentError(f"the image cannot be read: {shown(str(error))}") from error
 
 
 def in_channels(image: Image.Image, channels: int) -> Image.Image:
     """A PIL image in the mode of the tower, as timm's datasets have it: `image.convert("RGB")`, "L" for one channel.
 
-    So transparency is dropped and not blended. 16-bit and floating point images have white at 255 and are clipped,
-    with a warning where that changes a value.
-
-    Raises:
-        ArgumentError: no image mode has so many channels; the image is empty or damaged.
+    So transparency is dropped; 16-bit and floating point images are clipped to 255, with a warning where that shows.
+    `ArgumentError` where no mode has so many channels, or the image is empty or damaged.
     """
-    mode = PIL_MODES.get(channels)
-    if mode is None:
-        raise ArgumentError(
-            f"a PIL image (mode {image.mode}), but the tower takes {channels} channels: pass arrays or tensors"
-        )
+    if channels not in PIL_MODES:
+        raise ArgumentError(f"a PIL image, but the tower takes {channels} channels: pass arrays or tensors")
     load_pixels(image)
-    if image.mode == mode:
-        return image
     if image.mode.startswith(("I", "F")):
         extrema: Any = image.getextrema()
-        least, most = extrema
-        if not 0 <= least <= most <= 255 or (image.mode == "F" and most <= 1):
-            warnings.warn(
-                f"an image of mode {image.mode} with values from {least} to {most}: PIL's convert takes white for 255 "
-                "and clips what is not from 0 to 255, and timm has the same. Scale it to 8 bits first.",
-                stacklevel=2,
-            )
-    return image.convert(mode)
-
-
-def make_transform(config: TimmTowerConfig, is_training: bool = False, **kwargs: Any) -> Any:
-    """timm's own transform for a tower, from the config alone.
-
-    It pads first, and scales to `value_range` and reverses the channels around the normalisation, where the preprocess
-    block says so; otherwise its steps are those of `timm.data.create_transform`.
-
-    Args:
-        config: A completed config.
-        is_training: The random transform for training instead of the one for evaluation.
-        kwargs: Further arguments of `timm.data.create_transform` (augmentation).
-
-    Returns:
-        PIL image -> float32 tensor `[in_chans, height, width]`, normalised.
-
-    Raises:
-        ConfigError: the config is not completed, or asks for images of too many pixels.
-        ArgumentError: an argument that the config decides, or that timm does not know, or with which the transform
-            does not normalise although the tower needs what is done there.
-    """
-    return transform_of(*completed_preprocess(config), is_training, **kwargs)
-
-
-def transform_of(block: dict[str, Any], size: Sequence[int], is_training: bool = False, **kwargs: Any) -> Any:
-    """`make_transform` from a checked preprocess block and `[height, width]`."""
-    resized = [math.floor(side / block["crop_pct"]) for side in size]
-    values = len(block["mean"]) * max(math.prod(resized), math.prod(size))
-    if min(resized) < 1 or values > MAX_RESIZED_VALUES:
-        raise ConfigError(
-            f"image_size={list(size)} with crop_pct={block['crop_pct']}: images of {len(block['mean'])} channels would "
-            f"be resized to {resized[0]} x {resized[1]}; at most {MAX_RESIZED_VALUES} values (8192 x 8192 in colour), "
-            "and at least one pixel, are taken"
-        )
-    lo, hi = block["value_range"]
-    scaled, reverse, padded = [lo, hi] != [0, 1], block["channel_order"] == "BGR", block["padding"] is not None
-    # timm also makes colours of the mean (of borders, and in augmentation), which it takes to be in [0, 1].
-    mean = [(value - lo) / (hi - lo) for value in block["mean"]] if scaled else block["mean"]
-    std = [value / (hi - lo) for value in block["std"]] if scaled else block["std"]
-    decided = {
-        "input_size": (len(mean), *size),
-        **{key: block[key] for key in ("interpolation", "crop_pct", "crop_mode")},
-        "mean": tuple(mean),
-        "std": tuple(std),
-    }
-    if twice := sorted(set(decided) & set(kwargs)):
-        raise ArgumentError(f"transform: {', '.join(twice)} come from the tower's config; change them there")
-    try:
-        transform = create_transform(is_training=is_training, **decided, **kwargs)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ArgumentError(f"transform: timm.data.create_transform refuses: {error}") from error
-    steps = list(transform.transforms) if isinstance(transform, Compose) else []
-    if scaled or reverse or padded:
-        places = [place for place, step in enumerate(steps) if isinstance(step, Normalize)]
-        if len(places) != 1:
-            raise ArgumentError(
-                f"transform: with {kwargs} timm does not normalise within one transform, and this tower's padding, "
-                "value_range or channel_order would get lost; leave such arguments out"
-            )
-        normalise = steps[places[0]]
-        if scaled:
-            normalise = Normalize(mean=torch.tensor(block["mean"]), std=torch.tensor(block["std"]))
-        around = [*[ScaleValues(lo, hi)] * scaled, normalise, *[ReverseChannels()] * reverse]
-        steps[places[0] : places[0] + 1] = around
-        steps[:0] = [PadToSquare(tuple(block["padding"]["color"]))] if padded else []
-    return TowerTransform(steps, block, None if is_training else resized) if steps else transform
+        if not 0 <= extrema[0] <= extrema[1] <= 255 or (image.mode == "F" and extrema[1] <= 1):
+            found = f"an image of mode {image.mode} with values from {extrema[0]} to {extrema[1]}"
+            warnings.warn(f"{found}: PIL's convert clips what is not from 0 to 255; scale it to 8 bits", stacklevel=2)
+    return image if image.mode == PIL_MODES[channels] else image.convert(PIL_MODES[channels])
 
 
 def completed_preprocess(config: TimmTowerConfig) -> tuple[dict[str, Any], list[int]]:
-    """The preprocess block and `[height, width]` of a config.
-
-    Raises:
-        ConfigError: the config is not completed.
-    """
+    """The checked preprocess block and `[height, width]` of a config; `ConfigError` where it has none to use."""
     if config.preprocess is None or config.image_size is None:
         raise ConfigError("the config has no preprocess block yet: build a tower from it first")
+    check_preprocess(config.preprocess, config.in_chans)
     return config.preprocess, check_size("image_size", config.image_size)
-
-
-# --- preprocessor_config.json: the block and the size under transformers' names
 
 
 def facts_of(block: dict[str, Any], size: Sequence[int]) -> dict[str, Any]:
     """The preprocess block and `[height, width]` under their names in `preprocessor_config.json`."""
-    named = {_FILE_NAMES.get(key, key): _plain_fact(block[key]) for key in _BLOCK_KEYS}
+    named = {name: _plain_fact(block[key]) for key, name in _FILE_NAMES.items()}
     return {"size": {"height": size[0], "width": size[1]}, **named}
 
 
 def block_of(facts: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
-    """The checked preprocess block and `[height, width]` from the facts of `preprocessor_config.json`.
-
-    Raises:
-        ConfigError: a fact is missing or wrong; names it.
-    """
+    """The checked preprocess block and `[height, width]`; `ConfigError` names the fact that is missing or wrong."""
     if missing := [name for name in PROCESSOR_FACTS if name not in facts]:
         raise ConfigError(f"{PROCESSOR_TYPE}: {', '.join(missing)} missing")
-    block = {key: _plain_fact(facts[_FILE_NAMES.get(key, key)]) for key in _BLOCK_KEYS}
-    size = facts["size"]
-    if isinstance(size, Mapping):
-        if set(size) != {"height", "width"}:
-            raise ConfigError(f"size={shown(dict(size))}: expected {{'height': ..., 'width': ...}} in pixels")
+    block, size = {key: _plain_fact(facts[name]) for key, name in _FILE_NAMES.items()}, facts["size"]
+    if isinstance(size, Mapping) and set(size) == {"height", "width"}:
         size = [size["height"], size["width"]]
     if not isinstance(block["mean"], list) or not 1 <= len(block["mean"]) <= MAX_IN_CHANS:
         raise ConfigError(f"image_mean={shown(block['mean'])}: expected a list with a number for each channel")
@@ -3431,112 +3306,39 @@ def block_of(facts: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
 def _plain_fact(value: Any) -> Any:
     """What JSON gives back: lists for tuples, and nothing shared with the config."""
     if isinstance(value, Mapping):
-        return {key: list(item) if isinstance(item, tuple) else item for key, item in value.items()}
+        return {key: _plain_fact(item) for key, item in value.items()}
     return list(value) if isinstance(value, (list, tuple)) else value
 
 
 def standard_keys(block: dict[str, Any]) -> dict[str, Any]:
-    """How other readers of `preprocessor_config.json` (transformers.js, ...) name steps, where that is exact.
-
-    `size` is the result's, so that resizing can be named only where the image is squashed to it; elsewhere the key is
-    left out, and a reader that then does not resize meets a wrong shape, not other pixels.
-    """
-    (lo, hi), channels = block["value_range"], len(block["mean"])
-    keys: dict[str, Any] = {"do_convert_rgb": True} if channels == 3 else {}
+    """How others (transformers.js, ...) name steps, where that is exact; resizing only where it squashes to `size`."""
+    lo, hi = block["value_range"]
+    keys: dict[str, Any] = {"do_convert_rgb": True} if len(block["mean"]) == 3 else {}
     if block["channel_order"] == "RGB" and lo == 0:
-        keys.update(do_rescale=True, rescale_factor=hi / 255, do_normalize=True)
+        keys |= {"do_rescale": True, "rescale_factor": hi / 255, "do_normalize": True}
     if block["crop_mode"] == "squash" and block["crop_pct"] == 1 and block["padding"] is None:
-        keys.update(do_resize=True, resample=INTERPOLATIONS[block["interpolation"]], do_center_crop=False)
+        keys |= {"do_resize": True, "resample": INTERPOLATIONS[block["interpolation"]], "do_center_crop": False}
     return keys
 
 
-def processor_dict(config: TimmTowerConfig) -> dict[str, Any]:
-    """What `preprocessor_config.json` of a tower holds, from its config alone.
-
-    Written with `json.dumps(..., indent=2, sort_keys=True)` and a newline it is, byte for byte, what
-    `TimmTowerImageProcessor.save_pretrained` writes.
-
-    Raises:
-        ConfigError: the config is not completed, or its preprocess block cannot be used.
-    """
-    block, size = completed_preprocess(config)
-    check_preprocess(block, config.in_chans)
-    named = {"image_processor_type": PROCESSOR_TYPE, "auto_map": dict(PROCESSOR_AUTO_MAP)}
-    return {**facts_of(block, size), **standard_keys(block), **named}
-
-
-def facts_in_tower(processor: dict[str, Any]) -> dict[str, Any]:
-    """What `preprocessor_config.json` holds beside a tower's `config.json`, which names the class.
-
-    Here the class's name and `auto_map` would make transformers look for a video processor too, and ask every user of a
-    pipeline whether to trust the code, although the class is registered.
-    """
-    return {name: value for name, value in processor.items() if name not in ("image_processor_type", "auto_map")}
-
-
-def processor_differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """How the entries of a `preprocessor_config.json` differ from the expected ones, in words; ours must be there."""
-    named = [*PROCESSOR_FACTS, *(name for name in STANDARD_KEYS if name in found)]
-    differ = [
-        f"{name} is {shown(found.get(name, 'missing'))} there and should be {shown(expected.get(name, 'left out'))}"
-        for name in named
-        if name not in found or name not in expected or found[name] != expected[name]
-    ]
-    unknown = sorted(set(found) - set(expected) - set(STANDARD_KEYS) - TRANSFORMERS_PROCESSOR_KEYS, key=str)
-    return differ + [f"unknown {shown(name)}{near_names(name, PROCESSOR_FACTS)}" for name in unknown[:4]]
-
-
-def near_names(name: str, names: Sequence[str], cutoff: float = 0.6) -> str:
-    """` (did you mean ...?)`, or nothing where no name is near, or the text is too long to look for one."""
-    near = difflib.get_close_matches(name, names, n=2, cutoff=cutoff) if len(name) <= 64 else []
+def near_fact(name: str, cutoff: float = 0.6) -> str:
+    """` (did you mean ...?)`, or nothing where no fact has a name like this one."""
+    near = difflib.get_close_matches(name[:64], PROCESSOR_FACTS, n=2, cutoff=cutoff)
     return f" (did you mean {' or '.join(near)}?)" if near else ""
-
-
-def check_processor(found: Mapping[str, Any], config: TimmTowerConfig) -> None:
-    """Refuse a `preprocessor_config.json` that would prepare other pixels than the tower's config says.
-
-    Args:
-        found: The parsed file; towers saved by earlier versions have none of `STANDARD_KEYS`.
-        config: The completed config of the same folder, before any override.
-
-    Raises:
-        ConfigError: names every fact that differs, with both values.
-    """
-    kind = found.get("image_processor_type")  # not beside a tower, but whoever saved the processor alone wrote it
-    if kind not in (None, PROCESSOR_TYPE):
-        raise ConfigError(
-            f"preprocessor_config.json: image_processor_type is {shown(kind)}, not {PROCESSOR_TYPE!r}: it would "
-            "prepare other pixels than this tower was made for. Save the tower again to write its own."
-        )
-    if differ := processor_differences(found, processor_dict(config)):
-        raise ConfigError(
-            f"preprocessor_config.json and config.json disagree: {'; '.join(differ)}. One of them was edited; save the "
-            "tower again to write both."
-        )
 
 # --- image_processor.py
 
-"""`TimmTowerImageProcessor`: timm's eval transform as transformers' image processor.
+"""`TimmTowerImageProcessor`: timm's evaluation transform as transformers' image processor.
 
-- PIL images, uint8 numpy arrays, paths and URLs give, bit for bit, what timm's transform gives for
-  `image.convert("RGB")` (`"L"` for towers of one channel); see `in_channels` for transparency and 16-bit images.
-- Tensors and floating point arrays are resized by torch, in whole batches and on any device: close and not equal. The
-  largest difference before mean and std, in steps of an 8-bit pixel (of 255), from a fifth to three times the size, is
-  0 for nearest and 2 otherwise; 11 where an image is squashed to less than a fifth of its height, because Pillow then
-  resizes columns before rows. The means are at most 0.36. Measured by `scripts/bench_image_processor.py`.
-- EXIF rotation: paths and URLs are turned upright, as transformers' `load_image` does. A PIL image is taken as it is,
-  as timm takes it: `PIL.ImageOps.exif_transpose` is the caller's.
-
-In a file of its own: importing transformers' image processing is not free, and `TimmModel` does without.
+PIL images, uint8 arrays, paths and URLs give, bit for bit, what timm's transform gives for `image.convert("RGB")` ("L"
+for one channel). Tensors and floats are resized by torch: before mean and std at most 2 of 255 away from that (0 for
+nearest; 11 where an image is squashed to less than a fifth of its height, as Pillow then resizes columns first), 0.36
+in the mean, from a fifth to three times the size (`scripts/bench_image_processor.py`). Its imports take a second.
 """
 
 
-_DEEPEST_LIST = 4
-
-
+# What a call takes beside the images. transformers' processors sort their keywords by these names.
 class TimmTowerImagesKwargs(TypedDict, total=False):
-    """What a call takes beside the images. transformers' processors sort their keywords by these names."""
-
     return_tensors: str | None
     device: str | torch.device | None
     input_data_format: str | None
@@ -3548,23 +3350,14 @@ class TimmTowerImagesKwargs(TypedDict, total=False):
 
 
 class TimmTowerImageProcessor(BaseImageProcessor):
-    """Images -> `pixel_values` for a tower, as timm's eval transform makes them.
+    """Images -> `pixel_values` for a tower. The attributes are the arguments; set, they hold from the next call on.
 
-    The attributes are the arguments; they may be set, and hold from the next call on.
+    `ConfigError` where an argument is wrong, missing or unknown.
 
     Args:
-        size: Height and width of the result in pixels: `{"height": ..., "width": ...}`, a pair, or an int for a square.
-        interpolation: `nearest`, `bilinear`, `bicubic`, `box`, `hamming` or `lanczos`.
-        crop_pct: Side of the crop divided by the side resized to.
-        crop_mode: `center`, `squash` or `border`.
-        image_mean: A number for each channel; how many there are is the tower's `in_chans`.
-        image_std: Likewise.
-        padding: None, or `{"mode": "square", "color": [...]}`.
-        channel_order: `RGB` or `BGR`.
-        value_range: `[lo, hi]`, what black and white are before mean and std are applied.
-
-    Raises:
-        ConfigError: an argument is wrong, missing or unknown.
+        size: Of the result in pixels: `{"height": ..., "width": ...}`, a pair, or an int for a square.
+        interpolation, crop_pct, crop_mode, padding, channel_order, value_range: As in the config's preprocess block.
+        image_mean, image_std: A number for each channel; how many there are is the tower's `in_chans`.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012  # transformers' declaration
@@ -3574,57 +3367,51 @@ class TimmTowerImageProcessor(BaseImageProcessor):
         super().__init__()
         facts = {"padding": None, "channel_order": "RGB", "value_range": [0.0, 1.0], **facts}
         block, size = block_of(facts)
-        checked = facts_of(block, size)
-        if wrong := processor_differences({**facts, **checked}, {**checked, **standard_keys(block)}):
-            raise ConfigError(f"{type(self).__name__}: {'; '.join(wrong)}")
+        checked, known = facts_of(block, size), standard_keys(block)
+        for name in sorted(facts.keys() - checked.keys() - PROCESSOR_KEYS):
+            if name not in known or facts[name] != known[name]:
+                expected = f"should be {known[name]!r}" if name in known else f"is unknown{near_fact(name)}"
+                raise ConfigError(f"{type(self).__name__}: {shown(name)}: {shown(facts[name])} {expected}")
         for name, value in checked.items():
             setattr(self, name, value)
 
     @classmethod
     def from_tower_config(cls, config: TimmTowerConfig) -> "TimmTowerImageProcessor":
-        """The processor of a tower.
-
-        Raises:
-            ConfigError: the config is not completed: build a tower from it first.
-        """
-        return cls(**processor_dict(config))
+        """The processor of a tower; `ConfigError` where the config is not completed: build a tower from it first."""
+        return cls(**facts_of(*completed_preprocess(config)))
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers': keywords that are facts override the file's, others are what `pipeline` hands to everyone.
 
-        `image_size`, the config's name for it, is taken for `size`: `pipeline(..., model_kwargs={"image_size": 384})`
-        hands it to the model and to us, and both follow.
-
-        Raises:
-            ArgumentError: a keyword looks like a fact misspelt, or belongs into the call.
+        `size` may be named `image_size`, as `pipeline(..., model_kwargs={"image_size": 384})` names it to the model.
+        `ArgumentError` where a keyword looks like a fact misspelt, or belongs into the call.
         """
         return_unused = kwargs.pop("return_unused_kwargs", False)
-        given = {name: kwargs.pop(name) for name in PROCESSOR_FACTS if name in kwargs}
         if "image_size" in kwargs:
-            if "size" in given:
+            if "size" in kwargs:
                 raise ArgumentError(f"{cls.__name__}: image_size is another name of size; give one of them")
-            given["size"] = kwargs.pop("image_size")
+            kwargs["size"] = kwargs.pop("image_size")
+        given = {name: kwargs.pop(name) for name in PROCESSOR_FACTS if name in kwargs}
         for name in kwargs:
-            if name in ("mean", "std", *STANDARD_KEYS) or near_names(name, PROCESSOR_FACTS, 0.75):
-                raise ArgumentError(
-                    f"{cls.__name__}: unknown {name}{near_names(name, PROCESSOR_FACTS)}; steps are left out in the call"
-                )
+            if name in ("mean", "std", *STANDARD_KEYS) or near_fact(name, 0.75):
+                raise ArgumentError(f"{cls.__name__}: unknown {name}{near_fact(name)}; steps are left out in the call")
         processor = cls(**image_processor_dict)
-        processor = cls(**{**processor._facts(), **given}) if given else processor
+        processor = cls(**{**facts_of(*processor._block()), **given}) if given else processor
         return (processor, kwargs) if return_unused else processor
 
     def to_dict(self) -> dict[str, Any]:
         """What `preprocessor_config.json` holds."""
-        named = {"image_processor_type": type(self).__name__, "auto_map": dict(PROCESSOR_AUTO_MAP)}
-        facts = self._facts()
-        return {**facts, **standard_keys(block_of(facts)[0]), **named}
+        (block, size), kind = self._block(), type(self).__name__
+        named = {"image_processor_type": kind, "auto_map": dict(PROCESSOR_AUTO_MAP)}
+        return {**facts_of(block, size), **standard_keys(block), **named}
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
-        """Write `preprocessor_config.json`; beside a tower, as the tower itself writes it."""
+        """Write `preprocessor_config.json`; beside a tower without the class, so that no pipeline asks to trust it."""
         path, content = Path(json_file_path), self.to_dict()
-        if _is_tower(path.with_name("config.json")):
-            content = facts_in_tower(content)
+        with suppress(OSError, ValueError, RecursionError, TypeError, LookupError):  # no config, or not a tower's
+            if json.loads(path.with_name("config.json").read_bytes())["model_type"] == TimmTowerConfig.model_type:
+                del content["image_processor_type"], content["auto_map"]
         path.unlink(missing_ok=True)  # a link is replaced, what it points to stays
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -3636,19 +3423,18 @@ class TimmTowerImageProcessor(BaseImageProcessor):
         input_data_format: str | None = None,
         **steps: bool | None,
     ) -> BatchFeature:
-        """Preprocess one image or a list of them.
+        """Preprocess one image or a list of them, which may hold further lists.
 
         Args:
-            images: PIL images; numpy arrays `[H, W]`, `[H, W, C]`, `[C, H, W]` or a batch of these, uint8 or floats
-                in [0, 1], and uint16 or int32 where they are grey; tensors `[C, H, W]` or `[B, C, H, W]`, uint8 or
-                floats; paths and URLs; or a list of these, which may hold further lists.
+            images: PIL images; paths and URLs, turned upright by their EXIF data; numpy arrays `[H, W]`, `[H, W, C]`,
+                `[C, H, W]` or a batch, uint8 or floats in [0, 1], and uint16 or int32 where they are grey; tensors
+                `[C, H, W]` or `[B, C, H, W]`, uint8 or floats in [0, 1].
             return_tensors: `"pt"` or `"np"`: one array of the batch; None: a list of tensors `[C, height, width]`.
             device: Where the tensor path runs and where the result is; by default each image's own.
-            input_data_format: `channels_first` or `channels_last` of arrays and tensors. By default tensors have their
-                channels first, and arrays where their shape shows them.
+            input_data_format: `channels_first` or `channels_last`; by default tensors have their channels first, and
+                arrays where their shape shows them.
             steps: transformers' names of steps, taken where they say what is done. `do_resize=False`: the images have
-                the tower's size already, and are neither padded nor cropped. `do_rescale=False`: they are floats in
-                [0, 1]; True: they are not. `do_convert_rgb=False`: they have the tower's mode.
+                the tower's size already. `do_rescale=False`: they are floats. `do_convert_rgb=False`: none need be.
 
         Returns:
             `pixel_values`: `[B, C, height, width]`, float32.
@@ -3661,39 +3447,19 @@ class TimmTowerImageProcessor(BaseImageProcessor):
             raise ArgumentError(f"return_tensors={return_tensors!r}: expected 'pt', 'np' or None")
         if input_data_format not in (None, "channels_first", "channels_last"):
             raise ArgumentError(f"input_data_format={input_data_format!r}: not 'channels_first' or 'channels_last'")
-        prepared = _Call(self._facts(), device, input_data_format, steps)
-        done = [made for image in _flat_images(images) for made in prepared(image)]
+        call = _Call(*self._block(), device, input_data_format, steps)
+        done = [made for image in call.opened(images) for made in call.pixels(image)]
         if not done:
             raise ArgumentError("no images: expected one at least")
-        if return_tensors is None:
-            return BatchFeature({"pixel_values": done})
-        batch = torch.stack(done)
-        return BatchFeature({"pixel_values": batch if return_tensors == "pt" else batch.cpu().numpy()})
+        batch: Any = done if return_tensors is None else torch.stack(done)
+        return BatchFeature({"pixel_values": batch.cpu().numpy() if return_tensors == "np" else batch})
 
-    def _facts(self) -> dict[str, Any]:
+    def _block(self) -> tuple[dict[str, Any], list[int]]:
         """The attributes as they are now, checked again: they may have been set."""
-        return facts_of(*block_of({name: getattr(self, name) for name in PROCESSOR_FACTS}))
+        return block_of({name: getattr(self, name) for name in PROCESSOR_FACTS})
 
 
-def _is_tower(config: Path) -> bool:
-    try:
-        found = json.loads(config.read_bytes()) if config.is_file() else None
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and found.get("model_type") == TimmTowerConfig.model_type
-
-
-def _flat_images(images: Any, depth: int = 0) -> Iterator[Any]:
-    if not isinstance(images, (list, tuple)):
-        yield images
-        return
-    if depth == _DEEPEST_LIST:
-        raise ArgumentError(f"images: lists within lists, more than {_DEEPEST_LIST} deep")
-    for image in images:
-        yield from _flat_images(image, depth + 1)
-
-
-def _opened(source: str) -> Image.Image:
+def _opened_source(source: str) -> Image.Image:
     """The image of a path, a URL or base64 text, upright and in its own mode: transformers' `load_image` clips it."""
     try:
         if source.startswith(("http://", "https://")):
@@ -3705,155 +3471,100 @@ def _opened(source: str) -> Image.Image:
             text = source.partition(",")[2] if source.startswith("data:image/") else source
             image = Image.open(BytesIO(base64.b64decode(text, validate=True)))
         return ImageOps.exif_transpose(image)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ArgumentError(
-            f"{shown(source)}: expected the path or the URL of an image, or its base64 text: {shown(str(error))}"
-        ) from error
+    except UNREADABLE as error:
+        raise ArgumentError(f"{shown(source)}: no path, URL or base64 text of an image: {shown(str(error))}") from error
 
 
 class _Call:
-    """One call of the processor: image -> its `[C, height, width]` tensors."""
+    """One call of the processor: every way in -> PIL images and batches of tensors -> `[C, height, width]` tensors."""
 
-    def __init__(self, facts: dict[str, Any], device: Any, data_format: str | None, given: dict[str, Any]) -> None:
-        self.block, self.size = block_of(facts)
-        self.channels = len(self.block["mean"])
-        self.transform = transform_of(self.block, self.size)
-        self.device, self.data_format = device, data_format
+    def __init__(self, block: Any, size: list[int], device: Any, layout: str | None, given: dict[str, Any]) -> None:
+        self.size, self.channels, self.device, self.layout = size, len(block["mean"]), device, layout
         self.given = {name: value for name, value in given.items() if value is not None}
-        whole = self.given.get("do_resize") is False or standard_keys(self.block).get("do_center_crop") is False
-        only_true = ("do_normalize",) if whole else ("do_normalize", "do_center_crop")
-        for name, value in self.given.items():
-            usable = (True,) if name in only_true else (True, False)
-            if name not in TimmTowerImagesKwargs.__annotations__ or value not in usable:
-                raise ArgumentError(
-                    f"TimmTowerImageProcessor: {name}={shown(value)} cannot be had. A call takes "
-                    f"{', '.join(TimmTowerImagesKwargs.__annotations__)}; the other steps are the tower's (size, "
-                    "interpolation, ...) and none is left out."
-                )
+        self.steps = with_tower_steps(create_transform(**timm_arguments(block, size)).transforms, block)
+        self.whole = standard_keys(block).get("do_center_crop") is False  # nothing is cropped
         if self.given.get("do_resize") is False:
-            steps = self.transform.transforms
-            self.transform.transforms = steps[[isinstance(step, MaybeToTensor) for step in steps].index(True) :]
+            sized = [isinstance(step, MaybeToTensor) for step in self.steps].index(True)
+            self.steps, self.whole = self.steps[sized:], True
 
-    def __call__(self, image: Any) -> Iterator[torch.Tensor]:
-        if isinstance(image, (str, os.PathLike)):
-            image = _opened(os.fspath(image))
-        if isinstance(image, Image.Image):
-            yield self._exact(image)
+    def opened(self, image: Any, depth: int = 0) -> Iterator[Image.Image | torch.Tensor]:
+        """Whatever was given -> PIL images, and tensors `[B, C, H, W]` that are not yet checked."""
+        if isinstance(image, (list, tuple)):
+            if depth == 4:
+                raise ArgumentError("images: lists within lists, more than 4 deep")
+            for one in image:
+                yield from self.opened(one, depth + 1)
+        elif isinstance(image, (str, os.PathLike)):
+            yield _opened_source(os.fspath(image))
+        elif isinstance(image, Image.Image):
+            yield image
         elif isinstance(image, np.ndarray):
-            for array in image if image.ndim == 4 else [image]:
-                yield self._from_array(array)
+            yield from map(self._of_array, image if image.ndim == 4 else [image])
         elif isinstance(image, torch.Tensor):
-            yield from self._from_tensor(image, self.data_format or "channels_first")
+            batch = image[None] if image.ndim == 3 else image
+            yield batch.permute(0, 3, 1, 2) if self.layout == "channels_last" and batch.ndim == 4 else batch
         else:
-            raise ArgumentError(
-                f"an image of type {type(image).__name__}: expected a PIL image, a numpy array, a torch tensor, a path "
-                "or a URL"
-            )
+            expected = "a PIL image, a numpy array, a torch tensor, a path or a URL"
+            raise ArgumentError(f"an image of type {type(image).__name__}: expected {expected}")
 
-    def _exact(self, image: Image.Image) -> torch.Tensor:
-        converted = in_channels(image, self.channels)
-        if converted is not image and self.given.get("do_convert_rgb") is False:
-            raise ArgumentError(f"do_convert_rgb=False, but the image has mode {image.mode} and not {converted.mode}")
-        self._check_steps([image.height, image.width], rescales=True)
-        made: torch.Tensor = self.transform(converted)
-        return made if self.device is None else made.to(self.device)
-
-    def _check_steps(self, size: list[int], rescales: bool) -> None:
-        """Refuse a step that was asked for, or out, and does not fit an image of this height and width."""
-        if self.given.get("do_rescale", rescales) is not rescales:
-            raise ArgumentError(
-                f"do_rescale={not rescales}: uint8 and PIL images are divided by 255, floats are in [0, 1] already"
-            )
-        if self.given.get("do_resize") is False and size != self.size:
-            raise ArgumentError(f"do_resize=False: an image of {size}, but the tower takes {self.size} (height, width)")
-
-    def _from_array(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
-        """One image; uint8 of one, three or four channels and deeper grey through PIL, all else through torch."""
+    def _of_array(self, array: np.ndarray[Any, Any]) -> Image.Image | torch.Tensor:
+        """One image; uint8 of one, three or four channels and deeper grey as PIL's, all else as a tensor."""
+        counts, shape = {1, 3, 4} if self.channels in PIL_MODES else {1, self.channels}, array.shape
+        first, last = self.layout == "channels_first", self.layout == "channels_last"
         if array.ndim == 2:
-            array = array[:, :, None]
-        elif array.ndim != 3:
-            raise ArgumentError(f"an array of shape {array.shape}: expected [H, W], [H, W, C] or [C, H, W]")
-        elif self._data_format(array.shape) == "channels_first":
-            array = array.transpose(1, 2, 0)
-        if 0 in array.shape:
-            raise ArgumentError(f"an array of shape {array.shape}: it is empty")
+            array, first, last = array[:, :, None], False, True
+        elif array.ndim == 3 and self.layout is None:
+            first, last = shape[0] in counts, shape[-1] in counts
+        if array.ndim != 3 or 0 in shape or first == last:
+            raise ArgumentError(
+                f"an array of shape {shape}: expected [H, W], [H, W, C] or [C, H, W], not empty, with C of {counts}; "
+                "where C could be either side, pass input_data_format='channels_first' or 'channels_last'"
+            )
+        array = array.transpose(1, 2, 0) if first else array
         depth = {"uint8": (1, 3, 4), "uint16": (1,), "int32": (1,)}.get(array.dtype.name, ())
         if self.channels in PIL_MODES and array.shape[-1] in depth:
             pixels = array[:, :, 0] if array.shape[-1] == 1 else array
-            return self._exact(Image.fromarray(np.array(pixels, array.dtype.newbyteorder("="))))
+            return Image.fromarray(np.array(pixels, array.dtype.newbyteorder("=")))
         if array.dtype != np.uint8 and array.dtype.kind != "f":
             raise ArgumentError(f"an array of {array.dtype}: expected uint8, or floating point in [0, 1]")
-        kind = np.uint8 if array.dtype == np.uint8 else np.float32
-        return next(self._from_tensor(torch.from_numpy(np.array(array.transpose(2, 0, 1), kind)), "channels_first"))
+        kind = np.float32 if array.dtype.kind == "f" else np.uint8
+        return torch.from_numpy(np.array(array.transpose(2, 0, 1), kind))[None]
 
-    def _data_format(self, shape: tuple[int, ...]) -> str:
-        if self.data_format is not None:
-            return self.data_format
-        counts = {1, 3, 4} if self.channels in PIL_MODES else {1, self.channels}
-        first, last = shape[0] in counts, shape[-1] in counts
-        if first == last:
-            raise ArgumentError(
-                f"an array of shape {shape}: its channels could be first or last. Pass input_data_format="
-                "'channels_first' or 'channels_last'"
-                if first
-                else f"an array of shape {shape}: expected [H, W], [H, W, C] or [C, H, W] with C of {sorted(counts)}"
-            )
-        return "channels_first" if first else "channels_last"
-
-    def _from_tensor(self, tensor: torch.Tensor, data_format: str) -> Iterator[torch.Tensor]:
-        batch = tensor[None] if tensor.ndim == 3 else tensor
-        if data_format == "channels_last" and batch.ndim == 4:
-            batch = batch.permute(0, 3, 1, 2)
-        if self.device is not None:
-            batch = batch.to(self.device)
-        batch = _checked_tensor(batch, self.channels)
-        self._check_steps(list(batch.shape[-2:]), rescales=not batch.is_floating_point())
-        yield from transform_tensor(batch, self.transform)
-
-
-def transform_tensor(images: torch.Tensor, transform: TowerTransform) -> torch.Tensor:
-    """timm's steps on a batch; only the resizing is done by torch instead of PIL.
-
-    Args:
-        images: `[B, C, H, W]`, uint8, or floating point in [0, 1].
-        transform: The tower's, for evaluation.
-
-    Returns:
-        `[B, C, height, width]`, float32, on the device of `images`; differentiable where `images` are floats.
-
-    Raises:
-        ArgumentError: torch has no such interpolation, or the images become too large on the way.
-    """
-    transform.check_cost(*images.shape[-2:])
-    for step in transform.transforms:
-        if isinstance(step, PadToSquare):
-            images = _pad_tensor(images, step)
-        elif isinstance(step, Resize):
-            images = _resize_tensor(images, _resize_target(images, step.size), step.interpolation)
-        elif isinstance(step, ResizeKeepRatio):
-            target = step.get_params(images, step.size, step.longest)  # type: ignore[no-untyped-call]
-            images = _resize_tensor(images, target, step.interpolation)
-        elif isinstance(step, CenterCropOrPad):  # channel by channel: torchvision pads tensors with one number only
-            fill = _color_of(images, step.fill).tolist()
-            images = torch.cat(
-                [center_crop_or_pad(images[:, i : i + 1], step.size, fill=value) for i, value in enumerate(fill)], 1
-            )
-        elif isinstance(step, MaybeToTensor):
-            images = images if images.is_floating_point() else images.float().div(255)
+    def pixels(self, image: Image.Image | torch.Tensor) -> Iterator[torch.Tensor]:
+        """An image `[C, H, W]`, or a batch `[B, C, H, W]` -> `[C, height, width]` each."""
+        if isinstance(image, Image.Image):
+            ours = in_channels(image, self.channels)
+            self._check_steps([image.height, image.width], True, image.mode if ours is not image else None)
+            yield run_steps(self.steps, ours).to(self.device)
         else:
-            images = step(images)  # cropping, normalising and our own steps take both kinds
-    return images
+            batch = _checked_tensor(image if self.device is None else image.to(self.device), self.channels)
+            self._check_steps(list(batch.shape[-2:]), not batch.is_floating_point())
+            yield from run_steps(self.steps, batch)
+
+    def _check_steps(self, size: list[int], rescales: bool, converted: str | None = None) -> None:
+        """Refuse a step that was asked for, or out, where an image of this `[H, W]` is treated otherwise."""
+        takes = f"a call takes {', '.join(TimmTowerImagesKwargs.__annotations__)}; no other step is left out"
+        usable = {
+            "do_resize": ((True, size != self.size), f"the image is {size}, but the tower takes {self.size}"),
+            "do_center_crop": ((True, not self.whole), takes),
+            "do_rescale": ((rescales,), "uint8 and PIL images are divided by 255, floats are in [0, 1] already"),
+            "do_convert_rgb": ((True, converted is not None), f"the image has mode {converted}"),
+            "do_normalize": ((True,), takes),
+        }
+        for name, value in self.given.items():
+            values, reason = usable.get(name, ((), takes))
+            if value not in values:
+                raise ArgumentError(f"TimmTowerImageProcessor: {name}={shown(value)} cannot be had: {reason}")
 
 
 def _checked_tensor(images: torch.Tensor, channels: int) -> torch.Tensor:
-    if images.ndim != 4 or 0 in images.shape or images.is_meta:
-        raise ArgumentError(f"a tensor of shape {list(images.shape)}: expected [C, H, W] or [B, C, H, W], not empty")
-    if images.shape[1] == 1 and channels == 3:
+    """A batch `[B, channels, H, W]`, uint8 or float32 in [0, 1]; grey is repeated for three channels."""
+    if images.ndim == 4 and images.shape[1] == 1 and channels == 3:
         images = images.expand(-1, channels, -1, -1)
-    if images.shape[1] != channels:
+    if images.ndim != 4 or images.shape[1] != channels or 0 in images.shape or images.is_meta:
         raise ArgumentError(
-            f"a tensor of shape {list(images.shape)}: expected {channels} channels first, [B, {channels}, H, W]; with "
-            "channels last pass input_data_format='channels_last'"
+            f"a tensor of shape {list(images.shape)}: expected {channels} channels first, [C, H, W] or [B, C, H, W], "
+            "not empty; with channels last pass input_data_format='channels_last'"
         )
     if images.dtype == torch.uint8:
         return images
@@ -3862,63 +3573,9 @@ def _checked_tensor(images: torch.Tensor, channels: int) -> torch.Tensor:
     images = images.float()
     least, most = (bound.item() for bound in images.detach().aminmax())
     if not (least >= 0 and most <= 1):
-        raise ArgumentError(
-            f"a floating point tensor with values from {least:.4g} to {most:.4g}: expected [0, 1], before mean and "
-            "std. Divide by 255 what goes to 255; what is normalised already goes to the model as it is."
-        )
+        found = f"a floating point tensor with values from {least:.4g} to {most:.4g}"
+        raise ArgumentError(f"{found}: expected [0, 1], not yet normalised. Divide by 255 what goes to 255.")
     return images
-
-
-def _resize_target(images: torch.Tensor, size: int | Sequence[int]) -> list[int]:
-    """Height and width that torchvision's `Resize` gives: a single number is the shorter side."""
-    if not isinstance(size, int):
-        return list(size)
-    height, width = images.shape[-2:]
-    longer = int(size * max(height, width) / min(height, width))
-    return [size, longer] if height <= width else [longer, size]
-
-
-def _resize_tensor(images: torch.Tensor, size: Sequence[int], mode: InterpolationMode) -> torch.Tensor:
-    height, width = size
-    if mode == InterpolationMode.NEAREST:
-        rows, columns = _nearest(images.shape[-2], height), _nearest(images.shape[-1], width)
-        return images[..., rows, :][..., columns]
-    try:
-        # As PIL does: rows first, then columns, and what bicubic and lanczos overshoot is cut after each of them. uint8
-        # is also rounded in between, as PIL's is, where torch has no kernel of its own for it.
-        for target in ([images.shape[-2], width], [height, width]):
-            images = tv_functional.resize(images, target, interpolation=mode, antialias=True)
-            images = images.clamp(0, 1) if images.is_floating_point() else images
-    except (NotImplementedError, ValueError) as error:
-        raise ArgumentError(
-            f"this torch and torchvision cannot resize tensors with interpolation {mode.value!r}; pass PIL images or "
-            "uint8 numpy arrays"
-        ) from error
-    return images
-
-
-def _nearest(before: int, after: int) -> list[int]:
-    """The pixels that PIL takes: it adds up the step in double precision, where torch's modes multiply in single."""
-    step = before / after
-    position, taken = step * 0.5, []
-    for _ in range(after):
-        taken.append(min(int(position), before - 1))
-        position += step
-    return taken
-
-
-def _color_of(images: torch.Tensor, color: Any) -> torch.Tensor:
-    fill = torch.tensor(color, device=images.device).clamp(0, 255)
-    return (fill / 255 if images.is_floating_point() else fill).to(images.dtype)
-
-
-def _pad_tensor(images: torch.Tensor, step: PadToSquare) -> torch.Tensor:
-    batch, channels, height, width = images.shape
-    side = max(height, width)
-    left, top = step.corner(width, height)
-    canvas = _color_of(images, step.color).view(1, channels, 1, 1).repeat(batch, 1, side, side)
-    canvas[..., top : top + height, left : left + width] = images
-    return canvas
 
 # --- tower.py
 
