@@ -454,7 +454,7 @@ def _names_under(entries: Sequence[str], names: Iterable[str], key: str) -> set[
         near = difflib.get_close_matches(missing[0][:80], list(under)[:10_000], n=3)
         hint = f" (near: {', '.join(near)})" if near else ""
         raise ConfigError(
-            f"frozen[{key!r}]: the tower has no {shown(missing[0])}{hint}; the config is of another tower"
+            f"frozen[{key!r}]: the tower has no {shown(missing[0])[1:-1]}{hint}; the config is of another tower"
         )
     return {name for entry in entries for name in under[entry]}
 
@@ -878,7 +878,8 @@ class _Construction(TorchFunctionMode):
         in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
         if in_place and self.skip and isinstance(target, torch.Tensor) and self._is_parameter(target):
             return target
-        if name in _DRAWS or name.endswith("_like") or getattr(func, "__module__", "") == "torch.nn.init":
+        draws = name in _DRAWS or name.endswith("_like") or getattr(func, "__module__", "") == "torch.nn.init"
+        if draws and self.skip:  # where weights are initialised, the seed is the user's
             func, args, kwargs = self._with_generator(func, name, target, args, kwargs)
         if self.budget is None:
             return func(*args, **kwargs)

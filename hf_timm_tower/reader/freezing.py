@@ -130,6 +130,6 @@ def _names_under(entries: Sequence[str], names: Iterable[str], key: str) -> set[
         near = difflib.get_close_matches(missing[0][:80], list(under)[:10_000], n=3)
         hint = f" (near: {', '.join(near)})" if near else ""
         raise ConfigError(
-            f"frozen[{key!r}]: the tower has no {shown(missing[0])}{hint}; the config is of another tower"
+            f"frozen[{key!r}]: the tower has no {shown(missing[0])[1:-1]}{hint}; the config is of another tower"
         )
     return {name for entry in entries for name in under[entry]}

@@ -131,7 +131,8 @@ class _Construction(TorchFunctionMode):
         in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
         if in_place and self.skip and isinstance(target, torch.Tensor) and self._is_parameter(target):
             return target
-        if name in _DRAWS or name.endswith("_like") or getattr(func, "__module__", "") == "torch.nn.init":
+        draws = name in _DRAWS or name.endswith("_like") or getattr(func, "__module__", "") == "torch.nn.init"
+        if draws and self.skip:  # where weights are initialised, the seed is the user's
             func, args, kwargs = self._with_generator(func, name, target, args, kwargs)
         if self.budget is None:
             return func(*args, **kwargs)

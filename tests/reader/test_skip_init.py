@@ -140,3 +140,15 @@ def test_honest_architectures_stay_far_below_the_limits(name: str) -> None:
     with skip_init(budget):
         timm.create_model(name)
     assert all(budget.spent[kind] * 3 < limit for kind, limit in budget.limits.items())
+
+
+def test_where_weights_are_initialised_the_seed_is_the_users() -> None:
+    made = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        with within_budget(Budget.default()):
+            made.append(nn.Linear(4, 3).weight.detach().clone())
+    torch.manual_seed(1)
+    assert torch.equal(made[0], nn.Linear(4, 3).weight)
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
