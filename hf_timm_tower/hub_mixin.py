@@ -18,13 +18,13 @@ from .hub.card import CardOptions, as_tags
 from .hub.download import Access
 from .hub.fetch import fetch_tower
 from .hub.push import COMMIT_MESSAGE, PushOptions, default_repo_id, push_folder
-from .hub.trunk_source import TrunkSource, find_trunk, kept_trunk_source
+from .hub.trunk_source import find_trunk, kept_trunk_source
 from .load import check_device, load_tower
 from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, FolderError, TowerError
 from .reader.head import CustomHead
 from .reader.tower import plain_defaults
-from .reader.weights import floating_dtype
+from .reader.weights import TrunkSource, floating_dtype
 from .save import Saved, SaveOptions, save_tower, storable_config, with_weights
 from .subclassing import OVERRIDABLE, added_arguments, overrides
 

@@ -19,7 +19,7 @@ from .files.staging import read_folder
 from .files.weights import read_weights
 from .heads.source_file import construct_code
 from .hub.download import Access
-from .hub.trunk_source import merged, parse_trunk_source, read_trunk
+from .hub.trunk_source import merged, read_trunk
 from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, ConfigError, HeadError, shown
 from .reader.freezing import apply_frozen
@@ -28,7 +28,7 @@ from .reader.image_processing import check_preprocess
 from .reader.skip_init import Budget, skip_init
 from .reader.tower import CLASSIFIER, Tower, build_tower, has_classifier, plain_defaults
 from .reader.trunk import buffers_as_timm, float_dtype, native_size
-from .reader.weights import StoredTower, assign_weights
+from .reader.weights import StoredTower, assign_weights, parse_trunk_source
 from .subclassing import rebuild
 
 

@@ -18,7 +18,7 @@ from .build import build_for_transformers
 from .hub.card import CardOptions, as_tags
 from .hub.download import Access
 from .hub.push import COMMIT_MESSAGE, PushOptions, default_repo_id, push_folder
-from .hub.trunk_source import TrunkSource, kept_trunk_source
+from .hub.trunk_source import kept_trunk_source
 from .interop.timm_face import TimmFace
 from .load import check_given_head, load_bare, make_code_head, read_tower
 from .reader import modeling as reader
@@ -26,7 +26,7 @@ from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, WeightsError
 from .reader.modeling import MODEL_TAGS, TimmTowerModelOutput, TowerLoading
 from .reader.tower import Tower
-from .reader.weights import StoredTower
+from .reader.weights import StoredTower, TrunkSource
 from .save import Saved, SaveOptions, save_tower, storable_config, with_weights
 from .training.freezing import describe_frozen, note_fixed
 

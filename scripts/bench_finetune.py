@@ -183,9 +183,7 @@ def measure_epoch(way: str, args: argparse.Namespace, name: str, folder: Path) -
     if way == "first":
         dataset = images(args, args.images)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            cpu, clock = timed(
-                lambda: cache_features(tower, dataset, scratch, batch_size=args.batch, progress=False)
-            )
+            cpu, clock = timed(lambda: cache_features(tower, dataset, scratch, batch_size=args.batch, progress=False))
         return {"cpu": cpu, "clock": clock}
     if way == "uncached":
         x, y = images(args, args.images)[:]
@@ -219,9 +217,7 @@ def measure_pair(way: str, args: argparse.Namespace, name: str, folder: Path) ->
         step(*batch)
     ratios = []
     for _ in range(args.pairs):
-        ours, theirs, theirs_again, ours_again = (
-            timed(lambda who=who: steps[who](*batch))[0] for who in (0, 1, 1, 0)
-        )
+        ours, theirs, theirs_again, ours_again = (timed(lambda who=who: steps[who](*batch))[0] for who in (0, 1, 1, 0))
         ratios.append((ours + ours_again) / (theirs + theirs_again))
     low, middle, high = statistics.quantiles(ratios, n=4)
     return {"low": low, "median": middle, "high": high}

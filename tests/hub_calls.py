@@ -142,9 +142,7 @@ def load_often(repo_id: str, times: int, cache: str) -> list[str]:
     return [load(repo_id, cache_dir=cache) for _ in range(times)]
 
 
-def train_head_and_push(
-    repo_id: str, seed: int, part: str = "head", source: str | None = None, **kwargs: Any
-) -> str:
+def train_head_and_push(repo_id: str, seed: int, part: str = "head", source: str | None = None, **kwargs: Any) -> str:
     """Load a tower, change its head (or another part) as training does, push it again; the new numbers."""
     tower = TimmModel.from_pretrained(source or repo_id)
     _change(tower.get_submodule(part), seed)
@@ -152,9 +150,7 @@ def train_head_and_push(
     return numbers(tower)
 
 
-def train_and_push_face(
-    repo_id: str, seed: int, part: str = "head", source: str | None = None, **kwargs: Any
-) -> str:
+def train_and_push_face(repo_id: str, seed: int, part: str = "head", source: str | None = None, **kwargs: Any) -> str:
     """The same by the transformers model of a tower."""
     from hf_timm_tower import TimmTowerModel
 

@@ -1,4 +1,4 @@
-"""Who may import whom. """
+"""Who may import whom."""
 
 import ast
 import importlib

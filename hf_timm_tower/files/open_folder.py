@@ -129,9 +129,7 @@ class OpenFolder:
             self._json[name] = self.read_bytes(name, max_bytes)
         return parse_object(self._json[name], f"{self.path / name}", max_depth)
 
-    def read_tensors(
-        self, name: str, mmap: bool = True, digests: dict[str, str] | None = None
-    ) -> dict[str, Tensor]:
+    def read_tensors(self, name: str, mmap: bool = True, digests: dict[str, str] | None = None) -> dict[str, Tensor]:
         """The tensors of the safetensors file `name`; see `safetensors_read.read_aligned`.
 
         Args:

@@ -2986,7 +2986,7 @@ def code_file(config: dict[str, Any]) -> str | None:
     name: Any = head.get("file")
     if name != HEAD_CODE_FILE:
         raise FormatError(f"config.head.file={shown(name)}: a head of code is stored in {HEAD_CODE_FILE}")
-    return name
+    return HEAD_CODE_FILE
 
 
 # --- heads that are stored as code
@@ -3874,9 +3874,7 @@ def parse_trunk_source(spec: Any) -> TrunkSource:
     """
     if not isinstance(spec, dict) or set(spec) != _PINNED_FIELDS:
         raise ConfigError(f"trunk_source: expected {', '.join(sorted(_PINNED_FIELDS))}, found {shown(spec, 200)}")
-    repo_id, commit, layout, files, unused = (
-        spec[name] for name in ("repo_id", "commit", "layout", "files", "unused")
-    )
+    repo_id, commit, layout, files, unused = (spec[name] for name in ("repo_id", "commit", "layout", "files", "unused"))
     if not isinstance(repo_id, str) or not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
         raise ConfigError(
             f"trunk_source: expected a repository's id and a commit, found {shown(repo_id)} and {shown(commit)}"

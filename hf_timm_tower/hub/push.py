@@ -99,9 +99,7 @@ def push_folder(
         card = make_card(repo_id, _card(repo_id, parent, remote, token))
         local = sorted({*names, CARD_NAME})
         pushed = list(
-            filter_repo_objects(
-                local, allow_patterns=options.allow_patterns, ignore_patterns=options.ignore_patterns
-            )
+            filter_repo_objects(local, allow_patterns=options.allow_patterns, ignore_patterns=options.ignore_patterns)
         )
         kept = _kept(repo_id, parent, remote, token)
         pushed = [name for name in pushed if name not in kept]

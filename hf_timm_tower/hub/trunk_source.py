@@ -185,5 +185,3 @@ def merged(head: Mapping[str, Tensor], trunk: Mapping[str, Tensor], where: str) 
     if both := sorted(key for key in head if key.startswith(_PREFIX)):
         raise FormatError(f"{where}: by trunk_source the trunk is elsewhere, yet the files hold {shown(both[0])}")
     return {**head, **trunk}
-
-

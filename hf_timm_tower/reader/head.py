@@ -150,7 +150,7 @@ def code_file(config: dict[str, Any]) -> str | None:
     name: Any = head.get("file")
     if name != HEAD_CODE_FILE:
         raise FormatError(f"config.head.file={shown(name)}: a head of code is stored in {HEAD_CODE_FILE}")
-    return name
+    return HEAD_CODE_FILE
 
 
 # --- heads that are stored as code

@@ -53,9 +53,7 @@ def load_data(arguments: DataArguments) -> Data:
     if "train" not in splits:
         raise ArgumentError(f"--image-folder {arguments.image_folder}: no train/ in it, found {', '.join(splits)}")
     if held_out is None:
-        splits = splits["train"].train_test_split(
-            arguments.test_fraction, stratify_by_column="label", seed=_SPLIT_SEED
-        )
+        splits = splits["train"].train_test_split(arguments.test_fraction, stratify_by_column="label", seed=_SPLIT_SEED)
         held_out = "test"
     train, test = (_at_most(splits[name], arguments.max_images) for name in ("train", held_out))
     labels = train.features["label"].names

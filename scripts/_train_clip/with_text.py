@@ -31,7 +31,8 @@ classify(image, candidate_labels=[...], hypothesis_template="{template}")
 ```
 
 transformers warns that it has no such model on this pipeline's list; the pipeline works all the same. Where
-`hf_timm_tower` is not installed, leave out its import and pass `trust_remote_code=True`: the code is `modeling_timm_tower.py`.
+`hf_timm_tower` is not installed, leave out its import and pass `trust_remote_code=True`: the code is
+`modeling_timm_tower.py`.
 
 The image tower by itself: `hf_timm_tower.TimmModel.from_pretrained("{name}", subfolder="vision")`.
 """

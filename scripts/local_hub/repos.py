@@ -1,10 +1,10 @@
 """Repositories on disk: settings, refs and history. The name of a ref moves last, so a kill leaves old or new state.
 
-    repos/<kind>s/<namespace>/<name>/
-        settings.json           private, gated, who has been granted access
-        commits/<id>.json       one Commit each, with all its files; never changed
-        refs/heads/<name>.ref   the commit's id; likewise refs/tags and refs/pr
-        lfs/<sha256>            empty: this repository may use that object of the store
+repos/<kind>s/<namespace>/<name>/
+    settings.json           private, gated, who has been granted access
+    commits/<id>.json       one Commit each, with all its files; never changed
+    refs/heads/<name>.ref   the commit's id; likewise refs/tags and refs/pr
+    lfs/<sha256>            empty: this repository may use that object of the store
 """
 
 import datetime

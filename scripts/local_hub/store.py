@@ -1,11 +1,11 @@
 """The folder that holds everything the hub knows.
 
-    local_hub.json    says what this folder is
-    lfs/, blobs/      file contents by hash (objects.py)
-    repos/            repositories (repos.py)
-    log.jsonl         every request (log.py)
-    secret            the key of signed links
-    tmp/              unfinished files; emptied at start
+local_hub.json    says what this folder is
+lfs/, blobs/      file contents by hash (objects.py)
+repos/            repositories (repos.py)
+log.jsonl         every request (log.py)
+secret            the key of signed links
+tmp/              unfinished files; emptied at start
 """
 
 import json

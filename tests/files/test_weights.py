@@ -225,7 +225,6 @@ def test_a_foreign_file_may_lack_the_aliases_of_a_tie_and_may_not_contradict_it(
         assign_weights(Autoencoder("object"), state, source="x")
 
 
-
 @pytest.mark.parametrize(
     "tied", [3, ["a.weight"], [["a.weight"]], [["a.weight", 3]], [["a.weight", "nowhere"]], [["a.bias", "b.bias"]],
              [["a.weight", "b.bias"]], [["a.weight", "a.weight"]]],

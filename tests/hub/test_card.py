@@ -587,9 +587,7 @@ def test_metadata_that_somebody_added_survives_anything(added: dict[str, Any], f
     renewed = make_card(config(), FACTS, existing=f"---\n{source}---\nText.\n", license="mit")
     found = yaml.safe_load(renewed.split("\n---", 1)[0].removeprefix("---"))
     before = yaml.safe_load(source)
-    assert {key: found[key] for key in before if key != "tags"} == {
-        key: before[key] for key in before if key != "tags"
-    }
+    assert {key: found[key] for key in before if key != "tags"} == {key: before[key] for key in before if key != "tags"}
     assert found["license"] == "mit"
     assert found["tags"][-3:] == ["timm_tower", "timm", "test_resnet"]
     assert renewed.endswith("---\nText.\n")

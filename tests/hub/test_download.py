@@ -9,7 +9,8 @@ import pytest
 from hf_timm_tower import ArgumentError, ConfigError, FormatError, HubError, TimmModel
 from hf_timm_tower.hub.download import Access, hub_errors
 from hf_timm_tower.hub.push import PushOptions
-from hf_timm_tower.hub.trunk_source import _digest, parse_trunk_source
+from hf_timm_tower.hub.trunk_source import _digest
+from hf_timm_tower.reader.weights import parse_trunk_source
 
 SECRET = "hf_SECRETSECRET"
 

@@ -200,9 +200,7 @@ def test_killed_push_leaves_the_old_or_the_new_tower(hub: LocalHub, client: HubW
     print(f"{KILLS - finished} of {KILLS} pushes were killed before their end")
 
 
-def test_hub_that_is_down_is_named_and_the_cache_still_serves(
-    hub: LocalHub, client: HubWorker, tmp_path: Path
-) -> None:
+def test_hub_that_is_down_is_named_and_the_cache_still_serves(hub: LocalHub, client: HubWorker, tmp_path: Path) -> None:
     cache = str(tmp_path / "c")
     numbers = client.call(calls.load, REPO, cache_dir=cache)
     hub.stop()

@@ -229,9 +229,7 @@ def test_an_incomplete_adapter_is_an_error(missing: str, folder: Path, tmp_path:
         load_lora(TimmModel.from_pretrained(folder), tmp_path)
 
 
-def test_a_classifier_is_trained_and_saved_with_the_adapter(
-    folder: Path, images: torch.Tensor, tmp_path: Path
-) -> None:
+def test_a_classifier_is_trained_and_saved_with_the_adapter(folder: Path, images: torch.Tensor, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="fresh"):
         labelled = TimmTowerForImageClassification.from_pretrained(folder, num_labels=3)
     labelled.save_pretrained(tmp_path / "labelled")

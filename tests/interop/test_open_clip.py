@@ -597,9 +597,7 @@ def test_ours_stands_in_for_open_clip_s_own_class_in_its_configs(
     assert_lives_inside_open_clip(name, theirs, tmp_path / "published", tokenizer)
 
 
-def test_a_trained_stand_in_becomes_a_tower_with_open_clip_s_preprocessing(
-    ours_inside: None, tmp_path: Path
-) -> None:
+def test_a_trained_stand_in_becomes_a_tower_with_open_clip_s_preprocessing(ours_inside: None, tmp_path: Path) -> None:
     name = register(tmp_path / "configs", "tiny-taken-out", TINY)
     model, _, transform = open_clip.create_model_and_transforms(
         name, image_mean=SIGLIP["mean"], image_std=SIGLIP["std"], image_resize_mode="squash"

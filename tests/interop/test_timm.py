@@ -328,9 +328,7 @@ def check_export(tower: TimmModel, folder: Path) -> None:
         ("test_byobnet", {"proj": "none", "pool": "max"}),
     ],
 )
-def test_an_exported_trunk_loads_in_timm_and_transformers(
-    name: str, arguments: dict[str, Any], tmp_path: Path
-) -> None:
+def test_an_exported_trunk_loads_in_timm_and_transformers(name: str, arguments: dict[str, Any], tmp_path: Path) -> None:
     tower = TimmModel(name, **arguments)
     shake(tower)
     check_export(tower, tmp_path / "exported")

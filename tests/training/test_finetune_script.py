@@ -168,9 +168,7 @@ def test_a_tower_that_was_trained_on_these_labels_goes_on_with_its_classifier(ru
     first = tmp_path / "first" / "tower"
     assert run(tmp_path / "second", "--tower", first, "--learning-rate", 0, "--mode", "probe") == 0
     assert figures(tmp_path / "second")["eval_accuracy"] == figures(tmp_path / "first")["eval_accuracy"]
-    assert torch.equal(
-        weights(tmp_path / "second" / "tower")["classifier.weight"], weights(first)["classifier.weight"]
-    )
+    assert torch.equal(weights(tmp_path / "second" / "tower")["classifier.weight"], weights(first)["classifier.weight"])
 
 
 def test_layers_have_their_own_rates(script: Any, tmp_path: Path) -> None:
@@ -182,9 +180,7 @@ def test_layers_have_their_own_rates(script: Any, tmp_path: Path) -> None:
         warmup_steps=0, disable_tqdm=True,
     )  # fmt: skip
     trainer = script.train(ModelArguments(layer_decay=0.5), data, training, of_digits=True)
-    rate_of = {
-        id(parameter): group["lr"] for group in trainer.optimizer.param_groups for parameter in group["params"]
-    }
+    rate_of = {id(parameter): group["lr"] for group in trainer.optimizer.param_groups for parameter in group["params"]}
     groups = layer_groups(trainer.model)
     parameters = dict(trainer.model.named_parameters())
     for depth, group in enumerate(reversed(groups)):

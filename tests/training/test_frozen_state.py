@@ -205,9 +205,7 @@ def test_the_card_says_what_is_frozen(tmp_path: Path) -> None:
         lines = (tmp_path / "t" / "README.md").read_text().splitlines()
         said += [line.replace("\\", "") for line in lines if line.startswith("| Frozen |")]
     assert said[0] == "| Frozen | nothing |"
-    assert said[1] == (
-        f"| Frozen | {trunk:,} of {total:,} parameters (`parameters: [trunk], statistics: [trunk]`) |"
-    )
+    assert said[1] == (f"| Frozen | {trunk:,} of {total:,} parameters (`parameters: [trunk], statistics: [trunk]`) |")
     assert "trunk.layer1" in said[2]
     assert "statistics" not in said[2]
     assert len(said) == 3
