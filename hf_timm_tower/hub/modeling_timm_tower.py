@@ -101,7 +101,14 @@ _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxle
 
 
 class TowerError(Exception):
-    """Base of all errors of hf_timm_tower."""
+    """Base of all errors of hf_timm_tower.
+
+    Its text has nothing that a terminal acts on, wherever a part of it came from.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return "".join(each if each.isprintable() or each in "\n\t" else repr(each)[1:-1] for each in text)
 
 
 class ConfigError(TowerError, ValueError):
@@ -627,14 +634,16 @@ OUR_FIELDS = tuple(name for name in TimmTowerConfig.__annotations__ if name != "
 
 
 def _catch_strict_errors() -> None:
-    """Let the constructor raise `ConfigError` where `@strict` would raise an error of its own."""
+    """Let the constructor raise `ConfigError` where `@strict`, or transformers on its own keys, would raise another."""
     validated = TimmTowerConfig.__init__
 
-    def __init__(self: TimmTowerConfig, **kwargs: Any) -> None:
+    def __init__(self: TimmTowerConfig, /, **kwargs: Any) -> None:
         _check_version(kwargs)
         try:
             validated(self, **kwargs)
-        except StrictDataclassError as error:
+        except TowerError:
+            raise
+        except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
             cause = str(error.__cause__ or error).replace("\n", " ").strip()
             raise ConfigError(f"TimmTowerConfig: {cause}") from error
 
@@ -1074,8 +1083,8 @@ def within_budget(budget: Budget) -> Iterator[None]:
 
 
 # What timm's constructors raise for arguments they cannot use.
-BUILD_ERRORS = (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError,
-                ValueError, ZeroDivisionError)  # fmt: skip
+BUILD_ERRORS = (ArithmeticError, AssertionError, AttributeError, IndexError, KeyError, NotImplementedError,
+                RuntimeError, TypeError, ValueError)  # fmt: skip
 
 
 class UnsupportedPool(ConfigError):

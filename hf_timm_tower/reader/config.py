@@ -15,7 +15,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from .errors import ConfigError, FormatError, shown
+from .errors import ConfigError, FormatError, TowerError, shown
 from .freezing import check_frozen
 from .model_args import FROM_TRUNK, RECORDED, check_names, decode, encode
 
@@ -178,14 +178,16 @@ OUR_FIELDS = tuple(name for name in TimmTowerConfig.__annotations__ if name != "
 
 
 def _catch_strict_errors() -> None:
-    """Let the constructor raise `ConfigError` where `@strict` would raise an error of its own."""
+    """Let the constructor raise `ConfigError` where `@strict`, or transformers on its own keys, would raise another."""
     validated = TimmTowerConfig.__init__
 
-    def __init__(self: TimmTowerConfig, **kwargs: Any) -> None:
+    def __init__(self: TimmTowerConfig, /, **kwargs: Any) -> None:
         _check_version(kwargs)
         try:
             validated(self, **kwargs)
-        except StrictDataclassError as error:
+        except TowerError:
+            raise
+        except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
             cause = str(error.__cause__ or error).replace("\n", " ").strip()
             raise ConfigError(f"TimmTowerConfig: {cause}") from error
 

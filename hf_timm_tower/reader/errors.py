@@ -24,7 +24,14 @@ _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxle
 
 
 class TowerError(Exception):
-    """Base of all errors of hf_timm_tower."""
+    """Base of all errors of hf_timm_tower.
+
+    Its text has nothing that a terminal acts on, wherever a part of it came from.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return "".join(each if each.isprintable() or each in "\n\t" else repr(each)[1:-1] for each in text)
 
 
 class ConfigError(TowerError, ValueError):

@@ -14,8 +14,8 @@ from .model_args import RECORDED, decode
 from .skip_init import skip_init
 
 # What timm's constructors raise for arguments they cannot use.
-BUILD_ERRORS = (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError,
-                ValueError, ZeroDivisionError)  # fmt: skip
+BUILD_ERRORS = (ArithmeticError, AssertionError, AttributeError, IndexError, KeyError, NotImplementedError,
+                RuntimeError, TypeError, ValueError)  # fmt: skip
 
 
 class UnsupportedPool(ConfigError):

@@ -8,7 +8,7 @@ import pytest
 import timm.layers
 import torch.nn as nn
 
-from hf_timm_tower import ConfigError, FormatError, TimmModel, TimmTowerConfig
+from hf_timm_tower import ConfigError, FolderError, FormatError, TimmModel, TimmTowerConfig, TowerError
 
 
 def test_a_config_comes_back_from_json_and_from_a_folder(tmp_path: Path) -> None:
@@ -75,3 +75,28 @@ def test_a_value_set_later_is_checked_as_one_given_at_once(field: str) -> None:
     config = TimmTowerConfig(embed_dim=7)
     with pytest.raises(Exception, match=field):
         setattr(config, field, {"not": "a value"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dtype", "x"),
+        ("torch_dtype", "x"),
+        ("id2label", [1]),
+        ("use_return_dict", True),
+        ("per_layer_config", {}),
+        ("self", 1),
+        ("model_args", {"mlp_ratio": 1e308}),
+    ],
+)
+def test_a_value_that_transformers_or_timm_cannot_take_is_our_error(key: str, value: Any, tmp_path: Path) -> None:
+    TimmModel("test_vit", 4, pool="token").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(TowerError):
+        TimmModel.from_pretrained(tmp_path)
+
+
+def test_nothing_in_the_text_of_an_error_acts_on_a_terminal() -> None:
+    error = FolderError("a\x1b]0;b\x07\u202ec\nd\\ü")
+    assert str(error) == "a\\x1b]0;b\\x07\\u202ec\nd\\ü"
