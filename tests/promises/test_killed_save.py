@@ -1,5 +1,6 @@
 """`kill -9` at random moments of a save: the folder holds the old tower or the new one, whole, every time."""
 
+import contextlib
 import os
 import random
 import signal
@@ -67,17 +68,25 @@ def test_a_killed_save_leaves_the_old_or_the_new_tower(tmp_path: Path, how: str)
     one_save = (time.monotonic() - began) / 3
     version, killed_early, killed_late = 3, 0, 0
     moments = random.Random(20)
-    for _ in range(KILLS // 2):
+    saves, said = os.pipe()
+    for kill in range(KILLS // 2):
         child = os.fork()
         if not child:
             try:
                 for next_version in range(version + 1, version + 1000):  # always in the middle of some save
                     save(target, next_version)
+                    os.write(said, b".")
             finally:
                 os._exit(1)
+        if kill % 2:
+            os.read(saves, 1)  # not before its first save is done, however busy the machine is
         time.sleep(moments.uniform(0, 2 * one_save))
         os.kill(child, signal.SIGKILL)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        os.set_blocking(saves, False)
+        with contextlib.suppress(BlockingIOError):
+            os.read(saves, 1000)
+        os.set_blocking(saves, True)
         found = load(target)
         assert found >= version
         killed_early += found == version
