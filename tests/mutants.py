@@ -351,11 +351,12 @@ def put_stray(folder: Path, outside: Path, good: Files, dice: random.Random) -> 
     """
     name = dice.choice(STRAY_NAMES if dice.random() < 0.7 else sorted(name for name in good if "/" not in name))
     path = folder / name
-    for parent in reversed(path.relative_to(folder).parents):
-        if (folder / parent).is_file():
+    # What an earlier stray left may be a link that leads outside: this one is put into the folder itself.
+    for parent in list(reversed(path.relative_to(folder).parents))[1:]:
+        if (folder / parent).is_symlink() or (folder / parent).exists() and not (folder / parent).is_dir():
             (folder / parent).unlink()
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         path = path / "inside"
     path.unlink(missing_ok=True)
     act = dice.randrange(6)
