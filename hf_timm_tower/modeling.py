@@ -24,7 +24,9 @@ from .load import check_given_head, load_bare, make_code_head, read_tower
 from .reader import modeling as reader
 from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, WeightsError
-from .reader.modeling import MODEL_TAGS, TimmTowerModelOutput, TowerLoading
+from .reader.forward import TimmTowerModelOutput
+from .reader.loading import TowerLoading
+from .reader.pretrained import MODEL_TAGS, TimmTowerPreTrainedModel
 from .reader.tower import Tower
 from .reader.weights import StoredTower, TrunkSource
 from .save import Saved, SaveOptions, save_tower, storable_config, with_weights
@@ -46,7 +48,7 @@ _PUSH_OPTIONS = frozenset(
 )
 
 
-class SavesTower(TimmFace, reader.TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
+class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
     """What the two classes below have beside the reader's: strict reading, saving, pushing."""
 
     def __init__(self, config: TimmTowerConfig, _loading: TowerLoading | None = None) -> None:

@@ -4074,27 +4074,64 @@ def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
         raise ArgumentError(f"dtype={dtype!r} is not a floating-point dtype of torch or the name of one")
     return found
 
-# --- modeling.py
+# --- computed_buffers.py
 
-"""Towers as transformers models: `TimmTowerModel`, and `TimmTowerForImageClassification` with a classifier on top.
+"""Buffers that no checkpoint holds, and memory, where transformers builds on the meta device."""
 
-`from_pretrained` is transformers' own, with all it takes (revisions, device maps, quantization, adapters). Two steps of
-it are ours. *Building*: transformers builds on the meta device and fills what the checkpoint holds. Buffers outside the
-state dict (relative positions, rotary tables, attention biases) are in no checkpoint and would come back as
-uninitialised memory. So trunk and head are always built for real, with initialisation left out, their computed buffers
-set aside, and then moved to meta; `_initialize_weights` puts the buffers back. transformers calls it on every model
-inside a model, so that it works nested in another model's `from_pretrained` too. *Tensors*: they are checked against
-the index and the folder's config, and put in strictly.
-"""
+
+def computed_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> buffer, of those that are not in the state dict."""
+    found: dict[str, torch.Tensor] = {}
+    for prefix, part in module.named_modules():
+        for name in part._non_persistent_buffers_set:
+            buffer = part._buffers.get(name)
+            if buffer is not None:
+                found[f"{prefix}.{name}"] = buffer
+    return found
+
+
+def put_buffers(module: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
+    """Put buffers into the places of uninitialised ones, on the device of those."""
+    moved: dict[int, torch.Tensor] = {}
+    for name, buffer in buffers.items():
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        device = owner._buffers[leaf].device  # type: ignore[union-attr]
+        # One buffer that several modules hold stays one.
+        owner._buffers[leaf] = moved.setdefault(id(buffer), buffer.to(device=device))
+
+
+def align(module: nn.Module) -> None:
+    """Copy what begins at odd places in memory to places that are multiples of 64 bytes.
+
+    Another model's checkpoint is mapped by transformers as it is; kernels may give other last bits for such tensors.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        plain = type(tensor) in (nn.Parameter, torch.Tensor) and tensor.device.type == "cpu"
+        if plain and tensor.layout == torch.strided and tensor.data_ptr() % 64:
+            tensor.data = tensor.detach().clone()
+
+
+def move_to_meta(module: nn.Module, dtype: torch.dtype) -> None:
+    """As `module.to("meta", dtype)`, except that tied parameters stay tied."""
+    moved: dict[int, torch.Tensor] = {}
+    for part in module.modules():
+        for table in (part._parameters, part._buffers):
+            for name, tensor in list(table.items()):
+                if tensor is None:
+                    continue
+                if id(tensor) not in moved:
+                    twin = tensor.detach().to("meta", dtype if tensor.is_floating_point() else None)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    moved[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if is_parameter else twin
+                setattr(part, name, moved[id(tensor)])
+
+# --- forward.py
+
+"""One forward of a tower as transformers asks for it: features, embedding, inner layers."""
 
 
 HiddenStates = bool | int | Sequence[int] | None
-
-MODEL_TAGS = ("timm",)
-"""Tags of every tower, as transformers' `model_tags`."""
-
-# Keywords of `from_pretrained` that say how files are found.
-_DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
 
 
 @dataclass
@@ -4111,6 +4148,79 @@ class TimmTowerModelOutput(ModelOutput):
     last_hidden_state: Any = None
     pooler_output: Any = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+def run_tower(
+    model: Any, images: torch.Tensor, wanted: HiddenStates, attentions: bool | None
+) -> tuple[Any, Any, tuple[torch.Tensor, ...] | None]:
+    """The trunk's features, the embedding, and features of inner layers where asked for."""
+    trunk = model.trunk
+    if model.config.output_attentions if attentions is None else attentions:
+        raise ConfigError("output_attentions: timm's models do not give their attentions")
+    if not images.is_floating_point():
+        raise ArgumentError(
+            f"pixel_values are {images.dtype}: expected floats as the image processor gives them, scaled and normalised"
+        )
+    images = images.to(model.dtype)
+    wanted = model.config.output_hidden_states if wanted is None else wanted
+    inner = None
+    # An empty list or 0 asks for none; True, and no number, for all.
+    if wanted:
+        if not hasattr(trunk, "forward_intermediates"):
+            raise ConfigError(f"{type(trunk).__name__} has no forward_intermediates in timm {timm.__version__}")
+        indices = None if wanted is True else wanted if isinstance(wanted, int) else list(wanted)
+        features, found = trunk.forward_intermediates(images, indices=indices)
+        inner = tuple(found)
+    else:
+        features = trunk.forward_features(images)
+    if model.steps == "features":
+        pooled = features
+    else:
+        # Where the trunk's forward is more than these two steps, it runs whole: the embedding is what it gives.
+        pooled = trunk.forward_head(features) if model.steps == "features, head" else trunk(images)
+    return features, run_head(model.head, model._head_input, pooled), inner
+
+
+def wants_dict(model: PreTrainedModel, return_dict: bool | None) -> bool:
+    return bool(model.config.return_dict if return_dict is None else return_dict)
+
+
+def steps_of(trunk: nn.Module) -> str:
+    """What the trunk's forward is made of, for a tensor x: `forward_head(forward_features(x))` and nothing else
+    (`features, head`), `forward_features(x)` alone (`features`), or something that is not known (`whole`).
+
+    Told from the names that the code of its class uses: one that this does not know is not taken for steps.
+    """
+    code = getattr(type(trunk).forward, "__code__", None)
+    names = set(code.co_names) if code is not None else set()
+    if names == {"forward_features"}:
+        return "features"
+    more = tuple(sorted(names - {"forward_features", "forward_head"}))
+    known = not more or (type(trunk).__name__, *more) in _STEPS_WITH_SWITCHES
+    return "features, head" if known and {"forward_features", "forward_head"} <= names else "whole"
+
+
+# Classes of timm whose forward has switches that a tower never turns: features of inner layers (CoaT, FastViT), a
+# second classifier for training (Inception), packed patches of several sizes (NaFlexVit).
+_STEPS_WITH_SWITCHES = {
+    ("CoaT", "is_scripting", "jit", "return_interm_layers", "torch"),
+    ("FastVit", "fork_feat"),
+    ("InceptionV3", "aux_logits"),
+    ("NaFlexVit", "_assert", "dict", "get", "isinstance"),
+}
+
+
+def can_checkpoint(trunk: nn.Module) -> bool:
+    try:
+        trunk.set_grad_checkpointing(True)  # type: ignore[operator]
+        trunk.set_grad_checkpointing(False)  # type: ignore[operator]
+    except (AttributeError, AssertionError):
+        return False
+    return True
+
+# --- loading.py
+
+"""What a `from_pretrained` of a tower knows while it runs, refuses, and says."""
 
 
 @dataclass
@@ -4187,6 +4297,81 @@ class TowerLoading:
             )
 
 
+def refuse_changed(stored: TimmTowerConfig, given: TimmTowerConfig, folder: Path) -> None:
+    """Refuse a config that is not the folder's own; only what was frozen may be left out of it.
+
+    Raises:
+        ConfigError: names the fields.
+    """
+    opened = {"frozen"} if given.frozen is None else set()
+    odd = [name for name in OUR_FIELDS if getattr(stored, name) != getattr(given, name) and name not in opened]
+    if odd:
+        changes = ", ".join(
+            f"{name}={shown(getattr(given, name))} (stored {shown(getattr(stored, name))})" for name in odd[:4]
+        )
+        raise ConfigError(
+            f"{folder}: a tower is loaded as it was saved; {changes} would make another one of the same weights. Load "
+            "it without, change it (TimmModel.from_pretrained takes image_size=...), and save it."
+        )
+
+
+def refuse_misfits(name: str, info: Mapping[str, Any], allowed: list[str]) -> None:
+    """Refuse a model whose weights did not all come from the files, and the other way round.
+
+    Raises:
+        WeightsError: lists the keys.
+    """
+    misfits = {
+        "missing": sorted(set(info["missing_keys"]) - set(allowed)),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "of another shape": sorted(key[0] for key in info["mismatched_keys"]),
+    }
+    lines = [f"{len(keys)} {what}: {', '.join(map(shown, keys[:5]))}" for what, keys in misfits.items() if keys]
+    if lines:
+        raise WeightsError(
+            f"{name}: the weights do not fit, the model is not returned: {'; '.join(lines)}. Where that is wanted, "
+            "pass ignore_mismatched_sizes=True"
+        )
+
+
+def warn_of_changes(loading: TowerLoading, info: Mapping[str, Any]) -> None:
+    """List fresh weights, and those in the files that the model leaves out."""
+    fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+    left_out = sorted({*loading.left_out, *info["unexpected_keys"]})
+    found = {"fresh random weights, to be trained": fresh, "weights that this model leaves out": left_out}
+    for what, keys in found.items():
+        if keys:
+            warnings.warn(f"{loading.place}: {what}: {', '.join(shown(key)[1:-1] for key in keys)}", stacklevel=4)
+
+
+def loading_report(missing_keys: set[str]) -> LoadStateDictInfo:
+    """transformers' record of a loading without other events; its fields differ between versions."""
+    empty: dict[str, Any] = {"error_msgs": [], "conversion_errors": {}}
+    info = LoadStateDictInfo(**{each.name: empty.get(each.name, set()) for each in fields(LoadStateDictInfo)})
+    info.missing_keys = missing_keys
+    return info
+
+# --- pretrained.py
+
+"""The transformers model that every face of a tower is: how transformers builds, fills and saves it.
+
+`from_pretrained` is transformers' own, with all it takes (revisions, device maps, quantization, adapters). Two steps of
+it are ours. *Building*: transformers builds on the meta device and fills what the checkpoint holds. Buffers outside the
+state dict (relative positions, rotary tables, attention biases) are in no checkpoint and would come back as
+uninitialised memory. So trunk and head are always built for real, with initialisation left out, their computed buffers
+set aside, and then moved to meta; `_initialize_weights` puts the buffers back. transformers calls it on every model
+inside a model, so that it works nested in another model's `from_pretrained` too. *Tensors*: they are checked against
+the index and the folder's config, and put in strictly.
+"""
+
+
+MODEL_TAGS = ("timm",)
+"""Tags of every tower, as transformers' `model_tags`."""
+
+# Keywords of `from_pretrained` that say how files are found.
+_DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
+
+
 class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     """What the transformers models of a tower share.
 
@@ -4231,12 +4416,12 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         self._computed: dict[str, torch.Tensor] | None = None
         self._buffers_to: torch.dtype | None = wanted if on_meta else None
         if on_meta:
-            self._computed = _computed_buffers(self)
-            _move_to_meta(self, wanted)
-        self.steps = _steps_of(self.trunk)
+            self._computed = computed_buffers(self)
+            move_to_meta(self, wanted)
+        self.steps = steps_of(self.trunk)
         self._no_split_modules = [type(self.trunk).__name__]
         self._checkpoints = False
-        self.supports_gradient_checkpointing = _can_checkpoint(self.trunk)
+        self.supports_gradient_checkpointing = can_checkpoint(self.trunk)
         if self.config._attn_implementation == "eager":
             for module in self.trunk.modules():
                 if hasattr(module, "fused_attn"):
@@ -4317,7 +4502,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             return
         if any(self.get_buffer(name).is_meta for name in self._computed):
             return  # nothing is loaded yet
-        _put_buffers(self, self._computed)
+        put_buffers(self, self._computed)
         self._computed = None
         if self._buffers_to is not None:
             buffers_as_timm(self, self._buffers_to)
@@ -4327,7 +4512,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         state = {key: tensor for key, tensor in self.state_dict(keep_vars=True).items() if not tensor.is_meta}
         if fresh := [key for key, tensor in state.items() if not getattr(tensor, "_is_hf_initialized", False)]:
             self._fill(fresh)
-        _align(self)
+        align(self)
         if self._loading is None:
             apply_frozen(self, self.config.frozen)  # nested: nobody else does
 
@@ -4403,8 +4588,8 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         model, info = found
         model._loading = None
         if not ignore_mismatched_sizes:
-            _refuse_misfits(loading.place, info, allowed=loading.fresh)
-        _warn_of_changes(loading, info)
+            refuse_misfits(loading.place, info, allowed=loading.fresh)
+        warn_of_changes(loading, info)
         if frozen:
             apply_frozen(model, model.config.frozen)
         else:
@@ -4429,7 +4614,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             return stock(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         stored = loading.stored = model._read(checkpoint_files, loading)
         folder = Path(checkpoint_files[0]).parent
-        _refuse_changed(stored.config, model.config, folder)
+        refuse_changed(stored.config, model.config, folder)
         weights = dict(stored.weights)
         saved_with_one = type(model).__name__.removeprefix("FSDP") in (stored.config.architectures or ())
         if model._has_classifier and not has_classifier(weights) and not saved_with_one:
@@ -4450,7 +4635,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         )
         for key, tensor in model.state_dict(keep_vars=True).items():
             tensor._is_hf_initialized = key in weights
-        return _loading_report(missing_keys=set(loading.fresh)), None
+        return loading_report(missing_keys=set(loading.fresh)), None
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save as transformers does: this class has no card, no fingerprint and no proof (hf_timm_tower has).
@@ -4471,6 +4656,10 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         if any((here / name).exists() for name in (INDEX_FILE, "trunk.safetensors", "fingerprint.json")):
             raise FolderError(f"{here}: holds a tower saved by hf_timm_tower; save into another folder, or install it")
         super().save_pretrained(save_directory, *args, **kwargs)
+
+# --- modeling.py
+
+"""Towers as transformers models: `TimmTowerModel`, and `TimmTowerForImageClassification` with a classifier on top."""
 
 
 class TimmTowerModel(TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
@@ -4503,9 +4692,9 @@ class TimmTowerModel(TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
         Raises:
             ConfigError: inner layers or attentions were asked for and timm does not give them.
         """
-        features, embedding, inner = _run(self, pixel_values, output_hidden_states, output_attentions)
+        features, embedding, inner = run_tower(self, pixel_values, output_hidden_states, output_attentions)
         output = TimmTowerModelOutput(features, embedding, inner)
-        return output if _wants_dict(self, return_dict) else output.to_tuple()
+        return output if wants_dict(self, return_dict) else output.to_tuple()
 
 
 class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
@@ -4561,195 +4750,14 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
             HeadError: the embedding is not `[B, embed_dim]`.
             ConfigError: inner layers or attentions were asked for and timm does not give them.
         """
-        _, embedding, inner = _run(self, pixel_values, output_hidden_states, output_attentions)
+        _, embedding, inner = run_tower(self, pixel_values, output_hidden_states, output_attentions)
         if not isinstance(embedding, torch.Tensor) or embedding.ndim != 2:
             found = tuple(embedding.shape) if isinstance(embedding, torch.Tensor) else type(embedding).__name__
             raise HeadError(f"a classifier needs an embedding [B, embed_dim], this tower gives {found}; choose a pool")
         logits = self.classifier(embedding)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         output = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=inner)
-        return output if _wants_dict(self, return_dict) else output.to_tuple()
-
-
-def _run(
-    model: Any, images: torch.Tensor, wanted: HiddenStates, attentions: bool | None
-) -> tuple[Any, Any, tuple[torch.Tensor, ...] | None]:
-    """The trunk's features, the embedding, and features of inner layers where asked for."""
-    trunk = model.trunk
-    if model.config.output_attentions if attentions is None else attentions:
-        raise ConfigError("output_attentions: timm's models do not give their attentions")
-    if not images.is_floating_point():
-        raise ArgumentError(
-            f"pixel_values are {images.dtype}: expected floats as the image processor gives them, scaled and normalised"
-        )
-    images = images.to(model.dtype)
-    wanted = model.config.output_hidden_states if wanted is None else wanted
-    inner = None
-    # An empty list or 0 asks for none; True, and no number, for all.
-    if wanted:
-        if not hasattr(trunk, "forward_intermediates"):
-            raise ConfigError(f"{type(trunk).__name__} has no forward_intermediates in timm {timm.__version__}")
-        indices = None if wanted is True else wanted if isinstance(wanted, int) else list(wanted)
-        features, found = trunk.forward_intermediates(images, indices=indices)
-        inner = tuple(found)
-    else:
-        features = trunk.forward_features(images)
-    if model.steps == "features":
-        pooled = features
-    else:
-        # Where the trunk's forward is more than these two steps, it runs whole: the embedding is what it gives.
-        pooled = trunk.forward_head(features) if model.steps == "features, head" else trunk(images)
-    return features, run_head(model.head, model._head_input, pooled), inner
-
-
-def _wants_dict(model: PreTrainedModel, return_dict: bool | None) -> bool:
-    return bool(model.config.return_dict if return_dict is None else return_dict)
-
-
-# --- how the trunk runs
-
-
-def _steps_of(trunk: nn.Module) -> str:
-    """What the trunk's forward is made of, for a tensor x: `forward_head(forward_features(x))` and nothing else
-    (`features, head`), `forward_features(x)` alone (`features`), or something that is not known (`whole`).
-
-    Told from the names that the code of its class uses: one that this does not know is not taken for steps.
-    """
-    code = getattr(type(trunk).forward, "__code__", None)
-    names = set(code.co_names) if code is not None else set()
-    if names == {"forward_features"}:
-        return "features"
-    more = tuple(sorted(names - {"forward_features", "forward_head"}))
-    known = not more or (type(trunk).__name__, *more) in _STEPS_WITH_SWITCHES
-    return "features, head" if known and {"forward_features", "forward_head"} <= names else "whole"
-
-
-# Classes of timm whose forward has switches that a tower never turns: features of inner layers (CoaT, FastViT), a
-# second classifier for training (Inception), packed patches of several sizes (NaFlexVit).
-_STEPS_WITH_SWITCHES = {
-    ("CoaT", "is_scripting", "jit", "return_interm_layers", "torch"),
-    ("FastVit", "fork_feat"),
-    ("InceptionV3", "aux_logits"),
-    ("NaFlexVit", "_assert", "dict", "get", "isinstance"),
-}
-
-
-def _can_checkpoint(trunk: nn.Module) -> bool:
-    try:
-        trunk.set_grad_checkpointing(True)  # type: ignore[operator]
-        trunk.set_grad_checkpointing(False)  # type: ignore[operator]
-    except (AttributeError, AssertionError):
-        return False
-    return True
-
-
-# --- building as transformers builds
-
-
-def _computed_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> buffer, of those that are not in the state dict."""
-    found: dict[str, torch.Tensor] = {}
-    for prefix, part in module.named_modules():
-        for name in part._non_persistent_buffers_set:
-            buffer = part._buffers.get(name)
-            if buffer is not None:
-                found[f"{prefix}.{name}"] = buffer
-    return found
-
-
-def _put_buffers(module: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
-    """Put buffers into the places of uninitialised ones, on the device of those."""
-    moved: dict[int, torch.Tensor] = {}
-    for name, buffer in buffers.items():
-        path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(path)
-        device = owner._buffers[leaf].device  # type: ignore[union-attr]
-        # One buffer that several modules hold stays one.
-        owner._buffers[leaf] = moved.setdefault(id(buffer), buffer.to(device=device))
-
-
-def _align(module: nn.Module) -> None:
-    """Copy what begins at odd places in memory to places that are multiples of 64 bytes.
-
-    Another model's checkpoint is mapped by transformers as it is; kernels may give other last bits for such tensors.
-    """
-    for tensor in (*module.parameters(), *module.buffers()):
-        plain = type(tensor) in (nn.Parameter, torch.Tensor) and tensor.device.type == "cpu"
-        if plain and tensor.layout == torch.strided and tensor.data_ptr() % 64:
-            tensor.data = tensor.detach().clone()
-
-
-def _move_to_meta(module: nn.Module, dtype: torch.dtype) -> None:
-    """As `module.to("meta", dtype)`, except that tied parameters stay tied."""
-    moved: dict[int, torch.Tensor] = {}
-    for part in module.modules():
-        for table in (part._parameters, part._buffers):
-            for name, tensor in list(table.items()):
-                if tensor is None:
-                    continue
-                if id(tensor) not in moved:
-                    twin = tensor.detach().to("meta", dtype if tensor.is_floating_point() else None)
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    moved[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if is_parameter else twin
-                setattr(part, name, moved[id(tensor)])
-
-
-# --- what loading refuses or says
-
-
-def _refuse_changed(stored: TimmTowerConfig, given: TimmTowerConfig, folder: Path) -> None:
-    """Refuse a config that is not the folder's own; only what was frozen may be left out of it.
-
-    Raises:
-        ConfigError: names the fields.
-    """
-    opened = {"frozen"} if given.frozen is None else set()
-    odd = [name for name in OUR_FIELDS if getattr(stored, name) != getattr(given, name) and name not in opened]
-    if odd:
-        changes = ", ".join(
-            f"{name}={shown(getattr(given, name))} (stored {shown(getattr(stored, name))})" for name in odd[:4]
-        )
-        raise ConfigError(
-            f"{folder}: a tower is loaded as it was saved; {changes} would make another one of the same weights. Load "
-            "it without, change it (TimmModel.from_pretrained takes image_size=...), and save it."
-        )
-
-
-def _refuse_misfits(name: str, info: Mapping[str, Any], allowed: list[str]) -> None:
-    """Refuse a model whose weights did not all come from the files, and the other way round.
-
-    Raises:
-        WeightsError: lists the keys.
-    """
-    misfits = {
-        "missing": sorted(set(info["missing_keys"]) - set(allowed)),
-        "unexpected": sorted(info["unexpected_keys"]),
-        "of another shape": sorted(key[0] for key in info["mismatched_keys"]),
-    }
-    lines = [f"{len(keys)} {what}: {', '.join(map(shown, keys[:5]))}" for what, keys in misfits.items() if keys]
-    if lines:
-        raise WeightsError(
-            f"{name}: the weights do not fit, the model is not returned: {'; '.join(lines)}. Where that is wanted, "
-            "pass ignore_mismatched_sizes=True"
-        )
-
-
-def _warn_of_changes(loading: TowerLoading, info: Mapping[str, Any]) -> None:
-    """List fresh weights, and those in the files that the model leaves out."""
-    fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
-    left_out = sorted({*loading.left_out, *info["unexpected_keys"]})
-    found = {"fresh random weights, to be trained": fresh, "weights that this model leaves out": left_out}
-    for what, keys in found.items():
-        if keys:
-            warnings.warn(f"{loading.place}: {what}: {', '.join(shown(key)[1:-1] for key in keys)}", stacklevel=4)
-
-
-def _loading_report(missing_keys: set[str]) -> LoadStateDictInfo:
-    """transformers' record of a loading without other events; its fields differ between versions."""
-    empty: dict[str, Any] = {"error_msgs": [], "conversion_errors": {}}
-    info = LoadStateDictInfo(**{each.name: empty.get(each.name, set()) for each in fields(LoadStateDictInfo)})
-    info.missing_keys = missing_keys
-    return info
+        return output if wants_dict(self, return_dict) else output.to_tuple()
 
 # --- dual_encoder.py
 

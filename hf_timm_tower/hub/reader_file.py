@@ -34,6 +34,10 @@ READER_MODULES = (
     "image_processor",
     "tower",
     "weights",
+    "computed_buffers",
+    "forward",
+    "loading",
+    "pretrained",
     "modeling",
     "dual_encoder",
 )
