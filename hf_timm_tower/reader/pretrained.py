@@ -9,6 +9,7 @@ inside a model, so that it works nested in another model's `from_pretrained` too
 the index and the folder's config, and put in strictly.
 """
 
+import copy
 import json
 import os
 import warnings
@@ -46,7 +47,7 @@ MODEL_TAGS = ("timm",)
 """Tags of every tower, as transformers' `model_tags`."""
 
 # Keywords of `from_pretrained` that say how files are found.
-_DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
+DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
 
 
 class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
@@ -231,6 +232,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *,
         config: Any = None,
+        image_size: int | Sequence[int] | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         ignore_mismatched_sizes: bool = False,
@@ -243,6 +245,8 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         Args:
             pretrained_model_name_or_path: A folder, or a repository's id.
             config: A config that was loaded already, or where to load it from.
+            image_size: Change the input size after loading, an int or (height, width) in pixels: positions are
+                resampled. By hf_timm_tower only.
             dtype: Cast floating-point weights; None and `"auto"` keep every tensor's own, whatever `dtype` of the
                 config says.
             torch_dtype: The old name of `dtype`.
@@ -259,10 +263,15 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             ConfigError: the config that was given is not that of the folder.
             TowerError: by what is wrong with the folder.
         """
+        if image_size is not None and isinstance(config, TimmTowerConfig):
+            config = copy.deepcopy(config)
+            config.image_size = image_size  # which must be the stored one
+        elif image_size is not None:
+            kwargs["image_size"] = image_size  # of the config, as `AutoModel` has it
         wanted = torch_dtype if dtype is None else dtype
         loading = TowerLoading(
             place=str(pretrained_model_name_or_path),
-            download={key: kwargs[key] for key in _DOWNLOAD if kwargs.get(key) is not None},
+            download={key: kwargs[key] for key in DOWNLOAD if kwargs.get(key) is not None},
             trusts=bool(kwargs.get("trust_remote_code")),
             keeps_dtypes=wanted in (None, "auto"),
             run_code=cls._make_code_head,
