@@ -9,7 +9,7 @@ import base64
 import binascii
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 import copy
 from dataclasses import asdict, dataclass, field, fields
@@ -32,6 +32,7 @@ import re
 import reprlib
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from threading import get_ident
 import timm
 from timm.data.transforms import CenterCropOrPad, MaybeToTensor, ResizeKeepRatio
 from timm.data.transforms_factory import create_transform
@@ -41,6 +42,8 @@ from timm.layers.attention_pool2d import AttentionPool2d, RotAttentionPool2d
 from timm.layers.drop import DropPath
 from timm.layers.layer_scale import LayerScale
 from timm.layers.mlp import Mlp
+from timm.models import get_model_traits
+from timm.utils.attention_extract import AttentionExtract
 from torch import nn
 import torch
 from torch.distributions.dirichlet import _Dirichlet
@@ -601,6 +604,8 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         self.__dict__["_labels_given"] = any(kwargs.get(name) is not None for name in _LABELS)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "image_size" and isinstance(value, int):
+            value = check_size(name, value)
         super().__setattr__(name, value)  # type: ignore[no-untyped-call]
         if name in _LABELS:
             self.__dict__["_labels_given"] = True
@@ -4074,27 +4079,214 @@ def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
         raise ArgumentError(f"dtype={dtype!r} is not a floating-point dtype of torch or the name of one")
     return found
 
-# --- modeling.py
+# --- computed_buffers.py
 
-"""Towers as transformers models: `TimmTowerModel`, and `TimmTowerForImageClassification` with a classifier on top.
+"""Buffers that no checkpoint holds, and memory, where transformers builds on the meta device."""
 
-`from_pretrained` is transformers' own, with all it takes (revisions, device maps, quantization, adapters). Two steps of
-it are ours. *Building*: transformers builds on the meta device and fills what the checkpoint holds. Buffers outside the
-state dict (relative positions, rotary tables, attention biases) are in no checkpoint and would come back as
-uninitialised memory. So trunk and head are always built for real, with initialisation left out, their computed buffers
-set aside, and then moved to meta; `_initialize_weights` puts the buffers back. transformers calls it on every model
-inside a model, so that it works nested in another model's `from_pretrained` too. *Tensors*: they are checked against
-the index and the folder's config, and put in strictly.
-"""
+
+def computed_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> buffer, of those that are not in the state dict."""
+    found: dict[str, torch.Tensor] = {}
+    for prefix, part in module.named_modules():
+        for name in part._non_persistent_buffers_set:
+            buffer = part._buffers.get(name)
+            if buffer is not None:
+                found[f"{prefix}.{name}"] = buffer
+    return found
+
+
+def put_buffers(module: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
+    """Put buffers into the places of uninitialised ones, on the device of those."""
+    moved: dict[int, torch.Tensor] = {}
+    for name, buffer in buffers.items():
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        device = owner._buffers[leaf].device  # type: ignore[union-attr]
+        # One buffer that several modules hold stays one.
+        owner._buffers[leaf] = moved.setdefault(id(buffer), buffer.to(device=device))
+
+
+def align(module: nn.Module) -> None:
+    """Copy what begins at odd places in memory to places that are multiples of 64 bytes.
+
+    Another model's checkpoint is mapped by transformers as it is; kernels may give other last bits for such tensors.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        plain = type(tensor) in (nn.Parameter, torch.Tensor) and tensor.device.type == "cpu"
+        if plain and tensor.layout == torch.strided and tensor.data_ptr() % 64:
+            tensor.data = tensor.detach().clone()
+
+
+def move_to_meta(module: nn.Module, dtype: torch.dtype) -> None:
+    """As `module.to("meta", dtype)`, except that tied parameters stay tied."""
+    moved: dict[int, torch.Tensor] = {}
+    for part in module.modules():
+        for table in (part._parameters, part._buffers):
+            for name, tensor in list(table.items()):
+                if tensor is None:
+                    continue
+                if id(tensor) not in moved:
+                    twin = tensor.detach().to("meta", dtype if tensor.is_floating_point() else None)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    moved[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if is_parameter else twin
+                setattr(part, name, moved[id(tensor)])
+
+# --- hidden_states.py
+
+"""What a trunk's inner layers give, in the form that transformers has for it: hidden states and attention maps."""
 
 
 HiddenStates = bool | int | Sequence[int] | None
 
-MODEL_TAGS = ("timm",)
-"""Tags of every tower, as transformers' `model_tags`."""
+# Classes of timm that compute softmax(q k) as a matrix and hand it to `attn_drop`, where they do not run fused.
+_ATTENTION = {"Attention", "AttentionRope", "EvaAttention", "RelPosAttention", "WindowAttention"}
+# Trunks that give `[B, C, H, W]` or tokens, and run their blocks on `[B, H, W, C]`.
+_NHWC_INSIDE = {"PyramidVisionTransformerV2", "VisionTransformerSAM", "VOLO"}
 
-# Keywords of `from_pretrained` that say how files are found.
-_DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
+
+def forward_hidden(
+    trunk: nn.Module, images: torch.Tensor, wanted: bool | int | Sequence[int]
+) -> tuple[Any, tuple[torch.Tensor | None, ...]]:
+    """Run a trunk and keep what its layers give.
+
+    Args:
+        trunk: The trunk.
+        images: `[B, in_chans, H, W]`.
+        wanted: True for all; an index, or several: all other places of the tuple are None.
+
+    Returns:
+        The trunk's features, and a tuple: what its stem gives, then each block or stage as timm's
+        `forward_intermediates` has it. Tokens `[B, N, C]`, prefix tokens first, where the features are tokens; maps
+        `[B, C, H, W]` elsewhere.
+
+    Raises:
+        ConfigError: timm has no intermediates of this trunk.
+        ArgumentError: there is no such index.
+    """
+    if not hasattr(trunk, "forward_intermediates"):
+        raise ConfigError(f"{type(trunk).__name__} has no forward_intermediates in timm {timm.__version__}")
+    layers: Any = trunk.feature_info
+    first, thread, taken = _first_block(trunk), get_ident(), list[torch.Tensor]()
+    length = len(layers) + (first is not None)
+    places = _chosen(wanted, length)
+    stems = length - len(layers)
+
+    def take(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if not taken and get_ident() == thread:
+            taken.extend(_tensors((*args, *kwargs.values())))
+
+    run: Any = trunk.forward_intermediates
+    has_prefix = bool(getattr(trunk, "num_prefix_tokens", 0))
+    has_prefix = has_prefix and "return_prefix_tokens" in inspect.signature(run).parameters
+    extra = {"return_prefix_tokens": True} if has_prefix else {}
+    hook = None if first is None else first.register_forward_pre_hook(take, with_kwargs=True)
+    try:
+        indices = sorted({max(place - stems, 0) for place in places})
+        features, found = run(images, indices=indices, **extra)
+    finally:
+        if hook is not None:
+            hook.remove()
+    as_tokens = isinstance(features, torch.Tensor) and features.ndim == 3
+    states = dict(zip((index + stems for index in indices), found, strict=True))
+    if stems and 0 in places:
+        nearest = states[1][0] if has_prefix else states[1]
+        states[0] = _stem_output(trunk, taken, layers[0]["num_chs"], None if as_tokens else nearest.shape[2:])
+    return features, tuple(_in_form(states[n], as_tokens) if n in places else None for n in range(length))
+
+
+def _chosen(wanted: Any, length: int) -> set[int]:
+    if wanted is True:
+        return set(range(length))
+    indices = list(wanted) if isinstance(wanted, Sequence) else [wanted]
+    if any(isinstance(i, bool) or not isinstance(i, int) or not -length <= i < length for i in indices):
+        raise ArgumentError(
+            f"output_hidden_states={shown(wanted)}: expected True, or indices of the {length} hidden states of this "
+            f"trunk, from {-length} to {length - 1}"
+        )
+    return {index % length for index in indices}
+
+
+def _first_block(trunk: nn.Module) -> nn.Module | None:
+    """The module that takes what the trunk's stem gives; None where timm's first intermediate is the stem's own."""
+    layers: Any = trunk.feature_info
+    # blocks.0, blocks.1, ... and stage1, stage2, ... are of one kind; a stem is named otherwise: stem, stages.0, ...
+    names = [layer["module"] for layer in layers[:2]]
+    if len({name.rstrip("0123456789") for name in names}) > 1:
+        return None
+    modules = dict(trunk.named_modules())
+    name = names[0]
+    if name not in modules:  # some lists of timm name a module otherwise than the model does
+        name = next(each for each in modules if each.endswith(("blocks.0", "stages.0")))
+    # The list may name the last block of each stage.
+    block = next(modules[name.rpartition(".")[0]].children()) if "." in name else modules[name]
+    while isinstance(block, nn.ModuleList):
+        block = block[0]
+    # A sequence that begins with the stem takes the image.
+    own = next(trunk.parameters())
+    return None if any(parameter is own for parameter in block.parameters()) else block
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _stem_output(trunk: nn.Module, taken: list[torch.Tensor], width: int, grid: Sequence[int] | None) -> torch.Tensor:
+    """Of what the first block took, the features; as a map where there is a `grid` of the first layer's."""
+    state = next((each for each in taken if each.ndim > 2 and width in (each.shape[1], each.shape[-1])), taken[0])
+    if state.ndim == 4:
+        inside = getattr(trunk, "output_fmt", None) == "NHWC" or type(trunk).__name__ in _NHWC_INSIDE
+        return state.permute(0, 3, 1, 2) if inside else state
+    if grid is not None:
+        patches = state[:, state.shape[1] - grid[0] * grid[1] :]
+        return patches.transpose(1, 2).reshape(*patches.shape[::2], *grid)
+    return state
+
+
+def _in_form(state: Any, as_tokens: bool) -> torch.Tensor:
+    patches, prefix = state if isinstance(state, tuple) else (state, None)
+    if as_tokens and patches.ndim == 4:
+        patches = patches.flatten(2).transpose(1, 2)
+    return patches if prefix is None else torch.cat([prefix, patches], dim=1)
+
+
+@contextmanager
+def attention_maps(trunk: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collect what the attention layers of a trunk compute in a forward inside: `[B, heads, N, N]` each, after softmax.
+
+    The list is filled when the block is left.
+
+    Raises:
+        ConfigError: it has none of timm's attention layers, or they run fused.
+    """
+    layers = {
+        name: part
+        for name, part in trunk.named_modules()
+        if type(part).__name__ in _ATTENTION and hasattr(part, "attn_drop")
+    }
+    if not layers:
+        raise ConfigError(f"output_attentions: {type(trunk).__name__} has no attention layers whose maps timm can give")
+    if any(getattr(part, "fused_attn", False) for part in layers.values()):
+        raise ConfigError(
+            "output_attentions: fused attention computes no maps. Load with attn_implementation='eager', or call "
+            "set_attn_implementation('eager')"
+        )
+    with eval_mode(trunk):  # it sets a mode and leaves it so
+        hooks: Any = AttentionExtract(trunk, [f"{name}.attn_drop" for name in layers], method="hook").hooks
+    maps = list[torch.Tensor]()
+    try:
+        yield maps
+        maps += hooks.get_output(next(trunk.parameters()).device).values()
+    finally:
+        for handle in hooks._handles:
+            handle.remove()
+
+# --- forward.py
+
+"""One forward of a tower as transformers asks for it: features, embedding, inner layers."""
 
 
 @dataclass
@@ -4105,12 +4297,107 @@ class TimmTowerModelOutput(ModelOutput):
         last_hidden_state: The trunk's unpooled features, as timm's `forward_features` gives them: tokens
             `[B, N, C]` or a map in the trunk's own order; a list for CoaT, CrossViT and EfficientViM.
         pooler_output: The embedding `[B, embed_dim]`; the whole tuple or dict where a custom head gives one.
-        hidden_states: Features of inner layers, as timm's `forward_intermediates` gives them: `[B, C, H, W]` each.
+        hidden_states: What the stem gives, then each block or stage as timm's `forward_intermediates` has it: tokens
+            `[B, N, C]`, prefix tokens first, where `last_hidden_state` is tokens, maps `[B, C, H, W]` elsewhere. None
+            in the place of a layer that was not asked for.
+        attentions: Attention maps after softmax, `[B, heads, N, N]` of each attention layer.
     """
 
     last_hidden_state: Any = None
     pooler_output: Any = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+def run_tower(
+    model: Any,
+    images: torch.Tensor,
+    hidden: HiddenStates,
+    attentions: bool | None,
+    other_size: bool | None,
+    pools: bool | None = True,
+) -> tuple[Any, Any, Any, Any]:
+    """The trunk's features, the embedding, and hidden states and attention maps where asked for."""
+    trunk = model.trunk
+    model.follow_attn_implementation()
+    if not images.is_floating_point():
+        raise ArgumentError(
+            f"pixel_values are {images.dtype}: expected floats as the image processor gives them, scaled and normalised"
+        )
+    _check_size(model, images, other_size)
+    images = images.to(model.dtype)
+    hidden = model.config.output_hidden_states if hidden is None else hidden
+    attentions = model.config.output_attentions if attentions is None else attentions
+    states = None
+    with attention_maps(trunk) if attentions else nullcontext() as maps:
+        # As in transformers an empty list or 0 asks for none.
+        if hidden:
+            features, states = forward_hidden(trunk, images, hidden)
+        else:
+            features = trunk.forward_features(images)
+    embedding = None
+    if pools or pools is None:
+        if model.steps == "features":
+            pooled = features
+        else:
+            # Where the trunk's forward is more than these two steps, it runs whole: the embedding is what it gives.
+            pooled = trunk.forward_head(features) if model.steps == "features, head" else trunk(images)
+        embedding = run_head(model.head, model._head_input, pooled)
+    return features, embedding, states, None if maps is None else tuple(maps)
+
+
+def _check_size(model: Any, images: torch.Tensor, other_size: bool | None) -> None:
+    """Refuse images of another size than that of a trunk which takes one only."""
+    found, own = list(images.shape[-2:]), model.config.image_size
+    if found != own and get_model_traits(model.trunk).get("fixed_input_size"):
+        asked = "interpolate_pos_encoding=True: " if other_size else ""
+        raise ArgumentError(
+            f"{asked}pixel_values are {found[0]} x {found[1]}, but {type(model.trunk).__name__} takes images of "
+            f"{own[0]} x {own[1]} pixels only. Load model and image processor with the same image_size=..., or build "
+            "the tower with model_kwargs={'dynamic_img_size': True} where timm's trunk has that"
+        )
+
+
+def wants_dict(model: PreTrainedModel, return_dict: bool | None) -> bool:
+    return bool(model.config.return_dict if return_dict is None else return_dict)
+
+
+def steps_of(trunk: nn.Module) -> str:
+    """What the trunk's forward is made of, for a tensor x: `forward_head(forward_features(x))` and nothing else
+    (`features, head`), `forward_features(x)` alone (`features`), or something that is not known (`whole`).
+
+    Told from the names that the code of its class uses: one that this does not know is not taken for steps.
+    """
+    code = getattr(type(trunk).forward, "__code__", None)
+    names = set(code.co_names) if code is not None else set()
+    if names == {"forward_features"}:
+        return "features"
+    more = tuple(sorted(names - {"forward_features", "forward_head"}))
+    known = not more or (type(trunk).__name__, *more) in _STEPS_WITH_SWITCHES
+    return "features, head" if known and {"forward_features", "forward_head"} <= names else "whole"
+
+
+# Classes of timm whose forward has switches that a tower never turns: features of inner layers (CoaT, FastViT), a
+# second classifier for training (Inception), packed patches of several sizes (NaFlexVit).
+_STEPS_WITH_SWITCHES = {
+    ("CoaT", "is_scripting", "jit", "return_interm_layers", "torch"),
+    ("FastVit", "fork_feat"),
+    ("InceptionV3", "aux_logits"),
+    ("NaFlexVit", "_assert", "dict", "get", "isinstance"),
+}
+
+
+def can_checkpoint(trunk: nn.Module) -> bool:
+    try:
+        trunk.set_grad_checkpointing(True)  # type: ignore[operator]
+        trunk.set_grad_checkpointing(False)  # type: ignore[operator]
+    except (AttributeError, AssertionError):
+        return False
+    return True
+
+# --- loading.py
+
+"""What a `from_pretrained` of a tower knows while it runs, refuses, and says."""
 
 
 @dataclass
@@ -4187,6 +4474,81 @@ class TowerLoading:
             )
 
 
+def refuse_changed(stored: TimmTowerConfig, given: TimmTowerConfig, folder: Path) -> None:
+    """Refuse a config that is not the folder's own; only what was frozen may be left out of it.
+
+    Raises:
+        ConfigError: names the fields.
+    """
+    opened = {"frozen"} if given.frozen is None else set()
+    odd = [name for name in OUR_FIELDS if getattr(stored, name) != getattr(given, name) and name not in opened]
+    if odd:
+        changes = ", ".join(
+            f"{name}={shown(getattr(given, name))} (stored {shown(getattr(stored, name))})" for name in odd[:4]
+        )
+        raise ConfigError(
+            f"{folder}: a tower is loaded as it was saved; {changes} would make another one of the same weights. Load "
+            "it without, change it, and save it. With hf_timm_tower installed from_pretrained takes image_size=..."
+        )
+
+
+def refuse_misfits(name: str, info: Mapping[str, Any], allowed: list[str]) -> None:
+    """Refuse a model whose weights did not all come from the files, and the other way round.
+
+    Raises:
+        WeightsError: lists the keys.
+    """
+    misfits = {
+        "missing": sorted(set(info["missing_keys"]) - set(allowed)),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "of another shape": sorted(key[0] for key in info["mismatched_keys"]),
+    }
+    lines = [f"{len(keys)} {what}: {', '.join(map(shown, keys[:5]))}" for what, keys in misfits.items() if keys]
+    if lines:
+        raise WeightsError(
+            f"{name}: the weights do not fit, the model is not returned: {'; '.join(lines)}. Where that is wanted, "
+            "pass ignore_mismatched_sizes=True"
+        )
+
+
+def warn_of_changes(loading: TowerLoading, info: Mapping[str, Any]) -> None:
+    """List fresh weights, and those in the files that the model leaves out."""
+    fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+    left_out = sorted({*loading.left_out, *info["unexpected_keys"]})
+    found = {"fresh random weights, to be trained": fresh, "weights that this model leaves out": left_out}
+    for what, keys in found.items():
+        if keys:
+            warnings.warn(f"{loading.place}: {what}: {', '.join(shown(key)[1:-1] for key in keys)}", stacklevel=4)
+
+
+def loading_report(missing_keys: set[str]) -> LoadStateDictInfo:
+    """transformers' record of a loading without other events; its fields differ between versions."""
+    empty: dict[str, Any] = {"error_msgs": [], "conversion_errors": {}}
+    info = LoadStateDictInfo(**{each.name: empty.get(each.name, set()) for each in fields(LoadStateDictInfo)})
+    info.missing_keys = missing_keys
+    return info
+
+# --- pretrained.py
+
+"""The transformers model that every face of a tower is: how transformers builds, fills and saves it.
+
+`from_pretrained` is transformers' own, with all it takes (revisions, device maps, quantization, adapters). Two steps of
+it are ours. *Building*: transformers builds on the meta device and fills what the checkpoint holds. Buffers outside the
+state dict (relative positions, rotary tables, attention biases) are in no checkpoint and would come back as
+uninitialised memory. So trunk and head are always built for real, with initialisation left out, their computed buffers
+set aside, and then moved to meta; `_initialize_weights` puts the buffers back. transformers calls it on every model
+inside a model, so that it works nested in another model's `from_pretrained` too. *Tensors*: they are checked against
+the index and the folder's config, and put in strictly.
+"""
+
+
+MODEL_TAGS = ("timm",)
+"""Tags of every tower, as transformers' `model_tags`."""
+
+# Keywords of `from_pretrained` that say how files are found.
+DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
+
+
 class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     """What the transformers models of a tower share.
 
@@ -4231,16 +4593,17 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         self._computed: dict[str, torch.Tensor] | None = None
         self._buffers_to: torch.dtype | None = wanted if on_meta else None
         if on_meta:
-            self._computed = _computed_buffers(self)
-            _move_to_meta(self, wanted)
-        self.steps = _steps_of(self.trunk)
+            self._computed = computed_buffers(self)
+            move_to_meta(self, wanted)
+        self.steps = steps_of(self.trunk)
         self._no_split_modules = [type(self.trunk).__name__]
         self._checkpoints = False
-        self.supports_gradient_checkpointing = _can_checkpoint(self.trunk)
-        if self.config._attn_implementation == "eager":
-            for module in self.trunk.modules():
-                if hasattr(module, "fused_attn"):
-                    module.fused_attn = False  # type: ignore[assignment]
+        self.supports_gradient_checkpointing = can_checkpoint(self.trunk)
+        self._runs_fused, self._fused = (
+            True,
+            [module for module in self.trunk.modules() if getattr(module, "fused_attn", False)],
+        )
+        self.follow_attn_implementation()
         self.post_init()  # type: ignore[no-untyped-call]
 
     # --- steps that hf_timm_tower's own classes replace
@@ -4277,6 +4640,18 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         """Refused, see `get_input_embeddings`."""
         raise ArgumentError(f"{type(self).__name__} takes images and has no input embeddings to set")
 
+    def follow_attn_implementation(self) -> None:
+        """Let timm's layers run fused or not as `config._attn_implementation` says, which others set too."""
+        fused = self.config._attn_implementation != "eager"
+        for module in self._fused if fused != self._runs_fused else ():
+            module.fused_attn = fused
+        self._runs_fused = fused
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.set_attn_implementation`: "sdpa", where timm runs attention fused, or "eager"."""
+        super().set_attn_implementation(*args, **kwargs)
+        self.follow_attn_implementation()
+
     @property
     def gradient_checkpointing(self) -> bool:
         """Whether the trunk recomputes activations in the backward pass. Setting it passes it on to timm."""
@@ -4295,10 +4670,15 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
     ) -> None:
         how = getattr(gradient_checkpointing_func, "keywords", {})
         plain = getattr(gradient_checkpointing_func, "func", gradient_checkpointing_func) is checkpoint
-        if enable and (every_n_layers != 1 or not plain or how.get("use_reentrant")):
+        if enable and (every_n_layers != 1 or not plain):
             raise ArgumentError(
-                "gradient checkpointing: timm checkpoints every block of the trunk, not reentrant and without "
-                f"offloading; every_n_layers={every_n_layers} and {how or 'another function'} cannot be honoured"
+                "gradient checkpointing: timm checkpoints every block of the trunk, without offloading; "
+                f"every_n_layers={every_n_layers} and {how or 'another function'} cannot be honoured"
+            )
+        if enable and how.get("use_reentrant"):
+            warnings.warn(
+                "gradient checkpointing: use_reentrant=True: timm checkpoints without it; the gradients are the same",
+                stacklevel=2,
             )
         self.gradient_checkpointing = enable
 
@@ -4317,7 +4697,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             return
         if any(self.get_buffer(name).is_meta for name in self._computed):
             return  # nothing is loaded yet
-        _put_buffers(self, self._computed)
+        put_buffers(self, self._computed)
         self._computed = None
         if self._buffers_to is not None:
             buffers_as_timm(self, self._buffers_to)
@@ -4327,7 +4707,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         state = {key: tensor for key, tensor in self.state_dict(keep_vars=True).items() if not tensor.is_meta}
         if fresh := [key for key, tensor in state.items() if not getattr(tensor, "_is_hf_initialized", False)]:
             self._fill(fresh)
-        _align(self)
+        align(self)
         if self._loading is None:
             apply_frozen(self, self.config.frozen)  # nested: nobody else does
 
@@ -4351,6 +4731,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *,
         config: Any = None,
+        image_size: int | Sequence[int] | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         ignore_mismatched_sizes: bool = False,
@@ -4363,6 +4744,8 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         Args:
             pretrained_model_name_or_path: A folder, or a repository's id.
             config: A config that was loaded already, or where to load it from.
+            image_size: Change the input size after loading, an int or (height, width) in pixels: positions are
+                resampled. By hf_timm_tower only.
             dtype: Cast floating-point weights; None and `"auto"` keep every tensor's own, whatever `dtype` of the
                 config says.
             torch_dtype: The old name of `dtype`.
@@ -4379,10 +4762,15 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             ConfigError: the config that was given is not that of the folder.
             TowerError: by what is wrong with the folder.
         """
+        if image_size is not None and isinstance(config, TimmTowerConfig):
+            config = copy.deepcopy(config)
+            config.image_size = image_size  # which must be the stored one
+        elif image_size is not None:
+            kwargs["image_size"] = image_size  # of the config, as `AutoModel` has it
         wanted = torch_dtype if dtype is None else dtype
         loading = TowerLoading(
             place=str(pretrained_model_name_or_path),
-            download={key: kwargs[key] for key in _DOWNLOAD if kwargs.get(key) is not None},
+            download={key: kwargs[key] for key in DOWNLOAD if kwargs.get(key) is not None},
             trusts=bool(kwargs.get("trust_remote_code")),
             keeps_dtypes=wanted in (None, "auto"),
             run_code=cls._make_code_head,
@@ -4403,8 +4791,8 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         model, info = found
         model._loading = None
         if not ignore_mismatched_sizes:
-            _refuse_misfits(loading.place, info, allowed=loading.fresh)
-        _warn_of_changes(loading, info)
+            refuse_misfits(loading.place, info, allowed=loading.fresh)
+        warn_of_changes(loading, info)
         if frozen:
             apply_frozen(model, model.config.frozen)
         else:
@@ -4429,7 +4817,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             return stock(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         stored = loading.stored = model._read(checkpoint_files, loading)
         folder = Path(checkpoint_files[0]).parent
-        _refuse_changed(stored.config, model.config, folder)
+        refuse_changed(stored.config, model.config, folder)
         weights = dict(stored.weights)
         saved_with_one = type(model).__name__.removeprefix("FSDP") in (stored.config.architectures or ())
         if model._has_classifier and not has_classifier(weights) and not saved_with_one:
@@ -4450,7 +4838,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         )
         for key, tensor in model.state_dict(keep_vars=True).items():
             tensor._is_hf_initialized = key in weights
-        return _loading_report(missing_keys=set(loading.fresh)), None
+        return loading_report(missing_keys=set(loading.fresh)), None
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save as transformers does: this class has no card, no fingerprint and no proof (hf_timm_tower has).
@@ -4472,6 +4860,10 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             raise FolderError(f"{here}: holds a tower saved by hf_timm_tower; save into another folder, or install it")
         super().save_pretrained(save_directory, *args, **kwargs)
 
+# --- modeling.py
+
+"""Towers as transformers models: `TimmTowerModel`, and `TimmTowerForImageClassification` with a classifier on top."""
+
 
 class TimmTowerModel(TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
     """A tower as a transformers model: images in, features and embedding out.
@@ -4491,21 +4883,27 @@ class TimmTowerModel(TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
         output_hidden_states: HiddenStates = None,
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        do_pooling: bool | None = None,
     ) -> TimmTowerModelOutput | tuple[Any, ...]:
         """Run the tower.
 
         Args:
             pixel_values: `[B, in_chans, H, W]`, floating; cast to the model's dtype.
-            output_hidden_states: True for all inner layers, a list of indices for those, an int for the last n.
+            output_hidden_states: True for all; an index or a list of them for those, None in all other places.
             return_dict: False gives a tuple of the fields that are there.
-            output_attentions: Refused: timm gives none.
+            output_attentions: Of a trunk with timm's attention layers that runs with `attn_implementation="eager"`.
+            interpolate_pos_encoding: True says that the images may have another size than `config.image_size`, which
+                the trunk must be able to take.
+            do_pooling: False leaves the embedding out.
 
         Raises:
-            ConfigError: inner layers or attentions were asked for and timm does not give them.
+            ConfigError: hidden states or attentions were asked for and timm does not give them.
+            ArgumentError: an index of no hidden state, or images of a size that the trunk does not take.
         """
-        features, embedding, inner = _run(self, pixel_values, output_hidden_states, output_attentions)
-        output = TimmTowerModelOutput(features, embedding, inner)
-        return output if _wants_dict(self, return_dict) else output.to_tuple()
+        wanted = (output_hidden_states, output_attentions, interpolate_pos_encoding, do_pooling)
+        output = TimmTowerModelOutput(*run_tower(self, pixel_values, *wanted))
+        return output if wants_dict(self, return_dict) else output.to_tuple()
 
 
 class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
@@ -4546,6 +4944,7 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
         output_hidden_states: HiddenStates = None,
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
     ) -> ImageClassifierOutput | tuple[Any, ...]:
         """Run tower and classifier.
 
@@ -4555,201 +4954,22 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
                 the loss follows `config.problem_type`.
             output_hidden_states: As `TimmTowerModel.forward`.
             return_dict: As `TimmTowerModel.forward`.
-            output_attentions: Refused: timm gives none.
+            output_attentions: As `TimmTowerModel.forward`.
+            interpolate_pos_encoding: As `TimmTowerModel.forward`.
 
         Raises:
             HeadError: the embedding is not `[B, embed_dim]`.
-            ConfigError: inner layers or attentions were asked for and timm does not give them.
+            ConfigError, ArgumentError: as `TimmTowerModel.forward`.
         """
-        _, embedding, inner = _run(self, pixel_values, output_hidden_states, output_attentions)
+        wanted = (output_hidden_states, output_attentions, interpolate_pos_encoding)
+        _, embedding, states, maps = run_tower(self, pixel_values, *wanted)
         if not isinstance(embedding, torch.Tensor) or embedding.ndim != 2:
             found = tuple(embedding.shape) if isinstance(embedding, torch.Tensor) else type(embedding).__name__
             raise HeadError(f"a classifier needs an embedding [B, embed_dim], this tower gives {found}; choose a pool")
         logits = self.classifier(embedding)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
-        output = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=inner)
-        return output if _wants_dict(self, return_dict) else output.to_tuple()
-
-
-def _run(
-    model: Any, images: torch.Tensor, wanted: HiddenStates, attentions: bool | None
-) -> tuple[Any, Any, tuple[torch.Tensor, ...] | None]:
-    """The trunk's features, the embedding, and features of inner layers where asked for."""
-    trunk = model.trunk
-    if model.config.output_attentions if attentions is None else attentions:
-        raise ConfigError("output_attentions: timm's models do not give their attentions")
-    if not images.is_floating_point():
-        raise ArgumentError(
-            f"pixel_values are {images.dtype}: expected floats as the image processor gives them, scaled and normalised"
-        )
-    images = images.to(model.dtype)
-    wanted = model.config.output_hidden_states if wanted is None else wanted
-    inner = None
-    # An empty list or 0 asks for none; True, and no number, for all.
-    if wanted:
-        if not hasattr(trunk, "forward_intermediates"):
-            raise ConfigError(f"{type(trunk).__name__} has no forward_intermediates in timm {timm.__version__}")
-        indices = None if wanted is True else wanted if isinstance(wanted, int) else list(wanted)
-        features, found = trunk.forward_intermediates(images, indices=indices)
-        inner = tuple(found)
-    else:
-        features = trunk.forward_features(images)
-    if model.steps == "features":
-        pooled = features
-    else:
-        # Where the trunk's forward is more than these two steps, it runs whole: the embedding is what it gives.
-        pooled = trunk.forward_head(features) if model.steps == "features, head" else trunk(images)
-    return features, run_head(model.head, model._head_input, pooled), inner
-
-
-def _wants_dict(model: PreTrainedModel, return_dict: bool | None) -> bool:
-    return bool(model.config.return_dict if return_dict is None else return_dict)
-
-
-# --- how the trunk runs
-
-
-def _steps_of(trunk: nn.Module) -> str:
-    """What the trunk's forward is made of, for a tensor x: `forward_head(forward_features(x))` and nothing else
-    (`features, head`), `forward_features(x)` alone (`features`), or something that is not known (`whole`).
-
-    Told from the names that the code of its class uses: one that this does not know is not taken for steps.
-    """
-    code = getattr(type(trunk).forward, "__code__", None)
-    names = set(code.co_names) if code is not None else set()
-    if names == {"forward_features"}:
-        return "features"
-    more = tuple(sorted(names - {"forward_features", "forward_head"}))
-    known = not more or (type(trunk).__name__, *more) in _STEPS_WITH_SWITCHES
-    return "features, head" if known and {"forward_features", "forward_head"} <= names else "whole"
-
-
-# Classes of timm whose forward has switches that a tower never turns: features of inner layers (CoaT, FastViT), a
-# second classifier for training (Inception), packed patches of several sizes (NaFlexVit).
-_STEPS_WITH_SWITCHES = {
-    ("CoaT", "is_scripting", "jit", "return_interm_layers", "torch"),
-    ("FastVit", "fork_feat"),
-    ("InceptionV3", "aux_logits"),
-    ("NaFlexVit", "_assert", "dict", "get", "isinstance"),
-}
-
-
-def _can_checkpoint(trunk: nn.Module) -> bool:
-    try:
-        trunk.set_grad_checkpointing(True)  # type: ignore[operator]
-        trunk.set_grad_checkpointing(False)  # type: ignore[operator]
-    except (AttributeError, AssertionError):
-        return False
-    return True
-
-
-# --- building as transformers builds
-
-
-def _computed_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> buffer, of those that are not in the state dict."""
-    found: dict[str, torch.Tensor] = {}
-    for prefix, part in module.named_modules():
-        for name in part._non_persistent_buffers_set:
-            buffer = part._buffers.get(name)
-            if buffer is not None:
-                found[f"{prefix}.{name}"] = buffer
-    return found
-
-
-def _put_buffers(module: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
-    """Put buffers into the places of uninitialised ones, on the device of those."""
-    moved: dict[int, torch.Tensor] = {}
-    for name, buffer in buffers.items():
-        path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(path)
-        device = owner._buffers[leaf].device  # type: ignore[union-attr]
-        # One buffer that several modules hold stays one.
-        owner._buffers[leaf] = moved.setdefault(id(buffer), buffer.to(device=device))
-
-
-def _align(module: nn.Module) -> None:
-    """Copy what begins at odd places in memory to places that are multiples of 64 bytes.
-
-    Another model's checkpoint is mapped by transformers as it is; kernels may give other last bits for such tensors.
-    """
-    for tensor in (*module.parameters(), *module.buffers()):
-        plain = type(tensor) in (nn.Parameter, torch.Tensor) and tensor.device.type == "cpu"
-        if plain and tensor.layout == torch.strided and tensor.data_ptr() % 64:
-            tensor.data = tensor.detach().clone()
-
-
-def _move_to_meta(module: nn.Module, dtype: torch.dtype) -> None:
-    """As `module.to("meta", dtype)`, except that tied parameters stay tied."""
-    moved: dict[int, torch.Tensor] = {}
-    for part in module.modules():
-        for table in (part._parameters, part._buffers):
-            for name, tensor in list(table.items()):
-                if tensor is None:
-                    continue
-                if id(tensor) not in moved:
-                    twin = tensor.detach().to("meta", dtype if tensor.is_floating_point() else None)
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    moved[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if is_parameter else twin
-                setattr(part, name, moved[id(tensor)])
-
-
-# --- what loading refuses or says
-
-
-def _refuse_changed(stored: TimmTowerConfig, given: TimmTowerConfig, folder: Path) -> None:
-    """Refuse a config that is not the folder's own; only what was frozen may be left out of it.
-
-    Raises:
-        ConfigError: names the fields.
-    """
-    opened = {"frozen"} if given.frozen is None else set()
-    odd = [name for name in OUR_FIELDS if getattr(stored, name) != getattr(given, name) and name not in opened]
-    if odd:
-        changes = ", ".join(
-            f"{name}={shown(getattr(given, name))} (stored {shown(getattr(stored, name))})" for name in odd[:4]
-        )
-        raise ConfigError(
-            f"{folder}: a tower is loaded as it was saved; {changes} would make another one of the same weights. Load "
-            "it without, change it (TimmModel.from_pretrained takes image_size=...), and save it."
-        )
-
-
-def _refuse_misfits(name: str, info: Mapping[str, Any], allowed: list[str]) -> None:
-    """Refuse a model whose weights did not all come from the files, and the other way round.
-
-    Raises:
-        WeightsError: lists the keys.
-    """
-    misfits = {
-        "missing": sorted(set(info["missing_keys"]) - set(allowed)),
-        "unexpected": sorted(info["unexpected_keys"]),
-        "of another shape": sorted(key[0] for key in info["mismatched_keys"]),
-    }
-    lines = [f"{len(keys)} {what}: {', '.join(map(shown, keys[:5]))}" for what, keys in misfits.items() if keys]
-    if lines:
-        raise WeightsError(
-            f"{name}: the weights do not fit, the model is not returned: {'; '.join(lines)}. Where that is wanted, "
-            "pass ignore_mismatched_sizes=True"
-        )
-
-
-def _warn_of_changes(loading: TowerLoading, info: Mapping[str, Any]) -> None:
-    """List fresh weights, and those in the files that the model leaves out."""
-    fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
-    left_out = sorted({*loading.left_out, *info["unexpected_keys"]})
-    found = {"fresh random weights, to be trained": fresh, "weights that this model leaves out": left_out}
-    for what, keys in found.items():
-        if keys:
-            warnings.warn(f"{loading.place}: {what}: {', '.join(shown(key)[1:-1] for key in keys)}", stacklevel=4)
-
-
-def _loading_report(missing_keys: set[str]) -> LoadStateDictInfo:
-    """transformers' record of a loading without other events; its fields differ between versions."""
-    empty: dict[str, Any] = {"error_msgs": [], "conversion_errors": {}}
-    info = LoadStateDictInfo(**{each.name: empty.get(each.name, set()) for each in fields(LoadStateDictInfo)})
-    info.missing_keys = missing_keys
-    return info
+        output = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=states, attentions=maps)
+        return output if wants_dict(self, return_dict) else output.to_tuple()
 
 # --- dual_encoder.py
 

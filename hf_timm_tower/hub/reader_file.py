@@ -34,6 +34,11 @@ READER_MODULES = (
     "image_processor",
     "tower",
     "weights",
+    "computed_buffers",
+    "hidden_states",
+    "forward",
+    "loading",
+    "pretrained",
     "modeling",
     "dual_encoder",
 )
