@@ -21,6 +21,7 @@ from .hub.push import COMMIT_MESSAGE, PushOptions, default_repo_id, push_folder
 from .hub.trunk_source import kept_trunk_source
 from .interop.timm_face import TimmFace
 from .load import check_given_head, load_bare, make_code_head, read_tower
+from .reader import backbone
 from .reader import modeling as reader
 from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, WeightsError
@@ -32,7 +33,7 @@ from .reader.weights import StoredTower, TrunkSource
 from .save import Saved, SaveOptions, save_tower, storable_config, with_weights
 from .training.freezing import describe_frozen, note_fixed
 
-__all__ = ["TimmTowerForImageClassification", "TimmTowerModel", "TimmTowerModelOutput"]
+__all__ = ["TimmTowerBackbone", "TimmTowerForImageClassification", "TimmTowerModel", "TimmTowerModelOutput"]
 
 _PUSH_OPTIONS = frozenset(
     {
@@ -300,6 +301,10 @@ class TimmTowerModel(SavesTower, reader.TimmTowerModel):  # type: ignore[no-unty
 
 class TimmTowerForImageClassification(SavesTower, reader.TimmTowerForImageClassification):  # type: ignore[no-untyped-call]
     __doc__ = reader.TimmTowerForImageClassification.__doc__
+
+
+class TimmTowerBackbone(backbone.TimmTowerBackbone, SavesTower):  # type: ignore[no-untyped-call]
+    __doc__ = backbone.TimmTowerBackbone.__doc__
 
 
 def _refuse_with_adapter(options: SaveOptions, *patterns: Any) -> None:

@@ -38,6 +38,7 @@ READER_MODULES = (
     "forward",
     "loading",
     "pretrained",
+    "backbone",
     "modeling",
     "dual_encoder",
 )
@@ -45,6 +46,7 @@ READER_MODULES = (
 
 _MODULE = READER_NAME.removesuffix(".py")
 AUTO_MAP = {
+    "AutoBackbone": f"{_MODULE}.TimmTowerBackbone",
     "AutoConfig": f"{_MODULE}.TimmTowerConfig",
     "AutoImageProcessor": f"{_MODULE}.TimmTowerImageProcessor",
     "AutoModel": f"{_MODULE}.TimmTowerModel",
