@@ -9,7 +9,7 @@ import base64
 import binascii
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 import copy
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -32,6 +32,7 @@ import re
 import reprlib
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from threading import get_ident
 import timm
 from timm.data.transforms import CenterCropOrPad, MaybeToTensor, ResizeKeepRatio
 from timm.data.transforms_factory import create_transform
@@ -42,6 +43,8 @@ from timm.layers.drop import DropPath
 from timm.layers.layer_scale import LayerScale
 from timm.layers.mlp import Mlp
 from timm.layers.norm_act import BatchNormAct2d
+from timm.models import get_model_traits
+from timm.utils.attention_extract import AttentionExtract
 from torch import nn
 import torch
 from torch.distributions.dirichlet import _Dirichlet
@@ -4137,12 +4140,162 @@ def move_to_meta(module: nn.Module, dtype: torch.dtype) -> None:
                     moved[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if is_parameter else twin
                 setattr(part, name, moved[id(tensor)])
 
-# --- forward.py
+# --- hidden_states.py
 
-"""One forward of a tower as transformers asks for it: features, embedding, inner layers."""
+"""What a trunk's inner layers give, in the form that transformers has for it: hidden states and attention maps."""
 
 
 HiddenStates = bool | int | Sequence[int] | None
+
+# Classes of timm that compute softmax(q k) as a matrix and hand it to `attn_drop`, where they do not run fused.
+_ATTENTION = {"Attention", "AttentionRope", "EvaAttention", "RelPosAttention", "WindowAttention"}
+# Trunks that give `[B, C, H, W]` or tokens, and run their blocks on `[B, H, W, C]`.
+_NHWC_INSIDE = {"PyramidVisionTransformerV2", "VisionTransformerSAM", "VOLO"}
+
+
+def forward_hidden(
+    trunk: nn.Module, images: torch.Tensor, wanted: bool | int | Sequence[int]
+) -> tuple[Any, tuple[torch.Tensor | None, ...]]:
+    """Run a trunk and keep what its layers give.
+
+    Args:
+        trunk: The trunk.
+        images: `[B, in_chans, H, W]`.
+        wanted: True for all; an index, or several: all other places of the tuple are None.
+
+    Returns:
+        The trunk's features, and a tuple: what its stem gives, then each block or stage as timm's
+        `forward_intermediates` has it. Tokens `[B, N, C]`, prefix tokens first, where the features are tokens; maps
+        `[B, C, H, W]` elsewhere.
+
+    Raises:
+        ConfigError: timm has no intermediates of this trunk.
+        ArgumentError: there is no such index.
+    """
+    if not hasattr(trunk, "forward_intermediates"):
+        raise ConfigError(f"{type(trunk).__name__} has no forward_intermediates in timm {timm.__version__}")
+    layers: Any = trunk.feature_info
+    first, thread, taken = _first_block(trunk), get_ident(), list[torch.Tensor]()
+    length = len(layers) + (first is not None)
+    places = _chosen(wanted, length)
+    stems = length - len(layers)
+
+    def take(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if not taken and get_ident() == thread:
+            taken.extend(_tensors((*args, *kwargs.values())))
+
+    run: Any = trunk.forward_intermediates
+    has_prefix = bool(getattr(trunk, "num_prefix_tokens", 0))
+    has_prefix = has_prefix and "return_prefix_tokens" in inspect.signature(run).parameters
+    extra = {"return_prefix_tokens": True} if has_prefix else {}
+    hook = None if first is None else first.register_forward_pre_hook(take, with_kwargs=True)
+    try:
+        indices = sorted({max(place - stems, 0) for place in places})
+        features, found = run(images, indices=indices, **extra)
+    finally:
+        if hook is not None:
+            hook.remove()
+    as_tokens = isinstance(features, torch.Tensor) and features.ndim == 3
+    states = dict(zip((index + stems for index in indices), found, strict=True))
+    if stems and 0 in places:
+        nearest = states[1][0] if has_prefix else states[1]
+        states[0] = _stem_output(trunk, taken, layers[0]["num_chs"], None if as_tokens else nearest.shape[2:])
+    return features, tuple(_in_form(states[n], as_tokens) if n in places else None for n in range(length))
+
+
+def _chosen(wanted: Any, length: int) -> set[int]:
+    if wanted is True:
+        return set(range(length))
+    indices = list(wanted) if isinstance(wanted, Sequence) else [wanted]
+    if any(isinstance(i, bool) or not isinstance(i, int) or not -length <= i < length for i in indices):
+        raise ArgumentError(
+            f"output_hidden_states={shown(wanted)}: expected True, or indices of the {length} hidden states of this "
+            f"trunk, from {-length} to {length - 1}"
+        )
+    return {index % length for index in indices}
+
+
+def _first_block(trunk: nn.Module) -> nn.Module | None:
+    """The module that takes what the trunk's stem gives; None where timm's first intermediate is the stem's own."""
+    layers: Any = trunk.feature_info
+    # blocks.0, blocks.1, ... and stage1, stage2, ... are of one kind; a stem is named otherwise: stem, stages.0, ...
+    names = [layer["module"] for layer in layers[:2]]
+    if len({name.rstrip("0123456789") for name in names}) > 1:
+        return None
+    modules = dict(trunk.named_modules())
+    name = names[0]
+    if name not in modules:  # some lists of timm name a module otherwise than the model does
+        name = next(each for each in modules if each.endswith(("blocks.0", "stages.0")))
+    # The list may name the last block of each stage.
+    block = next(modules[name.rpartition(".")[0]].children()) if "." in name else modules[name]
+    while isinstance(block, nn.ModuleList):
+        block = block[0]
+    # A sequence that begins with the stem takes the image.
+    own = next(trunk.parameters())
+    return None if any(parameter is own for parameter in block.parameters()) else block
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _stem_output(trunk: nn.Module, taken: list[torch.Tensor], width: int, grid: Sequence[int] | None) -> torch.Tensor:
+    """Of what the first block took, the features; as a map where there is a `grid` of the first layer's."""
+    state = next((each for each in taken if each.ndim > 2 and width in (each.shape[1], each.shape[-1])), taken[0])
+    if state.ndim == 4:
+        inside = getattr(trunk, "output_fmt", None) == "NHWC" or type(trunk).__name__ in _NHWC_INSIDE
+        return state.permute(0, 3, 1, 2) if inside else state
+    if grid is not None:
+        patches = state[:, state.shape[1] - grid[0] * grid[1] :]
+        return patches.transpose(1, 2).reshape(*patches.shape[::2], *grid)
+    return state
+
+
+def _in_form(state: Any, as_tokens: bool) -> torch.Tensor:
+    patches, prefix = state if isinstance(state, tuple) else (state, None)
+    if as_tokens and patches.ndim == 4:
+        patches = patches.flatten(2).transpose(1, 2)
+    return patches if prefix is None else torch.cat([prefix, patches], dim=1)
+
+
+@contextmanager
+def attention_maps(trunk: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collect what the attention layers of a trunk compute in a forward inside: `[B, heads, N, N]` each, after softmax.
+
+    The list is filled when the block is left.
+
+    Raises:
+        ConfigError: it has none of timm's attention layers, or they run fused.
+    """
+    layers = {
+        name: part
+        for name, part in trunk.named_modules()
+        if type(part).__name__ in _ATTENTION and hasattr(part, "attn_drop")
+    }
+    if not layers:
+        raise ConfigError(f"output_attentions: {type(trunk).__name__} has no attention layers whose maps timm can give")
+    if any(getattr(part, "fused_attn", False) for part in layers.values()):
+        raise ConfigError(
+            "output_attentions: fused attention computes no maps. Load with attn_implementation='eager', or call "
+            "set_attn_implementation('eager')"
+        )
+    with eval_mode(trunk):  # it sets a mode and leaves it so
+        hooks: Any = AttentionExtract(trunk, [f"{name}.attn_drop" for name in layers], method="hook").hooks
+    maps = list[torch.Tensor]()
+    try:
+        yield maps
+        maps += hooks.get_output(next(trunk.parameters()).device).values()
+    finally:
+        for handle in hooks._handles:
+            handle.remove()
+
+# --- forward.py
+
+"""One forward of a tower as transformers asks for it: features, embedding, inner layers."""
 
 
 @dataclass
@@ -4153,43 +4306,68 @@ class TimmTowerModelOutput(ModelOutput):
         last_hidden_state: The trunk's unpooled features, as timm's `forward_features` gives them: tokens
             `[B, N, C]` or a map in the trunk's own order; a list for CoaT, CrossViT and EfficientViM.
         pooler_output: The embedding `[B, embed_dim]`; the whole tuple or dict where a custom head gives one.
-        hidden_states: Features of inner layers, as timm's `forward_intermediates` gives them: `[B, C, H, W]` each.
+        hidden_states: What the stem gives, then each block or stage as timm's `forward_intermediates` has it: tokens
+            `[B, N, C]`, prefix tokens first, where `last_hidden_state` is tokens, maps `[B, C, H, W]` elsewhere. None
+            in the place of a layer that was not asked for.
+        attentions: Attention maps after softmax, `[B, heads, N, N]` of each attention layer.
     """
 
     last_hidden_state: Any = None
     pooler_output: Any = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 def run_tower(
-    model: Any, images: torch.Tensor, wanted: HiddenStates, attentions: bool | None
-) -> tuple[Any, Any, tuple[torch.Tensor, ...] | None]:
-    """The trunk's features, the embedding, and features of inner layers where asked for."""
-    trunk = model.trunk
-    if model.config.output_attentions if attentions is None else attentions:
-        raise ConfigError("output_attentions: timm's models do not give their attentions")
+    model: Any,
+    images: torch.Tensor,
+    hidden: HiddenStates,
+    attentions: bool | None,
+    other_size: bool | None,
+    pools: bool | None = True,
+) -> tuple[Any, Any, Any, Any]:
+    """The trunk's features, the embedding, and hidden states and attention maps where asked for."""
+    trunk, images = model.trunk, prepared(model, images, other_size)
+    hidden = model.config.output_hidden_states if hidden is None else hidden
+    attentions = model.config.output_attentions if attentions is None else attentions
+    states = None
+    with attention_maps(trunk) if attentions else nullcontext() as maps:
+        # As in transformers an empty list or 0 asks for none.
+        if hidden:
+            features, states = forward_hidden(trunk, images, hidden)
+        else:
+            features = trunk.forward_features(images)
+    embedding = None
+    if pools or pools is None:
+        if model.steps == "features":
+            pooled = features
+        else:
+            # Where the trunk's forward is more than these two steps, it runs whole: the embedding is what it gives.
+            pooled = trunk.forward_head(features) if model.steps == "features, head" else trunk(images)
+        embedding = run_head(model.head, model._head_input, pooled)
+    return features, embedding, states, None if maps is None else tuple(maps)
+
+
+def prepared(model: Any, images: torch.Tensor, other_size: bool | None = None) -> torch.Tensor:
+    """The images as the trunk takes them.
+
+    Raises:
+        ArgumentError: whole numbers, or another size than that of a trunk which takes one only.
+    """
+    model.follow_attn_implementation()
     if not images.is_floating_point():
         raise ArgumentError(
             f"pixel_values are {images.dtype}: expected floats as the image processor gives them, scaled and normalised"
         )
-    images = images.to(model.dtype)
-    wanted = model.config.output_hidden_states if wanted is None else wanted
-    inner = None
-    # An empty list or 0 asks for none; True, and no number, for all.
-    if wanted:
-        if not hasattr(trunk, "forward_intermediates"):
-            raise ConfigError(f"{type(trunk).__name__} has no forward_intermediates in timm {timm.__version__}")
-        indices = None if wanted is True else wanted if isinstance(wanted, int) else list(wanted)
-        features, found = trunk.forward_intermediates(images, indices=indices)
-        inner = tuple(found)
-    else:
-        features = trunk.forward_features(images)
-    if model.steps == "features":
-        pooled = features
-    else:
-        # Where the trunk's forward is more than these two steps, it runs whole: the embedding is what it gives.
-        pooled = trunk.forward_head(features) if model.steps == "features, head" else trunk(images)
-    return features, run_head(model.head, model._head_input, pooled), inner
+    found, own = list(images.shape[-2:]), model.config.image_size
+    if found != own and get_model_traits(model.trunk).get("fixed_input_size"):
+        asked = "interpolate_pos_encoding=True: " if other_size else ""
+        raise ArgumentError(
+            f"{asked}pixel_values are {found[0]} x {found[1]}, but {type(model.trunk).__name__} takes images of "
+            f"{own[0]} x {own[1]} pixels only. Load model and image processor with the same image_size=..., or build "
+            "the tower with model_kwargs={'dynamic_img_size': True} where timm's trunk has that"
+        )
+    return images.to(model.dtype)
 
 
 def wants_dict(model: PreTrainedModel, return_dict: bool | None) -> bool:
@@ -4433,10 +4611,11 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         self._no_split_modules = [type(self.trunk).__name__]
         self._checkpoints = False
         self.supports_gradient_checkpointing = can_checkpoint(self.trunk)
-        if self.config._attn_implementation == "eager":
-            for module in self.trunk.modules():
-                if hasattr(module, "fused_attn"):
-                    module.fused_attn = False  # type: ignore[assignment]
+        self._runs_fused, self._fused = (
+            True,
+            [module for module in self.trunk.modules() if getattr(module, "fused_attn", False)],
+        )
+        self.follow_attn_implementation()
         self.post_init()  # type: ignore[no-untyped-call]
 
     # --- steps that hf_timm_tower's own classes replace
@@ -4473,6 +4652,18 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         """Refused, see `get_input_embeddings`."""
         raise ArgumentError(f"{type(self).__name__} takes images and has no input embeddings to set")
 
+    def follow_attn_implementation(self) -> None:
+        """Let timm's layers run fused or not as `config._attn_implementation` says, which others set too."""
+        fused = self.config._attn_implementation != "eager"
+        for module in self._fused if fused != self._runs_fused else ():
+            module.fused_attn = fused
+        self._runs_fused = fused
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.set_attn_implementation`: "sdpa", where timm runs attention fused, or "eager"."""
+        super().set_attn_implementation(*args, **kwargs)
+        self.follow_attn_implementation()
+
     @property
     def gradient_checkpointing(self) -> bool:
         """Whether the trunk recomputes activations in the backward pass. Setting it passes it on to timm."""
@@ -4491,10 +4682,15 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
     ) -> None:
         how = getattr(gradient_checkpointing_func, "keywords", {})
         plain = getattr(gradient_checkpointing_func, "func", gradient_checkpointing_func) is checkpoint
-        if enable and (every_n_layers != 1 or not plain or how.get("use_reentrant")):
+        if enable and (every_n_layers != 1 or not plain):
             raise ArgumentError(
-                "gradient checkpointing: timm checkpoints every block of the trunk, not reentrant and without "
-                f"offloading; every_n_layers={every_n_layers} and {how or 'another function'} cannot be honoured"
+                "gradient checkpointing: timm checkpoints every block of the trunk, without offloading; "
+                f"every_n_layers={every_n_layers} and {how or 'another function'} cannot be honoured"
+            )
+        if enable and how.get("use_reentrant"):
+            warnings.warn(
+                "gradient checkpointing: use_reentrant=True: timm checkpoints without it; the gradients are the same",
+                stacklevel=2,
             )
         self.gradient_checkpointing = enable
 
@@ -4777,15 +4973,16 @@ class TimmTowerBackbone(BackboneMixin, TimmTowerPreTrainedModel):  # type: ignor
 
         Args:
             pixel_values: `[B, in_chans, H, W]`, floating; cast to the model's dtype.
-            output_hidden_states: As `TimmTowerModel.forward`.
-            output_attentions: As `TimmTowerModel.forward`.
+            output_hidden_states: Give the maps of all stages as well.
+            output_attentions: Refused.
             return_dict: False gives a tuple of the fields that are there.
 
         Returns:
             `feature_maps`: `[B, C, H, W]` for each of `out_indices`, without class token and registers.
 
         Raises:
-            ConfigError: attentions or inner layers were asked for and timm does not give them.
+            ConfigError: attentions were asked for, or the trunk lost its activations.
+            ArgumentError: as `TimmTowerModel.forward`.
         """
         if bare := [name for name in self._activated if not hasattr(self.trunk.get_submodule(name), "act")]:
             raise ConfigError(
@@ -4793,11 +4990,18 @@ class TimmTowerBackbone(BackboneMixin, TimmTowerPreTrainedModel):  # type: ignor
                 f"and in {self.config.architecture} the activation is part of it. Take a trunk whose layers are apart "
                 "(ResNet, ConvNeXt, ViT), or convert with timm.layers"
             )
-        images = pixel_values.to(self.dtype)
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ConfigError("output_attentions: a backbone gives feature maps; TimmTowerModel gives attentions")
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         maps = self.trunk.forward_intermediates(  # type: ignore[operator]
-            images, indices=self.out_indices, output_fmt="NCHW", intermediates_only=True, stop_early=True
+            prepared(self, pixel_values),
+            indices=None if wanted else self.out_indices,
+            output_fmt="NCHW",
+            intermediates_only=True,
+            stop_early=True,
         )
-        output = BackboneOutput(feature_maps=tuple(maps))
+        chosen = tuple(maps[index] for index in self.out_indices) if wanted else tuple(maps)
+        output = BackboneOutput(feature_maps=chosen, hidden_states=tuple(maps) if wanted else None)
         return output if wants_dict(self, return_dict) else output.to_tuple()
 
 # --- modeling.py
@@ -4823,20 +5027,26 @@ class TimmTowerModel(TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
         output_hidden_states: HiddenStates = None,
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        do_pooling: bool | None = None,
     ) -> TimmTowerModelOutput | tuple[Any, ...]:
         """Run the tower.
 
         Args:
             pixel_values: `[B, in_chans, H, W]`, floating; cast to the model's dtype.
-            output_hidden_states: True for all inner layers, a list of indices for those, an int for the last n.
+            output_hidden_states: True for all; an index or a list of them for those, None in all other places.
             return_dict: False gives a tuple of the fields that are there.
-            output_attentions: Refused: timm gives none.
+            output_attentions: Of a trunk with timm's attention layers that runs with `attn_implementation="eager"`.
+            interpolate_pos_encoding: True says that the images may have another size than `config.image_size`, which
+                the trunk must be able to take.
+            do_pooling: False leaves the embedding out.
 
         Raises:
-            ConfigError: inner layers or attentions were asked for and timm does not give them.
+            ConfigError: hidden states or attentions were asked for and timm does not give them.
+            ArgumentError: an index of no hidden state, or images of a size that the trunk does not take.
         """
-        features, embedding, inner = run_tower(self, pixel_values, output_hidden_states, output_attentions)
-        output = TimmTowerModelOutput(features, embedding, inner)
+        wanted = (output_hidden_states, output_attentions, interpolate_pos_encoding, do_pooling)
+        output = TimmTowerModelOutput(*run_tower(self, pixel_values, *wanted))
         return output if wants_dict(self, return_dict) else output.to_tuple()
 
 
@@ -4878,6 +5088,7 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
         output_hidden_states: HiddenStates = None,
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
     ) -> ImageClassifierOutput | tuple[Any, ...]:
         """Run tower and classifier.
 
@@ -4887,19 +5098,21 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
                 the loss follows `config.problem_type`.
             output_hidden_states: As `TimmTowerModel.forward`.
             return_dict: As `TimmTowerModel.forward`.
-            output_attentions: Refused: timm gives none.
+            output_attentions: As `TimmTowerModel.forward`.
+            interpolate_pos_encoding: As `TimmTowerModel.forward`.
 
         Raises:
             HeadError: the embedding is not `[B, embed_dim]`.
-            ConfigError: inner layers or attentions were asked for and timm does not give them.
+            ConfigError, ArgumentError: as `TimmTowerModel.forward`.
         """
-        _, embedding, inner = run_tower(self, pixel_values, output_hidden_states, output_attentions)
+        wanted = (output_hidden_states, output_attentions, interpolate_pos_encoding)
+        _, embedding, states, maps = run_tower(self, pixel_values, *wanted)
         if not isinstance(embedding, torch.Tensor) or embedding.ndim != 2:
             found = tuple(embedding.shape) if isinstance(embedding, torch.Tensor) else type(embedding).__name__
             raise HeadError(f"a classifier needs an embedding [B, embed_dim], this tower gives {found}; choose a pool")
         logits = self.classifier(embedding)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
-        output = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=inner)
+        output = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=states, attentions=maps)
         return output if wants_dict(self, return_dict) else output.to_tuple()
 
 # --- dual_encoder.py

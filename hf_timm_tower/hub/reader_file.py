@@ -35,6 +35,7 @@ READER_MODULES = (
     "tower",
     "weights",
     "computed_buffers",
+    "hidden_states",
     "forward",
     "loading",
     "pretrained",

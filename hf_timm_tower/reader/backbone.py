@@ -15,7 +15,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .config import ATTENTION_POOLS, TimmTowerConfig
 from .errors import ConfigError, shown
-from .forward import HiddenStates, wants_dict
+from .forward import prepared, wants_dict
+from .hidden_states import HiddenStates
 from .loading import TowerLoading
 from .pretrained import TimmTowerPreTrainedModel
 from .tower import Tower
@@ -126,15 +127,16 @@ class TimmTowerBackbone(BackboneMixin, TimmTowerPreTrainedModel):  # type: ignor
 
         Args:
             pixel_values: `[B, in_chans, H, W]`, floating; cast to the model's dtype.
-            output_hidden_states: As `TimmTowerModel.forward`.
-            output_attentions: As `TimmTowerModel.forward`.
+            output_hidden_states: Give the maps of all stages as well.
+            output_attentions: Refused.
             return_dict: False gives a tuple of the fields that are there.
 
         Returns:
             `feature_maps`: `[B, C, H, W]` for each of `out_indices`, without class token and registers.
 
         Raises:
-            ConfigError: attentions or inner layers were asked for and timm does not give them.
+            ConfigError: attentions were asked for, or the trunk lost its activations.
+            ArgumentError: as `TimmTowerModel.forward`.
         """
         if bare := [name for name in self._activated if not hasattr(self.trunk.get_submodule(name), "act")]:
             raise ConfigError(
@@ -142,9 +144,16 @@ class TimmTowerBackbone(BackboneMixin, TimmTowerPreTrainedModel):  # type: ignor
                 f"and in {self.config.architecture} the activation is part of it. Take a trunk whose layers are apart "
                 "(ResNet, ConvNeXt, ViT), or convert with timm.layers"
             )
-        images = pixel_values.to(self.dtype)
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ConfigError("output_attentions: a backbone gives feature maps; TimmTowerModel gives attentions")
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         maps = self.trunk.forward_intermediates(  # type: ignore[operator]
-            images, indices=self.out_indices, output_fmt="NCHW", intermediates_only=True, stop_early=True
+            prepared(self, pixel_values),
+            indices=None if wanted else self.out_indices,
+            output_fmt="NCHW",
+            intermediates_only=True,
+            stop_early=True,
         )
-        output = BackboneOutput(feature_maps=tuple(maps))
+        chosen = tuple(maps[index] for index in self.out_indices) if wanted else tuple(maps)
+        output = BackboneOutput(feature_maps=chosen, hidden_states=tuple(maps) if wanted else None)
         return output if wants_dict(self, return_dict) else output.to_tuple()

@@ -1,19 +1,18 @@
 """One forward of a tower as transformers asks for it: features, embedding, inner layers."""
 
-from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 import torch
 import torch.nn as nn
+from timm.models import get_model_traits
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from .errors import ArgumentError, ConfigError
+from .errors import ArgumentError
+from .hidden_states import HiddenStates, attention_maps, forward_hidden
 from .tower import run_head
-
-HiddenStates = bool | int | Sequence[int] | None
 
 
 @dataclass
@@ -24,43 +23,68 @@ class TimmTowerModelOutput(ModelOutput):
         last_hidden_state: The trunk's unpooled features, as timm's `forward_features` gives them: tokens
             `[B, N, C]` or a map in the trunk's own order; a list for CoaT, CrossViT and EfficientViM.
         pooler_output: The embedding `[B, embed_dim]`; the whole tuple or dict where a custom head gives one.
-        hidden_states: Features of inner layers, as timm's `forward_intermediates` gives them: `[B, C, H, W]` each.
+        hidden_states: What the stem gives, then each block or stage as timm's `forward_intermediates` has it: tokens
+            `[B, N, C]`, prefix tokens first, where `last_hidden_state` is tokens, maps `[B, C, H, W]` elsewhere. None
+            in the place of a layer that was not asked for.
+        attentions: Attention maps after softmax, `[B, heads, N, N]` of each attention layer.
     """
 
     last_hidden_state: Any = None
     pooler_output: Any = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 def run_tower(
-    model: Any, images: torch.Tensor, wanted: HiddenStates, attentions: bool | None
-) -> tuple[Any, Any, tuple[torch.Tensor, ...] | None]:
-    """The trunk's features, the embedding, and features of inner layers where asked for."""
-    trunk = model.trunk
-    if model.config.output_attentions if attentions is None else attentions:
-        raise ConfigError("output_attentions: timm's models do not give their attentions")
+    model: Any,
+    images: torch.Tensor,
+    hidden: HiddenStates,
+    attentions: bool | None,
+    other_size: bool | None,
+    pools: bool | None = True,
+) -> tuple[Any, Any, Any, Any]:
+    """The trunk's features, the embedding, and hidden states and attention maps where asked for."""
+    trunk, images = model.trunk, prepared(model, images, other_size)
+    hidden = model.config.output_hidden_states if hidden is None else hidden
+    attentions = model.config.output_attentions if attentions is None else attentions
+    states = None
+    with attention_maps(trunk) if attentions else nullcontext() as maps:
+        # As in transformers an empty list or 0 asks for none.
+        if hidden:
+            features, states = forward_hidden(trunk, images, hidden)
+        else:
+            features = trunk.forward_features(images)
+    embedding = None
+    if pools or pools is None:
+        if model.steps == "features":
+            pooled = features
+        else:
+            # Where the trunk's forward is more than these two steps, it runs whole: the embedding is what it gives.
+            pooled = trunk.forward_head(features) if model.steps == "features, head" else trunk(images)
+        embedding = run_head(model.head, model._head_input, pooled)
+    return features, embedding, states, None if maps is None else tuple(maps)
+
+
+def prepared(model: Any, images: torch.Tensor, other_size: bool | None = None) -> torch.Tensor:
+    """The images as the trunk takes them.
+
+    Raises:
+        ArgumentError: whole numbers, or another size than that of a trunk which takes one only.
+    """
+    model.follow_attn_implementation()
     if not images.is_floating_point():
         raise ArgumentError(
             f"pixel_values are {images.dtype}: expected floats as the image processor gives them, scaled and normalised"
         )
-    images = images.to(model.dtype)
-    wanted = model.config.output_hidden_states if wanted is None else wanted
-    inner = None
-    # An empty list or 0 asks for none; True, and no number, for all.
-    if wanted:
-        if not hasattr(trunk, "forward_intermediates"):
-            raise ConfigError(f"{type(trunk).__name__} has no forward_intermediates in timm {timm.__version__}")
-        indices = None if wanted is True else wanted if isinstance(wanted, int) else list(wanted)
-        features, found = trunk.forward_intermediates(images, indices=indices)
-        inner = tuple(found)
-    else:
-        features = trunk.forward_features(images)
-    if model.steps == "features":
-        pooled = features
-    else:
-        # Where the trunk's forward is more than these two steps, it runs whole: the embedding is what it gives.
-        pooled = trunk.forward_head(features) if model.steps == "features, head" else trunk(images)
-    return features, run_head(model.head, model._head_input, pooled), inner
+    found, own = list(images.shape[-2:]), model.config.image_size
+    if found != own and get_model_traits(model.trunk).get("fixed_input_size"):
+        asked = "interpolate_pos_encoding=True: " if other_size else ""
+        raise ArgumentError(
+            f"{asked}pixel_values are {found[0]} x {found[1]}, but {type(model.trunk).__name__} takes images of "
+            f"{own[0]} x {own[1]} pixels only. Load model and image processor with the same image_size=..., or build "
+            "the tower with model_kwargs={'dynamic_img_size': True} where timm's trunk has that"
+        )
+    return images.to(model.dtype)
 
 
 def wants_dict(model: PreTrainedModel, return_dict: bool | None) -> bool:

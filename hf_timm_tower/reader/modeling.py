@@ -8,7 +8,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from .config import TimmTowerConfig
 from .errors import HeadError
-from .forward import HiddenStates, TimmTowerModelOutput, run_tower, wants_dict
+from .forward import TimmTowerModelOutput, run_tower, wants_dict
+from .hidden_states import HiddenStates
 from .loading import TowerLoading
 from .pretrained import TimmTowerPreTrainedModel
 from .tower import Tower
@@ -32,20 +33,26 @@ class TimmTowerModel(TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
         output_hidden_states: HiddenStates = None,
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        do_pooling: bool | None = None,
     ) -> TimmTowerModelOutput | tuple[Any, ...]:
         """Run the tower.
 
         Args:
             pixel_values: `[B, in_chans, H, W]`, floating; cast to the model's dtype.
-            output_hidden_states: True for all inner layers, a list of indices for those, an int for the last n.
+            output_hidden_states: True for all; an index or a list of them for those, None in all other places.
             return_dict: False gives a tuple of the fields that are there.
-            output_attentions: Refused: timm gives none.
+            output_attentions: Of a trunk with timm's attention layers that runs with `attn_implementation="eager"`.
+            interpolate_pos_encoding: True says that the images may have another size than `config.image_size`, which
+                the trunk must be able to take.
+            do_pooling: False leaves the embedding out.
 
         Raises:
-            ConfigError: inner layers or attentions were asked for and timm does not give them.
+            ConfigError: hidden states or attentions were asked for and timm does not give them.
+            ArgumentError: an index of no hidden state, or images of a size that the trunk does not take.
         """
-        features, embedding, inner = run_tower(self, pixel_values, output_hidden_states, output_attentions)
-        output = TimmTowerModelOutput(features, embedding, inner)
+        wanted = (output_hidden_states, output_attentions, interpolate_pos_encoding, do_pooling)
+        output = TimmTowerModelOutput(*run_tower(self, pixel_values, *wanted))
         return output if wants_dict(self, return_dict) else output.to_tuple()
 
 
@@ -87,6 +94,7 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
         output_hidden_states: HiddenStates = None,
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
     ) -> ImageClassifierOutput | tuple[Any, ...]:
         """Run tower and classifier.
 
@@ -96,17 +104,19 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
                 the loss follows `config.problem_type`.
             output_hidden_states: As `TimmTowerModel.forward`.
             return_dict: As `TimmTowerModel.forward`.
-            output_attentions: Refused: timm gives none.
+            output_attentions: As `TimmTowerModel.forward`.
+            interpolate_pos_encoding: As `TimmTowerModel.forward`.
 
         Raises:
             HeadError: the embedding is not `[B, embed_dim]`.
-            ConfigError: inner layers or attentions were asked for and timm does not give them.
+            ConfigError, ArgumentError: as `TimmTowerModel.forward`.
         """
-        _, embedding, inner = run_tower(self, pixel_values, output_hidden_states, output_attentions)
+        wanted = (output_hidden_states, output_attentions, interpolate_pos_encoding)
+        _, embedding, states, maps = run_tower(self, pixel_values, *wanted)
         if not isinstance(embedding, torch.Tensor) or embedding.ndim != 2:
             found = tuple(embedding.shape) if isinstance(embedding, torch.Tensor) else type(embedding).__name__
             raise HeadError(f"a classifier needs an embedding [B, embed_dim], this tower gives {found}; choose a pool")
         logits = self.classifier(embedding)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
-        output = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=inner)
+        output = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=states, attentions=maps)
         return output if wants_dict(self, return_dict) else output.to_tuple()

@@ -11,6 +11,7 @@ the index and the folder's config, and put in strictly.
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -98,10 +99,11 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         self._no_split_modules = [type(self.trunk).__name__]
         self._checkpoints = False
         self.supports_gradient_checkpointing = can_checkpoint(self.trunk)
-        if self.config._attn_implementation == "eager":
-            for module in self.trunk.modules():
-                if hasattr(module, "fused_attn"):
-                    module.fused_attn = False  # type: ignore[assignment]
+        self._runs_fused, self._fused = (
+            True,
+            [module for module in self.trunk.modules() if getattr(module, "fused_attn", False)],
+        )
+        self.follow_attn_implementation()
         self.post_init()  # type: ignore[no-untyped-call]
 
     # --- steps that hf_timm_tower's own classes replace
@@ -138,6 +140,18 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         """Refused, see `get_input_embeddings`."""
         raise ArgumentError(f"{type(self).__name__} takes images and has no input embeddings to set")
 
+    def follow_attn_implementation(self) -> None:
+        """Let timm's layers run fused or not as `config._attn_implementation` says, which others set too."""
+        fused = self.config._attn_implementation != "eager"
+        for module in self._fused if fused != self._runs_fused else ():
+            module.fused_attn = fused
+        self._runs_fused = fused
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.set_attn_implementation`: "sdpa", where timm runs attention fused, or "eager"."""
+        super().set_attn_implementation(*args, **kwargs)
+        self.follow_attn_implementation()
+
     @property
     def gradient_checkpointing(self) -> bool:
         """Whether the trunk recomputes activations in the backward pass. Setting it passes it on to timm."""
@@ -156,10 +170,15 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
     ) -> None:
         how = getattr(gradient_checkpointing_func, "keywords", {})
         plain = getattr(gradient_checkpointing_func, "func", gradient_checkpointing_func) is checkpoint
-        if enable and (every_n_layers != 1 or not plain or how.get("use_reentrant")):
+        if enable and (every_n_layers != 1 or not plain):
             raise ArgumentError(
-                "gradient checkpointing: timm checkpoints every block of the trunk, not reentrant and without "
-                f"offloading; every_n_layers={every_n_layers} and {how or 'another function'} cannot be honoured"
+                "gradient checkpointing: timm checkpoints every block of the trunk, without offloading; "
+                f"every_n_layers={every_n_layers} and {how or 'another function'} cannot be honoured"
+            )
+        if enable and how.get("use_reentrant"):
+            warnings.warn(
+                "gradient checkpointing: use_reentrant=True: timm checkpoints without it; the gradients are the same",
+                stacklevel=2,
             )
         self.gradient_checkpointing = enable
 
