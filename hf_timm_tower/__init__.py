@@ -14,6 +14,8 @@ _HOME = {
     "TimmModel": ".timm_model",
     "TimmTowerBackbone": ".modeling",
     "TimmTowerConfig": ".reader.config",
+    "TimmTowerEncoder": ".encoder",
+    "TimmTowerEncoderConfig": ".encoder_config",
     "TimmTowerForImageClassification": ".modeling",
     "TimmTowerImageProcessor": ".reader.image_processor",
     "TimmTowerModel": ".modeling",
@@ -34,6 +36,8 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
+    from .encoder import TimmTowerEncoder
+    from .encoder_config import TimmTowerEncoderConfig
     from .files.fingerprint import Verification
     from .heads.registry import register_head
     from .hub.dual_encoder import align_weights, make_self_contained
@@ -66,6 +70,8 @@ __all__ = [
     "TimmModel",
     "TimmTowerBackbone",
     "TimmTowerConfig",
+    "TimmTowerEncoder",
+    "TimmTowerEncoderConfig",
     "TimmTowerForImageClassification",
     "TimmTowerImageProcessor",
     "TimmTowerModel",

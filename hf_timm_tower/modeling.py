@@ -298,6 +298,24 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
 class TimmTowerModel(SavesTower, reader.TimmTowerModel):  # type: ignore[no-untyped-call]
     __doc__ = reader.TimmTowerModel.__doc__
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "config" and "trunk" in self._modules:
+            value = _as_part(value, int(self.trunk.num_features))  # type: ignore[arg-type]
+        super().__setattr__(name, value)
+
+
+def _as_part(config: TimmTowerConfig, width: int) -> TimmTowerConfig:
+    """The config that a model of several parts assigns to this one, as the part's own.
+
+    An encoder-decoder asks the encoder for its `config.hidden_size` and means the width of `last_hidden_state`; a dual
+    encoder asks its own config for that of the vision model, and means the embedding's. So the former is answered here.
+    """
+    if config.embed_dim == width:
+        return config
+    part = copy.copy(config)
+    vars(part).update(attribute_map={}, hidden_size=width)
+    return part
+
 
 class TimmTowerForImageClassification(SavesTower, reader.TimmTowerForImageClassification):  # type: ignore[no-untyped-call]
     __doc__ = reader.TimmTowerForImageClassification.__doc__

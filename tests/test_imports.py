@@ -24,6 +24,8 @@ PUBLIC = {
     "TimmModel",
     "TimmTowerBackbone",
     "TimmTowerConfig",
+    "TimmTowerEncoder",
+    "TimmTowerEncoderConfig",
     "TimmTowerForImageClassification",
     "TimmTowerImageProcessor",
     "TimmTowerModel",

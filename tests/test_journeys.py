@@ -206,11 +206,12 @@ FLOORS = (
     ("heads", "hub", "trunk_changes"),
     ("training", "subclassing", "trunk_facts"),
     ("build",),
-    ("load",),
+    ("load", "encoder_config"),
     ("proof",),
     ("save", "interop", "embedding"),
     ("hub_mixin",),
     ("timm_model", "modeling"),
+    ("encoder",),
     ("auto",),
     ("core", "feature_cache", "unfreezing"),  # old import paths
     ("__init__",),

@@ -626,7 +626,12 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers', without what only this object knows, and what only a backbone has."""
-        unset = {"_labels_given", *(name for name in _OUTPUTS if getattr(self, name) is None)}
+        unset = {
+            "_labels_given",
+            "attribute_map",
+            "hidden_size",
+            *(name for name in _OUTPUTS if getattr(self, name) is None),
+        }
         return {name: value for name, value in super().to_dict().items() if name not in unset}
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -3722,6 +3727,24 @@ def check_buildable(config: TimmTowerConfig) -> None:
         raise HeadError("the config says that there is a custom head, but not which: save the tower with its head")
 
 
+def without_head(config: TimmTowerConfig) -> TimmTowerConfig:
+    """The same trunk without a head: the config of a tower that gives what its trunk pools."""
+    bare = copy.deepcopy(config)
+    if config.frozen is not None:
+        bare.frozen = {
+            key: [name for name in names if f"{name}.".startswith("trunk.")] for key, names in config.frozen.items()
+        }
+    if config.proj is None and config.head is None and config.pool not in ATTENTION_POOLS:
+        return bare  # the head is the trunk's own classifier
+    bare.head, bare.proj, bare.proj_bias, bare.drop = None, "none", False, 0.0
+    if config.pool in (*ATTENTION_POOLS, "token_avg"):
+        bare.pool = "none"
+        if config.pool == "token_avg" and config.num_features is not None:
+            bare.num_features = config.num_features // 2
+    bare.embed_dim = bare.num_features
+    return bare
+
+
 def make_classifier(config: TimmTowerConfig) -> nn.Module:
     """A fresh classifier `[B, embed_dim]` -> `[B, num_labels]`; nothing where the trunk's own gives the scores.
 
@@ -4558,7 +4581,7 @@ MODEL_TAGS = ("timm",)
 """Tags of every tower, as transformers' `model_tags`."""
 
 # Keywords of `from_pretrained` that say how files are found.
-_DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
+DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
 
 
 class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
@@ -4774,7 +4797,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         wanted = torch_dtype if dtype is None else dtype
         loading = TowerLoading(
             place=str(pretrained_model_name_or_path),
-            download={key: kwargs[key] for key in _DOWNLOAD if kwargs.get(key) is not None},
+            download={key: kwargs[key] for key in DOWNLOAD if kwargs.get(key) is not None},
             trusts=bool(kwargs.get("trust_remote_code")),
             keeps_dtypes=wanted in (None, "auto"),
             run_code=cls._make_code_head,
@@ -4867,24 +4890,6 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
 # --- backbone.py
 
 """A tower's trunk as a transformers backbone: the feature maps of its stages, for models of dense prediction."""
-
-
-def without_head(config: TimmTowerConfig) -> TimmTowerConfig:
-    """The same trunk without a head: the config of a tower that gives what its trunk pools."""
-    bare = copy.deepcopy(config)
-    if config.frozen is not None:
-        bare.frozen = {
-            key: [name for name in names if f"{name}.".startswith("trunk.")] for key, names in config.frozen.items()
-        }
-    if config.proj is None and config.head is None and config.pool not in ATTENTION_POOLS:
-        return bare  # the head is the trunk's own classifier
-    bare.head, bare.proj, bare.proj_bias, bare.drop = None, "none", False, 0.0
-    if config.pool in (*ATTENTION_POOLS, "token_avg"):
-        bare.pool = "none"
-        if config.pool == "token_avg" and config.num_features is not None:
-            bare.num_features = config.num_features // 2
-    bare.embed_dim = bare.num_features
-    return bare
 
 
 class TimmTowerBackbone(BackboneMixin, TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]

@@ -1,6 +1,5 @@
 """A tower's trunk as a transformers backbone: the feature maps of its stages, for models of dense prediction."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,32 +12,14 @@ from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .config import ATTENTION_POOLS, TimmTowerConfig
+from .config import TimmTowerConfig
 from .errors import ConfigError, shown
 from .forward import prepared, wants_dict
 from .hidden_states import HiddenStates
 from .loading import TowerLoading
 from .pretrained import TimmTowerPreTrainedModel
-from .tower import Tower
+from .tower import Tower, without_head
 from .weights import StoredTower
-
-
-def without_head(config: TimmTowerConfig) -> TimmTowerConfig:
-    """The same trunk without a head: the config of a tower that gives what its trunk pools."""
-    bare = copy.deepcopy(config)
-    if config.frozen is not None:
-        bare.frozen = {
-            key: [name for name in names if f"{name}.".startswith("trunk.")] for key, names in config.frozen.items()
-        }
-    if config.proj is None and config.head is None and config.pool not in ATTENTION_POOLS:
-        return bare  # the head is the trunk's own classifier
-    bare.head, bare.proj, bare.proj_bias, bare.drop = None, "none", False, 0.0
-    if config.pool in (*ATTENTION_POOLS, "token_avg"):
-        bare.pool = "none"
-        if config.pool == "token_avg" and config.num_features is not None:
-            bare.num_features = config.num_features // 2
-    bare.embed_dim = bare.num_features
-    return bare
 
 
 class TimmTowerBackbone(BackboneMixin, TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]

@@ -165,7 +165,12 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers', without what only this object knows, and what only a backbone has."""
-        unset = {"_labels_given", *(name for name in _OUTPUTS if getattr(self, name) is None)}
+        unset = {
+            "_labels_given",
+            "attribute_map",
+            "hidden_size",
+            *(name for name in _OUTPUTS if getattr(self, name) is None),
+        }
         return {name: value for name, value in super().to_dict().items() if name not in unset}
 
     def to_diff_dict(self) -> dict[str, Any]:
