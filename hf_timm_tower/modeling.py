@@ -26,6 +26,7 @@ from .hub.trunk_source import kept_trunk_source
 from .input_size import set_input_size
 from .interop.timm_face import TimmFace
 from .load import check_given_head, load_bare, make_code_head, read_tower, verify
+from .reader import backbone
 from .reader import modeling as reader
 from .reader.config import TimmTowerConfig, check_size
 from .reader.errors import ArgumentError, ConfigError, WeightsError
@@ -37,7 +38,7 @@ from .reader.weights import StoredTower, TrunkSource
 from .save import Saved, SaveOptions, save_tower, storable_config, with_weights
 from .training.freezing import describe_frozen, note_fixed
 
-__all__ = ["TimmTowerForImageClassification", "TimmTowerModel", "TimmTowerModelOutput"]
+__all__ = ["TimmTowerBackbone", "TimmTowerForImageClassification", "TimmTowerModel", "TimmTowerModelOutput"]
 
 _PUSH_OPTIONS = frozenset(
     {
@@ -360,6 +361,24 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
 class TimmTowerModel(SavesTower, reader.TimmTowerModel):  # type: ignore[no-untyped-call]
     __doc__ = reader.TimmTowerModel.__doc__
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "config" and "trunk" in self._modules:
+            value = _as_part(value, int(self.trunk.num_features))  # type: ignore[arg-type]
+        super().__setattr__(name, value)
+
+
+def _as_part(config: TimmTowerConfig, width: int) -> TimmTowerConfig:
+    """The config that a model of several parts assigns to this one, as the part's own.
+
+    An encoder-decoder asks the encoder for its `config.hidden_size` and means the width of `last_hidden_state`; a dual
+    encoder asks its own config for that of the vision model, and means the embedding's. So the former is answered here.
+    """
+    if config.embed_dim == width:
+        return config
+    part = copy.copy(config)
+    vars(part).update(attribute_map={}, hidden_size=width)
+    return part
+
 
 class TimmTowerForImageClassification(SavesTower, reader.TimmTowerForImageClassification):  # type: ignore[no-untyped-call]
     __doc__ = reader.TimmTowerForImageClassification.__doc__
@@ -376,6 +395,10 @@ def _with_stored_size(config: TimmTowerConfig, place: str | os.PathLike[str], kw
     config = copy.deepcopy(config)
     config.image_size = check_size("image_size", stored)
     return config
+
+
+class TimmTowerBackbone(backbone.TimmTowerBackbone, SavesTower):  # type: ignore[no-untyped-call]
+    __doc__ = backbone.TimmTowerBackbone.__doc__
 
 
 def _refuse_with_adapter(options: SaveOptions, *patterns: Any) -> None:

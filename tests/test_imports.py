@@ -22,12 +22,16 @@ TRAVEL_WITH = {"torch", "timm", "huggingface_hub", "safetensors", "transformers"
 # The public face, apart from the errors, which are read off reader/errors.py.
 PUBLIC = {
     "TimmModel",
+    "TimmTowerBackbone",
     "TimmTowerConfig",
+    "TimmTowerEncoder",
+    "TimmTowerEncoderConfig",
     "TimmTowerForImageClassification",
     "TimmTowerImageProcessor",
     "TimmTowerModel",
     "Verification",
     "__version__",
+    "align_weights",
     "make_self_contained",
     "register_head",
 }

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 import copy
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 import difflib
 from functools import lru_cache, partial
 import hashlib
@@ -42,6 +42,7 @@ from timm.layers.attention_pool2d import AttentionPool2d, RotAttentionPool2d
 from timm.layers.drop import DropPath
 from timm.layers.layer_scale import LayerScale
 from timm.layers.mlp import Mlp
+from timm.layers.norm_act import BatchNormAct2d
 from timm.models import get_model_traits
 from timm.utils.attention_extract import AttentionExtract
 from torch import nn
@@ -64,10 +65,11 @@ from transformers import (
     VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
 )
+from transformers.backbone_utils import BackboneMixin
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.generic import ModelOutput
 from transformers.utils.hub import cached_file
@@ -486,6 +488,7 @@ MAX_IN_CHANS = 2**12
 MAX_LABELS = 2**20
 
 _LABELS = ("num_labels", "id2label", "label2id")
+_OUTPUTS = ("out_indices", "out_features")
 
 ATTENTION_POOLS = ("abs_attn", "rot_attn")
 OUR_POOLS = ("token_avg", "default", "none")
@@ -524,6 +527,7 @@ _TRANSFORMERS_KEYS = frozenset(
         "tie_last_hidden_states",
         "use_cache",  # Trainer sets it where gradients are checkpointed
         "hidden_size",
+        *_OUTPUTS,
     }
 )
 
@@ -555,6 +559,8 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         trunk_source: Where the trunk's weights are stored, if not beside the head: repository, commit and digests.
         timm_version: The timm that the tower was built with.
         format_version: Version of this format.
+        out_indices: Of a backbone: which of timm's feature maps it gives (`reader/backbone.py`).
+        out_features: The same by timm's names. Whichever is set last holds.
 
     Raises:
         ConfigError: with the field's name and value.
@@ -585,6 +591,8 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     trunk_source: dict[str, Any] | None = None
     timm_version: str | None = None
     format_version: int = FORMAT_VERSION
+    out_indices: list[int] | tuple[int, ...] | None = None
+    out_features: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         unknown = {key: kwargs[key] for key in kwargs if key not in _TRANSFORMERS_KEYS}
@@ -609,6 +617,8 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         super().__setattr__(name, value)  # type: ignore[no-untyped-call]
         if name in _LABELS:
             self.__dict__["_labels_given"] = True
+        if name in _OUTPUTS and value is not None:
+            self.__dict__[_OUTPUTS[name == "out_indices"]] = None
 
     @property
     def is_classifier(self) -> bool:
@@ -617,8 +627,14 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         return own and (not self.__dict__["_labels_given"] or self.num_labels == self.embed_dim)
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers', without what only this object knows."""
-        return {name: value for name, value in super().to_dict().items() if name != "_labels_given"}
+        """As transformers', without what only this object knows, and what only a backbone has."""
+        unset = {
+            "_labels_given",
+            "attribute_map",
+            "hidden_size",
+            *(name for name in _OUTPUTS if getattr(self, name) is None),
+        }
+        return {name: value for name, value in super().to_dict().items() if name not in unset}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What `config.json` holds: every field of ours, and of transformers' fields those that were set.
@@ -635,7 +651,7 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         return {name: value for name, value in written.items() if name not in dropped}
 
 
-OUR_FIELDS = tuple(name for name in TimmTowerConfig.__annotations__ if name != "attribute_map")
+OUR_FIELDS = tuple(name for name in TimmTowerConfig.__annotations__ if name not in ("attribute_map", *_OUTPUTS))
 
 
 def _catch_strict_errors() -> None:
@@ -3713,6 +3729,24 @@ def check_buildable(config: TimmTowerConfig) -> None:
         raise HeadError("the config says that there is a custom head, but not which: save the tower with its head")
 
 
+def without_head(config: TimmTowerConfig) -> TimmTowerConfig:
+    """The same trunk without a head: the config of a tower that gives what its trunk pools."""
+    bare = copy.deepcopy(config)
+    if config.frozen is not None:
+        bare.frozen = {
+            key: [name for name in names if f"{name}.".startswith("trunk.")] for key, names in config.frozen.items()
+        }
+    if config.proj is None and config.head is None and config.pool not in ATTENTION_POOLS:
+        return bare  # the head is the trunk's own classifier
+    bare.head, bare.proj, bare.proj_bias, bare.drop = None, "none", False, 0.0
+    if config.pool in (*ATTENTION_POOLS, "token_avg"):
+        bare.pool = "none"
+        if config.pool == "token_avg" and config.num_features is not None:
+            bare.num_features = config.num_features // 2
+    bare.embed_dim = bare.num_features
+    return bare
+
+
 def make_classifier(config: TimmTowerConfig) -> nn.Module:
     """A fresh classifier `[B, embed_dim]` -> `[B, num_labels]`; nothing where the trunk's own gives the scores.
 
@@ -4318,14 +4352,7 @@ def run_tower(
     pools: bool | None = True,
 ) -> tuple[Any, Any, Any, Any]:
     """The trunk's features, the embedding, and hidden states and attention maps where asked for."""
-    trunk = model.trunk
-    model.follow_attn_implementation()
-    if not images.is_floating_point():
-        raise ArgumentError(
-            f"pixel_values are {images.dtype}: expected floats as the image processor gives them, scaled and normalised"
-        )
-    _check_size(model, images, other_size)
-    images = images.to(model.dtype)
+    trunk, images = model.trunk, prepared(model, images, other_size)
     hidden = model.config.output_hidden_states if hidden is None else hidden
     attentions = model.config.output_attentions if attentions is None else attentions
     states = None
@@ -4346,8 +4373,17 @@ def run_tower(
     return features, embedding, states, None if maps is None else tuple(maps)
 
 
-def _check_size(model: Any, images: torch.Tensor, other_size: bool | None) -> None:
-    """Refuse images of another size than that of a trunk which takes one only."""
+def prepared(model: Any, images: torch.Tensor, other_size: bool | None = None) -> torch.Tensor:
+    """The images as the trunk takes them.
+
+    Raises:
+        ArgumentError: whole numbers, or another size than that of a trunk which takes one only.
+    """
+    model.follow_attn_implementation()
+    if not images.is_floating_point():
+        raise ArgumentError(
+            f"pixel_values are {images.dtype}: expected floats as the image processor gives them, scaled and normalised"
+        )
     found, own = list(images.shape[-2:]), model.config.image_size
     if found != own and get_model_traits(model.trunk).get("fixed_input_size"):
         asked = "interpolate_pos_encoding=True: " if other_size else ""
@@ -4356,6 +4392,7 @@ def _check_size(model: Any, images: torch.Tensor, other_size: bool | None) -> No
             f"{own[0]} x {own[1]} pixels only. Load model and image processor with the same image_size=..., or build "
             "the tower with model_kwargs={'dynamic_img_size': True} where timm's trunk has that"
         )
+    return images.to(model.dtype)
 
 
 def wants_dict(model: PreTrainedModel, return_dict: bool | None) -> bool:
@@ -4859,6 +4896,128 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         if any((here / name).exists() for name in (INDEX_FILE, "trunk.safetensors", "fingerprint.json")):
             raise FolderError(f"{here}: holds a tower saved by hf_timm_tower; save into another folder, or install it")
         super().save_pretrained(save_directory, *args, **kwargs)
+
+# --- backbone.py
+
+"""A tower's trunk as a transformers backbone: the feature maps of its stages, for models of dense prediction."""
+
+
+class TimmTowerBackbone(BackboneMixin, TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
+    """The trunk of a tower as transformers' `AutoBackbone` gives it, for UperNet, DETR, Mask2Former and their kin.
+
+    Stages are those of timm's `forward_intermediates`, under the names of its `feature_info`. Of a tower with a head
+    the head is left out, and a warning lists the weights that are.
+
+    Args:
+        config: A tower's config; `out_indices` or `out_features` say which feature maps are given, the last one where
+            both are None. The model's own `config` is a copy of it without the head.
+
+    Raises:
+        ConfigError: timm gives no feature maps of this trunk, or has none of these names or indices.
+    """
+
+    has_attentions = False
+
+    def _init_transformers_backbone(self) -> None:
+        if TimmTowerConfig.model_type not in CONFIG_MAPPING:
+            # Where this package is absent: now a model with this backbone inside can be loaded in this process.
+            AutoConfig.register(TimmTowerConfig.model_type, TimmTowerConfig)
+        stages: Any = getattr(self.trunk, "feature_info", None)
+        if not stages or not hasattr(self.trunk, "forward_intermediates"):
+            raise ConfigError(f"{type(self.trunk).__name__} gives no feature maps in timm {timm.__version__}")
+        self.stage_names = [stage["module"] for stage in stages]
+        self.num_features = [stage["num_chs"] for stage in stages]
+        self._activated = [name for name, part in self.trunk.named_modules() if isinstance(part, BatchNormAct2d)]
+        if self.config.out_features is not None:
+            self.out_features = self.config.out_features
+        else:
+            self.out_indices = [-1] if self.config.out_indices is None else self.config.out_indices
+
+    @property
+    def out_indices(self) -> list[int]:
+        """Which of the stages the model gives."""
+        return list(self.config.out_indices or ())
+
+    @out_indices.setter
+    def out_indices(self, indices: Sequence[int]) -> None:
+        count = len(self.stage_names)
+        found = [index % count for index in indices if -count <= index < count]
+        if not found or len(found) < len(indices) or found != sorted(set(found)):
+            raise ConfigError(
+                f"out_indices={shown(indices)}: {self.config.architecture} has stages 0 to {count - 1}; expected some "
+                "of them, each once and in this order"
+            )
+        self.config.out_indices = found
+
+    @property
+    def out_features(self) -> list[str]:
+        """The same by timm's names."""
+        return [self.stage_names[index] for index in self.out_indices]
+
+    @out_features.setter
+    def out_features(self, names: Sequence[str]) -> None:
+        if unknown := [name for name in names if self.stage_names.count(name) != 1]:
+            known = ", ".join(self.stage_names)
+            raise ConfigError(
+                f"out_features: {self.config.architecture} has no stage {shown(unknown[0])}; it has {known}"
+            )
+        self.out_indices = [self.stage_names.index(name) for name in names]
+
+    @property
+    def channels(self) -> list[int]:
+        """Channels of each feature map that the model gives."""
+        return [self.num_features[index] for index in self.out_indices]
+
+    def _build(self, config: TimmTowerConfig, with_classifier: bool, make_head: Any) -> Tower:  # type: ignore[override]
+        return super()._build(without_head(config), False, None)
+
+    def _read(self, files: Sequence[str], loading: TowerLoading) -> StoredTower:  # type: ignore[override]
+        stored = super()._read(files, loading)
+        trunk = {key: tensor for key, tensor in stored.weights.items() if key.startswith("trunk.")}
+        loading.left_out += sorted(set(stored.weights) - set(trunk))
+        return replace(stored, config=without_head(stored.config), weights=trunk)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: HiddenStates = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BackboneOutput | tuple[Any, ...]:
+        """Run the trunk up to the last stage that is asked for.
+
+        Args:
+            pixel_values: `[B, in_chans, H, W]`, floating; cast to the model's dtype.
+            output_hidden_states: Give the maps of all stages as well.
+            output_attentions: Refused.
+            return_dict: False gives a tuple of the fields that are there.
+
+        Returns:
+            `feature_maps`: `[B, C, H, W]` for each of `out_indices`, without class token and registers.
+
+        Raises:
+            ConfigError: attentions were asked for, or the trunk lost its activations.
+            ArgumentError: as `TimmTowerModel.forward`.
+        """
+        if bare := [name for name in self._activated if not hasattr(self.trunk.get_submodule(name), "act")]:
+            raise ConfigError(
+                f"the activation of trunk.{bare[0]} is gone: another normalisation was put in its place, as DETR does, "
+                f"and in {self.config.architecture} the activation is part of it. Take a trunk whose layers are apart "
+                "(ResNet, ConvNeXt, ViT), or convert with timm.layers"
+            )
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ConfigError("output_attentions: a backbone gives feature maps; TimmTowerModel gives attentions")
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        maps = self.trunk.forward_intermediates(  # type: ignore[operator]
+            prepared(self, pixel_values),
+            indices=None if wanted else self.out_indices,
+            output_fmt="NCHW",
+            intermediates_only=True,
+            stop_early=True,
+        )
+        chosen = tuple(maps[index] for index in self.out_indices) if wanted else tuple(maps)
+        output = BackboneOutput(feature_maps=chosen, hidden_states=tuple(maps) if wanted else None)
+        return output if wants_dict(self, return_dict) else output.to_tuple()
 
 # --- modeling.py
 

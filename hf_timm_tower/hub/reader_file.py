@@ -39,6 +39,7 @@ READER_MODULES = (
     "forward",
     "loading",
     "pretrained",
+    "backbone",
     "modeling",
     "dual_encoder",
 )
@@ -46,6 +47,7 @@ READER_MODULES = (
 
 _MODULE = READER_NAME.removesuffix(".py")
 AUTO_MAP = {
+    "AutoBackbone": f"{_MODULE}.TimmTowerBackbone",
     "AutoConfig": f"{_MODULE}.TimmTowerConfig",
     "AutoImageProcessor": f"{_MODULE}.TimmTowerImageProcessor",
     "AutoModel": f"{_MODULE}.TimmTowerModel",

@@ -27,6 +27,7 @@ MAX_IN_CHANS = 2**12
 MAX_LABELS = 2**20
 
 _LABELS = ("num_labels", "id2label", "label2id")
+_OUTPUTS = ("out_indices", "out_features")
 
 ATTENTION_POOLS = ("abs_attn", "rot_attn")
 OUR_POOLS = ("token_avg", "default", "none")
@@ -65,6 +66,7 @@ _TRANSFORMERS_KEYS = frozenset(
         "tie_last_hidden_states",
         "use_cache",  # Trainer sets it where gradients are checkpointed
         "hidden_size",
+        *_OUTPUTS,
     }
 )
 
@@ -96,6 +98,8 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         trunk_source: Where the trunk's weights are stored, if not beside the head: repository, commit and digests.
         timm_version: The timm that the tower was built with.
         format_version: Version of this format.
+        out_indices: Of a backbone: which of timm's feature maps it gives (`reader/backbone.py`).
+        out_features: The same by timm's names. Whichever is set last holds.
 
     Raises:
         ConfigError: with the field's name and value.
@@ -126,6 +130,8 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     trunk_source: dict[str, Any] | None = None
     timm_version: str | None = None
     format_version: int = FORMAT_VERSION
+    out_indices: list[int] | tuple[int, ...] | None = None
+    out_features: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         unknown = {key: kwargs[key] for key in kwargs if key not in _TRANSFORMERS_KEYS}
@@ -150,6 +156,8 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         super().__setattr__(name, value)  # type: ignore[no-untyped-call]
         if name in _LABELS:
             self.__dict__["_labels_given"] = True
+        if name in _OUTPUTS and value is not None:
+            self.__dict__[_OUTPUTS[name == "out_indices"]] = None
 
     @property
     def is_classifier(self) -> bool:
@@ -158,8 +166,14 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         return own and (not self.__dict__["_labels_given"] or self.num_labels == self.embed_dim)
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers', without what only this object knows."""
-        return {name: value for name, value in super().to_dict().items() if name != "_labels_given"}
+        """As transformers', without what only this object knows, and what only a backbone has."""
+        unset = {
+            "_labels_given",
+            "attribute_map",
+            "hidden_size",
+            *(name for name in _OUTPUTS if getattr(self, name) is None),
+        }
+        return {name: value for name, value in super().to_dict().items() if name not in unset}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What `config.json` holds: every field of ours, and of transformers' fields those that were set.
@@ -176,7 +190,7 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         return {name: value for name, value in written.items() if name not in dropped}
 
 
-OUR_FIELDS = tuple(name for name in TimmTowerConfig.__annotations__ if name != "attribute_map")
+OUR_FIELDS = tuple(name for name in TimmTowerConfig.__annotations__ if name not in ("attribute_map", *_OUTPUTS))
 
 
 def _catch_strict_errors() -> None:
