@@ -97,17 +97,19 @@ through `shown` alone.
 
 
 _SHORT = reprlib.Repr()
+_MOST_LETTERS = 8000  # of an error; that of a head which cannot be stored gives a reason against every form
 _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxlevel = 4
 
 
 class TowerError(Exception):
     """Base of all errors of hf_timm_tower.
 
-    Its text has nothing that a terminal acts on, wherever a part of it came from.
+    Its text has nothing that a terminal acts on and is no book, wherever a part of it came from.
     """
 
     def __str__(self) -> str:
         text = super().__str__()
+        text = text if len(text) <= _MOST_LETTERS else f"{text[:-1000][: _MOST_LETTERS - 1000]} ... {text[-1000:]}"
         return "".join(each if each.isprintable() or each in "\n\t" else repr(each)[1:-1] for each in text)
 
 
@@ -162,6 +164,12 @@ def shown(thing: object, limit: int = 80) -> str:
     _SHORT.maxstring = _SHORT.maxother = limit
     text = repr(thing[: limit + 1]) if isinstance(thing, str) else _SHORT.repr(thing)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """What a library said, which may quote something foreign, for a message: on one line, short."""
+    words = " ".join(str(text).split())
+    return words if len(words) <= limit else words[: limit - 3] + "..."
 
 # --- model_args.py
 
@@ -250,7 +258,7 @@ def encode(value: Any, where: str, depth: int = 0) -> Any:
         return value
     if isinstance(value, int):
         if abs(value) >= MAX_INT:
-            raise ConfigError(f"{where}={value}: integers must stay below 2**31")
+            raise ConfigError(f"{where}={shown(value)}: integers must stay below 2**31")
         return value
     if isinstance(value, (list, tuple)):
         return [encode(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
@@ -260,7 +268,7 @@ def encode(value: Any, where: str, depth: int = 0) -> Any:
         for key in value:
             if not isinstance(key, str):
                 raise ConfigError(f"{where}: keys must be strings, found {key!r}")
-        return {key: encode(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
+        return {key: encode(item, inner(where, key), depth + 1) for key, item in value.items()}
     if isinstance(value, partial) and isinstance(value.func, type) and not value.args:
         encoded = encode(value.func, where, depth)
         encoded["kwargs"] = encode(dict(value.keywords), f"{where}.kwargs", depth + 1)
@@ -296,20 +304,27 @@ def decode(value: Any, where: str, depth: int = 0) -> Any:
             cls = _lookup(value, where)
             keywords = value.get("kwargs")
             if keywords:
-                return partial(cls, **{k: decode(v, f"{where}.kwargs.{k}", depth + 2) for k, v in keywords.items()})
+                place = f"{where}.kwargs"
+                return partial(cls, **{k: decode(v, inner(place, k), depth + 2) for k, v in keywords.items()})
             return cls
-        return {key: decode(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
+        return {key: decode(item, inner(where, key), depth + 1) for key, item in value.items()}
     return encode(value, where, depth)
+
+
+def inner(where: str, key: str) -> str:
+    """Where a value of a dict is, for messages."""
+    return f"{where}.{shown(key)[1:-1]}"
 
 
 def _lookup(value: dict[str, Any], where: str) -> type[nn.Module]:
     name = value[CLASS_KEY]
     extra = sorted(set(value) - {CLASS_KEY, "kwargs"})
     if extra or not isinstance(value.get("kwargs", {}), dict):
-        raise ConfigError(f"{where}: a class entry has 'class' and maybe 'kwargs' (a dict), found {sorted(value)}")
+        found = shown(sorted(value))
+        raise ConfigError(f"{where}: a class entry has 'class' and maybe 'kwargs' (a dict), found {found}")
     cls = allowed_classes().get(name) if isinstance(name, str) else None
     if cls is None:
-        raise ConfigError(f"{where}: class {name!r} is not a public module class of torch.nn or timm.layers")
+        raise ConfigError(f"{where}: class {shown(name)} is not a public module class of torch.nn or timm.layers")
     return cls
 
 
@@ -483,6 +498,7 @@ MAX_IN_CHANS = 2**12
 MAX_LABELS = 2**20
 
 _LABELS = ("num_labels", "id2label", "label2id")
+_OF_TRANSFORMERS = ("id2label", "label2id", "dtype", "problem_type", "architectures", "output_hidden_states")
 
 ATTENTION_POOLS = ("abs_attn", "rot_attn")
 OUR_POOLS = ("token_avg", "default", "none")
@@ -523,6 +539,13 @@ _TRANSFORMERS_KEYS = frozenset(
         "hidden_size",
     }
 )
+
+
+# Chosen by whoever loads a model. In a tower's file the classes of transformers alone would obey it.
+_NOT_STORED = {"attn_implementation", "_attn_implementation", "quantization_config"}
+
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
 @strict
@@ -590,15 +613,30 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         if "hidden_size" in kwargs:
             hidden_size = kwargs.pop("hidden_size")
             if self.embed_dim is not None and hidden_size != self.embed_dim:
-                raise ConfigError(f"hidden_size={hidden_size!r} is another name of embed_dim={self.embed_dim}")
+                raise ConfigError(f"hidden_size={shown(hidden_size)} is another name of embed_dim={self.embed_dim}")
             self.embed_dim = hidden_size
         kwargs.pop("model_type", None)
         _check(self)
-        _check_labels(kwargs)
+        of_transformers = {name: getattr(self, name) for name in _OF_TRANSFORMERS if name in vars(self)}
+        _check_of_transformers({**kwargs, **of_transformers})
         self.timm_version = self.timm_version or timm.__version__
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         # transformers gives every config two labels; whether somebody gave these is not seen afterwards
         self.__dict__["_labels_given"] = any(kwargs.get(name) is not None for name in _LABELS)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """From what a file holds, and what its reader chooses beside it, as transformers' own.
+
+        Raises:
+            ConfigError: the file holds what only its reader may choose, or as the constructor.
+        """
+        if chosen := sorted(_NOT_STORED & config_dict.keys()):
+            raise ConfigError(
+                f"config.json: {chosen[0]}={shown(config_dict[chosen[0]])} is for whoever loads the tower to choose, "
+                "and would make two models of one file. Remove it there, and pass it to AutoModel.from_pretrained"
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)  # type: ignore[no-untyped-call]
@@ -644,8 +682,7 @@ def _catch_strict_errors() -> None:
         except TowerError:
             raise
         except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
-            cause = str(error.__cause__ or error).replace("\n", " ").strip()
-            raise ConfigError(f"TimmTowerConfig: {cause}") from error
+            raise ConfigError(f"TimmTowerConfig: {one_line(error.__cause__ or error)}") from error
 
     __init__.__wrapped__ = validated  # type: ignore[attr-defined]  # keeps inspect.signature as it was
     TimmTowerConfig.__init__ = __init__  # type: ignore[method-assign, assignment]
@@ -660,7 +697,7 @@ def _check_version(kwargs: dict[str, Any]) -> None:
         raise FormatError(f"format_version={shown(version)}: expected a whole number from 1 to {FORMAT_VERSION}")
     if version > FORMAT_VERSION:
         raise FormatError(
-            f"format_version={version}: this hf_timm_tower reads versions up to {FORMAT_VERSION}. "
+            f"format_version={shown(version)}: this hf_timm_tower reads versions up to {FORMAT_VERSION}. "
             "Upgrade it: pip install -U hf_timm_tower"
         )
 
@@ -675,16 +712,32 @@ def _unknown_keys(unknown: dict[str, Any]) -> str:
     return f"TimmTowerConfig: unknown key{'s' if len(unknown) > 1 else ''} {', '.join(lines)}{more}"
 
 
-def _check_labels(kwargs: dict[str, Any]) -> None:
-    """Before transformers writes a name for each label."""
-    count = kwargs.get("num_labels")
+def _check_of_transformers(values: dict[str, Any]) -> None:
+    """Before transformers writes a name for each label, and looks up a dtype in torch by its name."""
+    count, dtype, problem = (values.get(name) for name in ("num_labels", "dtype", "problem_type"))
     if count is not None:
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_LABELS:
             raise ConfigError(f"num_labels={shown(count)}: expected a whole number from 0 to {MAX_LABELS}")
     for name in ("id2label", "label2id"):
-        labels = kwargs.get(name)
-        if labels is not None and (not isinstance(labels, dict) or len(labels) > MAX_LABELS):
+        labels = values.get(name)
+        if labels is not None and not (
+            isinstance(labels, dict)
+            and len(labels) <= MAX_LABELS
+            and all(isinstance(each, (str, int)) for pair in labels.items() for each in pair)
+        ):
             raise ConfigError(f"{name}={shown(labels)}: expected an object of at most {MAX_LABELS} labels")
+    for each in (dtype, values.get("torch_dtype")):
+        if each is not None and not isinstance(each, torch.dtype) and each not in _DTYPES:
+            raise ConfigError(f"dtype={shown(each)}: expected one of {', '.join(_DTYPES)}")
+    if problem not in (None, *_PROBLEMS):
+        raise ConfigError(f"problem_type={shown(problem)}: expected one of {', '.join(_PROBLEMS)}")
+    names = values.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"architectures={shown(names)}: expected a list of names")
+    inner = values.get("output_hidden_states")
+    numbers = inner if isinstance(inner, (list, tuple)) else [inner or 0]
+    if not all(isinstance(number, int) for number in numbers):
+        raise ConfigError(f"output_hidden_states={shown(inner)}: expected true or false, or numbers of layers")
 
 
 def _check(config: TimmTowerConfig) -> None:
@@ -697,15 +750,16 @@ def _check(config: TimmTowerConfig) -> None:
     for name in ("image_size", "feat_size"):
         if getattr(config, name) is not None:
             setattr(config, name, check_size(name, getattr(config, name)))
-    if isinstance(config.drop, bool) or not (math.isfinite(config.drop) and 0 <= config.drop < 1):
-        raise ConfigError(f"drop={config.drop!r}: expected a probability, 0 <= drop < 1")
+    if isinstance(config.drop, bool) or not 0 <= config.drop < 1:
+        raise ConfigError(f"drop={shown(config.drop)}: expected a probability, 0 <= drop < 1")
     if config.pool is not None and (len(config.pool) > 64 or not config.pool.isprintable()):
         raise ConfigError(f"pool={shown(config.pool)}: not the name of a pool")
     if config.proj == "":
         config.proj = None
     if config.proj is not None and config.proj not in PROJECTIONS:
         raise ConfigError(
-            f"proj={config.proj!r}: expected one of {', '.join(PROJECTIONS)}, or None for the trunk's own classifier"
+            f"proj={shown(config.proj)}: expected one of {', '.join(PROJECTIONS)}, or None for the trunk's own "
+            "classifier"
         )
     if config.classifier is None:
         attention = config.pool in ATTENTION_POOLS
@@ -714,9 +768,9 @@ def _check(config: TimmTowerConfig) -> None:
         config.classifier = "construct" if by_trunk and (own_classifier or config.pool not in OUR_POOLS) else "reset"
     model_args = dict(config.model_args or {})
     check_names(model_args, recorded=(*RECORDED, *(FROM_TRUNK if config.classifier == "reset" else ())))
-    config.model_args = {key: encode(value, f"model_args.{key}") for key, value in sorted(model_args.items())}
+    config.model_args = {key: encode(value, inner("model_args", key)) for key, value in sorted(model_args.items())}
     for key, value in config.model_args.items():
-        decode(value, f"model_args.{key}")
+        decode(value, inner("model_args", key))
     config.drop = float(config.drop)
     check_frozen(config.frozen)
     if config.tower_kwargs and config.tower_class is None:
@@ -754,7 +808,7 @@ def check_architecture(name: str, saved_with: str | None = None) -> None:
     Raises:
         ConfigError: with near names, and the timm version that is known to have it.
     """
-    if ":" in name or "/" in name:
+    if ":" in name or "/" in name or len(name) > 200 or not name.isprintable():
         raise ConfigError(
             f"architecture={shown(name)}: expected a name of timm's registry (timm.list_models()), without a scheme "
             "or a path; weights of a repository or a folder are loaded with from_pretrained."
@@ -1225,21 +1279,21 @@ def remove_classifier(trunk: nn.Module, config: TimmTowerConfig) -> None:
         else:
             trunk.reset_classifier(0, global_pool=pool)  # type: ignore[operator]
     except BUILD_ERRORS as error:
-        raise UnsupportedPool(config, str(error)) from error
+        raise UnsupportedPool(config, one_line(error)) from error
 
 
 def _build_error(config: TimmTowerConfig, kwargs: dict[str, Any], error: BaseException) -> ConfigError | ArgumentError:
-    text = str(error) or type(error).__name__
+    text = one_line(str(error) or type(error).__name__)
     if isinstance(error, TypeError) and "unexpected keyword argument" in text:
         name = text.rsplit("'", 2)[-2]
         if name == "global_pool":
             return UnsupportedPool(config, text)
         if name in (config.model_args or {}) and name not in RECORDED:
-            return ArgumentError(f"model_kwargs[{name!r}]: {config.architecture} does not take it ({text})")
+            return ArgumentError(f"model_kwargs[{shown(name)}]: {config.architecture} does not take it ({text})")
     if kwargs.get("global_pool") and ("pool" in text.lower() or isinstance(error, AssertionError)):
         return UnsupportedPool(config, text)
     given = {key: value for key, value in kwargs.items() if key != "pretrained_cfg_overlay"}
-    return ConfigError(f"timm cannot build {config.architecture} with {given}: {text}")
+    return ConfigError(f"timm cannot build {config.architecture} with {shown(given, 300)}: {text}")
 
 
 def trunk_pool(pool: str | None) -> str | None:
@@ -3701,9 +3755,11 @@ def check_buildable(config: TimmTowerConfig) -> None:
     """
     if config.tower_class is not None:
         raise ConfigError(
-            f"this tower was saved by {config.tower_class}, a subclass of TimmModel that changes how it is built or "
-            f"run; transformers' classes cannot build it. Load it with {config.tower_class}.from_pretrained(...)."
+            f"this tower was saved by {shown(config.tower_class)}, a subclass of TimmModel that changes how it is "
+            "built or run; transformers' classes cannot build it. Load it with that class's from_pretrained(...)."
         )
+    if config.preprocess is not None:
+        check_preprocess(config.preprocess, config.in_chans)  # timm is told it, and would raise what it likes
     if config.head is not None and config.head.get("form") in (LIVE, SUBCLASS):
         raise HeadError("the config says that there is a custom head, but not which: save the tower with its head")
 
