@@ -162,7 +162,8 @@ def preprocess_entries(preprocess_cfg: Mapping[str, Any], where: str) -> dict[st
         raise ConfigError(
             f"{where}: resize_mode={shown(found['resize_mode'])} with fill_color={shown(found['fill_color'])} in "
             "preprocess_cfg cannot be prepared to the same pixels here: known are shortest, squash, and longest where "
-            "the border has the colour of mean. Pass preprocess_cfg={...} with another resize_mode if other pixels are meant."
+            "the border has the colour of mean. Pass preprocess_cfg={...} with another resize_mode if other pixels are "
+            "meant."
         )
     return {
         # "random" is for training; open_clip evaluates with bicubic then

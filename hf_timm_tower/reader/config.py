@@ -178,6 +178,11 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         own = self.proj is None and self.head is None and self.pool not in ATTENTION_POOLS
         return own and (not self.__dict__["_labels_given"] or self.num_labels == self.embed_dim)
 
+    def dict_dtype_to_str(self, d: dict[str, Any]) -> None:
+        """As transformers', of the config's own dtype alone: what is deeper is JSON already, and anybody's."""
+        if isinstance(d.get("dtype"), torch.dtype):
+            d["dtype"] = str(d["dtype"]).removeprefix("torch.")
+
     def to_dict(self) -> dict[str, Any]:
         """As transformers', without what only this object knows."""
         return {name: value for name, value in super().to_dict().items() if name != "_labels_given"}
