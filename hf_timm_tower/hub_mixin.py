@@ -2,7 +2,6 @@
 
 import copy
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,6 +12,7 @@ import torch
 import torch.nn as nn
 from huggingface_hub import PyTorchModelHubMixin
 
+from .files.disk import scratch_folder
 from .files.fingerprint import Verification
 from .hub.card import CardOptions, as_tags
 from .hub.download import Access
@@ -72,7 +72,7 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
                 a person wrote into the card.
             config: Of the mixin; the tower's own config is saved, another is refused.
             repo_id: For the card, and where to push; the folder's name by default.
-            push_to_hub: Push as well.
+            push_to_hub: Push what is saved; a trunk that is stored in another repository stays there and is in neither.
             model_card_kwargs: Further metadata for the card: `base_model`, `datasets`, `language`, ...; `metrics` as
                 name -> figure, with `evaluated_on` (a data set's id) and `evaluated_task`.
             tags: Further tags for the card.
@@ -102,14 +102,17 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             raise ArgumentError("save_pretrained: a tower saves its own config; change tower.config instead")
         if not is_main_process:
             return None
-        cards = CardOptions(as_tags(tags), license, model_card_kwargs or {}, metrics, evaluated_on, repo_id=repo_id)
-        saved = self._save(save_directory, SaveOptions(cards, include_code, max_shard_size), state_dict=state_dict)
-        if not push_to_hub:
-            return None
         try:
             push = PushOptions(**push_to_hub_kwargs)
         except TypeError as error:
             raise ArgumentError(f"save_pretrained(push_to_hub=True): {error}") from error
+        cards = CardOptions(as_tags(tags), license, model_card_kwargs or {}, metrics, evaluated_on, repo_id=repo_id)
+        options, access = SaveOptions(cards, include_code, max_shard_size), Access(token=push.token)
+        weights = self.state_dict() if state_dict is None else state_dict
+        pinned = kept_trunk_source(self.config, weights, access) if push_to_hub else None
+        saved = self._save(save_directory, options, pinned, access, state_dict)
+        if not push_to_hub:
+            return None
         place = repo_id or default_repo_id(save_directory)
         return push_folder(Path(save_directory), place, partial(saved.card, cards), saved.names, push)
 
@@ -204,8 +207,8 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         else:
             source = kept_trunk_source(self.config, self.state_dict(), access) if trunk is None else None
         cards = CardOptions(as_tags(tags), license, model_card_kwargs or {}, metrics, evaluated_on)
-        with tempfile.TemporaryDirectory(prefix="hf_timm_tower_push_") as scratch:
-            folder = Path(scratch, "tower")
+        with scratch_folder("hf_timm_tower_push_") as scratch:
+            folder = scratch / "tower"
             saved = self._save(folder, SaveOptions(cards, include_code, max_shard_size), source, access)
             return push_folder(
                 folder,

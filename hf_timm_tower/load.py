@@ -65,7 +65,7 @@ def read_tower(folder: str | os.PathLike[str], access: Access | None = None, *, 
             "this is not a tower saved by hf_timm_tower."
         )
     described.pop("auto_map", None)  # of the files, not of the tower: every save decides on it anew
-    config = TimmTowerConfig(**described)
+    config: TimmTowerConfig = TimmTowerConfig.from_dict(described)
     check_stored(config.head, config.tower_class)
     if config.num_features is None or config.layout is None or config.image_size is None:
         raise ConfigError(f"{os.path.join(folder, CONFIG_NAME)}: num_features, layout and image_size must be there")

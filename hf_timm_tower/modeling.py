@@ -5,7 +5,6 @@ The files, the card and the commit are those of `TimmModel`.
 
 import copy
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from .build import build_for_transformers
+from .files.disk import scratch_folder
 from .files.fingerprint import Verification
 from .files.json import parse_json
 from .files.names import CONFIG_NAME
@@ -167,7 +167,7 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
                 a person wrote into the card.
             is_main_process: False saves nothing: another process does.
             state_dict: The weights, where they had to be gathered from several processes.
-            push_to_hub: Push as well.
+            push_to_hub: Push what is saved; a trunk that is stored in another repository stays there and is in neither.
             max_shard_size: Largest weight file, in bytes or as `"5GB"`.
             variant: Refused: a tower has one set of weights.
             token: For pushing.
@@ -209,16 +209,19 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
             raise ArgumentError(f"save_pretrained: {', '.join(unknown) or 'variant'} cannot be honoured")
         if not is_main_process:
             return
-        saved = self._save(save_directory, options, state_dict)
-        if push_to_hub:
-            push = PushOptions(
-                commit_message=kwargs.pop("commit_message", None) or COMMIT_MESSAGE,
-                branch=kwargs.pop("revision", None),
-                token=token,
-                **kwargs,
-            )
-            place = repo_id or default_repo_id(save_directory)
-            push_folder(Path(save_directory), place, partial(saved.card, options.cards), saved.names, push)
+        if not push_to_hub:
+            self._save(save_directory, options, state_dict)
+            return
+        push = PushOptions(
+            commit_message=kwargs.pop("commit_message", None) or COMMIT_MESSAGE,
+            branch=kwargs.pop("revision", None),
+            token=token,
+            **kwargs,
+        )
+        access, weights = Access(token=token), self.state_dict() if state_dict is None else state_dict
+        saved = self._save(save_directory, options, state_dict, kept_trunk_source(self.config, weights, access), access)
+        place = repo_id or default_repo_id(save_directory)
+        push_folder(Path(save_directory), place, partial(saved.card, options.cards), saved.names, push)
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -305,8 +308,8 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
             ignore_patterns=ignore_patterns,
             delete_patterns=delete_patterns,
         )
-        with tempfile.TemporaryDirectory(prefix="hf_timm_tower_push_") as scratch:
-            folder = Path(scratch, "tower")
+        with scratch_folder("hf_timm_tower_push_") as scratch:
+            folder = scratch / "tower"
             access = Access(token=token)
             pinned = kept_trunk_source(self.config, self.state_dict(), access) if trunk is None else None
             saved = self._save(folder, options, trunk=pinned, access=access)

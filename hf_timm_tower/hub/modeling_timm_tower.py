@@ -55,6 +55,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
 from torchvision.transforms import InterpolationMode, Normalize, Resize
 from torchvision.transforms.v2 import functional as tv_functional
 from transformers import (
@@ -102,17 +103,19 @@ through `shown` alone.
 
 
 _SHORT = reprlib.Repr()
+_MOST_LETTERS = 8000  # of an error; that of a head which cannot be stored gives a reason against every form
 _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxlevel = 4
 
 
 class TowerError(Exception):
     """Base of all errors of hf_timm_tower.
 
-    Its text has nothing that a terminal acts on, wherever a part of it came from.
+    Its text has nothing that a terminal acts on and is no book, wherever a part of it came from.
     """
 
     def __str__(self) -> str:
         text = super().__str__()
+        text = text if len(text) <= _MOST_LETTERS else f"{text[:-1000][: _MOST_LETTERS - 1000]} ... {text[-1000:]}"
         return "".join(each if each.isprintable() or each in "\n\t" else repr(each)[1:-1] for each in text)
 
 
@@ -167,6 +170,12 @@ def shown(thing: object, limit: int = 80) -> str:
     _SHORT.maxstring = _SHORT.maxother = limit
     text = repr(thing[: limit + 1]) if isinstance(thing, str) else _SHORT.repr(thing)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """What a library said, which may quote something foreign, for a message: on one line, short."""
+    words = " ".join(str(text).split())
+    return words if len(words) <= limit else words[: limit - 3] + "..."
 
 # --- model_args.py
 
@@ -255,7 +264,7 @@ def encode(value: Any, where: str, depth: int = 0) -> Any:
         return value
     if isinstance(value, int):
         if abs(value) >= MAX_INT:
-            raise ConfigError(f"{where}={value}: integers must stay below 2**31")
+            raise ConfigError(f"{where}={shown(value)}: integers must stay below 2**31")
         return value
     if isinstance(value, (list, tuple)):
         return [encode(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
@@ -265,7 +274,7 @@ def encode(value: Any, where: str, depth: int = 0) -> Any:
         for key in value:
             if not isinstance(key, str):
                 raise ConfigError(f"{where}: keys must be strings, found {key!r}")
-        return {key: encode(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
+        return {key: encode(item, inner(where, key), depth + 1) for key, item in value.items()}
     if isinstance(value, partial) and isinstance(value.func, type) and not value.args:
         encoded = encode(value.func, where, depth)
         encoded["kwargs"] = encode(dict(value.keywords), f"{where}.kwargs", depth + 1)
@@ -301,20 +310,27 @@ def decode(value: Any, where: str, depth: int = 0) -> Any:
             cls = _lookup(value, where)
             keywords = value.get("kwargs")
             if keywords:
-                return partial(cls, **{k: decode(v, f"{where}.kwargs.{k}", depth + 2) for k, v in keywords.items()})
+                place = f"{where}.kwargs"
+                return partial(cls, **{k: decode(v, inner(place, k), depth + 2) for k, v in keywords.items()})
             return cls
-        return {key: decode(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
+        return {key: decode(item, inner(where, key), depth + 1) for key, item in value.items()}
     return encode(value, where, depth)
+
+
+def inner(where: str, key: str) -> str:
+    """Where a value of a dict is, for messages."""
+    return f"{where}.{shown(key)[1:-1]}"
 
 
 def _lookup(value: dict[str, Any], where: str) -> type[nn.Module]:
     name = value[CLASS_KEY]
     extra = sorted(set(value) - {CLASS_KEY, "kwargs"})
     if extra or not isinstance(value.get("kwargs", {}), dict):
-        raise ConfigError(f"{where}: a class entry has 'class' and maybe 'kwargs' (a dict), found {sorted(value)}")
+        found = shown(sorted(value))
+        raise ConfigError(f"{where}: a class entry has 'class' and maybe 'kwargs' (a dict), found {found}")
     cls = allowed_classes().get(name) if isinstance(name, str) else None
     if cls is None:
-        raise ConfigError(f"{where}: class {name!r} is not a public module class of torch.nn or timm.layers")
+        raise ConfigError(f"{where}: class {shown(name)} is not a public module class of torch.nn or timm.layers")
     return cls
 
 
@@ -489,6 +505,7 @@ MAX_LABELS = 2**20
 
 _LABELS = ("num_labels", "id2label", "label2id")
 _OUTPUTS = ("out_indices", "out_features")
+_OF_TRANSFORMERS = ("id2label", "label2id", "dtype", "problem_type", "architectures", "output_hidden_states")
 
 ATTENTION_POOLS = ("abs_attn", "rot_attn")
 OUR_POOLS = ("token_avg", "default", "none")
@@ -530,6 +547,13 @@ _TRANSFORMERS_KEYS = frozenset(
         *_OUTPUTS,
     }
 )
+
+
+# Chosen by whoever loads a model. In a tower's file the classes of transformers alone would obey it.
+_NOT_STORED = {"attn_implementation", "_attn_implementation", "quantization_config"}
+
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
 @strict
@@ -601,15 +625,30 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         if "hidden_size" in kwargs:
             hidden_size = kwargs.pop("hidden_size")
             if self.embed_dim is not None and hidden_size != self.embed_dim:
-                raise ConfigError(f"hidden_size={hidden_size!r} is another name of embed_dim={self.embed_dim}")
+                raise ConfigError(f"hidden_size={shown(hidden_size)} is another name of embed_dim={self.embed_dim}")
             self.embed_dim = hidden_size
         kwargs.pop("model_type", None)
         _check(self)
-        _check_labels(kwargs)
+        of_transformers = {name: getattr(self, name) for name in _OF_TRANSFORMERS if name in vars(self)}
+        _check_of_transformers({**kwargs, **of_transformers})
         self.timm_version = self.timm_version or timm.__version__
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         # transformers gives every config two labels; whether somebody gave these is not seen afterwards
         self.__dict__["_labels_given"] = any(kwargs.get(name) is not None for name in _LABELS)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """From what a file holds, and what its reader chooses beside it, as transformers' own.
+
+        Raises:
+            ConfigError: the file holds what only its reader may choose, or as the constructor.
+        """
+        if chosen := sorted(_NOT_STORED & config_dict.keys()):
+            raise ConfigError(
+                f"config.json: {chosen[0]}={shown(config_dict[chosen[0]])} is for whoever loads the tower to choose, "
+                "and would make two models of one file. Remove it there, and pass it to AutoModel.from_pretrained"
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "image_size" and isinstance(value, int):
@@ -625,6 +664,11 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         """Whether the embedding is the scores of the trunk's own classifier, and the labels (if any) are theirs."""
         own = self.proj is None and self.head is None and self.pool not in ATTENTION_POOLS
         return own and (not self.__dict__["_labels_given"] or self.num_labels == self.embed_dim)
+
+    def dict_dtype_to_str(self, d: dict[str, Any]) -> None:
+        """As transformers', of the config's own dtype alone: what is deeper is JSON already, and anybody's."""
+        if isinstance(d.get("dtype"), torch.dtype):
+            d["dtype"] = str(d["dtype"]).removeprefix("torch.")
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers', without what only this object knows, and what only a backbone has."""
@@ -665,8 +709,7 @@ def _catch_strict_errors() -> None:
         except TowerError:
             raise
         except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
-            cause = str(error.__cause__ or error).replace("\n", " ").strip()
-            raise ConfigError(f"TimmTowerConfig: {cause}") from error
+            raise ConfigError(f"TimmTowerConfig: {one_line(error.__cause__ or error)}") from error
 
     __init__.__wrapped__ = validated  # type: ignore[attr-defined]  # keeps inspect.signature as it was
     TimmTowerConfig.__init__ = __init__  # type: ignore[method-assign, assignment]
@@ -681,7 +724,7 @@ def _check_version(kwargs: dict[str, Any]) -> None:
         raise FormatError(f"format_version={shown(version)}: expected a whole number from 1 to {FORMAT_VERSION}")
     if version > FORMAT_VERSION:
         raise FormatError(
-            f"format_version={version}: this hf_timm_tower reads versions up to {FORMAT_VERSION}. "
+            f"format_version={shown(version)}: this hf_timm_tower reads versions up to {FORMAT_VERSION}. "
             "Upgrade it: pip install -U hf_timm_tower"
         )
 
@@ -696,16 +739,32 @@ def _unknown_keys(unknown: dict[str, Any]) -> str:
     return f"TimmTowerConfig: unknown key{'s' if len(unknown) > 1 else ''} {', '.join(lines)}{more}"
 
 
-def _check_labels(kwargs: dict[str, Any]) -> None:
-    """Before transformers writes a name for each label."""
-    count = kwargs.get("num_labels")
+def _check_of_transformers(values: dict[str, Any]) -> None:
+    """Before transformers writes a name for each label, and looks up a dtype in torch by its name."""
+    count, dtype, problem = (values.get(name) for name in ("num_labels", "dtype", "problem_type"))
     if count is not None:
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_LABELS:
             raise ConfigError(f"num_labels={shown(count)}: expected a whole number from 0 to {MAX_LABELS}")
     for name in ("id2label", "label2id"):
-        labels = kwargs.get(name)
-        if labels is not None and (not isinstance(labels, dict) or len(labels) > MAX_LABELS):
+        labels = values.get(name)
+        if labels is not None and not (
+            isinstance(labels, dict)
+            and len(labels) <= MAX_LABELS
+            and all(isinstance(each, (str, int)) for pair in labels.items() for each in pair)
+        ):
             raise ConfigError(f"{name}={shown(labels)}: expected an object of at most {MAX_LABELS} labels")
+    for each in (dtype, values.get("torch_dtype")):
+        if each is not None and not isinstance(each, torch.dtype) and each not in _DTYPES:
+            raise ConfigError(f"dtype={shown(each)}: expected one of {', '.join(_DTYPES)}")
+    if problem not in (None, *_PROBLEMS):
+        raise ConfigError(f"problem_type={shown(problem)}: expected one of {', '.join(_PROBLEMS)}")
+    names = values.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"architectures={shown(names)}: expected a list of names")
+    inner = values.get("output_hidden_states")
+    numbers = inner if isinstance(inner, (list, tuple)) else [inner or 0]
+    if not all(isinstance(number, int) for number in numbers):
+        raise ConfigError(f"output_hidden_states={shown(inner)}: expected true or false, or numbers of layers")
 
 
 def _check(config: TimmTowerConfig) -> None:
@@ -718,15 +777,16 @@ def _check(config: TimmTowerConfig) -> None:
     for name in ("image_size", "feat_size"):
         if getattr(config, name) is not None:
             setattr(config, name, check_size(name, getattr(config, name)))
-    if isinstance(config.drop, bool) or not (math.isfinite(config.drop) and 0 <= config.drop < 1):
-        raise ConfigError(f"drop={config.drop!r}: expected a probability, 0 <= drop < 1")
+    if isinstance(config.drop, bool) or not 0 <= config.drop < 1:
+        raise ConfigError(f"drop={shown(config.drop)}: expected a probability, 0 <= drop < 1")
     if config.pool is not None and (len(config.pool) > 64 or not config.pool.isprintable()):
         raise ConfigError(f"pool={shown(config.pool)}: not the name of a pool")
     if config.proj == "":
         config.proj = None
     if config.proj is not None and config.proj not in PROJECTIONS:
         raise ConfigError(
-            f"proj={config.proj!r}: expected one of {', '.join(PROJECTIONS)}, or None for the trunk's own classifier"
+            f"proj={shown(config.proj)}: expected one of {', '.join(PROJECTIONS)}, or None for the trunk's own "
+            "classifier"
         )
     if config.classifier is None:
         attention = config.pool in ATTENTION_POOLS
@@ -735,9 +795,9 @@ def _check(config: TimmTowerConfig) -> None:
         config.classifier = "construct" if by_trunk and (own_classifier or config.pool not in OUR_POOLS) else "reset"
     model_args = dict(config.model_args or {})
     check_names(model_args, recorded=(*RECORDED, *(FROM_TRUNK if config.classifier == "reset" else ())))
-    config.model_args = {key: encode(value, f"model_args.{key}") for key, value in sorted(model_args.items())}
+    config.model_args = {key: encode(value, inner("model_args", key)) for key, value in sorted(model_args.items())}
     for key, value in config.model_args.items():
-        decode(value, f"model_args.{key}")
+        decode(value, inner("model_args", key))
     config.drop = float(config.drop)
     check_frozen(config.frozen)
     if config.tower_kwargs and config.tower_class is None:
@@ -775,7 +835,7 @@ def check_architecture(name: str, saved_with: str | None = None) -> None:
     Raises:
         ConfigError: with near names, and the timm version that is known to have it.
     """
-    if ":" in name or "/" in name:
+    if ":" in name or "/" in name or len(name) > 200 or not name.isprintable():
         raise ConfigError(
             f"architecture={shown(name)}: expected a name of timm's registry (timm.list_models()), without a scheme "
             "or a path; weights of a repository or a folder are loaded with from_pretrained."
@@ -1246,21 +1306,21 @@ def remove_classifier(trunk: nn.Module, config: TimmTowerConfig) -> None:
         else:
             trunk.reset_classifier(0, global_pool=pool)  # type: ignore[operator]
     except BUILD_ERRORS as error:
-        raise UnsupportedPool(config, str(error)) from error
+        raise UnsupportedPool(config, one_line(error)) from error
 
 
 def _build_error(config: TimmTowerConfig, kwargs: dict[str, Any], error: BaseException) -> ConfigError | ArgumentError:
-    text = str(error) or type(error).__name__
+    text = one_line(str(error) or type(error).__name__)
     if isinstance(error, TypeError) and "unexpected keyword argument" in text:
         name = text.rsplit("'", 2)[-2]
         if name == "global_pool":
             return UnsupportedPool(config, text)
         if name in (config.model_args or {}) and name not in RECORDED:
-            return ArgumentError(f"model_kwargs[{name!r}]: {config.architecture} does not take it ({text})")
+            return ArgumentError(f"model_kwargs[{shown(name)}]: {config.architecture} does not take it ({text})")
     if kwargs.get("global_pool") and ("pool" in text.lower() or isinstance(error, AssertionError)):
         return UnsupportedPool(config, text)
     given = {key: value for key, value in kwargs.items() if key != "pretrained_cfg_overlay"}
-    return ConfigError(f"timm cannot build {config.architecture} with {given}: {text}")
+    return ConfigError(f"timm cannot build {config.architecture} with {shown(given, 300)}: {text}")
 
 
 def trunk_pool(pool: str | None) -> str | None:
@@ -2160,8 +2220,9 @@ def _check_paths(children: dict[str, list[str]]) -> None:
 """How large the results of a stored head's calls become, known before each call is made.
 
 Each call of a graph may be modest and their sequence not: ``cat([y, y])`` thirty times, an outer product, one call that
-splits a tensor into millions. So at the first input of a shape each call is made on the meta device before it is made
-for real, and the bytes that all of them ask for are bounded. The same call on the same shapes is not looked at again.
+splits a tensor into millions, a product of two numbers that are expanded to matrices. So at the first input of a shape
+each call is made on the meta device before it is made for real, and the bytes and the work that all of them ask for are
+bounded. The same call on the same shapes is not looked at again.
 """
 
 
@@ -2169,6 +2230,9 @@ for real, and the bytes that all of them ask for are bounded. The same call on t
 # written by hand over 1,370 tokens of width 1024 and 16 heads makes 220 times its input; a margin loss over 100,000
 # classes ten times the logits of its batch.
 _LEAST, _PER_INPUT, _PER_WEIGHTS = 2**27, 1024, 64
+# What they may compute together, in multiplications and the like: 2**36, as much for each number of the input as
+# attention over 16,384 tokens, and 64 times what it takes to use every weight once at every position of the input.
+_LEAST_WORK, _WORK_PER_INPUT, _WORK_PER_WEIGHT = 2**36, 2**14, 64
 _MAX_TENSORS = 2**16
 _MAX_KNOWN = 4096
 _BY_VALUES = frozenset(
@@ -2182,6 +2246,11 @@ _DECOMPOSITIONS = frozenset(
     "lu_factor cholesky geqrf".split()
 )
 """Work grows with the cube of a matrix's width, its bytes with the square."""
+_FACTORIES = frozenset(
+    "torch.zeros torch.ones torch.full torch.rand torch.randn torch.randint torch.arange torch.eye torch.linspace "
+    "torch.logspace torch.randperm torch.tril_indices torch.triu_indices".split()
+)
+"""They make a tensor of numbers alone."""
 
 
 RECORDING: ContextVar[bool] = ContextVar("recording", default=False)
@@ -2192,66 +2261,80 @@ class Sizes:
     """What is known of the sizes in one head: which calls were looked at, and what they make."""
 
     def __init__(self) -> None:
-        self.known: dict[Any, int] = {}
+        self.known: dict[Any, tuple[int, int]] = {}
 
     def start(self, head: nn.Module, x: torch.Tensor) -> "_Counted | None":
         """The count of one forward; None where torch compiles or exports the head, which calls nothing for real."""
         if RECORDING.get() or torch.compiler.is_compiling() or torch._C._get_tracing_state() or x.is_meta:
             return None
         weights = sum(tensor.nbytes for tensor in (*head.parameters(), *head.buffers()))
+        positions = x.numel() // max([1, *x.shape[1:]])
+        work = _LEAST_WORK + _WORK_PER_INPUT * x.numel() + _WORK_PER_WEIGHT * weights * positions
         if len(self.known) > _MAX_KNOWN:
             self.known.clear()
         limit = _LEAST + _PER_INPUT * x.nbytes + _PER_WEIGHTS * weights
-        return _Counted(self.known, (tuple(x.shape), x.dtype, head.training), limit)
+        return _Counted(self.known, (tuple(x.shape), x.dtype, head.training), limit, work)
 
 
 class _Counted:
-    """Bytes that one forward has made so far."""
+    """Bytes that one forward has made so far, and its work."""
 
-    def __init__(self, known: dict[Any, int], key: tuple[Any, ...], limit: int) -> None:
-        self.known, self.key, self.limit = known, key, limit
-        self.spent = 0
+    def __init__(self, known: dict[Any, tuple[int, int]], key: tuple[Any, ...], limit: int, most_work: int) -> None:
+        self.known, self.key, self.limit, self.most_work = known, key, limit, most_work
+        self.spent = self.worked = 0
 
     def check(self, index: int, name: str, function: Any, args: Any, kwargs: Any) -> None:
         """Count a call that is about to be made. Raises GraphError if the forward makes too much with it."""
         tensors = _flat((args, kwargs))
         key = (*self.key, index, *((tensor.shape, tensor.dtype) for tensor in tensors))
-        made = self.known.get(key)
-        if made is None:
-            made, lasting = self._measure(name, function, args, kwargs, tensors)
+        found = self.known.get(key)
+        if found is None:
+            made, work, lasting = self._measure(name, function, args, kwargs, tensors)
+            found = made, work
             if lasting:
-                self.known[key] = made
-        self.spent += made
+                self.known[key] = found
+        self.spent += found[0]
+        self.worked += found[1]
         if self.spent > self.limit:
             raise _too_much(name, self.spent, self.limit)
+        if self.worked > self.most_work:
+            raise GraphError(
+                f"the stored head computes more than {self.most_work:.1e} products for this input (at {name}, "
+                f"{self.worked:.1e} so far): it is refused before it takes the time"
+            )
 
     def _measure(
         self, name: str, function: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]
-    ) -> tuple[int, bool]:
-        """Bytes that a call makes, and whether that holds for all inputs of these shapes."""
+    ) -> tuple[int, int, bool]:
+        """Bytes that a call makes, its work, and whether that holds for all inputs of these shapes."""
         largest = max((tensor.nbytes for tensor in tensors), default=0)
         if name in ("torch.bincount", "Tensor.bincount", "F.one_hot", "torch.repeat_interleave",
                     "Tensor.repeat_interleave") and (made := _by_counts(name, args, kwargs)) is not None:  # fmt: skip
-            return made, False
+            return made, 0, False
         factor = 1
         if name.rpartition(".")[2] in _DECOMPOSITIONS:
             factor = max([1, *(max(tensor.shape[-2:], default=1) // 64 for tensor in tensors)])
-        count = _Count(self.limit)
-        move = _Mover()
-        try:
-            with torch.no_grad(), torch.device("meta"), count:
-                move(function)(*move(args), **move(kwargs))
-        except GraphError:
-            raise _too_much(name, self.spent + count.made, self.limit) from None
-        except Exception as error:  # this call cannot be sized; a call that is wrong fails for real just after
-            by_values = name in _BY_VALUES or isinstance(function, nn.Module)
-            if not by_values and not isinstance(error, NotImplementedError):
-                return 0, False
-            rank = max((tensor.dim() for tensor in tensors), default=1)
-            if by_values:
-                return 8 * max(rank, 1) * largest, True
-            return min(8 * math.prod(max(tensor.numel(), 1) for tensor in tensors), self.limit + 1), True
-        return count.made * factor, True
+        failed: Exception | None = None
+        for by_numbers in (False, True):  # a tensor of one number may say how large the result is
+            count, move = _Count(self.limit), _Mover()
+            first, move.keeps_numbers = move(args[:1]), by_numbers
+            first = move(args[:1]) if name in _FACTORIES else first
+            try:
+                with torch.no_grad(), torch.device("meta"), count:
+                    move(function)(*first, *move(args[1:]), **move(kwargs))
+                return count.made * factor, count.work * factor, not by_numbers
+            except GraphError:
+                raise _too_much(name, self.spent + count.made, self.limit) from None
+            except Exception as error:
+                failed = failed or error
+        # this call cannot be sized; a call that is wrong fails for real just after
+        by_values = name in _BY_VALUES or isinstance(function, nn.Module)
+        if not by_values and not isinstance(failed, NotImplementedError):
+            return 0, 0, False
+        rank = max((tensor.dim() for tensor in tensors), default=1)
+        if by_values:
+            return 8 * max(rank, 1) * largest, 0, True
+        return min(8 * math.prod(max(tensor.numel(), 1) for tensor in tensors), self.limit + 1), 0, True
 
 
 def _too_much(name: str, spent: int, limit: int) -> GraphError:
@@ -2262,11 +2345,11 @@ def _too_much(name: str, spent: int, limit: int) -> GraphError:
 
 
 class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes that calls make, and ends the run where they are too many."""
+    """Counts the bytes that calls make and their work, and ends the run where bytes or tensors are too many."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.limit, self.made, self.tensors = limit, 0, 0
+        self.limit, self.made, self.tensors, self.work = limit, 0, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
@@ -2274,11 +2357,16 @@ class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
             dim = args[1] if name == "aten::unbind" and len(args) > 1 else args[2] if len(args) > 2 else 0
             size = 1 if name == "aten::unbind" else max(args[1], 1) if isinstance(args[1], int) else 1
             self._add(0, args[0].shape[dim] // size)
-        known = {tensor.untyped_storage()._cdata for tensor in _flat((args, kwargs))}
+        given = _flat((args, kwargs))
+        known = {tensor.untyped_storage()._cdata for tensor in given}
         result = func(*args, **(kwargs or {}))
         made = _flat(result)
         memory = [tensor.untyped_storage() for tensor in made]
-        self._add(sum(each.nbytes() for each in memory if each._cdata not in known), len(made))
+        fresh = [each.nbytes() for each in memory if each._cdata not in known]
+        if fresh or not made:  # no view: what is expanded is written out by many kernels
+            fresh += [tensor.nbytes for tensor in given if tensor.nbytes > tensor.untyped_storage().nbytes()]
+            self.work += _work_of(func, args, kwargs, result, given, made)
+        self._add(sum(fresh), len(made))
         return result
 
     def _add(self, nbytes: int, tensors: int) -> None:
@@ -2288,13 +2376,28 @@ class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise GraphError("too much")
 
 
+def _work_of(func: Any, args: Any, kwargs: Any, result: Any, given: list[Any], made: list[Any]) -> int:
+    """Multiplications of a call, or as many as it has numbers to read and to write."""
+    name, work = func._schema.name, max(sum(each.numel() for each in tensors) for tensors in (given, made))
+    if func._overloadpacket in flop_registry:
+        return max(work, flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result) // 2)
+    if "dist_forward" in name or name == "aten::addbmm":  # each row with each row
+        return max(work, given[-2].numel() * given[-1].shape[-2 if "cdist" in name else -1])
+    if "_pool" in name and "adaptive" not in name and len(args) > 1 and isinstance(args[1], (list, tuple)):
+        return max(work, sum(each.numel() for each in made) * math.prod(args[1] * (3 if len(args[1]) == 1 else 1)))
+    return work
+
+
 class _Mover:
     """Values as they are, but for tensors and modules, which become twins without memory; one twin for one tensor."""
 
     def __init__(self) -> None:
         self.memo: dict[int, Any] = {}
+        self.keeps_numbers = False
 
     def __call__(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and self.keeps_numbers and value.dim() == 0:
+            return value.detach().clone().cpu()
         if isinstance(value, torch.Tensor):
             if id(value) not in self.memo:
                 self.memo[id(value)] = torch.empty_strided(
@@ -2664,7 +2767,7 @@ class _Run:
             self.counted.check(len(self.results), node.target, function, args, kwargs)
         try:
             self.results.append(function(*args, **kwargs))
-        except (TypeError, IndexError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
             raise GraphError(
                 f"the stored head cannot make its call {shown(node.target)}: {shown(str(error), 200)}. The file is "
                 "damaged or was edited; save the tower again"
@@ -3722,9 +3825,11 @@ def check_buildable(config: TimmTowerConfig) -> None:
     """
     if config.tower_class is not None:
         raise ConfigError(
-            f"this tower was saved by {config.tower_class}, a subclass of TimmModel that changes how it is built or "
-            f"run; transformers' classes cannot build it. Load it with {config.tower_class}.from_pretrained(...)."
+            f"this tower was saved by {shown(config.tower_class)}, a subclass of TimmModel that changes how it is "
+            "built or run; transformers' classes cannot build it. Load it with that class's from_pretrained(...)."
         )
+    if config.preprocess is not None:
+        check_preprocess(config.preprocess, config.in_chans)  # timm is told it, and would raise what it likes
     if config.head is not None and config.head.get("form") in (LIVE, SUBCLASS):
         raise HeadError("the config says that there is a custom head, but not which: save the tower with its head")
 
@@ -3881,6 +3986,8 @@ def read_index(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not JSON: {error}") from error
     names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(index, dict) or not isinstance(index.get("metadata"), dict):
+        raise FormatError(f"{path}: expected an object with metadata, an object, which transformers asks for")
     if not isinstance(names, dict) or not names:
         raise FormatError(f"{path}: weight_map must be an object that maps each key to a file name")
     for name in set(map(str, names.values())):
