@@ -14,7 +14,7 @@ import torch.nn as nn
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 
 from .build import Rates
-from .files.fingerprint import Verification, compare, run_probe
+from .files.fingerprint import Verification, compare, run_probe, weight_digests
 from .hub.card import CardOptions, as_tags, tower_facts
 from .hub.download import Access
 from .hub.fetch import fetch_tower
@@ -335,7 +335,9 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         repo_id = kwargs.pop("repo_id", None)
         proven, _ = storable_config(self, own_trunk=overrides(type(self), "_create_trunk"),
                                     own_head=overrides(type(self), "_create_head"))  # fmt: skip
-        return ModelCard(CardOptions(more=kwargs, repo_id=repo_id).make(tower_facts(self), proven.stored))
+        return ModelCard(
+            CardOptions(more=kwargs, repo_id=repo_id).make(tower_facts(self), proven.stored, None, weight_digests(self))
+        )
 
     @plain_defaults()
     def verify(self) -> Verification:

@@ -1,5 +1,6 @@
 """A tower as another of its classes without files in between, and timm's repositories as transformers models."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModel, AutoModelForImageClassification, TimmWrapper
 from hf_timm_tower import (
     ArgumentError,
     ConfigError,
+    ExportError,
     TimmModel,
     TimmTowerForImageClassification,
     TimmTowerModel,
@@ -141,3 +143,15 @@ def test_timm_s_own_error_on_a_tower_says_what_loads_it(tmp_path: Path) -> None:
     tower().save_pretrained(tmp_path)
     with pytest.raises(TypeError, match=r"not a timm checkpoint.*TimmModel\.from_pretrained"):
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+def test_torchscript_of_a_transformers_model_is_refused_in_words() -> None:
+    with pytest.raises(ExportError, match=r"torch_export.*TimmModel\.from_tower"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates it
+        torch.jit.script(TimmTowerModel.from_tower(tower()))
+
+
+def test_a_tower_says_its_device_dtype_and_width_as_others_do() -> None:
+    ours = tower().to(torch.bfloat16)
+    assert (ours.device, ours.dtype) == (torch.device("cpu"), torch.bfloat16)
+    assert ours.num_features == TimmTowerModel.from_tower(ours).num_features == ours.trunk.num_features
