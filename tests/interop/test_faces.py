@@ -1,6 +1,5 @@
 """A tower as another of its classes without files in between, and timm's repositories as transformers models."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +145,9 @@ def test_timm_s_own_error_on_a_tower_says_what_loads_it(tmp_path: Path) -> None:
 
 
 def test_torchscript_of_a_transformers_model_is_refused_in_words() -> None:
-    with pytest.raises(ExportError, match=r"torch_export.*TimmModel\.from_tower"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch deprecates it
-        torch.jit.script(TimmTowerModel.from_tower(tower()))
+    face = TimmTowerModel.from_tower(tower())
+    with pytest.raises(ExportError, match=r"torch_export.*TimmModel\.from_tower"):
+        torch.jit.script(face)
 
 
 def test_a_tower_says_its_device_dtype_and_width_as_others_do() -> None:
