@@ -193,6 +193,11 @@ class InterchangeMixin(nn.Module):
         """Dtype of the trunk's floating parameters."""
         return float_dtype(self.trunk)
 
+    @property
+    def num_features(self) -> int:
+        """Width of what the trunk hands to the head, as timm names it; the embedding's is `config.embed_dim`."""
+        return self.config.num_features  # type: ignore[return-value]
+
     # --- inside open_clip, which reads and sets these
 
     @property

@@ -49,11 +49,6 @@ class TimmFace:
         return no_weight_decay(self)  # type: ignore[arg-type]
 
     @property
-    def num_features(self) -> int:
-        """Width of what the trunk hands to the head, as timm names it; the embedding's is `config.embed_dim`."""
-        return self.config.num_features  # type: ignore[no-any-return]
-
-    @property
     def pretrained_cfg(self) -> dict[str, Any]:
         """The tower's input size and preprocessing in timm's fields; without an architecture, which a tower is not."""
         return data_cfg(self.config)
