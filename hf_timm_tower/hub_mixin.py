@@ -10,11 +10,12 @@ from typing import Any, Literal, Self
 
 import torch
 import torch.nn as nn
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 
+from .build import Rates
 from .files.disk import scratch_folder
-from .files.fingerprint import Verification
-from .hub.card import CardOptions, as_tags
+from .files.fingerprint import Verification, weight_digests
+from .hub.card import CardOptions, as_tags, tower_facts
 from .hub.download import Access
 from .hub.fetch import fetch_tower
 from .hub.push import COMMIT_MESSAGE, PushOptions, default_repo_id, push_folder
@@ -248,6 +249,9 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         image_size: int | Sequence[int] | None = None,
         frozen: bool = True,
         mmap: bool = True,
+        drop: float | None = None,
+        drop_path: float | None = None,
+        patch_drop: float | None = None,
     ) -> Self:
         """Load a tower from a folder or a repository, in eval mode. Reads JSON and safetensors, runs nobody's code.
 
@@ -272,6 +276,10 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             frozen: Freeze what was frozen when the tower was saved; False: everything trains.
             mmap: Map the weight files, so that they are not copied; False reads them into memory, for files that
                 somebody may overwrite in place (`cp`) while the tower is in use.
+            drop: Dropout of the projection for the next training, in place of the stored one; no weight changes, nor
+                what the tower gives in eval mode.
+            drop_path: The same for the trunk's stochastic depth.
+            patch_drop: The same for the trunk's patch dropout.
 
         Raises:
             FolderError, FormatError, WeightsError, ConfigError, HeadError: by what is wrong with the folder.
@@ -301,6 +309,7 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             access=replace(access, force_download=False),
             frozen=frozen,
             mmap=mmap,
+            rates=Rates(drop, drop_path, patch_drop),
         )
         if verify:
             found = tower.verify()
@@ -311,6 +320,26 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         if image_size is not None:
             tower.set_input_size(image_size)
         return tower
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The card that saving would write, with no earlier one to keep.
+
+        Args:
+            args: Of the mixin; refused.
+            kwargs: As `model_card_kwargs` of `save_pretrained`, and `repo_id`.
+
+        Raises:
+            ArgumentError: a keyword that no card has.
+            HeadError, ConfigError: the tower could not be saved.
+        """
+        if args:
+            raise ArgumentError("generate_model_card takes keywords: repo_id and metadata of the card")
+        repo_id = kwargs.pop("repo_id", None)
+        proven, _ = storable_config(self, own_trunk=overrides(type(self), "_create_trunk"),
+                                    own_head=overrides(type(self), "_create_head"))  # fmt: skip
+        return ModelCard(
+            CardOptions(more=kwargs, repo_id=repo_id).make(tower_facts(self), proven.stored, None, weight_digests(self))
+        )
 
     def verify(self) -> Verification:
         """Whether the tower gives the numbers that it was saved with, on this timm, torch and device.

@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -11,6 +12,7 @@ import torch
 import torch.nn as nn
 from transformers.utils.hub import cached_file
 
+from .build import Rates
 from .files.fingerprint import Verification, compare, run_probe
 from .files.names import CONFIG_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME
 from .files.open_folder import OpenFolder
@@ -19,6 +21,7 @@ from .files.staging import read_folder
 from .files.weights import read_weights
 from .heads.source_file import construct_code
 from .hub.download import Access
+from .hub.identify import identify
 from .hub.trunk_source import merged, read_trunk
 from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, ConfigError, FolderError, HeadError, shown
@@ -62,7 +65,7 @@ def read_tower(folder: str | os.PathLike[str], access: Access | None = None, *, 
     if kind != TimmTowerConfig.model_type:
         raise ConfigError(
             f"{os.path.join(folder, CONFIG_NAME)}: model_type is {shown(kind)}, not {TimmTowerConfig.model_type!r}: "
-            "this is not a tower saved by hf_timm_tower."
+            f"this is not a tower saved by hf_timm_tower. {identify((), described, os.fspath(folder))}".rstrip()
         )
     described.pop("auto_map", None)  # of the files, not of the tower: every save decides on it anew
     config: TimmTowerConfig = TimmTowerConfig.from_dict(described)
@@ -124,6 +127,7 @@ def load_tower(
     origin: str | None = None,
     frozen: bool = True,
     mmap: bool = True,
+    rates: Rates | None = None,
 ) -> T:
     """A folder -> a tower of TimmModel or a subclass, in eval mode. Parameters are the mapped files themselves.
 
@@ -139,11 +143,14 @@ def load_tower(
         origin: Repository and revision that the folder comes from, for messages.
         frozen: Freeze what was frozen when the tower was saved.
         mmap: Map the weight files; False reads them into memory.
+        rates: Regularisation in place of the stored one.
 
     Raises:
         TowerError: by what is wrong with the folder.
     """
     stored = read_tower(folder, access, mmap=mmap)
+    if rates not in (None, Rates()):
+        stored = replace(stored, config=rates.put_into(stored.config))
     _check_class(cls, stored.config, folder)
     weights = _without_classifier(stored.weights, folder)
 

@@ -120,10 +120,11 @@ def _digest(value: Any) -> str:
 
 
 def processor_dict(config: TimmTowerConfig) -> dict[str, Any]:
-    """What the file holds where a processor is stored alone, from the tower's config.
+    """What the file holds where the processor's code is beside it, or the processor is stored alone.
 
     Written with `json.dumps(..., indent=2, sort_keys=True)` and a newline it is, byte for byte, what
-    `TimmTowerImageProcessor.save_pretrained` writes.
+    `TimmTowerImageProcessor.save_pretrained` writes. That it names the class makes transformers, where this package is
+    absent, ask for `trust_remote_code=True` instead of not recognising it; where the class is registered, it is taken.
 
     Raises:
         ConfigError: the config is not completed, or its preprocess block cannot be used.
@@ -132,10 +133,7 @@ def processor_dict(config: TimmTowerConfig) -> dict[str, Any]:
 
 
 def facts_in_tower(config: TimmTowerConfig) -> dict[str, Any]:
-    """What it holds beside a tower's `config.json`, which names the class.
-
-    Here the class's name and `auto_map` would make transformers look for a video processor too, and ask every user of a
-    pipeline whether to trust the code, although the class is registered.
+    """What it holds beside a tower's `config.json` where there is no code.
 
     Raises:
         ConfigError: the config is not completed, or its preprocess block cannot be used.

@@ -503,6 +503,9 @@ MAX_IMAGE_SIZE = 2**14
 MAX_IN_CHANS = 2**12
 MAX_LABELS = 2**20
 
+# The first key of a config.json: timm.create_model names the first one that it does not know, and stops there.
+FOR_TIMM = "_not a timm checkpoint, load it with hf_timm_tower.TimmModel.from_pretrained"
+
 _LABELS = ("num_labels", "id2label", "label2id")
 _OUTPUTS = ("out_indices", "out_features")
 _OF_TRANSFORMERS = ("id2label", "label2id", "dtype", "problem_type", "architectures", "output_hidden_states")
@@ -619,6 +622,11 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     out_features: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop(FOR_TIMM, None)
+        kind = kwargs.pop("model_type", self.model_type)
+        if kind != self.model_type:
+            hint = ": load it with TimmModel.from_timm, or from_timm of this class" if kind == "timm_wrapper" else ""
+            raise ConfigError(f"model_type is {shown(kind)}, not {self.model_type!r}{hint}")
         unknown = {key: kwargs[key] for key in kwargs if key not in _TRANSFORMERS_KEYS}
         if unknown:
             raise ConfigError(_unknown_keys(unknown))
@@ -627,7 +635,6 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             if self.embed_dim is not None and hidden_size != self.embed_dim:
                 raise ConfigError(f"hidden_size={shown(hidden_size)} is another name of embed_dim={self.embed_dim}")
             self.embed_dim = hidden_size
-        kwargs.pop("model_type", None)
         _check(self)
         of_transformers = {name: getattr(self, name) for name in _OF_TRANSFORMERS if name in vars(self)}
         _check_of_transformers({**kwargs, **of_transformers})
@@ -3541,10 +3548,11 @@ class TimmTowerImageProcessor(BaseImageProcessor):
         return {**facts_of(block, size), **standard_keys(block), **named}
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
-        """Write `preprocessor_config.json`; beside a tower without the class, so that no pipeline asks to trust it."""
+        """Write `preprocessor_config.json`; it names the class, except beside a tower that has no code."""
         path, content = Path(json_file_path), self.to_dict()
         with suppress(OSError, ValueError, RecursionError, TypeError, LookupError):  # no config, or not a tower's
-            if json.loads(path.with_name("config.json").read_bytes())["model_type"] == TimmTowerConfig.model_type:
+            beside = json.loads(path.with_name("config.json").read_bytes())
+            if beside["model_type"] == TimmTowerConfig.model_type and "auto_map" not in beside:
                 del content["image_processor_type"], content["auto_map"]
         path.unlink(missing_ok=True)  # a link is replaced, what it points to stays
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -26,6 +26,9 @@ MAX_IMAGE_SIZE = 2**14
 MAX_IN_CHANS = 2**12
 MAX_LABELS = 2**20
 
+# The first key of a config.json: timm.create_model names the first one that it does not know, and stops there.
+FOR_TIMM = "_not a timm checkpoint, load it with hf_timm_tower.TimmModel.from_pretrained"
+
 _LABELS = ("num_labels", "id2label", "label2id")
 _OUTPUTS = ("out_indices", "out_features")
 _OF_TRANSFORMERS = ("id2label", "label2id", "dtype", "problem_type", "architectures", "output_hidden_states")
@@ -142,6 +145,11 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     out_features: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop(FOR_TIMM, None)
+        kind = kwargs.pop("model_type", self.model_type)
+        if kind != self.model_type:
+            hint = ": load it with TimmModel.from_timm, or from_timm of this class" if kind == "timm_wrapper" else ""
+            raise ConfigError(f"model_type is {shown(kind)}, not {self.model_type!r}{hint}")
         unknown = {key: kwargs[key] for key in kwargs if key not in _TRANSFORMERS_KEYS}
         if unknown:
             raise ConfigError(_unknown_keys(unknown))
@@ -150,7 +158,6 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             if self.embed_dim is not None and hidden_size != self.embed_dim:
                 raise ConfigError(f"hidden_size={shown(hidden_size)} is another name of embed_dim={self.embed_dim}")
             self.embed_dim = hidden_size
-        kwargs.pop("model_type", None)
         _check(self)
         of_transformers = {name: getattr(self, name) for name in _OF_TRANSFORMERS if name in vars(self)}
         _check_of_transformers({**kwargs, **of_transformers})
