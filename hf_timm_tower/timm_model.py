@@ -18,6 +18,7 @@ from .build import (
     head_fields,
     resolve_config,
 )
+from .embedding.mixin import EmbeddingMixin
 from .heads.registry import make_custom_head
 from .hub_mixin import TowerHubMixin
 from .interop.mixin import InterchangeMixin
@@ -42,7 +43,7 @@ from .training.transform import make_transform
 from .trunk_facts import check_rebuilt, copy_trunk, record_size, trunk_arguments
 
 
-class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
+class TimmModel(EmbeddingMixin, InterchangeMixin, TimmFace, TowerHubMixin):
     """A timm trunk and a head as one model: image `[B, in_chans, H, W]` in, embedding `[B, embed_dim]` out.
 
     Args:
