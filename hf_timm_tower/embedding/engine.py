@@ -18,7 +18,7 @@ from ..load import check_device
 from ..reader.errors import ArgumentError
 from .embedder import Block, Embedder, Outputs
 from .replicas import in_order, usable_cores
-from .sources import Source
+from .sources import Source, in_batches
 
 if TYPE_CHECKING:
     from ..timm_model import TimmModel
@@ -79,17 +79,25 @@ def make_plan(
     return Plan(tower, Outputs(batch_size, normalize, dtype, return_tokens, tuple(layers)), num_workers)
 
 
-def stream(plan: Plan, source: Source, start: int = 0) -> Iterator[Block]:
-    """The blocks of a source in its order, from the image at position `start` on.
+def stream(
+    plan: Plan, source: Source, items: Iterator[tuple[str, Any]] | None = None, first: int = 0
+) -> Iterator[Block]:
+    """The blocks of a source in its order.
 
     Memory does not grow with the number of images: a few batches are on their way at a time.
+
+    Args:
+        plan: How to run.
+        source: The source.
+        items: Its iterator where some items were taken already; None: from the start.
+        first: How many were taken.
     """
     embedder = Embedder(plan.tower, plan.outputs)
-    batches = source.batches(plan.outputs.batch_size, start)
+    batches = in_batches(source.items() if items is None else items, plan.outputs.batch_size, first)
     ahead = list(itertools.islice(batches, 2))
     for _, batch in ahead[:1]:
         embedder.preparer.import_for(batch[0][1])
-    workers = _count(plan, source, start, several=len(ahead) > 1)
+    workers = _count(plan, source, first, several=len(ahead) > 1)
     tasks = itertools.chain(ahead, batches)
     if workers == 0:
         yield from map(embedder, tasks)
@@ -99,7 +107,7 @@ def stream(plan: Plan, source: Source, start: int = 0) -> Iterator[Block]:
         yield from map(embedder.run, in_order(embedder.prepare, tasks, workers))
 
 
-def _count(plan: Plan, source: Source, start: int, *, several: bool) -> int:
+def _count(plan: Plan, source: Source, first: int, *, several: bool) -> int:
     """Processes to start: no more than there are batches, none for a single batch or where none may be started."""
     if multiprocessing.current_process().daemon:
         return 0  # a worker of somebody's pool may have no children
@@ -108,7 +116,7 @@ def _count(plan: Plan, source: Source, start: int, *, several: bool) -> int:
         return plan.workers
     if not several or cores == 1:
         return 0
-    batches = cores if source.length is None else -(-(source.length - start) // plan.outputs.batch_size)
+    batches = cores if source.length is None else -(-(source.length - first) // plan.outputs.batch_size)
     return min(cores, batches)
 
 

@@ -10,6 +10,8 @@ import torch.nn as nn
 from .embed import embed
 from .engine import Workers, make_plan
 from .sources import open_source
+from .stored import StoredEmbeddings
+from .to_folder import embed_to_folder
 
 
 class EmbeddingMixin(nn.Module):
@@ -72,3 +74,62 @@ class EmbeddingMixin(nn.Module):
             layers=layers,
         )
         return embed(plan, open_source(images, column), errors=errors, progress=progress)
+
+    def embed_to(
+        self,
+        images: Any,
+        folder: str | os.PathLike[str],
+        *,
+        batch_size: int | None = None,
+        num_workers: Workers = "auto",
+        normalize: bool = False,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        progress: bool = True,
+        errors: Literal["raise", "collect"] = "collect",
+        return_tokens: bool = False,
+        layers: Sequence[int] = (),
+        column: str | None = None,
+        rows_per_shard: int | None = None,
+    ) -> "StoredEmbeddings":
+        """As `embed`, into a folder of Parquet shards; memory does not grow with the number of images.
+
+        A run that was killed goes on with the same call: every image stands once, in order, with the bits of an
+        undisturbed run. A folder of another tower, of other options or of other images is refused.
+
+        Args:
+            images: As in `embed`; in the same order when a run goes on.
+            folder: It is made.
+            batch_size: As in `embed`.
+            num_workers: As in `embed`.
+            normalize: As in `embed`.
+            dtype: As in `embed`; bfloat16 is stored as float32.
+            device: As in `embed`.
+            progress: As in `embed`.
+            errors: As in `embed`; images that cannot be used are listed in `failures.jsonl`.
+            return_tokens: As in `embed`.
+            layers: As in `embed`.
+            column: As in `embed`.
+            rows_per_shard: Images of a shard, which is what a kill loses at most; None: 4096, fewer for large rows.
+
+        Returns:
+            The folder: `load()` gives ids and embeddings.
+
+        Raises:
+            ArgumentError: an argument, or with `errors="raise"` an image, that cannot be used.
+            FolderError: the folder holds something else or cannot be written.
+        """
+        plan = make_plan(
+            self,  # type: ignore[arg-type]
+            batch_size=batch_size,
+            num_workers=num_workers,
+            normalize=normalize,
+            dtype=dtype,
+            device=device,
+            return_tokens=return_tokens,
+            layers=layers,
+        )
+        source = open_source(images, column)
+        return embed_to_folder(
+            plan, source, folder, rows_per_shard=rows_per_shard, errors=errors, progress=progress
+        )

@@ -28,18 +28,22 @@ class Source:
         items: Makes an iterator over (id, image) from the start.
         length: How many, None where that is not known before the end.
         kind: For the manifest: what it is.
+        place: For the manifest: its path, where it has one.
     """
 
     items: Callable[[], Iterator[tuple[str, Any]]]
     length: int | None
     kind: str
+    place: str | None = None
 
-    def batches(self, size: int, start: int = 0) -> Iterator[tuple[int, list[tuple[str, Any]]]]:
-        """(position of the first, its items) from `start` on; all batches but the last have `size` items."""
-        items = itertools.islice(self.items(), start, None)
-        while batch := list(itertools.islice(items, size)):
-            yield start, batch
-            start += len(batch)
+
+def in_batches(
+    items: Iterator[tuple[str, Any]], size: int, first: int = 0
+) -> Iterator[tuple[int, list[tuple[str, Any]]]]:
+    """(position of the first, its items); all batches but the last have `size` items."""
+    while batch := list(itertools.islice(items, size)):
+        yield first, batch
+        first += len(batch)
 
 
 def open_source(images: Any, column: str | None = None) -> Source:
@@ -81,12 +85,12 @@ def _listed(images: Any) -> Source:
 
 def _source_of_path(path: str) -> Source:
     if os.path.isdir(path):
-        return Source(lambda: files_of_folder(path), None, "folder")
+        return Source(lambda: files_of_folder(path), None, "folder", printable(path))
     if not os.path.lexists(path):
         raise FolderError(f"{shown(path)}: no such file or folder")
     if path.endswith(".tar"):
-        return Source(lambda: members_of_tar(path), None, "webdataset shard")
-    return _listed([path])
+        return Source(lambda: members_of_tar(path), None, "webdataset shard", printable(path))
+    return Source(lambda: _pairs([path], None), 1, "file", printable(path))
 
 
 def _pairs(rows: Iterable[Any], column: str | None) -> Iterator[tuple[str, Any]]:
