@@ -130,6 +130,4 @@ class EmbeddingMixin(nn.Module):
             layers=layers,
         )
         source = open_source(images, column)
-        return embed_to_folder(
-            plan, source, folder, rows_per_shard=rows_per_shard, errors=errors, progress=progress
-        )
+        return embed_to_folder(plan, source, folder, rows_per_shard=rows_per_shard, errors=errors, progress=progress)

@@ -74,7 +74,9 @@ def write_shard(
     partial = folder / f".{place.name}.partial"
     try:
         # random bits: neither smaller by compression nor of use as a dictionary
-        pq.write_table(table, partial, compression={"id": "zstd"} | dict.fromkeys(columns, "none"), use_dictionary=False)
+        pq.write_table(
+            table, partial, compression={"id": "zstd"} | dict.fromkeys(columns, "none"), use_dictionary=False
+        )
         sync(partial)
         os.replace(partial, place)
         sync(folder)
