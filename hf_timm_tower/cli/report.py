@@ -19,12 +19,8 @@ def command(as_json: bool) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         fail("stopped", as_json, STOPPED)
-    except ModuleNotFoundError as error:
-        remedy = {"pyarrow": "cli", "datasets": "train", "onnx": "onnx", "onnxruntime": "onnx", "onnxscript": "onnx"}
-        extra = remedy.get(error.name or "")
-        if extra is None:
-            raise
-        fail(f'{error}: pip install "hf_timm_tower[{extra}]"', as_json)
+    except ImportError as error:
+        fail(str(error), as_json)
     except Exception as error:
         from ..reader.errors import TowerError  # light, but only where it is needed
 

@@ -11,13 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from ..files.disk import folder_error, sync
 from ..reader.errors import FormatError, shown
 from .embedder import Failure
+
+try:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+except ImportError as missing:
+    raise ImportError('embeddings are stored as Parquet: pip install "hf_timm_tower[embed]"') from missing
 
 _KEY = b"hf_timm_tower"
 _NAME = "embeddings-{:05}.parquet"
