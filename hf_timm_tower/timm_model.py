@@ -15,6 +15,7 @@ from .build import (
     checked_arguments,
     head_fields,
 )
+from .embedding.mixin import EmbeddingMixin
 from .heads.registry import make_custom_head
 from .hub_mixin import TowerHubMixin
 from .input_size import set_input_size
@@ -39,7 +40,7 @@ from .training.transform import make_transform
 from .trunk_facts import check_rebuilt, trunk_arguments
 
 
-class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
+class TimmModel(EmbeddingMixin, InterchangeMixin, TimmFace, TowerHubMixin):
     """A timm trunk and a head as one model: image `[B, in_chans, H, W]` in, embedding `[B, embed_dim]` out.
 
     Args:
