@@ -161,6 +161,9 @@ def test_feature_maps_are_those_of_timm(architecture: str, tmp_path: Path) -> No
         assert len(timms) == len(backbone.stage_names)
         assert all(map(torch.equal, maps, (timms[index] for index in indices)))
         assert [each.shape[1] for each in maps] == backbone.channels
+        both = backbone(images, output_hidden_states=True)
+        assert all(map(torch.equal, both.feature_maps, maps))
+        assert all(map(torch.equal, both.hidden_states, timms))
         backbone.out_features = backbone.stage_names[-1:]
         assert backbone.out_indices == [len(timms) - 1]
         (last,) = backbone(images, return_dict=False)[0]
@@ -170,7 +173,9 @@ def test_feature_maps_are_those_of_timm(architecture: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("outputs", [{"out_indices": (0, 9)}, {"out_indices": [2, 1]}, {"out_features": ["stage1"]}])
 def test_stages_that_the_trunk_has_not_are_refused(outputs: dict[str, Any], tmp_path: Path) -> None:
     make_tower("test_resnet").save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"test_resnet has (stages 0 to 4; expected|no stage)"):
+    with pytest.raises(
+        ConfigError, match=r"test_resnet has stages 0 to 4; expected|no stage 'stage1'; there are act1, layer1, "
+    ):
         TimmTowerBackbone.from_pretrained(tmp_path, **outputs)
 
 
