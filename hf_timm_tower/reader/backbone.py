@@ -115,8 +115,8 @@ class TimmTowerBackbone(BackboneMixin, TimmTowerPreTrainedModel):  # type: ignor
         """
         if bare := [name for name in self._activated if not hasattr(self.trunk.get_submodule(name), "act")]:
             raise ConfigError(
-                f"the activation of trunk.{bare[0]} is gone with the normalisation that it is part of, as DETR replaces "
-                "these; take a trunk that has them apart (ResNet, ConvNeXt), or convert with timm.layers"
+                f"the activation of trunk.{bare[0]} is gone with the norm that it is part of, as where DETR freezes "
+                "norms; take a trunk that has the two apart (ResNet, ConvNeXt), or convert with timm.layers"
             )
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ConfigError("output_attentions: a backbone gives feature maps; TimmTowerModel gives attentions")

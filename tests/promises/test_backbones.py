@@ -174,7 +174,7 @@ def test_feature_maps_are_those_of_timm(architecture: str, tmp_path: Path) -> No
 def test_stages_that_the_trunk_has_not_are_refused(outputs: dict[str, Any], tmp_path: Path) -> None:
     make_tower("test_resnet").save_pretrained(tmp_path)
     with pytest.raises(
-        ConfigError, match=r"test_resnet has stages 0 to 4; expected|no stage 'stage1'; there are act1, layer1, "
+        ConfigError, match=r"stages 0 to 4; expected|no stage 'stage1'; there are act1, layer1, "
     ):
         TimmTowerBackbone.from_pretrained(tmp_path, **outputs)
 
