@@ -13,17 +13,16 @@ import torch
 import torch.nn as nn
 from huggingface_hub import PyTorchModelHubMixin
 
-from .files.fingerprint import Verification, compare, run_probe
+from .files.fingerprint import Verification
 from .hub.card import CardOptions, as_tags
 from .hub.download import Access
 from .hub.fetch import fetch_tower
 from .hub.push import COMMIT_MESSAGE, PushOptions, default_repo_id, push_folder
 from .hub.trunk_source import find_trunk, kept_trunk_source
-from .load import check_device, load_tower
+from .load import check_device, load_tower, verify
 from .reader.config import TimmTowerConfig
-from .reader.errors import ArgumentError, FolderError, TowerError
+from .reader.errors import ArgumentError, TowerError
 from .reader.head import CustomHead
-from .reader.tower import plain_defaults
 from .reader.weights import TrunkSource, floating_dtype
 from .save import Saved, SaveOptions, save_tower, storable_config, with_weights
 from .subclassing import OVERRIDABLE, added_arguments, overrides
@@ -310,15 +309,10 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             tower.set_input_size(image_size)
         return tower
 
-    @plain_defaults()
     def verify(self) -> Verification:
         """Whether the tower gives the numbers that it was saved with, on this timm, torch and device.
 
         Raises:
             FolderError: it was neither saved nor loaded yet, or its folder has no fingerprint.
         """
-        if self._fingerprint is None:
-            raise FolderError("this tower has no fingerprint: it was neither saved nor loaded, or its folder has none")
-        size: list[int] = list(self.config.image_size)  # type: ignore[arg-type]
-        outputs = run_probe(self, self.config.in_chans, size)
-        return compare(self._fingerprint, self, outputs, self.config.in_chans, size)
+        return verify(self)

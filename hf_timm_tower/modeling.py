@@ -13,27 +13,32 @@ from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file
 
 from .build import build_for_transformers
+from .encoder_config import as_part
+from .files.fingerprint import Verification
+from .files.json import parse_json
+from .files.names import CONFIG_NAME
 from .hub.card import CardOptions, as_tags
 from .hub.download import Access
 from .hub.push import COMMIT_MESSAGE, PushOptions, default_repo_id, push_folder
 from .hub.trunk_source import kept_trunk_source
+from .input_size import set_input_size
 from .interop.timm_face import TimmFace
-from .load import check_given_head, load_bare, make_code_head, read_tower
-from .reader import backbone
+from .load import check_given_head, load_bare, make_code_head, read_tower, verify
 from .reader import modeling as reader
-from .reader.config import TimmTowerConfig
-from .reader.errors import ArgumentError, WeightsError
+from .reader.config import TimmTowerConfig, check_size
+from .reader.errors import ArgumentError, ConfigError, WeightsError
 from .reader.forward import TimmTowerModelOutput
 from .reader.loading import TowerLoading
-from .reader.pretrained import MODEL_TAGS, TimmTowerPreTrainedModel
+from .reader.pretrained import DOWNLOAD, MODEL_TAGS, TimmTowerPreTrainedModel
 from .reader.tower import Tower
 from .reader.weights import StoredTower, TrunkSource
 from .save import Saved, SaveOptions, save_tower, storable_config, with_weights
 from .training.freezing import describe_frozen, note_fixed
 
-__all__ = ["TimmTowerBackbone", "TimmTowerForImageClassification", "TimmTowerModel", "TimmTowerModelOutput"]
+__all__ = ["TimmTowerForImageClassification", "TimmTowerModel", "TimmTowerModelOutput"]
 
 _PUSH_OPTIONS = frozenset(
     {
@@ -54,6 +59,7 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
 
     def __init__(self, config: TimmTowerConfig, _loading: TowerLoading | None = None) -> None:
         super().__init__(config, _loading)
+        self._fingerprint: dict[str, Any] | None = None
         note_fixed(self)
 
     @staticmethod
@@ -66,13 +72,70 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
     def _read(files: Sequence[str], loading: TowerLoading) -> StoredTower:
         return read_tower(Path(files[0]).parent, Access(**loading.access()))
 
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *,
+        config: Any = None,
+        image_size: int | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a tower from a folder or a repository, in eval mode; reads what `TimmModel.from_pretrained` reads.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or a repository's id.
+            config: A config that was loaded already, or where to load it from. With another `image_size` than the
+                stored one it asks for that size.
+            image_size: Change the input size after loading, as `set_input_size`; positions are resampled.
+            kwargs: As the reader's `TimmTowerPreTrainedModel.from_pretrained`: `dtype`, `frozen`,
+                `ignore_mismatched_sizes`, `output_loading_info`, and all that transformers takes.
+
+        Raises:
+            WeightsError: weights are missing, unexpected or of another shape.
+            ConfigError: the config that was given is not that of the folder, or the trunk cannot take the size.
+            TowerError: by what is wrong with the folder.
+        """
+        if isinstance(config, TimmTowerConfig) and pretrained_model_name_or_path is not None:
+            # `AutoModel` has put it there
+            image_size = config.image_size if image_size is None else image_size
+            config = _with_stored_size(config, pretrained_model_name_or_path, kwargs)
+        found = super().from_pretrained(pretrained_model_name_or_path, config=config, **kwargs)
+        model = found[0] if isinstance(found, tuple) else found
+        if image_size is not None:
+            model.set_input_size(image_size)
+        return found
+
     def _after_loading(self, loading: TowerLoading) -> None:
         if loading.stored is None or loading.stored.fingerprint is None:
             return
+        self._fingerprint = loading.stored.fingerprint
         if (self.config.head or {}).get("form") == "registered":
-            bare: Any = Tower(self.config, self.trunk, self.head)
-            bare._fingerprint = loading.stored.fingerprint
-            check_given_head(bare)
+            check_given_head(self._bare())
+
+    def _bare(self) -> Any:
+        bare: Any = Tower(self.config, self.trunk, self.head)
+        bare._fingerprint = self._fingerprint
+        return bare
+
+    def verify(self) -> Verification:
+        """Whether the tower gives the embedding that it was saved with, on this timm, torch and device.
+
+        Raises:
+            FolderError: it was neither saved nor loaded yet, or its folder has no fingerprint.
+        """
+        return verify(self._bare())
+
+    def set_input_size(self, image_size: int | Sequence[int]) -> None:
+        """Change the input size as `TimmModel.set_input_size` does, an int or (height, width) in pixels.
+
+        Raises:
+            ConfigError: the trunk does not run at this size, or timm cannot build it for this size. The tower is as
+                before.
+        """
+        if any(parameter.is_meta for parameter in self.trunk.parameters()):
+            raise ConfigError(f"image_size={image_size}: the trunk is offloaded; change the size before it is")
+        set_input_size(self, image_size)
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -300,29 +363,25 @@ class TimmTowerModel(SavesTower, reader.TimmTowerModel):  # type: ignore[no-unty
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "config" and "trunk" in self._modules:
-            value = _as_part(value, int(self.trunk.num_features))  # type: ignore[arg-type]
+            value = as_part(value, int(self.trunk.num_features))  # type: ignore[arg-type]
         super().__setattr__(name, value)
-
-
-def _as_part(config: TimmTowerConfig, width: int) -> TimmTowerConfig:
-    """The config that a model of several parts assigns to this one, as the part's own.
-
-    An encoder-decoder asks the encoder for its `config.hidden_size` and means the width of `last_hidden_state`; a dual
-    encoder asks its own config for that of the vision model, and means the embedding's. So the former is answered here.
-    """
-    if config.embed_dim == width:
-        return config
-    part = copy.copy(config)
-    vars(part).update(attribute_map={}, hidden_size=width)
-    return part
 
 
 class TimmTowerForImageClassification(SavesTower, reader.TimmTowerForImageClassification):  # type: ignore[no-untyped-call]
     __doc__ = reader.TimmTowerForImageClassification.__doc__
 
 
-class TimmTowerBackbone(backbone.TimmTowerBackbone, SavesTower):  # type: ignore[no-untyped-call]
-    __doc__ = backbone.TimmTowerBackbone.__doc__
+def _with_stored_size(config: TimmTowerConfig, place: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Any:
+    """A config with the size that is stored: a tower is loaded as it was saved, and resized then."""
+    found = {"_commit_hash": getattr(config, "_commit_hash", None), "_raise_exceptions_for_missing_entries": False}
+    path = cached_file(place, CONFIG_NAME, **found, **{key: kwargs[key] for key in DOWNLOAD if kwargs.get(key)})
+    described = {} if path is None else parse_json(Path(path).read_bytes(), path)
+    stored = described.get("image_size") if isinstance(described, dict) else None
+    if stored is None or stored == config.image_size:
+        return config
+    config = copy.deepcopy(config)
+    config.image_size = check_size("image_size", stored)
+    return config
 
 
 def _refuse_with_adapter(options: SaveOptions, *patterns: Any) -> None:

@@ -612,6 +612,8 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         self.__dict__["_labels_given"] = any(kwargs.get(name) is not None for name in _LABELS)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "image_size" and isinstance(value, int):
+            value = check_size(name, value)
         super().__setattr__(name, value)  # type: ignore[no-untyped-call]
         if name in _LABELS:
             self.__dict__["_labels_given"] = True
@@ -4523,7 +4525,7 @@ def refuse_changed(stored: TimmTowerConfig, given: TimmTowerConfig, folder: Path
         )
         raise ConfigError(
             f"{folder}: a tower is loaded as it was saved; {changes} would make another one of the same weights. Load "
-            "it without, change it (TimmModel.from_pretrained takes image_size=...), and save it."
+            "it without, change it, and save it. With hf_timm_tower installed from_pretrained takes image_size=..."
         )
 
 
@@ -4766,6 +4768,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *,
         config: Any = None,
+        image_size: int | Sequence[int] | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         ignore_mismatched_sizes: bool = False,
@@ -4778,6 +4781,8 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         Args:
             pretrained_model_name_or_path: A folder, or a repository's id.
             config: A config that was loaded already, or where to load it from.
+            image_size: Change the input size after loading, an int or (height, width) in pixels: positions are
+                resampled. By hf_timm_tower only.
             dtype: Cast floating-point weights; None and `"auto"` keep every tensor's own, whatever `dtype` of the
                 config says.
             torch_dtype: The old name of `dtype`.
@@ -4794,6 +4799,11 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             ConfigError: the config that was given is not that of the folder.
             TowerError: by what is wrong with the folder.
         """
+        if image_size is not None and isinstance(config, TimmTowerConfig):
+            config = copy.deepcopy(config)
+            config.image_size = image_size  # which must be the stored one
+        elif image_size is not None:
+            kwargs["image_size"] = image_size  # of the config, as `AutoModel` has it
         wanted = torch_dtype if dtype is None else dtype
         loading = TowerLoading(
             place=str(pretrained_model_name_or_path),
@@ -4985,8 +4995,8 @@ class TimmTowerBackbone(BackboneMixin, TimmTowerPreTrainedModel):  # type: ignor
         """
         if bare := [name for name in self._activated if not hasattr(self.trunk.get_submodule(name), "act")]:
             raise ConfigError(
-                f"the activation of trunk.{bare[0]} is gone with the normalisation that it is part of, as DETR replaces "
-                "these; take a trunk that has them apart (ResNet, ConvNeXt), or convert with timm.layers"
+                f"the activation of trunk.{bare[0]} is gone with the norm that it is part of, as where DETR freezes "
+                "norms; take a trunk that has the two apart (ResNet, ConvNeXt), or convert with timm.layers"
             )
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ConfigError("output_attentions: a backbone gives feature maps; TimmTowerModel gives attentions")

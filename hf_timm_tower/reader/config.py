@@ -151,6 +151,8 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         self.__dict__["_labels_given"] = any(kwargs.get(name) is not None for name in _LABELS)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "image_size" and isinstance(value, int):
+            value = check_size(name, value)
         super().__setattr__(name, value)  # type: ignore[no-untyped-call]
         if name in _LABELS:
             self.__dict__["_labels_given"] = True

@@ -106,7 +106,7 @@ def refuse_changed(stored: TimmTowerConfig, given: TimmTowerConfig, folder: Path
         )
         raise ConfigError(
             f"{folder}: a tower is loaded as it was saved; {changes} would make another one of the same weights. Load "
-            "it without, change it (TimmModel.from_pretrained takes image_size=...), and save it."
+            "it without, change it, and save it. With hf_timm_tower installed from_pretrained takes image_size=..."
         )
 
 

@@ -9,6 +9,7 @@ inside a model, so that it works nested in another model's `from_pretrained` too
 the index and the folder's config, and put in strictly.
 """
 
+import copy
 import json
 import os
 import warnings
@@ -231,6 +232,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *,
         config: Any = None,
+        image_size: int | Sequence[int] | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         ignore_mismatched_sizes: bool = False,
@@ -243,6 +245,8 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         Args:
             pretrained_model_name_or_path: A folder, or a repository's id.
             config: A config that was loaded already, or where to load it from.
+            image_size: Change the input size after loading, an int or (height, width) in pixels: positions are
+                resampled. By hf_timm_tower only.
             dtype: Cast floating-point weights; None and `"auto"` keep every tensor's own, whatever `dtype` of the
                 config says.
             torch_dtype: The old name of `dtype`.
@@ -259,6 +263,11 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             ConfigError: the config that was given is not that of the folder.
             TowerError: by what is wrong with the folder.
         """
+        if image_size is not None and isinstance(config, TimmTowerConfig):
+            config = copy.deepcopy(config)
+            config.image_size = image_size  # which must be the stored one
+        elif image_size is not None:
+            kwargs["image_size"] = image_size  # of the config, as `AutoModel` has it
         wanted = torch_dtype if dtype is None else dtype
         loading = TowerLoading(
             place=str(pretrained_model_name_or_path),

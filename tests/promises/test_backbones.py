@@ -173,9 +173,7 @@ def test_feature_maps_are_those_of_timm(architecture: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("outputs", [{"out_indices": (0, 9)}, {"out_indices": [2, 1]}, {"out_features": ["stage1"]}])
 def test_stages_that_the_trunk_has_not_are_refused(outputs: dict[str, Any], tmp_path: Path) -> None:
     make_tower("test_resnet").save_pretrained(tmp_path)
-    with pytest.raises(
-        ConfigError, match=r"stages 0 to 4; expected|no stage 'stage1'; there are act1, layer1, "
-    ):
+    with pytest.raises(ConfigError, match=r"stages 0 to 4; expected|no stage 'stage1'; there are act1, layer1, "):
         TimmTowerBackbone.from_pretrained(tmp_path, **outputs)
 
 
