@@ -211,6 +211,7 @@ FLOORS = (
     ("save", "interop", "embedding"),
     ("hub_mixin",),
     ("timm_model", "modeling"),
+    ("backbone",),
     ("encoder",),
     ("auto",),
     ("core", "feature_cache", "unfreezing"),  # old import paths
