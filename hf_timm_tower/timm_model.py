@@ -38,6 +38,7 @@ from .training.feature_cache import CachedFeatures, cache_features, forward_from
 from .training.freezing import describe_frozen, frozen_context, note_fixed
 from .training.layer_groups import layer_groups
 from .training.lock import Patterns, lock, unlock
+from .training.naflex import NaFlexProcessor
 from .training.param_groups import param_groups, summary_table
 from .training.transform import make_transform
 from .trunk_facts import check_rebuilt, copy_trunk, record_size, trunk_arguments
@@ -227,7 +228,7 @@ class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
     # --- running
 
     def forward(self, x: torch.Tensor) -> Any:
-        """Images `[B, in_chans, H, W]` -> the embedding `[B, embed_dim]`, or whatever a custom head returns."""
+        """Images `[B, in_chans, H, W]` (or `naflex` patches) -> the embedding `[B, embed_dim]`, or what a head returns."""
         with frozen_context(self.trunk, x):
             features = self.trunk(x)
         return run_head(self.head, self._head_input, features)
@@ -301,6 +302,10 @@ class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
     def transform(self, is_training: bool = False, **kwargs: Any) -> Callable[[Any], Any]:
         """timm's own transform for this tower: PIL image -> `[in_chans, H, W]`. See `training/transform.py`."""
         return make_transform(self.config, is_training, **kwargs)
+
+    def naflex(self, max_seq_len: int | None = None, is_training: bool = False, **kwargs: Any) -> NaFlexProcessor:
+        """Images of any aspect -> batches of patches with masks, of a tower on NaFlexVit. See `training/naflex.py`."""
+        return NaFlexProcessor(self.config, self.trunk, max_seq_len, is_training, **kwargs)
 
     # --- changing
 
