@@ -228,7 +228,7 @@ class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
     # --- running
 
     def forward(self, x: torch.Tensor) -> Any:
-        """Images `[B, in_chans, H, W]` (or `naflex` patches) -> the embedding `[B, embed_dim]`, or what a head returns."""
+        """Images `[B, in_chans, H, W]`, or `naflex` patches -> the embedding `[B, embed_dim]`, or what the head gives."""
         with frozen_context(self.trunk, x):
             features = self.trunk(x)
         return run_head(self.head, self._head_input, features)

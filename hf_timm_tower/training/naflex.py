@@ -54,7 +54,7 @@ class NaFlexProcessor:
         if config.layout != "NC":
             raise ConfigError(
                 f"pool={config.pool!r} leaves the trunk's tokens to the head, which knows of no mask and would take "
-                "what a batch is filled up with for patches; build the tower with a pool of the trunk's own ('avg', 'map')"
+                "what a batch is filled up with for patches; take a pool of the trunk's own ('avg', 'map')"
             )
         block, (height, width) = completed_preprocess(config)
         if block["padding"] is not None:
