@@ -2,7 +2,6 @@
 
 import copy
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,17 +13,17 @@ import torch.nn as nn
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 
 from .build import Rates
-from .files.fingerprint import Verification, compare, run_probe, weight_digests
+from .files.disk import scratch_folder
+from .files.fingerprint import Verification, weight_digests
 from .hub.card import CardOptions, as_tags, tower_facts
 from .hub.download import Access
-from .hub.fetch import fetch_tower
+from .hub.fetch import commit_of, fetch_tower
 from .hub.push import COMMIT_MESSAGE, PushOptions, default_repo_id, push_folder
 from .hub.trunk_source import find_trunk, kept_trunk_source
-from .load import check_device, load_tower
+from .load import check_device, load_tower, verify
 from .reader.config import TimmTowerConfig
-from .reader.errors import ArgumentError, FolderError, TowerError
+from .reader.errors import ArgumentError, TowerError
 from .reader.head import CustomHead
-from .reader.tower import plain_defaults
 from .reader.weights import TrunkSource, floating_dtype
 from .save import Saved, SaveOptions, save_tower, storable_config, with_weights
 from .subclassing import OVERRIDABLE, added_arguments, overrides
@@ -43,6 +42,7 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
     trunk: nn.Module
     head: nn.Module
     _fingerprint: dict[str, Any] | None
+    _origin: dict[str, str | None] | None = None  # where it was loaded from, and which commit
 
     def set_input_size(self, image_size: int | Sequence[int]) -> None:
         """Change the input size, an int or (height, width), in pixels."""
@@ -74,7 +74,7 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
                 a person wrote into the card.
             config: Of the mixin; the tower's own config is saved, another is refused.
             repo_id: For the card, and where to push; the folder's name by default.
-            push_to_hub: Push as well.
+            push_to_hub: Push what is saved; a trunk that is stored in another repository stays there and is in neither.
             model_card_kwargs: Further metadata for the card: `base_model`, `datasets`, `language`, ...; `metrics` as
                 name -> figure, with `evaluated_on` (a data set's id) and `evaluated_task`.
             tags: Further tags for the card.
@@ -104,14 +104,17 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             raise ArgumentError("save_pretrained: a tower saves its own config; change tower.config instead")
         if not is_main_process:
             return None
-        cards = CardOptions(as_tags(tags), license, model_card_kwargs or {}, metrics, evaluated_on, repo_id=repo_id)
-        saved = self._save(save_directory, SaveOptions(cards, include_code, max_shard_size), state_dict=state_dict)
-        if not push_to_hub:
-            return None
         try:
             push = PushOptions(**push_to_hub_kwargs)
         except TypeError as error:
             raise ArgumentError(f"save_pretrained(push_to_hub=True): {error}") from error
+        cards = CardOptions(as_tags(tags), license, model_card_kwargs or {}, metrics, evaluated_on, repo_id=repo_id)
+        options, access = SaveOptions(cards, include_code, max_shard_size), Access(token=push.token)
+        weights = self.state_dict() if state_dict is None else state_dict
+        pinned = kept_trunk_source(self.config, weights, access) if push_to_hub else None
+        saved = self._save(save_directory, options, pinned, access, state_dict)
+        if not push_to_hub:
+            return None
         place = repo_id or default_repo_id(save_directory)
         return push_folder(Path(save_directory), place, partial(saved.card, cards), saved.names, push)
 
@@ -206,8 +209,8 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         else:
             source = kept_trunk_source(self.config, self.state_dict(), access) if trunk is None else None
         cards = CardOptions(as_tags(tags), license, model_card_kwargs or {}, metrics, evaluated_on)
-        with tempfile.TemporaryDirectory(prefix="hf_timm_tower_push_") as scratch:
-            folder = Path(scratch, "tower")
+        with scratch_folder("hf_timm_tower_push_") as scratch:
+            folder = scratch / "tower"
             saved = self._save(folder, SaveOptions(cards, include_code, max_shard_size), source, access)
             return push_folder(
                 folder,
@@ -309,6 +312,8 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             mmap=mmap,
             rates=Rates(drop, drop_path, patch_drop),
         )
+        commit = None if Path(pretrained_model_name_or_path).is_dir() else commit_of(folder)
+        tower._origin = {"loaded_from": str(pretrained_model_name_or_path), "commit": commit}
         if verify:
             found = tower.verify()
             if found.status == "different":
@@ -339,15 +344,10 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             CardOptions(more=kwargs, repo_id=repo_id).make(tower_facts(self), proven.stored, None, weight_digests(self))
         )
 
-    @plain_defaults()
     def verify(self) -> Verification:
         """Whether the tower gives the numbers that it was saved with, on this timm, torch and device.
 
         Raises:
             FolderError: it was neither saved nor loaded yet, or its folder has no fingerprint.
         """
-        if self._fingerprint is None:
-            raise FolderError("this tower has no fingerprint: it was neither saved nor loaded, or its folder has none")
-        size: list[int] = list(self.config.image_size)  # type: ignore[arg-type]
-        outputs = run_probe(self, self.config.in_chans, size)
-        return compare(self._fingerprint, self, outputs, self.config.in_chans, size)
+        return verify(self)

@@ -13,7 +13,7 @@ import torch.nn as nn
 from transformers.utils.hub import cached_file
 
 from .build import Rates
-from .files.fingerprint import compare, run_probe
+from .files.fingerprint import Verification, compare, run_probe
 from .files.names import CONFIG_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME
 from .files.open_folder import OpenFolder
 from .files.same_save import check_processor, mismatch
@@ -24,7 +24,7 @@ from .hub.download import Access
 from .hub.identify import identify
 from .hub.trunk_source import merged, read_trunk
 from .reader.config import TimmTowerConfig
-from .reader.errors import ArgumentError, ConfigError, HeadError, shown
+from .reader.errors import ArgumentError, ConfigError, FolderError, HeadError, shown
 from .reader.freezing import apply_frozen
 from .reader.head import CODE, CustomHead, check_stored, code_file, refuse_code
 from .reader.image_processing import check_preprocess
@@ -68,7 +68,7 @@ def read_tower(folder: str | os.PathLike[str], access: Access | None = None, *, 
             f"this is not a tower saved by hf_timm_tower. {identify((), described, os.fspath(folder))}".rstrip()
         )
     described.pop("auto_map", None)  # of the files, not of the tower: every save decides on it anew
-    config = TimmTowerConfig(**described)
+    config: TimmTowerConfig = TimmTowerConfig.from_dict(described)
     check_stored(config.head, config.tower_class)
     if config.num_features is None or config.layout is None or config.image_size is None:
         raise ConfigError(f"{os.path.join(folder, CONFIG_NAME)}: num_features, layout and image_size must be there")
@@ -236,6 +236,20 @@ def make_code_head(spec: dict[str, Any], place: str, **download: Any) -> nn.Modu
     return _trusted_head(spec, path.parent, True, None)
 
 
+@plain_defaults()
+def verify(tower: Loaded) -> Verification:
+    """Whether a tower gives the outputs that it was saved with, on this timm, torch and device.
+
+    Raises:
+        FolderError: it was neither saved nor loaded yet, or its folder has no fingerprint.
+    """
+    if tower._fingerprint is None:
+        raise FolderError("this tower has no fingerprint: it was neither saved nor loaded, or its folder has none")
+    size, module = native_size(tower.config), tower
+    outputs = run_probe(module, tower.config.in_chans, size)  # type: ignore[arg-type]
+    return compare(tower._fingerprint, module, outputs, tower.config.in_chans, size)  # type: ignore[arg-type]
+
+
 def check_given_head(tower: Loaded) -> None:
     """A head of another class may have the same weights; the fingerprint tells them apart.
 
@@ -248,9 +262,7 @@ def check_given_head(tower: Loaded) -> None:
             f"custom_head={type(tower.head).__name__}: the folder has no fingerprint.json to check it against. Load "
             "the tower without it and set tower.head."
         )
-    size, module = native_size(tower.config), tower
-    outputs = run_probe(module, tower.config.in_chans, size)  # type: ignore[arg-type]
-    found = compare(tower._fingerprint, module, outputs, tower.config.in_chans, size)  # type: ignore[arg-type]
+    found = verify(tower)
     if found.status == "different":
         named = f"the head registered as {shown(spec.get('name'))}" if spec.get("form") == "registered" else "the head"
         raise HeadError(

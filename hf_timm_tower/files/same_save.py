@@ -101,6 +101,12 @@ def mismatch(
     return None
 
 
+def form_digest(config: TimmTowerConfig) -> str:
+    """Digest of what decides, beside the weights, which figures a tower gets: its form, and how images are prepared."""
+    fields = config.to_dict()
+    return _digest({**_of_config(fields), "preprocess": fields["preprocess"]})
+
+
 def _of_config(config: Mapping[str, Any]) -> dict[str, str]:
     return {field: _digest(config[field]) for field in _FIELDS if config.get(field) is not None}
 

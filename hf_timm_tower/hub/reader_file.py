@@ -34,6 +34,12 @@ READER_MODULES = (
     "image_processor",
     "tower",
     "weights",
+    "computed_buffers",
+    "hidden_states",
+    "forward",
+    "loading",
+    "pretrained",
+    "backbone",
     "modeling",
     "dual_encoder",
 )
@@ -41,6 +47,7 @@ READER_MODULES = (
 
 _MODULE = READER_NAME.removesuffix(".py")
 AUTO_MAP = {
+    "AutoBackbone": f"{_MODULE}.TimmTowerBackbone",
     "AutoConfig": f"{_MODULE}.TimmTowerConfig",
     "AutoImageProcessor": f"{_MODULE}.TimmTowerImageProcessor",
     "AutoModel": f"{_MODULE}.TimmTowerModel",

@@ -104,6 +104,8 @@ def read_index(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not JSON: {error}") from error
     names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(index, dict) or not isinstance(index.get("metadata"), dict):
+        raise FormatError(f"{path}: expected an object with metadata, an object, which transformers asks for")
     if not isinstance(names, dict) or not names:
         raise FormatError(f"{path}: weight_map must be an object that maps each key to a file name")
     for name in set(map(str, names.values())):
