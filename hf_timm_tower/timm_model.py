@@ -241,7 +241,7 @@ class TimmModel(EmbeddingMixin, InterchangeMixin, TimmFace, TowerHubMixin):
     # --- running
 
     def forward(self, x: torch.Tensor) -> Any:
-        """Images `[B, in_chans, H, W]`, or `naflex` patches -> the embedding `[B, embed_dim]`, or what the head gives."""
+        """Images `[B, in_chans, H, W]`, or `naflex` patches -> the embedding `[B, embed_dim]`, or what a head gives."""
         with frozen_context(self.trunk, x):
             features = self.trunk(x)
         return run_head(self.head, self._head_input, features)
