@@ -20,6 +20,7 @@ from .heads.registry import make_custom_head
 from .hub_mixin import TowerHubMixin
 from .input_size import set_input_size
 from .interop.mixin import InterchangeMixin
+from .interop.open_clip_4 import check_checkpointing, counted, group_pairs
 from .interop.timm_face import TimmFace
 from .interop.timm_repo import is_timm_source, open_timm_source
 from .interop.timm_weights import fill_trunk
@@ -33,8 +34,9 @@ from .reader.trunk import create_trunk, float_dtype, remove_classifier
 from .subclassing import REBUILDING, overrides, rebuild
 from .training.feature_cache import CachedFeatures, cache_features, forward_from_cache
 from .training.freezing import describe_frozen, frozen_context, note_fixed
-from .training.layer_groups import LayerGroup, layer_groups
+from .training.layer_groups import layer_groups
 from .training.lock import Patterns, lock, unlock
+from .training.naflex import NaFlexProcessor
 from .training.param_groups import param_groups, summary_table
 from .training.transform import make_transform
 from .trunk_facts import check_rebuilt, trunk_arguments
@@ -239,7 +241,7 @@ class TimmModel(EmbeddingMixin, InterchangeMixin, TimmFace, TowerHubMixin):
     # --- running
 
     def forward(self, x: torch.Tensor) -> Any:
-        """Images `[B, in_chans, H, W]` -> the embedding `[B, embed_dim]`, or whatever a custom head returns."""
+        """Images `[B, in_chans, H, W]`, or `naflex` patches -> the embedding `[B, embed_dim]`, or what a head gives."""
         with frozen_context(self.trunk, x):
             features = self.trunk(x)
         return run_head(self.head, self._head_input, features)
@@ -314,6 +316,10 @@ class TimmModel(EmbeddingMixin, InterchangeMixin, TimmFace, TowerHubMixin):
         """timm's own transform for this tower: PIL image -> `[in_chans, H, W]`. See `training/transform.py`."""
         return make_transform(self.config, is_training, **kwargs)
 
+    def naflex(self, max_seq_len: int | None = None, is_training: bool = False, **kwargs: Any) -> NaFlexProcessor:
+        """Images of any aspect -> batches of patches with masks, of a tower on NaFlexVit. See `training/naflex.py`."""
+        return NaFlexProcessor(self.config, self.trunk, max_seq_len, is_training, **kwargs)
+
     # --- changing
 
     def set_input_size(self, image_size: int | Sequence[int]) -> None:
@@ -328,12 +334,17 @@ class TimmModel(EmbeddingMixin, InterchangeMixin, TimmFace, TowerHubMixin):
         """
         set_input_size(self, image_size, own_trunk=overrides(type(self), "_create_trunk"))
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
+    def set_grad_checkpointing(self, enable: bool = True, impl: str = "inline") -> None:
         """Recompute activations in the backward pass instead of keeping them.
+
+        Args:
+            enable: False: keep them again.
+            impl: Of open_clip 4: `inline`; for `composable` a warning says that it is inline too.
 
         Raises:
             ConfigError: the trunk does not support it.
         """
+        check_checkpointing(impl)
         try:
             self.trunk.set_grad_checkpointing(enable)  # type: ignore[operator]
         except (AttributeError, AssertionError) as error:
@@ -341,16 +352,25 @@ class TimmModel(EmbeddingMixin, InterchangeMixin, TimmFace, TowerHubMixin):
                 f"{type(self.trunk).__name__} does not support gradient checkpointing: {error}"
             ) from error
 
-    def layer_groups(self) -> list[LayerGroup]:
-        """The layer groups from input to output, each parameter in one of them. See `training/layer_groups.py`."""
-        return layer_groups(self)
+    def layer_groups(self, pooler_in_head: bool | None = None) -> list[Any]:
+        """The layer groups from input to output, each parameter in one of them. See `training/layer_groups.py`.
+
+        Args:
+            pooler_in_head: Of open_clip 4, which passes it to every tower and takes `(name, parameters)` pairs: given,
+                that is what comes back. What it says is of text towers.
+
+        Returns:
+            `LayerGroup`s, or open_clip's pairs.
+        """
+        groups = layer_groups(self)
+        return groups if pooler_in_head is None else group_pairs(self, groups)
 
     def lock(
         self,
         unlocked_groups: int = 0,
         freeze_bn_stats: bool = False,
         *,
-        head: bool = False,
+        head: bool | None = None,
         until: str | None = None,
         only: Patterns | None = None,
         except_: Patterns | None = None,
@@ -360,7 +380,8 @@ class TimmModel(EmbeddingMixin, InterchangeMixin, TimmFace, TowerHubMixin):
         Args:
             unlocked_groups: Layer groups of the trunk, counted from the output, that stay trainable.
             freeze_bn_stats: Keep the running statistics of the frozen part, also through later `.train()` calls.
-            head: Freeze the head as well.
+            head: Freeze the head as well. None is False, except inside of open_clip 4, where the head is the last of
+                the groups that are counted (`interop/open_clip_4.py`).
             until: Freeze from the input up to and including this group (or module), such as `blocks.9`.
             only: Freeze just what matches: patterns (fnmatch) for names of groups or parameters.
             except_: Patterns for what stays trainable of what the other arguments freeze.
@@ -368,7 +389,9 @@ class TimmModel(EmbeddingMixin, InterchangeMixin, TimmFace, TowerHubMixin):
         Raises:
             ArgumentError: a selector matches nothing, or there are fewer groups.
         """
-        lock(self, unlocked_groups, freeze_bn_stats, head=head, until=until, only=only, except_=except_)
+        if until is None and only is None:
+            unlocked_groups, head = counted(self, unlocked_groups, head)
+        lock(self, unlocked_groups, freeze_bn_stats, head=bool(head), until=until, only=only, except_=except_)
         self.config.frozen = describe_frozen(self)
 
     def unlock(

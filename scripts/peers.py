@@ -26,6 +26,12 @@ from scripts._peers import encoders, files, models, run, sizes, training  # noqa
 from scripts._peers.run import DIFFERS, RAW  # noqa: E402
 
 ROWS = [*sizes.ROWS, *encoders.ROWS, *training.ROWS, *files.ROWS]
+# Calls that are refused on purpose where the peer goes on.
+WHY = {
+    "TimmTowerModel.from_pretrained(a timm repository)": "it says nothing of pool and head: `from_timm` asks",
+    "torch.jit.script(model)": "torch deprecates it",
+    "save_pretrained of an 8-bit model": "what is saved is proven, and packed weights of another library cannot be",
+}
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "peers.md"
 _SHOWN = ("timm", "transformers", "open_clip_torch", "sentence-transformers", "peft", "bitsandbytes", "torch")
 _HEAD = """# Beside its peers, call by call
@@ -34,8 +40,8 @@ Written by `python scripts/peers.py` ({versions}; Python {python}): every call i
 models, without a network. *Refused* is an error that a library raises on purpose, with its first words; *raw error* any
 other one; *silently different* a result that is not what was asked for. The peer is the one that does the call best.
 
-| | call | a tower | peer | |
-|---|---|---|---|---|
+| | call | a tower | peer | | why it stays behind |
+|---|---|---|---|---|---|
 """
 
 
@@ -59,7 +65,8 @@ def main() -> int:
             own, other = run.outcome_of(ours, root), run.outcome_of(theirs, root)
             if own.status in (RAW, DIFFERS):
                 bad.append(call)
-            lines.append(f"| {topic} | `{call}` | {own.cell()} | {other.cell()} | {peer} |")
+            why = WHY.get(call, "") if own.status != run.WORKS else ""
+            lines.append(f"| {topic} | `{call}` | {own.cell()} | {other.cell()} | {peer} | {why} |")
             print(lines[-1], flush=True)
     if not arguments.only:
         found = [f"{name} {version(name)}" for name in _SHOWN if _is_installed(name)]

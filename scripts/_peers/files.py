@@ -9,7 +9,7 @@ from transformers import AutoModel, TimmWrapperForImageClassification, pipeline
 
 from hf_timm_tower import TimmModel, TimmTowerForImageClassification, TimmTowerModel
 
-from .models import DiffersError, images, picture, same, there
+from .models import DiffersError, images, picture, same
 
 
 def timm_into_face(d: Path) -> str:
@@ -121,7 +121,6 @@ def sentence_peer(d: Path) -> str:
 def browser(d: Path) -> str:
     from hf_timm_tower.interop import onnx
 
-    there(onnx, "export_transformers_js")
     onnx.export_onnx(TimmModel.from_pretrained(d / "vit"), "web", layout="transformers.js")
     said = json.loads(Path("web/preprocessor_config.json").read_text())
     return f"onnx/model.onnx, do_normalize={said['do_normalize']}"

@@ -5,7 +5,14 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from transformers import AutoImageProcessor, AutoModel, pipeline
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    Siglip2ImageProcessor,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+    pipeline,
+)
 
 from hf_timm_tower import TimmModel
 
@@ -97,8 +104,10 @@ def interpolate_siglip(d: Path) -> str:
 
 
 def wrong_size(d: Path) -> str:
-    pixels = AutoImageProcessor.from_pretrained(d / "vit", size=BIG)(picture(), return_tensors="pt")
-    AutoModel.from_pretrained(d / "vit")(**pixels)
+    fixed = {"dynamic_img_size": False}  # which timm's small ViT for tests has, and others do not
+    TimmModel("test_vit", 16, image_size=SIZE, pool="token", model_kwargs=fixed).save_pretrained("fixed")
+    pixels = AutoImageProcessor.from_pretrained("fixed", size=BIG)(picture(), return_tensors="pt")
+    AutoModel.from_pretrained("fixed")(**pixels)
     raise DiffersError("runs at a size that the model was not made for")
 
 
@@ -194,6 +203,25 @@ def _timm_pixels() -> torch.Tensor:
     return timm.data.create_transform(**config)(picture(300, 200))
 
 
+def any_aspect(d: Path) -> str:
+    small = {"depth": 2, "embed_dim": 64, "num_heads": 2}
+    tower = TimmModel("naflexvit_base_patch16_gap", 16, image_size=SIZE, model_kwargs=small).eval()
+    patches = tower.naflex(20)
+    batch = patches([picture(90, 40), picture(30, 200)])
+    same(tower(batch)[1:], tower(patches(picture(30, 200))), "alone and in a batch", 1e-5)
+    return f"{batch['patch_valid'].sum(1).tolist()} patches, no crop"
+
+
+def any_aspect_peer(d: Path) -> str:
+    config = Siglip2VisionConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+                                 num_patches=16)  # fmt: skip
+    model, processor = Siglip2VisionModel(config).eval(), Siglip2ImageProcessor(max_num_patches=20)
+    batch = processor([picture(90, 40), picture(30, 200)], return_tensors="pt")
+    alone = processor([picture(30, 200)], return_tensors="pt")
+    same(model(**batch).pooler_output[1:], model(**alone).pooler_output, "alone and in a batch", 1e-5)
+    return f"{batch['pixel_attention_mask'].sum(1).tolist()} patches, no crop"
+
+
 ROWS = [
     ("size", f"AutoModel.from_pretrained(repo, image_size={BIG})", auto_size, "TimmWrapperModel, by model_args",
      auto_size_wrapper),
@@ -210,5 +238,6 @@ ROWS = [
      ready_tensors_peer),
     ("images", "processor(0..1 tensors)", floats_without_a_word, "SiglipVisionModel", floats_without_a_word_peer),
     ("images", "processor(array.tolist())", numbers, "SiglipVisionModel", numbers_peer),
+    ("images", "tower.naflex(20)(pictures of any aspect)", any_aspect, "Siglip2VisionModel", any_aspect_peer),
     ("images", "AutoImageProcessor of a timm model", pixels_of_timm, "TimmWrapperModel", pixels_of_timm_peer),
 ]  # fmt: skip
