@@ -499,7 +499,7 @@ MAX_IN_CHANS = 2**12
 MAX_LABELS = 2**20
 
 _LABELS = ("num_labels", "id2label", "label2id")
-_OF_TRANSFORMERS = ("id2label", "label2id", "dtype", "problem_type", "architectures", "output_hidden_states")
+_OF_TRANSFORMERS = {"id2label", "label2id", "dtype", "problem_type", "architectures", "output_hidden_states"}
 
 ATTENTION_POOLS = ("abs_attn", "rot_attn")
 OUR_POOLS = ("token_avg", "default", "none")
@@ -668,8 +668,15 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         everything = self.to_dict()
         for name in OUR_FIELDS:
             written[name] = everything[name]
-        written.pop("custom_pipelines", None)
-        if dropped := sorted(set(written) - set(OUR_FIELDS) - _TRANSFORMERS_KEYS):
+        for name in ("custom_pipelines", *_NOT_STORED):
+            written.pop(name, None)
+        dropped = sorted(set(written) - set(OUR_FIELDS) - _TRANSFORMERS_KEYS)
+        for name in _OF_TRANSFORMERS & written.keys():
+            try:
+                _check_of_transformers({name: written[name]})
+            except ConfigError:
+                dropped.append(name)
+        if dropped:
             warnings.warn(f"not stored: a tower has no such fields: {', '.join(map(shown, dropped))}", stacklevel=2)
         return {name: value for name, value in written.items() if name not in dropped}
 
@@ -3381,12 +3388,17 @@ def in_channels(image: Image.Image, channels: int) -> Image.Image:
     if channels not in PIL_MODES:
         raise ArgumentError(f"a PIL image, but the tower takes {channels} channels: pass arrays or tensors")
     load_pixels(image)
-    if image.mode.startswith(("I", "F")):
-        extrema: Any = image.getextrema()
-        if not 0 <= extrema[0] <= extrema[1] <= 255 or (image.mode == "F" and extrema[1] <= 1):
-            found = f"an image of mode {image.mode} with values from {extrema[0]} to {extrema[1]}"
-            warnings.warn(f"{found}: PIL's convert clips what is not from 0 to 255; scale it to 8 bits", stacklevel=2)
-    return image if image.mode == PIL_MODES[channels] else image.convert(PIL_MODES[channels])
+    try:
+        if image.mode.startswith(("I", "F")):
+            extrema: Any = image.getextrema()
+            if not 0 <= extrema[0] <= extrema[1] <= 255 or (image.mode == "F" and extrema[1] <= 1):
+                found = f"an image of mode {image.mode} with values from {extrema[0]} to {extrema[1]}"
+                warnings.warn(
+                    f"{found}: PIL's convert clips what is not from 0 to 255; scale it to 8 bits", stacklevel=2
+                )
+        return image if image.mode == PIL_MODES[channels] else image.convert(PIL_MODES[channels])
+    except ValueError as error:  # 16 bits with the high byte first, as TIFF may have them
+        raise ArgumentError(f"an image of mode {image.mode}, which PIL cannot convert; scale it to 8 bits") from error
 
 
 def completed_preprocess(config: TimmTowerConfig) -> tuple[dict[str, Any], list[int]]:

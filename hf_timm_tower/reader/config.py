@@ -27,7 +27,7 @@ MAX_IN_CHANS = 2**12
 MAX_LABELS = 2**20
 
 _LABELS = ("num_labels", "id2label", "label2id")
-_OF_TRANSFORMERS = ("id2label", "label2id", "dtype", "problem_type", "architectures", "output_hidden_states")
+_OF_TRANSFORMERS = {"id2label", "label2id", "dtype", "problem_type", "architectures", "output_hidden_states"}
 
 ATTENTION_POOLS = ("abs_attn", "rot_attn")
 OUR_POOLS = ("token_avg", "default", "none")
@@ -196,8 +196,15 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         everything = self.to_dict()
         for name in OUR_FIELDS:
             written[name] = everything[name]
-        written.pop("custom_pipelines", None)
-        if dropped := sorted(set(written) - set(OUR_FIELDS) - _TRANSFORMERS_KEYS):
+        for name in ("custom_pipelines", *_NOT_STORED):
+            written.pop(name, None)
+        dropped = sorted(set(written) - set(OUR_FIELDS) - _TRANSFORMERS_KEYS)
+        for name in _OF_TRANSFORMERS & written.keys():
+            try:
+                _check_of_transformers({name: written[name]})
+            except ConfigError:
+                dropped.append(name)
+        if dropped:
             warnings.warn(f"not stored: a tower has no such fields: {', '.join(map(shown, dropped))}", stacklevel=2)
         return {name: value for name, value in written.items() if name not in dropped}
 
