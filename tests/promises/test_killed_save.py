@@ -1,8 +1,10 @@
 """`kill -9` at random moments of a save: the folder holds the old tower or the new one, whole, every time."""
 
 import contextlib
+import errno
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from hf_timm_tower import FolderError, TimmModel
 from hf_timm_tower.files.json import write_json
 from hf_timm_tower.files.names import CONFIG_NAME
 from hf_timm_tower.files.open_folder import OpenFolder
@@ -122,3 +125,33 @@ def kill_and_look(target: Path, kills: int) -> None:
     assert killed_late, "no kill came after one"
     save(target, 10_000)
     assert load(target) == 10_000
+
+
+def test_a_disk_that_is_full_at_any_write_leaves_the_old_tower_and_nothing_else(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small = {"channels": (8, 8, 16, 16), "stem_width": 8}
+    old, new = (TimmModel("test_resnet", 8, 64, model_kwargs=small).eval() for _ in range(2))
+    disk, image = tmp_path / "disk", torch.rand(1, 3, 64, 64)
+    disk.mkdir()
+    old.save_pretrained(tmp_path / "measured")
+    size = sum(file.stat().st_size for file in (tmp_path / "measured").iterdir())
+    with mounted(disk, "-t", "tmpfs", "-o", f"size={3 * size + 2**18}", "tmpfs"):
+        target = disk / "tower"
+        old.save_pretrained(target)
+        names, fails = sorted(os.listdir(target)), 0
+        for left in range(0, 2 * size, 2**14):
+            ballast = max(shutil.disk_usage(disk).free - left, 0)
+            (disk / "ballast").write_bytes(bytes(ballast))
+            try:
+                new.save_pretrained(target)
+            except FolderError as error:
+                assert error.errno == errno.ENOSPC, error  # noqa: PT017
+                fails += 1
+            else:
+                break
+            (disk / "ballast").unlink()
+            assert sorted(os.listdir(target)) == names
+            assert os.listdir(disk) == ["tower"]
+            assert torch.equal(TimmModel.from_pretrained(target)(image), old(image))
+        assert fails > 10
+        assert torch.equal(TimmModel.from_pretrained(target)(image), new(image))
