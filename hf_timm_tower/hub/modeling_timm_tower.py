@@ -656,8 +656,12 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             d["dtype"] = str(d["dtype"]).removeprefix("torch.")
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers', without what only this object knows."""
-        return {name: value for name, value in super().to_dict().items() if name != "_labels_given"}
+        """As transformers', without what only this object knows, or this machine."""
+        left_out = (
+            "_labels_given",
+            "_name_or_path",
+        )  # the latter says where it was loaded from: a folder of somebody's
+        return {name: value for name, value in super().to_dict().items() if name not in left_out}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What `config.json` holds: every field of ours, and of transformers' fields those that were set.
