@@ -507,7 +507,7 @@ FOR_TIMM = "_not a timm checkpoint, load it with hf_timm_tower.TimmModel.from_pr
 
 _LABELS = ("num_labels", "id2label", "label2id")
 _OUTPUTS = ("out_indices", "out_features")
-_OF_TRANSFORMERS = ("id2label", "label2id", "dtype", "problem_type", "architectures", "output_hidden_states")
+_OF_TRANSFORMERS = {"id2label", "label2id", "dtype", "problem_type", "architectures", "output_hidden_states"}
 
 ATTENTION_POOLS = ("abs_attn", "rot_attn")
 OUR_POOLS = ("token_avg", "default", "none")
@@ -677,14 +677,11 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             d["dtype"] = str(d["dtype"]).removeprefix("torch.")
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers', without what only this object knows, and what only a backbone has."""
-        unset = {
-            "_labels_given",
-            "attribute_map",
-            "hidden_size",
-            *(name for name in _OUTPUTS if getattr(self, name) is None),
-        }
-        return {name: value for name, value in super().to_dict().items() if name not in unset}
+        """As transformers', without what only this object knows, or this machine, or a backbone alone has."""
+        # `_name_or_path` says where it was loaded from: a folder of somebody's
+        left_out = {"_labels_given", "_name_or_path", "attribute_map", "hidden_size"}
+        left_out |= {name for name in _OUTPUTS if getattr(self, name) is None}
+        return {name: value for name, value in super().to_dict().items() if name not in left_out}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What `config.json` holds: every field of ours, and of transformers' fields those that were set.
@@ -695,8 +692,15 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         everything = self.to_dict()
         for name in OUR_FIELDS:
             written[name] = everything[name]
-        written.pop("custom_pipelines", None)
-        if dropped := sorted(set(written) - set(OUR_FIELDS) - _TRANSFORMERS_KEYS):
+        for name in ("custom_pipelines", *_NOT_STORED):
+            written.pop(name, None)
+        dropped = sorted(set(written) - set(OUR_FIELDS) - _TRANSFORMERS_KEYS)
+        for name in _OF_TRANSFORMERS & written.keys():
+            try:
+                _check_of_transformers({name: written[name]})
+            except ConfigError:
+                dropped.append(name)
+        if dropped:
             warnings.warn(f"not stored: a tower has no such fields: {', '.join(map(shown, dropped))}", stacklevel=2)
         return {name: value for name, value in written.items() if name not in dropped}
 
@@ -3408,12 +3412,17 @@ def in_channels(image: Image.Image, channels: int) -> Image.Image:
     if channels not in PIL_MODES:
         raise ArgumentError(f"a PIL image, but the tower takes {channels} channels: pass arrays or tensors")
     load_pixels(image)
-    if image.mode.startswith(("I", "F")):
-        extrema: Any = image.getextrema()
-        if not 0 <= extrema[0] <= extrema[1] <= 255 or (image.mode == "F" and extrema[1] <= 1):
-            found = f"an image of mode {image.mode} with values from {extrema[0]} to {extrema[1]}"
-            warnings.warn(f"{found}: PIL's convert clips what is not from 0 to 255; scale it to 8 bits", stacklevel=2)
-    return image if image.mode == PIL_MODES[channels] else image.convert(PIL_MODES[channels])
+    try:
+        if image.mode.startswith(("I", "F")):
+            extrema: Any = image.getextrema()
+            if not 0 <= extrema[0] <= extrema[1] <= 255 or (image.mode == "F" and extrema[1] <= 1):
+                found = f"an image of mode {image.mode} with values from {extrema[0]} to {extrema[1]}"
+                warnings.warn(
+                    f"{found}: PIL's convert clips what is not from 0 to 255; scale it to 8 bits", stacklevel=2
+                )
+        return image if image.mode == PIL_MODES[channels] else image.convert(PIL_MODES[channels])
+    except ValueError as error:  # 16 bits with the high byte first, as TIFF may have them
+        raise ArgumentError(f"an image of mode {image.mode}, which PIL cannot convert; scale it to 8 bits") from error
 
 
 def completed_preprocess(config: TimmTowerConfig) -> tuple[dict[str, Any], list[int]]:

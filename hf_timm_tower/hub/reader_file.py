@@ -11,7 +11,7 @@ import ast
 import os
 from pathlib import Path
 
-from ..reader.errors import FolderError
+from ..files.disk import folder_error
 
 READER_NAME = "modeling_timm_tower.py"
 """The file, at the top of a tower's folder; the name under which people know such files from the Hub."""
@@ -112,7 +112,7 @@ def write_reader(folder: Path) -> None:
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        raise FolderError(f"{folder / READER_NAME} cannot be written: {error}") from error
+        raise folder_error(f"{folder / READER_NAME}: cannot be written", error) from error
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ FOR_TIMM = "_not a timm checkpoint, load it with hf_timm_tower.TimmModel.from_pr
 
 _LABELS = ("num_labels", "id2label", "label2id")
 _OUTPUTS = ("out_indices", "out_features")
-_OF_TRANSFORMERS = ("id2label", "label2id", "dtype", "problem_type", "architectures", "output_hidden_states")
+_OF_TRANSFORMERS = {"id2label", "label2id", "dtype", "problem_type", "architectures", "output_hidden_states"}
 
 ATTENTION_POOLS = ("abs_attn", "rot_attn")
 OUR_POOLS = ("token_avg", "default", "none")
@@ -201,14 +201,11 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             d["dtype"] = str(d["dtype"]).removeprefix("torch.")
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers', without what only this object knows, and what only a backbone has."""
-        unset = {
-            "_labels_given",
-            "attribute_map",
-            "hidden_size",
-            *(name for name in _OUTPUTS if getattr(self, name) is None),
-        }
-        return {name: value for name, value in super().to_dict().items() if name not in unset}
+        """As transformers', without what only this object knows, or this machine, or a backbone alone has."""
+        # `_name_or_path` says where it was loaded from: a folder of somebody's
+        left_out = {"_labels_given", "_name_or_path", "attribute_map", "hidden_size"}
+        left_out |= {name for name in _OUTPUTS if getattr(self, name) is None}
+        return {name: value for name, value in super().to_dict().items() if name not in left_out}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What `config.json` holds: every field of ours, and of transformers' fields those that were set.
@@ -219,8 +216,15 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         everything = self.to_dict()
         for name in OUR_FIELDS:
             written[name] = everything[name]
-        written.pop("custom_pipelines", None)
-        if dropped := sorted(set(written) - set(OUR_FIELDS) - _TRANSFORMERS_KEYS):
+        for name in ("custom_pipelines", *_NOT_STORED):
+            written.pop(name, None)
+        dropped = sorted(set(written) - set(OUR_FIELDS) - _TRANSFORMERS_KEYS)
+        for name in _OF_TRANSFORMERS & written.keys():
+            try:
+                _check_of_transformers({name: written[name]})
+            except ConfigError:
+                dropped.append(name)
+        if dropped:
             warnings.warn(f"not stored: a tower has no such fields: {', '.join(map(shown, dropped))}", stacklevel=2)
         return {name: value for name, value in written.items() if name not in dropped}
 

@@ -39,6 +39,8 @@ from hf_timm_tower.files.staging import read_folder, staged_folder
 from hf_timm_tower.files.weights import read_weights, write_weights
 from hf_timm_tower.reader.errors import FolderError
 
+from ..odd_places import mounted
+
 WEIGHTS = {CONFIG_NAME, INDEX_NAME, TRUNK_NAME, HEAD_NAME}
 
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="folders are exchanged on Linux only")
@@ -129,18 +131,6 @@ def test_a_name_as_long_as_names_may_be(tmp_path: Path) -> None:
         save(target, 2)
         assert version_of(target) == 2
     assert len(names(tmp_path)) == 2
-
-
-@contextmanager
-def mounted(folder: Path, *arguments: str) -> Iterator[None]:
-    """A mount for the time of the block; the test is skipped where this user may not mount."""
-    done = subprocess.run(["mount", *arguments, str(folder)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"cannot mount here: {done.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @linux_only

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -124,6 +125,24 @@ def test_what_a_reader_chooses_is_not_stored(folder: Path, tmp_path: Path) -> No
     model.save_pretrained(tmp_path / "again")
     assert "attn_implementation" not in (tmp_path / "again" / "config.json").read_text()
     assert TimmTowerModel.from_pretrained(tmp_path / "again").dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("quantization_config", {"quant_method": "none"}),
+        ("problem_type", "guess the species"),
+        ("output_hidden_states", "all"),
+        ("architectures", "ours"),
+    ],
+)
+def test_what_no_file_may_hold_costs_no_save(name: str, value: Any, tmp_path: Path) -> None:
+    tower = TimmModel("test_resnet", embed_dim=8)
+    setattr(tower.config, name, value)
+    with warnings.catch_warnings(record=True):
+        tower.save_pretrained(tmp_path / "tower")
+    assert TimmModel.from_pretrained(tmp_path / "tower").verify().status == "equal"
+    assert json.loads((tmp_path / "tower" / "config.json").read_text()).get(name) != value
 
 
 def test_preprocessing_that_timm_cannot_take_is_refused_by_either_face(folder: Path) -> None:
