@@ -1,8 +1,7 @@
 """`TimmModel`: any timm trunk plus any head, with open_clip's signature and weight keys."""
 
 import copy
-import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Self
 
 import timm
@@ -33,10 +32,10 @@ from .reader.model_args import FROM_TRUNK
 from .reader.tower import HeadInput, run_head
 from .reader.trunk import BUILD_ERRORS, create_trunk, float_dtype, remove_classifier
 from .subclassing import REBUILDING, overrides, rebuild
-from .training.feature_cache import CachedFeatures, cache_features, forward_from_cache
-from .training.freezing import describe_frozen, frozen_context, note_fixed
-from .training.layer_groups import LayerGroup, layer_groups
-from .training.lock import Patterns, lock, unlock
+from .training.feature_cache import cache_features, forward_from_cache
+from .training.freezing import frozen_context, note_fixed
+from .training.layer_groups import layer_groups
+from .training.lock import lock, unlock
 from .training.param_groups import param_groups, summary_table
 from .training.transform import make_transform
 from .trunk_facts import check_rebuilt, copy_trunk, record_size, trunk_arguments
@@ -301,6 +300,15 @@ class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
         """timm's own transform for this tower: PIL image -> `[in_chans, H, W]`. See `training/transform.py`."""
         return make_transform(self.config, is_training, **kwargs)
 
+    # --- training: each of these functions is a method as it is
+
+    layer_groups = layer_groups
+    lock = lock
+    unlock = unlock
+    param_groups = param_groups
+    cache_features = cache_features
+    forward_from_cache = forward_from_cache
+
     # --- changing
 
     def set_input_size(self, image_size: int | Sequence[int]) -> None:
@@ -357,110 +365,11 @@ class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
                 f"{type(self.trunk).__name__} does not support gradient checkpointing: {error}"
             ) from error
 
-    def layer_groups(self) -> list[LayerGroup]:
-        """The layer groups from input to output, each parameter in one of them. See `training/layer_groups.py`."""
-        return layer_groups(self)
-
-    def lock(
-        self,
-        unlocked_groups: int = 0,
-        freeze_bn_stats: bool = False,
-        *,
-        head: bool = False,
-        until: str | None = None,
-        only: Patterns | None = None,
-        except_: Patterns | None = None,
-    ) -> None:
-        """Freeze the trunk, or what the selectors name; all else trains. Depends on this call alone.
-
-        Args:
-            unlocked_groups: Layer groups of the trunk, counted from the output, that stay trainable.
-            freeze_bn_stats: Keep the running statistics of the frozen part, also through later `.train()` calls.
-            head: Freeze the head as well.
-            until: Freeze from the input up to and including this group (or module), such as `blocks.9`.
-            only: Freeze just what matches: patterns (fnmatch) for names of groups or parameters.
-            except_: Patterns for what stays trainable of what the other arguments freeze.
-
-        Raises:
-            ArgumentError: a selector matches nothing, or there are fewer groups.
-        """
-        lock(self, unlocked_groups, freeze_bn_stats, head=head, until=until, only=only, except_=except_)
-        self.config.frozen = describe_frozen(self)
-
-    def unlock(
-        self,
-        unlocked_groups: int | None = None,
-        freeze_bn_stats: bool = True,
-        *,
-        head: bool = True,
-        until: str | None = None,
-        only: Patterns | None = None,
-        except_: Patterns | None = None,
-    ) -> None:
-        """Open everything, or the head and what the selectors name; all else is frozen. Depends on this call alone.
-
-        Args:
-            unlocked_groups: Open this many layer groups of the trunk, counted from the output.
-            freeze_bn_stats: Keep the running statistics of what stays frozen.
-            head: Open the head as well.
-            until: Open from the output down to and including this group (or module), such as `blocks.9`.
-            only: Open, beside the head, just what matches: patterns (fnmatch) for names of groups or parameters.
-            except_: Patterns for what stays frozen of what the other arguments open.
-
-        Raises:
-            ArgumentError: as `lock`.
-        """
-        unlock(self, unlocked_groups, freeze_bn_stats, head=head, until=until, only=only, except_=except_)
-        self.config.frozen = describe_frozen(self)
-
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`, except that modules with frozen statistics stay in eval mode."""
         super().train(mode)
         keep_statistics(self)
         return self
-
-    def param_groups(
-        self,
-        lr: float,
-        weight_decay: float = 0.05,
-        layer_decay: float | None = None,
-        *,
-        min_scale: float = 0.0,
-        no_decay: Collection[str] = (),
-    ) -> list[dict[str, Any]]:
-        """Parameter groups for any optimizer, on request with layer-wise rates. See `training.param_groups`."""
-        return param_groups(self, lr, weight_decay, layer_decay, min_scale=min_scale, no_decay=no_decay)
-
-    def cache_features(
-        self,
-        dataset: Any,
-        path: str | os.PathLike[str],
-        *,
-        batch_size: int = 64,
-        repeats: int = 1,
-        num_workers: int = 0,
-        transform: Callable[[Any], Any] | None = None,
-        dtype: torch.dtype | None = None,
-        columns: tuple[str, str] = ("image", "label"),
-        progress: bool = True,
-    ) -> CachedFeatures:
-        """Run every image once through the frozen trunk and keep what the head takes. See `feature_cache.py`."""
-        return cache_features(
-            self,
-            dataset,
-            path,
-            batch_size=batch_size,
-            repeats=repeats,
-            num_workers=num_workers,
-            transform=transform,
-            dtype=dtype,
-            columns=columns,
-            progress=progress,
-        )
-
-    def forward_from_cache(self, features: torch.Tensor) -> Any:
-        """Features `[B, ...]` of `cache_features`, on the head's device -> what `forward` gives, by the head alone."""
-        return forward_from_cache(self, features)
 
     def summary(self) -> str:
         """A table of the parts with their parameters; print it."""
