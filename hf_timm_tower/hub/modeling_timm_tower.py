@@ -396,11 +396,7 @@ def keep_statistics(tower: nn.Module) -> None:
 
 
 def check_frozen(frozen: dict[str, Any] | None) -> None:
-    """Refuse what is not a frozen state: `parameters` and `statistics`, each a list of names.
-
-    Raises:
-        ConfigError: with what was found.
-    """
+    """Refuse, by `ConfigError`, what is not a frozen state: `parameters` and `statistics`, each a list of names."""
     for key, names in (frozen or {}).items():
         if key not in _FROZEN_KEYS:
             raise ConfigError(f"frozen: unknown key {shown(key)}; expected {' and '.join(_FROZEN_KEYS)}")
@@ -413,8 +409,7 @@ def check_frozen(frozen: dict[str, Any] | None) -> None:
 def frozen_names(tower: nn.Module, frozen: dict[str, Any]) -> tuple[set[str], set[str]]:
     """The parameters, and the modules with statistics, that a frozen state names by themselves or by a module above.
 
-    Raises:
-        ConfigError: not a frozen state, or it names what the tower does not have.
+    `ConfigError` where it is none, or names what the tower does not have.
     """
     check_frozen(frozen)
     first_names = {id(parameter): name for name, parameter in tower.named_parameters()}
@@ -428,8 +423,7 @@ def frozen_names(tower: nn.Module, frozen: dict[str, Any]) -> tuple[set[str], se
 def apply_frozen(tower: nn.Module, frozen: dict[str, Any] | None) -> None:
     """Freeze what a config says was frozen, in a tower that was just built from it; None leaves it as it was built.
 
-    Raises:
-        ConfigError: not a frozen state, or it names what the tower does not have.
+    `ConfigError` as from `frozen_names`.
     """
     if frozen is None:
         return
@@ -489,39 +483,16 @@ OUR_POOLS = ("token_avg", "default", "none")
 PROJECTIONS = ("linear", "mlp", "none")
 
 # Keys that transformers itself writes into or expects of any config; everything else that is not a field is refused
-# when a config is read, and dropped with a warning when a tower is saved. `custom_pipelines` names code: never written.
+# when a config is read, and dropped with a warning when a tower is saved. `custom_pipelines` names code: never written;
+# `use_cache` is set by Trainer where gradients are checkpointed.
 _TRANSFORMERS_KEYS = frozenset(
-    {
-        "model_type",
-        "transformers_version",
-        "architectures",
-        "auto_map",
-        "custom_pipelines",
-        "dtype",
-        "torch_dtype",
-        "quantization_config",
-        "name_or_path",
-        "_name_or_path",
-        "_commit_hash",
-        "num_labels",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "output_hidden_states",
-        "output_attentions",
-        "return_dict",
-        "use_return_dict",
-        "attn_implementation",
-        "_attn_implementation",
-        "experts_implementation",
-        "_experts_implementation",
-        "chunk_size_feed_forward",
-        "is_encoder_decoder",
-        "per_layer_config",
-        "tie_last_hidden_states",
-        "use_cache",  # Trainer sets it where gradients are checkpointed
-        "hidden_size",
-    }
+    """
+    model_type transformers_version architectures auto_map custom_pipelines dtype torch_dtype quantization_config
+    name_or_path _name_or_path _commit_hash num_labels id2label label2id problem_type output_hidden_states
+    output_attentions return_dict use_return_dict attn_implementation _attn_implementation experts_implementation
+    _experts_implementation chunk_size_feed_forward is_encoder_decoder per_layer_config tie_last_hidden_states use_cache
+    hidden_size
+    """.split()
 )
 
 
@@ -677,10 +648,8 @@ def _unknown_keys(unknown: dict[str, Any]) -> str:
 
 def _check_labels(kwargs: dict[str, Any]) -> None:
     """Before transformers writes a name for each label."""
-    count = kwargs.get("num_labels")
-    if count is not None:
-        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_LABELS:
-            raise ConfigError(f"num_labels={shown(count)}: expected a whole number from 0 to {MAX_LABELS}")
+    if kwargs.get("num_labels") is not None:
+        _check_int("num_labels", kwargs["num_labels"], MAX_LABELS, least=0)
     for name in ("id2label", "label2id"):
         labels = kwargs.get(name)
         if labels is not None and (not isinstance(labels, dict) or len(labels) > MAX_LABELS):
@@ -690,10 +659,9 @@ def _check_labels(kwargs: dict[str, Any]) -> None:
 def _check(config: TimmTowerConfig) -> None:
     check_architecture(config.architecture, config.timm_version)
     _check_int("in_chans", config.in_chans, MAX_IN_CHANS)
-    if config.embed_dim is not None:
-        _check_int("embed_dim", config.embed_dim, MAX_EMBED_DIM)
-    if config.num_features is not None:
-        _check_int("num_features", config.num_features, MAX_EMBED_DIM)
+    for name in ("embed_dim", "num_features"):
+        if getattr(config, name) is not None:
+            _check_int(name, getattr(config, name), MAX_EMBED_DIM)
     for name in ("image_size", "feat_size"):
         if getattr(config, name) is not None:
             setattr(config, name, check_size(name, getattr(config, name)))
@@ -723,17 +691,13 @@ def _check(config: TimmTowerConfig) -> None:
         raise ConfigError(f"tower_kwargs={shown(config.tower_kwargs)}: only a subclass (tower_class) has any")
 
 
-def _check_int(name: str, value: Any, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ConfigError(f"{name}={shown(value)}: expected a whole number from 1 to {most}")
+def _check_int(name: str, value: Any, most: int, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ConfigError(f"{name}={shown(value)}: expected a whole number from {least} to {most}")
 
 
 def check_size(name: str, value: Any) -> list[int]:
-    """An image size as `[height, width]` in pixels.
-
-    Raises:
-        ConfigError: not one or two whole numbers from 1 to 16384.
-    """
+    """An image size as `[height, width]` in pixels; `ConfigError` unless it is one or two whole numbers to 16384."""
     pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else []
     if len(pair) != 2 or any(
         isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= MAX_IMAGE_SIZE for side in pair
@@ -745,14 +709,9 @@ def check_size(name: str, value: Any) -> list[int]:
 
 
 def check_architecture(name: str, saved_with: str | None = None) -> None:
-    """Refuse what this timm's registry does not have.
+    """Refuse `arch` or `arch.tag` that this timm's registry does not have, by a `ConfigError` with near names.
 
-    Args:
-        name: `arch` or `arch.tag`.
-        saved_with: The timm version a config was saved with, to say which timm has the architecture.
-
-    Raises:
-        ConfigError: with near names, and the timm version that is known to have it.
+    It names the timm version that a config was saved with, which has the architecture.
     """
     if ":" in name or "/" in name:
         raise ConfigError(
@@ -822,11 +781,7 @@ class Budget:
         return budget
 
     def charge(self, kind: str, amount: int) -> None:
-        """Count `amount` of one of `limits`; bytes are also counted together.
-
-        Raises:
-            ConfigError: a limit is exceeded.
-        """
+        """Count `amount` of one of `limits`, bytes together too; `ConfigError` where a limit is exceeded."""
         self.spent[kind] += amount
         if kind in ("reserved", "kept"):
             self.spent["bytes"] += amount
@@ -906,7 +861,7 @@ class _Construction(TorchFunctionMode):
         self, budget: Budget, func: Any, name: str, written: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Call a function; what it makes is charged before it takes memory."""
-        inputs = list(_tensors_of((args, kwargs)))
+        inputs = tensors_in((args, kwargs))
         if written is not None:
             if self.skip:
                 budget.charge("computed", written.nbytes)
@@ -918,7 +873,8 @@ class _Construction(TorchFunctionMode):
                 return func(*args, **kwargs)
             budget.charge_made(made)
             return _released(budget, func(*args, **kwargs), made)
-        most = math.prod(max(tensor.numel(), 1) for tensor in inputs) * math.prod(_numbers_in((args, kwargs)))
+        numbers = [max(abs(leaf), 1) for leaf in _leaves((args, kwargs)) if type(leaf) is int]
+        most = math.prod(max(tensor.numel(), 1) for tensor in inputs) * math.prod(numbers)
         if most * max(len(inputs), 1) > _SMALL:
             try:
                 made = _bytes_on_meta(func, args, kwargs)
@@ -968,26 +924,18 @@ def _takes_generator(func: Any) -> bool:
         return False
 
 
-def _tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
+def _leaves(value: Any) -> Iterator[Any]:
+    """What is in tuples, lists and dicts, however deep."""
+    if isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(item)
+    else:
         yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors_of(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors_of(item)
 
 
-def _numbers_in(value: Any) -> Iterator[int]:
-    if type(value) is int:
-        yield max(abs(value), 1)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _numbers_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _numbers_in(item)
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """The tensors in arguments or a result: one, or tuples, lists and dicts of them, however deep."""
+    return [leaf for leaf in _leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def _size_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -1004,27 +952,43 @@ def _size_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 def _bytes_on_meta(func: Any, args: Any, kwargs: Any) -> int:
     """Bytes that a call would make, found without making them."""
-    known: set[int] = set()
-
-    def move(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-            known.add(twin.untyped_storage()._cdata)
-            twins.append(twin)
-            return twin
-        if isinstance(value, (tuple, list)):
-            return type(value)(*map(move, value)) if hasattr(value, "_fields") else type(value)(map(move, value))
-        return None if isinstance(value, torch.Generator) else value
-
-    twins: list[torch.Tensor] = []
-    kwargs = {key: move(value) for key, value in kwargs.items() if key != "device"}
+    move = MetaTwins()
+    args, kwargs = move(tuple(args)), {key: move(value) for key, value in kwargs.items() if key != "device"}
     with torch.device("meta"):
-        return _fresh(func(*move(tuple(args)), **kwargs), known)
+        made = func(*args, **kwargs)
+    return _fresh(made, {twin.untyped_storage()._cdata for twin in move.memo.values()})
+
+
+class MetaTwins:
+    """Values as they are, but for tensors and modules, which become twins without memory; one twin for one tensor."""
+
+    def __init__(self) -> None:
+        self.memo: dict[int, Any] = {}
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            if id(value) not in self.memo:
+                # with the strides of an expanded tensor, so that copying it counts
+                twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+                self.memo[id(value)] = twin
+            return self.memo[id(value)]
+        if isinstance(value, nn.Module):
+            for tensor in (*value.parameters(), *value.buffers()):
+                twin = tensor.detach().to("meta")
+                self.memo[id(tensor)] = nn.Parameter(twin, False) if isinstance(tensor, nn.Parameter) else twin
+            return copy.deepcopy(value, self.memo)
+        if isinstance(value, torch.device):
+            return torch.device("meta")
+        if isinstance(value, (tuple, list)):
+            return type(value)(*map(self, value)) if hasattr(value, "_fields") else type(value)(map(self, value))
+        if isinstance(value, dict):
+            return {key: self(item) for key, item in value.items()}
+        return None if isinstance(value, torch.Generator) else value
 
 
 def _fresh(made: Any, known: set[int]) -> int:
     """Bytes of the tensors of a result that are not on the memory of an argument."""
-    return sum(tensor.nbytes for tensor in _tensors_of(made) if tensor.untyped_storage()._cdata not in known)
+    return sum(tensor.nbytes for tensor in tensors_in(made) if tensor.untyped_storage()._cdata not in known)
 
 
 _COUNTS_MODULES = [False]
@@ -1054,11 +1018,7 @@ def _construction(budget: Budget | None, *, skip: bool) -> Iterator[None]:
 def skip_init(budget: Budget | None = None) -> Iterator[None]:
     """Leave out every in-place write into a parameter; torch's global random generators are not used.
 
-    Args:
-        budget: What may be built, None for no limit (a model of the caller's own).
-
-    Raises:
-        ConfigError: the budget is exceeded.
+    `ConfigError` where more is built than the budget allows; None is no limit (for a model of the caller's own).
     """
     with _construction(budget, skip=True):
         yield
@@ -1066,11 +1026,7 @@ def skip_init(budget: Budget | None = None) -> Iterator[None]:
 
 @contextmanager
 def within_budget(budget: Budget) -> Iterator[None]:
-    """Initialise as usual, but count; nothing where a `skip_init` around it counts already.
-
-    Raises:
-        ConfigError: the budget is exceeded.
-    """
+    """Initialise as usual, but count, as in `skip_init`; nothing where one around it counts already."""
     if _ACTIVE.get() is not None:
         yield
         return
@@ -1106,8 +1062,7 @@ def split_tag(architecture: str) -> tuple[str, str]:
 def native_cfg(architecture: str) -> dict[str, Any]:
     """timm's `pretrained_cfg` of `arch` or `arch.tag`, with the defaults of timm where the registry has none.
 
-    Raises:
-        ConfigError: the tag is unknown to this timm.
+    `ConfigError` where this timm does not know the tag.
     """
     arch, tag = split_tag(architecture)
     try:
@@ -1198,11 +1153,7 @@ def _preprocess_overlay(config: TimmTowerConfig, tag: str) -> dict[str, Any]:
 
 
 def remove_classifier(trunk: nn.Module, config: TimmTowerConfig) -> None:
-    """Take the trunk's own classifier off and set its pool, by timm's `reset_classifier`.
-
-    Raises:
-        ConfigError: the trunk cannot do it.
-    """
+    """Take the trunk's own classifier off and set its pool by timm's `reset_classifier`, or raise `ConfigError`."""
     if config.classifier == "construct":
         return
     pool = trunk_pool(config.pool)
@@ -1602,10 +1553,11 @@ class Node:
 
 @dataclass(frozen=True)
 class Program:
-    """The forward of one mode."""
+    """The forward of one mode; `tensors` are the parameters and buffers that it names."""
 
     nodes: tuple[Node, ...]
     output: Any
+    tensors: frozenset[str]
 
 
 # --- small pieces: each takes a value and where it stands, and gives it back checked
@@ -1661,11 +1613,13 @@ def read_program(value: Json, where: str, modules: set[str], constants: int) -> 
         raise GraphError(f"{where}: expected an object with nodes and output")
     only(value, {"nodes", "output"}, where)
     nodes: list[Node] = []
+    names: set[str] = set()
     for index, item in enumerate(read_list(value.get("nodes"), f"{where}.nodes", MAX_NODES)):
-        nodes.append(_node(item, _ValueReader(nodes, constants, f"{where}.nodes[{index}]"), modules))
+        nodes.append(_node(item, _ValueReader(nodes, constants, names, f"{where}.nodes[{index}]"), modules))
     if "output" not in value:
         raise GraphError(f"{where}: has no output")
-    return Program(tuple(nodes), _ValueReader(nodes, constants, f"{where}.output").read(value["output"]))
+    output = _ValueReader(nodes, constants, names, f"{where}.output").read(value["output"])
+    return Program(tuple(nodes), output, frozenset(names))
 
 
 def _node(value: Json, reader: "_ValueReader", modules: set[str]) -> Node:
@@ -1708,10 +1662,10 @@ def _autocast(value: dict[str, Json], where: str) -> tuple[tuple[str, bool, str 
 
 
 class _ValueReader:
-    """Reads the arguments of one node; references may only point to nodes before it."""
+    """Reads the arguments of one node; references may only point to nodes before it. `names` takes those of tensors."""
 
-    def __init__(self, nodes: Sequence[Node], constants: int, where: str) -> None:
-        self.nodes, self.constants, self.where = nodes, constants, where
+    def __init__(self, nodes: Sequence[Node], constants: int, names: set[str], where: str) -> None:
+        self.nodes, self.constants, self.names, self.where = nodes, constants, names, where
         self.op = ""
         self.product = 1.0
 
@@ -1784,6 +1738,7 @@ class _ValueReader:
         if value == "x":
             return Reference("input")
         if value.startswith("$"):
+            self.names.add(value[1:])
             return Reference("tensor", name=value[1:])
         if (constant := _CONSTANT.fullmatch(value)) and int(constant[1]) < self.constants:
             return Reference("constant", index=int(constant[1]))
@@ -1924,11 +1879,7 @@ def parse_graph(graph: Json) -> Graph:
 
 
 def check_extent(graph: Json) -> None:
-    """Bound nesting, the number of values and the length of texts, without recursion and before anything else.
-
-    Raises:
-        GraphError: a limit is exceeded.
-    """
+    """Bound nesting, the number of values and the length of texts, without recursion and before anything else."""
     level, values, letters = [graph], 1, 0
     for _ in range(MAX_GRAPH_DEPTH):
         deeper: list[Json] = []
@@ -1965,19 +1916,11 @@ def _callable_names(modules: Sequence[ModuleSpec]) -> set[str]:
 
 
 def _programs(graph: dict[str, Json], names: set[str], constants: int) -> dict[bool, Program]:
-    if "forward" in graph:
-        if "train" in graph or "eval" in graph:
-            raise GraphError("the stored head has both `forward` and one per mode")
-        program = read_program(graph["forward"], "forward", names, constants)
-        return {True: program, False: program}
-    if "train" in graph or "eval" in graph:
-        if "train" not in graph or "eval" not in graph:
-            raise GraphError("the stored head has a forward for one mode only; `train` and `eval` belong together")
-        return {
-            True: read_program(graph["train"], "train", names, constants),
-            False: read_program(graph["eval"], "eval", names, constants),
-        }
-    return {}
+    keys = [key for key in ("forward", "train", "eval") if key in graph]
+    if keys not in ([], ["forward"], ["train", "eval"]):
+        raise GraphError(f"the stored head has {' and '.join(keys)}; expected `forward`, or both `train` and `eval`")
+    read = [read_program(graph[key], key, names, constants) for key in keys]
+    return {True: read[0], False: read[-1]} if read else {}
 
 
 # --- small pieces: each takes a value and where it stands, and gives it back checked
@@ -2193,7 +2136,7 @@ class _Counted:
 
     def check(self, index: int, name: str, function: Any, args: Any, kwargs: Any) -> None:
         """Count a call that is about to be made. Raises GraphError if the forward makes too much with it."""
-        tensors = _flat((args, kwargs))
+        tensors = tensors_in((args, kwargs))
         key = (*self.key, index, *((tensor.shape, tensor.dtype) for tensor in tensors))
         made = self.known.get(key)
         if made is None:
@@ -2216,7 +2159,7 @@ class _Counted:
         if name.rpartition(".")[2] in _DECOMPOSITIONS:
             factor = max([1, *(max(tensor.shape[-2:], default=1) // 64 for tensor in tensors)])
         count = _Count(self.limit)
-        move = _Mover()
+        move = MetaTwins()
         try:
             with torch.no_grad(), torch.device("meta"), count:
                 move(function)(*move(args), **move(kwargs))
@@ -2253,9 +2196,9 @@ class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
             dim = args[1] if name == "aten::unbind" and len(args) > 1 else args[2] if len(args) > 2 else 0
             size = 1 if name == "aten::unbind" else max(args[1], 1) if isinstance(args[1], int) else 1
             self._add(0, args[0].shape[dim] // size)
-        known = {tensor.untyped_storage()._cdata for tensor in _flat((args, kwargs))}
+        known = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        made = _flat(result)
+        made = tensors_in(result)
         memory = [tensor.untyped_storage() for tensor in made]
         self._add(sum(each.nbytes() for each in memory if each._cdata not in known), len(made))
         return result
@@ -2265,41 +2208,6 @@ class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.tensors += tensors
         if self.made > self.limit or self.tensors > _MAX_TENSORS:
             raise GraphError("too much")
-
-
-class _Mover:
-    """Values as they are, but for tensors and modules, which become twins without memory; one twin for one tensor."""
-
-    def __init__(self) -> None:
-        self.memo: dict[int, Any] = {}
-
-    def __call__(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            if id(value) not in self.memo:
-                self.memo[id(value)] = torch.empty_strided(
-                    value.shape, value.stride(), dtype=value.dtype, device="meta"
-                )  # with the strides of an expanded tensor, so that copying it counts
-            return self.memo[id(value)]
-        if isinstance(value, nn.Module):
-            for tensor in (*value.parameters(), *value.buffers()):
-                twin = tensor.detach().to("meta")
-                self.memo[id(tensor)] = nn.Parameter(twin, False) if isinstance(tensor, nn.Parameter) else twin
-            return copy.deepcopy(value, self.memo)
-        if isinstance(value, torch.device):
-            return torch.device("meta")
-        if isinstance(value, (tuple, list)):
-            return type(value)([self(item) for item in value])
-        if isinstance(value, dict):
-            return {key: self(item) for key, item in value.items()}
-        return value
-
-
-def _flat(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [tensor for item in value for tensor in _flat(item)] if isinstance(value, (tuple, list)) else []
 
 
 def _by_counts(name: str, args: Any, kwargs: Any) -> int | None:
@@ -2556,19 +2464,11 @@ class GraphHead(nn.Module):
         who puts tensors in by other means makes it afterwards.
         """
         for alias, first in self.__graph.ties:
-            owner, key = _owner(self, first)
-            shared = owner._parameters[key] if key in owner._parameters else owner._buffers[key]
-            assert shared is not None
-            _replace(self, alias, shared)
+            _replace(self, alias, _tensor_of(self, first))
         for name, order in self.__graph.layouts:
-            owner, key = _owner(self, name)
-            tensor = owner._parameters.get(key)
-            if tensor is not None:
-                tensor.data = _lay_out(tensor.data, order)
-            else:
-                buffer = owner._buffers[key]
-                assert buffer is not None
-                owner._buffers[key] = _lay_out(buffer, order)
+            tensor = _tensor_of(self, name)
+            back = [order.index(dim) for dim in range(len(order))]
+            tensor.data = tensor.data.permute(order).contiguous().permute(back)
 
     def train(self, mode: bool = True) -> "GraphHead":
         """Switch modes; modules that the original kept in one mode (frozen BatchNorm) stay in it."""
@@ -2591,12 +2491,6 @@ class GraphHead(nn.Module):
 def _settle_after_load(module: nn.Module, incompatible_keys: Any) -> None:
     if isinstance(module, GraphHead):
         module.settle()
-
-
-def _lay_out(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
-    """The same values, contiguous in memory when the dimensions are taken in `order`."""
-    back = [order.index(dim) for dim in range(len(order))]
-    return tensor.permute(order).contiguous().permute(back)
 
 
 def _regions(program: Program) -> Iterator[list[Node]]:
@@ -2673,12 +2567,7 @@ class _Run:
         if reference.kind == "constant":
             return self.constants[reference.index]
         if reference.kind == "tensor":
-            owner, key = _owner(self.head, reference.name)
-            for held in (owner._parameters, owner._buffers):
-                found = held.get(key)
-                if found is not None:
-                    return found
-            return getattr(owner, key)  # declared by the graph; somebody parametrized it since
+            return _tensor_of(self.head, reference.name)
         result = self.results[reference.index]
         for step in reference.path:
             result = result[step]
@@ -2688,6 +2577,14 @@ class _Run:
 def _owner(head: nn.Module, name: str) -> tuple[nn.Module, str]:
     parent, _, key = name.rpartition(".")
     return submodule(head, parent), key
+
+
+def _tensor_of(head: nn.Module, name: str) -> Any:
+    owner, key = _owner(head, name)
+    for table in (owner._parameters, owner._buffers):
+        if (found := table.get(key)) is not None:
+            return found
+    return getattr(owner, key)  # declared by the graph; somebody parametrized it since
 
 
 def submodule(head: nn.Module, name: str) -> nn.Module:
@@ -2795,12 +2692,8 @@ def _finish(graph: Graph, root: nn.Module) -> None:
         raise GraphError("ties and layouts need a head with a forward of its own")
     for alias, first in graph.ties:
         _all_known([alias, first], tensors, "ties")
-        owner, key = _owner(root, first)
-        target = owner._parameters.get(key)
-        shared = target if target is not None else owner._buffers[key]
-        if shared is None or shared.shape != tensors[alias].shape or (alias in parameters) != (first in parameters):
+        if tensors[alias].shape != tensors[first].shape or (alias in parameters) != (first in parameters):
             raise GraphError(f"ties: {shown(alias)} and {shown(first)} are not alike")
-        _replace(root, alias, shared)
     if isinstance(root, GraphHead):
         root.settle()
     parameters = dict(root.named_parameters(remove_duplicate=False))
@@ -2809,32 +2702,10 @@ def _finish(graph: Graph, root: nn.Module) -> None:
         parameters[name].requires_grad_(False)
     modules = dict(root.named_modules(remove_duplicate=False))
     _all_known([name for name, _, _ in graph.held], modules, "held")
-    _check_references(graph, tensors, root)
-
-
-def _check_references(graph: Graph, tensors: dict[str, torch.Tensor], root: nn.Module) -> None:
     buffers = dict(root.named_buffers(remove_duplicate=False))
-
-    def check(value: Any) -> None:
-        if isinstance(value, Reference) and value.kind == "tensor" and value.name not in tensors:
-            raise GraphError(f"the forward uses a tensor {shown(value.name)} that the head does not have")
-        if isinstance(value, DtypeOf):
-            check(value.tensor)
-        if isinstance(value, Pairs):
-            value = [item for _, item in value.items]
-        if isinstance(value, Slice):
-            value = [value.start, value.stop, value.step]
-        if isinstance(value, (tuple, list)):
-            for item in value:
-                check(item)
-
-    for program in {id(program): program for program in graph.programs.values()}.values():
-        for node in program.nodes:
-            check(node.args)
-            check([item for _, item in node.kwargs])
-            if node.kind == "write" and node.target not in buffers:
-                raise GraphError(f"the forward writes a buffer {shown(node.target)} that the head does not have")
-        check(program.output)
+    for program in graph.programs.values():
+        _all_known(program.tensors, tensors, "a call of the forward")
+        _all_known([node.target for node in program.nodes if node.kind == "write"], buffers, "a write of the forward")
 
 
 def _all_known(names: Any, known: dict[str, Any], where: str) -> None:
@@ -2903,7 +2774,9 @@ def builtin_head(config: TimmTowerConfig) -> nn.Sequential:
             f"embed_dim=None: pool={config.pool!r} with proj={config.proj!r} needs a width of the embedding"
         )
     if config.pool == "abs_attn":
-        layers["pool"] = AttentionPool2d(width, feat_size=_pair(config.feat_size), out_features=embed_dim)
+        if config.feat_size is None:
+            raise ConfigError("feat_size=None: pool='abs_attn' needs the height and width of the feature map")
+        layers["pool"] = AttentionPool2d(width, feat_size=tuple(config.feat_size), out_features=embed_dim)  # type: ignore[arg-type]
         width = embed_dim
     elif config.pool == "rot_attn":
         layers["pool"] = RotAttentionPool2d(width, out_features=embed_dim)
@@ -2917,18 +2790,8 @@ def builtin_head(config: TimmTowerConfig) -> nn.Sequential:
     return nn.Sequential(layers)
 
 
-def _pair(size: Any) -> tuple[int, int]:
-    if size is None:
-        raise ConfigError("feat_size=None: pool='abs_attn' needs the height and width of the feature map")
-    return size[0], size[1]
-
-
 def registered_factory(name: str) -> HeadFactory:
-    """The class or function registered under a name.
-
-    Raises:
-        HeadError: nothing is; says what to do.
-    """
+    """The class or function registered under a name; `HeadError` says what to do where none is."""
     factory = HEAD_FACTORIES.get(name)
     if factory is None:
         known = ", ".join(sorted(HEAD_FACTORIES)) or "none"
@@ -2964,15 +2827,7 @@ def rebuild_head(spec: dict[str, Any]) -> nn.Module:
 
 
 def check_stored(spec: Any, tower_class: str | None) -> None:
-    """Refuse a `head` entry of a file that no save writes.
-
-    Args:
-        spec: `config.head`.
-        tower_class: `config.tower_class`.
-
-    Raises:
-        HeadError: names the form.
-    """
+    """Refuse `config.head` of a file that no save writes by a `HeadError` that names the form."""
     if spec is None:
         return
     form = spec.get("form")
@@ -2984,11 +2839,7 @@ def check_stored(spec: Any, tower_class: str | None) -> None:
 
 
 def code_file(config: dict[str, Any]) -> str | None:
-    """Name of the source file of a head that is stored as code, None for every other head.
-
-    Raises:
-        FormatError: it has another name than such files have.
-    """
+    """Name of the source file of a head that is stored as code, None for every other; `FormatError` for other names."""
     head = config.get("head")
     if not isinstance(head, dict) or head.get("form") != CODE:
         return None
@@ -3004,13 +2855,7 @@ _CODE_DTYPES = {each: getattr(torch, each) for each in ("float16", "bfloat16", "
 
 
 def refuse_code(spec: dict[str, Any], *, repo: str, revision: str | None) -> HeadError:
-    """The error for a head of code that is not trusted.
-
-    Args:
-        spec: `config.head`.
-        repo: The repository or folder.
-        revision: Its commit, None for a folder.
-    """
+    """The error for a head of code that is not trusted: `config.head` of a repository, or of a folder (no revision)."""
     file = code_file({"head": spec})
     at = f" at revision {shown(revision)[1:-1]}" if revision else ""
     again = f'"{shown(repo)[1:-1]}"' + (f', revision="{shown(revision)[1:-1]}"' if revision else "")
@@ -3023,11 +2868,7 @@ def refuse_code(spec: dict[str, Any], *, repo: str, revision: str | None) -> Hea
 
 
 def check_code_spec(spec: Any) -> None:
-    """Refuse a `config.head` that is none of a head of code.
-
-    Raises:
-        HeadError: says what it must have.
-    """
+    """Refuse a `config.head` that is none of a head of code by a `HeadError` that says what it must have."""
     fits = (
         spec.get("file") == HEAD_CODE_FILE
         and isinstance(spec.get("class"), str)
@@ -3694,11 +3535,7 @@ def build_tower(
 
 
 def check_buildable(config: TimmTowerConfig) -> None:
-    """Refuse a config that no code but that of its own class can build.
-
-    Raises:
-        ConfigError, HeadError: says what is needed.
-    """
+    """Refuse a config that only its own class can build: `ConfigError`, `HeadError` say what is needed."""
     if config.tower_class is not None:
         raise ConfigError(
             f"this tower was saved by {config.tower_class}, a subclass of TimmModel that changes how it is built or "
@@ -3711,8 +3548,7 @@ def check_buildable(config: TimmTowerConfig) -> None:
 def make_classifier(config: TimmTowerConfig) -> nn.Module:
     """A fresh classifier `[B, embed_dim]` -> `[B, num_labels]`; nothing where the trunk's own gives the scores.
 
-    Raises:
-        ConfigError: the embedding has no width, or there are no labels.
+    `ConfigError` where the embedding has no width, or there are no labels.
     """
     if config.embed_dim is None:
         raise ConfigError(
@@ -3811,7 +3647,7 @@ def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
             if odd := sorted(listed ^ tensors.keys()):
                 raise FormatError(f"{file}: {len(odd)} keys are not where the index puts them, such as {shown(odd[0])}")
         found.update(tensors)
-    found = {key: tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone() for key, tensor in found.items()}
+    found = _aligned(found)
     metadata = index.get("metadata")
     for kind in ("tied", "shared"):
         groups = metadata.get(kind, []) if isinstance(metadata, dict) else []
@@ -3819,7 +3655,7 @@ def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
             if not isinstance(group, list) or any(key not in found for key in group):
                 raise FormatError(f"{files[0].parent / INDEX_FILE}: metadata.{kind} names unknown keys: {shown(group)}")
             first = found[group[0]]
-            if odd := [key for key in group if not same_bytes_of(found[key], first)]:
+            if odd := [key for key in group if not same_bits(found[key], first)]:
                 raise FormatError(
                     f"{files[0].parent / INDEX_FILE}: {shown(odd[0])} is {kind} with another key but differs"
                 )
@@ -3828,11 +3664,7 @@ def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """The JSON of an index, `{}` where there is none.
-
-    Raises:
-        FormatError: it is too large, no JSON, or does not map keys to file names.
-    """
+    """The JSON of an index, `{}` where there is none; `FormatError` where it does not map keys to file names."""
     if not path.is_file():
         return {}
     if path.stat().st_size > _MAX_INDEX_BYTES:
@@ -3874,13 +3706,15 @@ class TrunkSource:
         """What `config.trunk_source` holds."""
         return {**asdict(self), "unused": list(self.unused)}
 
+    def named(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the files hold -> `trunk.*` -> tensor."""
+        if self.layout == "tower":
+            return {key: tensor for key, tensor in tensors.items() if key.startswith("trunk.")}
+        return {f"trunk.{key}": tensor for key, tensor in tensors.items() if key not in self.unused}
+
 
 def parse_trunk_source(spec: Any) -> TrunkSource:
-    """`config.trunk_source` of an untrusted file.
-
-    Raises:
-        ConfigError: names what is wrong with it.
-    """
+    """`config.trunk_source` of an untrusted file; `ConfigError` names what is wrong with it."""
     if not isinstance(spec, dict) or set(spec) != _PINNED_FIELDS:
         raise ConfigError(f"trunk_source: expected {', '.join(sorted(_PINNED_FIELDS))}, found {shown(spec, 200)}")
     repo_id, commit, layout, files, unused = (spec[name] for name in ("repo_id", "commit", "layout", "files", "unused"))
@@ -3933,13 +3767,14 @@ def fetch_pinned_trunk(source: TrunkSource, **access: Any) -> dict[str, torch.Te
                 f"{digest}: it is another trunk, and the embedding would be another one"
             )
         found.update(load_file(path))
-    aligned = {key: tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone() for key, tensor in found.items()}
-    if source.layout == "tower":
-        return {key: tensor for key, tensor in aligned.items() if key.startswith("trunk.")}
-    return {f"trunk.{key}": tensor for key, tensor in aligned.items() if key not in source.unused}
+    return source.named(_aligned(found))
 
 
-def same_bytes_of(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _aligned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone() for key, tensor in tensors.items()}
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors have one dtype, one shape and the same bytes (NaN equals the same NaN; -0.0 is not 0.0)."""
     if a is b:
         return True
@@ -3981,7 +3816,7 @@ def assign_weights(
     full, differing = dict(tensors), list[str]()
     for keys in own_ties.values():
         if len(keys) > 1 and (given := [key for key in keys if key in full]):
-            odd = [key for key in given[1:] if not same_bytes_of(full[key], full[given[0]])]
+            odd = [key for key in given[1:] if not same_bits(full[key], full[given[0]])]
             differing += [f"{key} and {given[0]}" for key in odd]
             full.update((key, full[given[0]]) for key in keys)
     if problems := _misfits(state, full, allow_missing, differing):
@@ -4062,14 +3897,10 @@ def _listed(keys: Iterable[str], limit: int = 5) -> str:
 
 
 def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A floating-point dtype, given as such or by name.
-
-    Raises:
-        ArgumentError: not one.
-    """
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if found is None and dtype is None:
+    """A floating-point dtype, given as such or by name; `ArgumentError` where it is none."""
+    if dtype is None:
         return None
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ArgumentError(f"dtype={dtype!r} is not a floating-point dtype of torch or the name of one")
     return found

@@ -62,9 +62,7 @@ def _read(root: Path, source: TrunkSource) -> dict[str, Tensor]:
                     "another trunk, and the embedding would be another one"
                 )
             tensors.update(folder.read_tensors(name))
-    if source.layout == "tower":
-        return {key: tensor for key, tensor in tensors.items() if key.startswith(_PREFIX)}
-    return {_PREFIX + key: tensor for key, tensor in tensors.items() if key not in source.unused}
+    return source.named(tensors)
 
 
 def _digest(path: Path) -> str:

@@ -5,7 +5,6 @@ splits a tensor into millions. So at the first input of a shape each call is mad
 for real, and the bytes that all of them ask for are bounded. The same call on the same shapes is not looked at again.
 """
 
-import copy
 import math
 from contextvars import ContextVar
 from typing import Any
@@ -15,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import GraphError, shown
+from .skip_init import MetaTwins, tensors_in
 
 # What all calls of one forward may make together: 128 MiB, and 1024 times the input and 64 times the weights. Attention
 # written by hand over 1,370 tokens of width 1024 and 16 heads makes 220 times its input; a margin loss over 100,000
@@ -65,7 +65,7 @@ class _Counted:
 
     def check(self, index: int, name: str, function: Any, args: Any, kwargs: Any) -> None:
         """Count a call that is about to be made. Raises GraphError if the forward makes too much with it."""
-        tensors = _flat((args, kwargs))
+        tensors = tensors_in((args, kwargs))
         key = (*self.key, index, *((tensor.shape, tensor.dtype) for tensor in tensors))
         made = self.known.get(key)
         if made is None:
@@ -88,7 +88,7 @@ class _Counted:
         if name.rpartition(".")[2] in _DECOMPOSITIONS:
             factor = max([1, *(max(tensor.shape[-2:], default=1) // 64 for tensor in tensors)])
         count = _Count(self.limit)
-        move = _Mover()
+        move = MetaTwins()
         try:
             with torch.no_grad(), torch.device("meta"), count:
                 move(function)(*move(args), **move(kwargs))
@@ -125,9 +125,9 @@ class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
             dim = args[1] if name == "aten::unbind" and len(args) > 1 else args[2] if len(args) > 2 else 0
             size = 1 if name == "aten::unbind" else max(args[1], 1) if isinstance(args[1], int) else 1
             self._add(0, args[0].shape[dim] // size)
-        known = {tensor.untyped_storage()._cdata for tensor in _flat((args, kwargs))}
+        known = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        made = _flat(result)
+        made = tensors_in(result)
         memory = [tensor.untyped_storage() for tensor in made]
         self._add(sum(each.nbytes() for each in memory if each._cdata not in known), len(made))
         return result
@@ -137,41 +137,6 @@ class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.tensors += tensors
         if self.made > self.limit or self.tensors > _MAX_TENSORS:
             raise GraphError("too much")
-
-
-class _Mover:
-    """Values as they are, but for tensors and modules, which become twins without memory; one twin for one tensor."""
-
-    def __init__(self) -> None:
-        self.memo: dict[int, Any] = {}
-
-    def __call__(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            if id(value) not in self.memo:
-                self.memo[id(value)] = torch.empty_strided(
-                    value.shape, value.stride(), dtype=value.dtype, device="meta"
-                )  # with the strides of an expanded tensor, so that copying it counts
-            return self.memo[id(value)]
-        if isinstance(value, nn.Module):
-            for tensor in (*value.parameters(), *value.buffers()):
-                twin = tensor.detach().to("meta")
-                self.memo[id(tensor)] = nn.Parameter(twin, False) if isinstance(tensor, nn.Parameter) else twin
-            return copy.deepcopy(value, self.memo)
-        if isinstance(value, torch.device):
-            return torch.device("meta")
-        if isinstance(value, (tuple, list)):
-            return type(value)([self(item) for item in value])
-        if isinstance(value, dict):
-            return {key: self(item) for key, item in value.items()}
-        return value
-
-
-def _flat(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [tensor for item in value for tensor in _flat(item)] if isinstance(value, (tuple, list)) else []
 
 
 def _by_counts(name: str, args: Any, kwargs: Any) -> int | None:

@@ -73,7 +73,7 @@ def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
             if odd := sorted(listed ^ tensors.keys()):
                 raise FormatError(f"{file}: {len(odd)} keys are not where the index puts them, such as {shown(odd[0])}")
         found.update(tensors)
-    found = {key: tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone() for key, tensor in found.items()}
+    found = _aligned(found)
     metadata = index.get("metadata")
     for kind in ("tied", "shared"):
         groups = metadata.get(kind, []) if isinstance(metadata, dict) else []
@@ -81,7 +81,7 @@ def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
             if not isinstance(group, list) or any(key not in found for key in group):
                 raise FormatError(f"{files[0].parent / INDEX_FILE}: metadata.{kind} names unknown keys: {shown(group)}")
             first = found[group[0]]
-            if odd := [key for key in group if not same_bytes_of(found[key], first)]:
+            if odd := [key for key in group if not same_bits(found[key], first)]:
                 raise FormatError(
                     f"{files[0].parent / INDEX_FILE}: {shown(odd[0])} is {kind} with another key but differs"
                 )
@@ -90,11 +90,7 @@ def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """The JSON of an index, `{}` where there is none.
-
-    Raises:
-        FormatError: it is too large, no JSON, or does not map keys to file names.
-    """
+    """The JSON of an index, `{}` where there is none; `FormatError` where it does not map keys to file names."""
     if not path.is_file():
         return {}
     if path.stat().st_size > _MAX_INDEX_BYTES:
@@ -136,13 +132,15 @@ class TrunkSource:
         """What `config.trunk_source` holds."""
         return {**asdict(self), "unused": list(self.unused)}
 
+    def named(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the files hold -> `trunk.*` -> tensor."""
+        if self.layout == "tower":
+            return {key: tensor for key, tensor in tensors.items() if key.startswith("trunk.")}
+        return {f"trunk.{key}": tensor for key, tensor in tensors.items() if key not in self.unused}
+
 
 def parse_trunk_source(spec: Any) -> TrunkSource:
-    """`config.trunk_source` of an untrusted file.
-
-    Raises:
-        ConfigError: names what is wrong with it.
-    """
+    """`config.trunk_source` of an untrusted file; `ConfigError` names what is wrong with it."""
     if not isinstance(spec, dict) or set(spec) != _PINNED_FIELDS:
         raise ConfigError(f"trunk_source: expected {', '.join(sorted(_PINNED_FIELDS))}, found {shown(spec, 200)}")
     repo_id, commit, layout, files, unused = (spec[name] for name in ("repo_id", "commit", "layout", "files", "unused"))
@@ -195,13 +193,14 @@ def fetch_pinned_trunk(source: TrunkSource, **access: Any) -> dict[str, torch.Te
                 f"{digest}: it is another trunk, and the embedding would be another one"
             )
         found.update(load_file(path))
-    aligned = {key: tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone() for key, tensor in found.items()}
-    if source.layout == "tower":
-        return {key: tensor for key, tensor in aligned.items() if key.startswith("trunk.")}
-    return {f"trunk.{key}": tensor for key, tensor in aligned.items() if key not in source.unused}
+    return source.named(_aligned(found))
 
 
-def same_bytes_of(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _aligned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone() for key, tensor in tensors.items()}
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors have one dtype, one shape and the same bytes (NaN equals the same NaN; -0.0 is not 0.0)."""
     if a is b:
         return True
@@ -243,7 +242,7 @@ def assign_weights(
     full, differing = dict(tensors), list[str]()
     for keys in own_ties.values():
         if len(keys) > 1 and (given := [key for key in keys if key in full]):
-            odd = [key for key in given[1:] if not same_bytes_of(full[key], full[given[0]])]
+            odd = [key for key in given[1:] if not same_bits(full[key], full[given[0]])]
             differing += [f"{key} and {given[0]}" for key in odd]
             full.update((key, full[given[0]]) for key in keys)
     if problems := _misfits(state, full, allow_missing, differing):
@@ -324,14 +323,10 @@ def _listed(keys: Iterable[str], limit: int = 5) -> str:
 
 
 def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A floating-point dtype, given as such or by name.
-
-    Raises:
-        ArgumentError: not one.
-    """
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if found is None and dtype is None:
+    """A floating-point dtype, given as such or by name; `ArgumentError` where it is none."""
+    if dtype is None:
         return None
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ArgumentError(f"dtype={dtype!r} is not a floating-point dtype of torch or the name of one")
     return found
