@@ -168,7 +168,8 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
 
         Args:
             repo_id: `name` or `org/name`; made where it does not exist.
-            config: As in `save_pretrained`.
+            config, model_card_kwargs, tags, license, metrics, evaluated_on, include_code, max_shard_size: As in
+                `save_pretrained`.
             commit_message: The commit's first line.
             private: Of the repository, where this call makes it.
             token: With the right to write; the one that is logged in by default.
@@ -177,16 +178,9 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             allow_patterns: Push only files that match.
             ignore_patterns: Do not push files that match.
             delete_patterns: Delete further files of the repository that match.
-            model_card_kwargs: As in `save_pretrained`.
-            tags: As in `save_pretrained`.
-            license: As in `save_pretrained`.
-            metrics: As in `save_pretrained`.
-            evaluated_on: As in `save_pretrained`.
-            include_code: As in `save_pretrained`.
             trunk: `org/name@revision` of a tower or timm repository that has this tower's trunk, bit for bit. Only the
                 head is pushed; loading fetches the trunk from there, at the commit that it has now. None: the trunk
                 that the tower was loaded with, where it has one elsewhere. False: the whole tower is pushed.
-            max_shard_size: Largest weight file.
 
         Returns:
             The commit's address (the pull request's with `create_pr`).

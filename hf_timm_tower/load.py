@@ -23,7 +23,7 @@ from .hub.trunk_source import merged, read_trunk
 from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, ConfigError, HeadError, shown
 from .reader.freezing import apply_frozen
-from .reader.head import CODE, CustomHead, check_stored, code_file, refuse_code
+from .reader.head import CODE, SUBCLASS, CustomHead, code_file, refuse_code
 from .reader.image_processing import check_preprocess
 from .reader.skip_init import Budget, skip_init
 from .reader.tower import CLASSIFIER, Tower, build_tower, has_classifier, plain_defaults
@@ -66,7 +66,7 @@ def read_tower(folder: str | os.PathLike[str], access: Access | None = None, *, 
         )
     described.pop("auto_map", None)  # of the files, not of the tower: every save decides on it anew
     config = TimmTowerConfig(**described)
-    check_stored(config.head, config.tower_class)
+    _check_stored_form(config.head, config.tower_class)
     if config.num_features is None or config.layout is None or config.image_size is None:
         raise ConfigError(f"{os.path.join(folder, CONFIG_NAME)}: num_features, layout and image_size must be there")
     check_preprocess(config.preprocess or {}, config.in_chans)
@@ -91,6 +91,18 @@ def _parse(
     digests: dict[str, str] = {}
     weights = read_weights(files, mmap=mmap, digests=digests)
     return config, weights, fingerprint, processor, digests
+
+
+def _check_stored_form(spec: Any, tower_class: str | None) -> None:
+    """Refuse `config.head` of a file that no save writes by a `HeadError` that names the form."""
+    if spec is None:
+        return
+    form = spec.get("form")
+    if form not in ("graph", "registered", CODE, SUBCLASS) or (form == SUBCLASS and tower_class is None):
+        raise HeadError(
+            f"config.head: form {shown(form)} is not one of a saved tower (graph, registered, code, or subclass with "
+            "tower_class)"
+        )
 
 
 def _check_against_fingerprint(config: TimmTowerConfig, fingerprint: dict[str, Any]) -> None:

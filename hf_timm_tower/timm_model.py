@@ -17,6 +17,7 @@ from .build import (
     head_fields,
     resolve_config,
 )
+from .heads.isolation import copy_module
 from .heads.registry import make_custom_head
 from .hub_mixin import TowerHubMixin
 from .interop.mixin import InterchangeMixin
@@ -38,7 +39,7 @@ from .training.layer_groups import layer_groups
 from .training.lock import lock, unlock
 from .training.param_groups import param_groups, summary_table
 from .training.transform import make_transform
-from .trunk_facts import check_rebuilt, copy_trunk, record_size, trunk_arguments
+from .trunk_facts import check_rebuilt, record_size, trunk_arguments
 
 
 class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
@@ -196,13 +197,8 @@ class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
 
         Args:
             trunk: From `timm.create_model`; its arguments, input size and changes since are read back from it.
-            embed_dim: As in the constructor, like all further arguments. With `proj=None` the model's own classifier
-                is kept as the projection.
-            pool: As in the constructor.
-            proj: As in the constructor.
-            proj_bias: As in the constructor.
-            drop: As in the constructor.
-            custom_head: As in the constructor.
+            embed_dim, pool, proj, proj_bias, drop, custom_head: As in the constructor. With `proj=None` the model's own
+                classifier is kept as the projection.
 
         Raises:
             ConfigError: timm cannot tell how the model was made, or building it again gives other weights.
@@ -323,7 +319,7 @@ class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
         """
         size = check_size("image_size", image_size)
         # on a copy first: timm changes some trunks before it refuses a size
-        trial = copy_trunk(self.trunk)
+        trial = copy_module(self.trunk)
         config = self._resized(trial, size)
         config = record_size(trial, config, own_trunk=overrides(type(self), "_create_trunk"))
         self._resized(self.trunk, size)

@@ -7,7 +7,6 @@ opened is remembered, so that `staging.read_folder` sees whether another save ca
 import errno
 import os
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,16 +29,6 @@ _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
-@dataclass(frozen=True)
-class _Identity:
-    """Two equal identities: the same file with the same contents."""
-
-    device: int
-    inode: int
-    size: int
-    modified_ns: int
-
-
 class OpenFolder:
     """A tower's folder, opened once; all files are read from that one directory. A context manager.
 
@@ -53,7 +42,7 @@ class OpenFolder:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._handle: int | None = None
-        self._seen: dict[str, _Identity | None] = {}
+        self._seen: dict[str, tuple[int, ...] | None] = {}
         self._json: dict[str, bytes] = {}
         try:
             status = os.stat(self.path)
@@ -269,6 +258,7 @@ def require_plain_name(name: str, where: str) -> None:
         raise FormatError(f"{where}: {shown(name)} is not a plain file name; files of a tower are in its own folder")
 
 
-def _identity(descriptor: int) -> _Identity:
+def _identity(descriptor: int) -> tuple[int, ...]:
+    """Two equal ones: the same file with the same contents."""
     status = os.fstat(descriptor)
-    return _Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

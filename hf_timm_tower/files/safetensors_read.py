@@ -10,7 +10,7 @@ import stat
 import torch
 from torch import Tensor
 
-from ..reader.errors import FolderError, FormatError
+from ..reader.errors import FolderError, FormatError, shown
 from .disk import folder_error
 from .safetensors_layout import ALIGNMENT, MAX_HEADER_BYTES, Entry, parse_header, require_little_endian
 
@@ -79,10 +79,10 @@ def file_digest(descriptor: int, where: str) -> str:
         digest = hashlib.sha256(size.to_bytes(8, "little"))
         last = max(size - _BLOCK_BYTES, 0)
         if size <= _BLOCKS * _BLOCK_BYTES:
-            digest.update(_read_exactly(descriptor, size, 0))
+            digest.update(_read_at(descriptor, size, 0))
         else:
             for block in range(_BLOCKS):
-                digest.update(_read_exactly(descriptor, _BLOCK_BYTES, last * block // (_BLOCKS - 1)))
+                digest.update(_read_at(descriptor, _BLOCK_BYTES, last * block // (_BLOCKS - 1)))
     except OSError as error:
         raise folder_error(f"{where}: cannot be read", error) from error
     return digest.hexdigest()
@@ -104,7 +104,7 @@ def _size_of(descriptor: int, where: str) -> int:
 
 def _read_header(descriptor: int, file_size: int, where: str) -> tuple[list[Entry], int]:
     """The entries in order of their data, and the offset where the data starts."""
-    prefix = _read_exactly(descriptor, min(8, file_size), 0)
+    prefix = _read_at(descriptor, min(8, file_size), 0)
     if len(prefix) != 8:
         raise FormatError(f"{where}: {file_size} bytes are too few for a safetensors file; it was cut off")
     if _LFS_POINTER.startswith(prefix):
@@ -119,7 +119,7 @@ def _read_header(descriptor: int, file_size: int, where: str) -> tuple[list[Entr
             f"{where}: the header claims {length} bytes but the file has {file_size}; it was cut off (download or "
             "save it again) or is not a safetensors file"
         )
-    return parse_header(_read_exactly(descriptor, length, 8), file_size - 8 - length, where), 8 + length
+    return parse_header(_read_at(descriptor, length, 8), file_size - 8 - length, where), 8 + length
 
 
 def _tensors(
@@ -139,7 +139,8 @@ def _tensors(
             tensor = torch.frombuffer(pages, dtype=entry.dtype, count=count, offset=offset).view(entry.shape)
         else:
             raw = _aligned_bytes(entry.end - entry.begin)
-            _read_into(descriptor, raw.numpy().data, offset, where)
+            if _read(descriptor, raw.numpy().data, offset) < raw.numel():
+                raise FormatError(f"{where}: ends within {shown(entry.key)}; it was cut off while it was read")
             tensor = raw.view(entry.dtype).view(entry.shape)
         tensors[entry.key] = tensor
     return tensors
@@ -175,29 +176,25 @@ def _aligned_bytes(size: int) -> Tensor:
     return raw[skip : skip + size]
 
 
-def _read_into(descriptor: int, target: memoryview, offset: int, where: str) -> None:
-    while target:
-        got = _pread(descriptor, target[: 2**30], offset)
-        if got == 0:
-            raise FormatError(f"{where}: ends at byte {offset}; it was cut off while it was read")
-        target, offset = target[got:], offset + got
-
-
-def _read_exactly(descriptor: int, size: int, offset: int) -> bytes:
+def _read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """So many bytes, fewer at the file's end."""
     data = bytearray(size)
-    view, done = memoryview(data), 0
-    while done < size:
-        got = _pread(descriptor, view[done:], offset + done)
+    return bytes(data[: _read(descriptor, memoryview(data), offset)])
+
+
+def _read(descriptor: int, target: memoryview, offset: int) -> int:
+    """Fill the target from an offset on; how many bytes there were."""
+    done = 0
+    while done < len(target):
+        part = target[done : done + 2**30]
+        if hasattr(os, "preadv"):
+            got = os.preadv(descriptor, [part], offset + done)
+        else:
+            os.lseek(descriptor, offset + done, os.SEEK_SET)
+            data = os.read(descriptor, len(part))
+            part[: len(data)] = data
+            got = len(data)
         if got == 0:
             break
         done += got
-    return bytes(data[:done])
-
-
-def _pread(descriptor: int, target: memoryview, offset: int) -> int:
-    if hasattr(os, "preadv"):
-        return os.preadv(descriptor, [target], offset)
-    os.lseek(descriptor, offset, os.SEEK_SET)
-    data = os.read(descriptor, len(target))
-    target[: len(data)] = data
-    return len(data)
+    return done

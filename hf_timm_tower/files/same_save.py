@@ -17,7 +17,6 @@ from typing import Any
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ConfigError, FormatError, shown
 from ..reader.image_processing import (
-    PROCESSOR_AUTO_MAP,
     PROCESSOR_FACTS,
     PROCESSOR_KEYS,
     PROCESSOR_TYPE,
@@ -34,22 +33,9 @@ from .safetensors_read import digest_of_file
 _KEY = "digests"
 # What decides which outputs the weights give. Labels, names, versions, what is frozen and how images are prepared may
 # be edited; of the trunk's files in another repository trunk_source has digests of its own.
-_FIELDS = (
-    "architecture",
-    "model_args",
-    "image_size",
-    "in_chans",
-    "pool",
-    "proj",
-    "proj_bias",
-    "embed_dim",
-    "head",
-    "classifier",
-    "num_features",
-    "layout",
-    "feat_size",
-    "tower_class",
-    "tower_kwargs",
+_FIELDS = tuple(
+    "architecture model_args image_size in_chans pool proj proj_bias embed_dim head classifier num_features layout "
+    "feat_size tower_class tower_kwargs".split()
 )
 
 
@@ -111,18 +97,6 @@ def _digest(value: Any) -> str:
 
 
 # --- preprocessor_config.json, which says again what config.json says of preprocessing
-
-
-def processor_dict(config: TimmTowerConfig) -> dict[str, Any]:
-    """What the file holds where a processor is stored alone, from the tower's config.
-
-    Written with `json.dumps(..., indent=2, sort_keys=True)` and a newline it is, byte for byte, what
-    `TimmTowerImageProcessor.save_pretrained` writes.
-
-    Raises:
-        ConfigError: the config is not completed, or its preprocess block cannot be used.
-    """
-    return {**facts_in_tower(config), "image_processor_type": PROCESSOR_TYPE, "auto_map": dict(PROCESSOR_AUTO_MAP)}
 
 
 def facts_in_tower(config: TimmTowerConfig) -> dict[str, Any]:

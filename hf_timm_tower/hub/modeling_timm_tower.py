@@ -22,10 +22,12 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 import inspect
 from io import BytesIO
+from itertools import groupby
 import itertools
 import json
 import math
 import numpy as np
+from operator import attrgetter
 import os
 from pathlib import Path
 import re
@@ -926,8 +928,8 @@ def _takes_generator(func: Any) -> bool:
 
 def _leaves(value: Any) -> Iterator[Any]:
     """What is in tuples, lists and dicts, however deep."""
-    if isinstance(value, (tuple, list, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
+    if isinstance(value, (tuple, list, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from _leaves(item)
     else:
         yield value
@@ -1382,16 +1384,6 @@ _FFT = "fft ifft fft2 ifft2 fftn ifftn rfft irfft rfft2 irfft2 rfftn irfftn ffts
 TENSOR_PROPERTIES = ("T", "mT", "H", "mH", "real", "imag", "data")
 
 
-def _property_reader(name: str) -> Callable[[torch.Tensor], Any]:
-    getter = getattr(torch.Tensor, name).__get__
-
-    def read(tensor: torch.Tensor) -> Any:
-        return getter(tensor)
-
-    read.__name__ = name
-    return read
-
-
 def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """`tensor.data = value`, as momentum encoders write it; only with a tensor of the same shape, dtype and device."""
     if (tensor.shape, tensor.dtype, tensor.device) != (value.shape, value.dtype, value.device):
@@ -1412,7 +1404,7 @@ def _build_table() -> dict[str, Callable[..., Any]]:
             if function is not None:
                 table[f"{prefix}.{name}"] = function
     for name in TENSOR_PROPERTIES:
-        table[f"Tensor.{name}"] = _property_reader(name)
+        table[f"Tensor.{name}"] = attrgetter(name)
     table["Tensor.set_data_"] = _set_data
     table["torch.draw_dirichlet"] = _draw_dirichlet
     return table
@@ -2433,10 +2425,14 @@ class GraphHead(nn.Module):
         self.__check_input(x)
         program = self.__graph.programs[self.training]
         run = _Run(self, x, self.__constants, self.__sizes)
-        for region in _regions(program):
+        for (no_grad, autocast), nodes in groupby(program.nodes, key=lambda node: (node.no_grad, node.autocast)):
             with ExitStack() as stack:
-                _enter(stack, region[0], x)
-                for node in region:
+                if no_grad:
+                    stack.enter_context(torch.no_grad())
+                for device, enabled, dtype in autocast:
+                    kind = x.device.type if device == "input" else device
+                    stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=DTYPES[dtype] if dtype else None))
+                for node in nodes:
                     run.step(node)
         return run.resolve(program.output)
 
@@ -2491,25 +2487,6 @@ class GraphHead(nn.Module):
 def _settle_after_load(module: nn.Module, incompatible_keys: Any) -> None:
     if isinstance(module, GraphHead):
         module.settle()
-
-
-def _regions(program: Program) -> Iterator[list[Node]]:
-    region: list[Node] = []
-    for node in program.nodes:
-        if region and (node.no_grad, node.autocast) != (region[0].no_grad, region[0].autocast):
-            yield region
-            region = []
-        region.append(node)
-    if region:
-        yield region
-
-
-def _enter(stack: ExitStack, node: Node, x: torch.Tensor) -> None:
-    if node.no_grad:
-        stack.enter_context(torch.no_grad())
-    for device, enabled, dtype in node.autocast:
-        kind = x.device.type if device == "input" else device
-        stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=DTYPES[dtype] if dtype else None))
 
 
 class _Run:
@@ -2824,18 +2801,6 @@ def rebuild_head(spec: dict[str, Any]) -> nn.Module:
     if form == CODE:
         raise HeadError("the head is stored as code, which runs only under trust_remote_code=True")
     raise HeadError(f"config.head: unknown form {shown(form)}; this version reads 'graph', 'registered' and 'code'")
-
-
-def check_stored(spec: Any, tower_class: str | None) -> None:
-    """Refuse `config.head` of a file that no save writes by a `HeadError` that names the form."""
-    if spec is None:
-        return
-    form = spec.get("form")
-    if form not in ("graph", "registered", CODE, SUBCLASS) or (form == SUBCLASS and tower_class is None):
-        raise HeadError(
-            f"config.head: form {shown(form)} is not one of a saved tower (graph, registered, code, or subclass with "
-            "tower_class)"
-        )
 
 
 def code_file(config: dict[str, Any]) -> str | None:
@@ -3634,54 +3599,68 @@ def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
     Raises:
         FormatError: a file is damaged, or the index does not fit the files.
     """
-    index = read_index(files[0].with_name(INDEX_FILE))
-    weight_map = index.get("weight_map")
+    where = files[0].with_name(INDEX_FILE)
+    weight_map, metadata = read_index(where) if where.is_file() else (None, {})
     found: dict[str, torch.Tensor] = {}
     for file in files:
         try:
             tensors = load_file(file)
         except (SafetensorError, OSError, ValueError) as error:
             raise FormatError(f"{file}: not a safetensors file that can be read: {error}") from error
-        if isinstance(weight_map, dict):
+        if weight_map is not None:
             listed = {key for key, name in weight_map.items() if name == file.name}
             if odd := sorted(listed ^ tensors.keys()):
                 raise FormatError(f"{file}: {len(odd)} keys are not where the index puts them, such as {shown(odd[0])}")
         found.update(tensors)
     found = _aligned(found)
-    metadata = index.get("metadata")
-    for kind in ("tied", "shared"):
-        groups = metadata.get(kind, []) if isinstance(metadata, dict) else []
-        for group in groups if isinstance(groups, list) else []:
-            if not isinstance(group, list) or any(key not in found for key in group):
-                raise FormatError(f"{files[0].parent / INDEX_FILE}: metadata.{kind} names unknown keys: {shown(group)}")
-            first = found[group[0]]
-            if odd := [key for key in group if not same_bits(found[key], first)]:
-                raise FormatError(
-                    f"{files[0].parent / INDEX_FILE}: {shown(odd[0])} is {kind} with another key but differs"
-                )
-            found.update((key, first if kind == "tied" else first.view(first.shape)) for key in group[1:])
+    share_ties(found, metadata, str(where))
     return found
 
 
-def read_index(path: Path) -> dict[str, Any]:
-    """The JSON of an index, `{}` where there is none; `FormatError` where it does not map keys to file names."""
-    if not path.is_file():
-        return {}
+def share_ties(tensors: dict[str, torch.Tensor], metadata: Mapping[str, Any], where: str) -> None:
+    """Let keys that an index calls tied (one parameter) or shared (one memory) hold one tensor.
+
+    `FormatError` where it has something else than groups of known keys, or what they hold differs.
+    """
+    for kind in ("tied", "shared"):
+        groups = metadata.get(kind, [])
+        if not isinstance(groups, list) or not all(
+            isinstance(group, list) and len(group) > 1 and all(isinstance(key, str) for key in group)
+            for group in groups
+        ):
+            raise FormatError(f"{where}: metadata.{kind} must hold lists of two or more keys, found {shown(groups)}")
+        keys = [key for group in groups for key in group]
+        if odd := [key for key in keys if key not in tensors or keys.count(key) > 1]:
+            raise FormatError(f"{where}: metadata.{kind} names {shown(odd[0])}, which is unknown or named twice")
+        for first, *others in groups:
+            for key in others:
+                if not same_bits(tensors[first], tensors[key]):
+                    raise FormatError(f"{where}: {shown(first)} and {shown(key)} are {kind} but differ")
+                tensors[key] = tensors[first] if kind == "tied" else tensors[first].view(tensors[first].shape)
+
+
+def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """`check_index` of a file, which must be a small one."""
     if path.stat().st_size > _MAX_INDEX_BYTES:
         raise FormatError(f"{path}: {path.stat().st_size} bytes, at most {_MAX_INDEX_BYTES} are read")
     try:
         index = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not JSON: {error}") from error
-    names = index.get("weight_map") if isinstance(index, dict) else None
+    return check_index(index, str(path))
+
+
+def check_index(index: Any, where: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """`weight_map` and `metadata` of an index; `FormatError` where it does not map keys to plain file names."""
+    names, metadata = (index.get("weight_map"), index.get("metadata", {})) if isinstance(index, dict) else (None, None)
     if not isinstance(names, dict) or not names:
-        raise FormatError(f"{path}: weight_map must be an object that maps each key to a file name")
+        raise FormatError(f"{where}: weight_map must be an object that maps each key to a file name")
     for name in set(map(str, names.values())):
         if not _WEIGHT_NAME.fullmatch(name):
-            raise FormatError(f"{path}: {shown(name)} is not the plain name of a .safetensors file")
-    if not isinstance(index.get("metadata", {}), dict):
-        raise FormatError(f"{path}: metadata must be an object, found {shown(index['metadata'])}")
-    return index  # type: ignore[no-any-return]
+            raise FormatError(f"{where}: {shown(name)} is not the plain name of a .safetensors file")
+    if not isinstance(metadata, dict):
+        raise FormatError(f"{where}: metadata must be an object, found {shown(metadata)}")
+    return names, metadata
 
 
 @dataclass(frozen=True)

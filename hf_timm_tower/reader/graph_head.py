@@ -6,8 +6,9 @@ over the audited nodes; no text is ever turned into code.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,18 +17,7 @@ from torch import nn
 from .errors import ConfigError, GraphError, HeadError, shown
 from .graph_layers import build_layer
 from .graph_ops import OPS
-from .graph_program import (
-    DTYPES,
-    DtypeOf,
-    Formula,
-    FromInput,
-    Node,
-    Pairs,
-    Program,
-    Reference,
-    Slice,
-    evaluate,
-)
+from .graph_program import DTYPES, DtypeOf, Formula, FromInput, Node, Pairs, Reference, Slice, evaluate
 from .graph_schema import Graph, ModuleSpec, TensorSpec, parse_graph
 from .graph_sizes import Sizes
 from .skip_init import Budget, within_budget
@@ -64,10 +54,14 @@ class GraphHead(nn.Module):
         self.__check_input(x)
         program = self.__graph.programs[self.training]
         run = _Run(self, x, self.__constants, self.__sizes)
-        for region in _regions(program):
+        for (no_grad, autocast), nodes in groupby(program.nodes, key=lambda node: (node.no_grad, node.autocast)):
             with ExitStack() as stack:
-                _enter(stack, region[0], x)
-                for node in region:
+                if no_grad:
+                    stack.enter_context(torch.no_grad())
+                for device, enabled, dtype in autocast:
+                    kind = x.device.type if device == "input" else device
+                    stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=DTYPES[dtype] if dtype else None))
+                for node in nodes:
                     run.step(node)
         return run.resolve(program.output)
 
@@ -122,25 +116,6 @@ class GraphHead(nn.Module):
 def _settle_after_load(module: nn.Module, incompatible_keys: Any) -> None:
     if isinstance(module, GraphHead):
         module.settle()
-
-
-def _regions(program: Program) -> Iterator[list[Node]]:
-    region: list[Node] = []
-    for node in program.nodes:
-        if region and (node.no_grad, node.autocast) != (region[0].no_grad, region[0].autocast):
-            yield region
-            region = []
-        region.append(node)
-    if region:
-        yield region
-
-
-def _enter(stack: ExitStack, node: Node, x: torch.Tensor) -> None:
-    if node.no_grad:
-        stack.enter_context(torch.no_grad())
-    for device, enabled, dtype in node.autocast:
-        kind = x.device.type if device == "input" else device
-        stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=DTYPES[dtype] if dtype else None))
 
 
 class _Run:

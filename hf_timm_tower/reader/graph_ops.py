@@ -8,6 +8,7 @@ uninitialised: ``torch.empty`` and its kin are recorded as zeros, which is one o
 """
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -117,16 +118,6 @@ _FFT = "fft ifft fft2 ifft2 fftn ifftn rfft irfft rfft2 irfft2 rfftn irfftn ffts
 TENSOR_PROPERTIES = ("T", "mT", "H", "mH", "real", "imag", "data")
 
 
-def _property_reader(name: str) -> Callable[[torch.Tensor], Any]:
-    getter = getattr(torch.Tensor, name).__get__
-
-    def read(tensor: torch.Tensor) -> Any:
-        return getter(tensor)
-
-    read.__name__ = name
-    return read
-
-
 def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """`tensor.data = value`, as momentum encoders write it; only with a tensor of the same shape, dtype and device."""
     if (tensor.shape, tensor.dtype, tensor.device) != (value.shape, value.dtype, value.device):
@@ -147,7 +138,7 @@ def _build_table() -> dict[str, Callable[..., Any]]:
             if function is not None:
                 table[f"{prefix}.{name}"] = function
     for name in TENSOR_PROPERTIES:
-        table[f"Tensor.{name}"] = _property_reader(name)
+        table[f"Tensor.{name}"] = attrgetter(name)
     table["Tensor.set_data_"] = _set_data
     table["torch.draw_dirichlet"] = _draw_dirichlet
     return table

@@ -110,18 +110,6 @@ def rebuild_head(spec: dict[str, Any]) -> nn.Module:
     raise HeadError(f"config.head: unknown form {shown(form)}; this version reads 'graph', 'registered' and 'code'")
 
 
-def check_stored(spec: Any, tower_class: str | None) -> None:
-    """Refuse `config.head` of a file that no save writes by a `HeadError` that names the form."""
-    if spec is None:
-        return
-    form = spec.get("form")
-    if form not in ("graph", "registered", CODE, SUBCLASS) or (form == SUBCLASS and tower_class is None):
-        raise HeadError(
-            f"config.head: form {shown(form)} is not one of a saved tower (graph, registered, code, or subclass with "
-            "tower_class)"
-        )
-
-
 def code_file(config: dict[str, Any]) -> str | None:
     """Name of the source file of a head that is stored as code, None for every other; `FormatError` for other names."""
     head = config.get("head")

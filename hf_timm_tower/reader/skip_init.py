@@ -13,7 +13,7 @@ import copy
 import inspect
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -212,8 +212,8 @@ def _takes_generator(func: Any) -> bool:
 
 def _leaves(value: Any) -> Iterator[Any]:
     """What is in tuples, lists and dicts, however deep."""
-    if isinstance(value, (tuple, list, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
+    if isinstance(value, (tuple, list, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from _leaves(item)
     else:
         yield value

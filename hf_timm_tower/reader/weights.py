@@ -60,54 +60,68 @@ def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
     Raises:
         FormatError: a file is damaged, or the index does not fit the files.
     """
-    index = read_index(files[0].with_name(INDEX_FILE))
-    weight_map = index.get("weight_map")
+    where = files[0].with_name(INDEX_FILE)
+    weight_map, metadata = read_index(where) if where.is_file() else (None, {})
     found: dict[str, torch.Tensor] = {}
     for file in files:
         try:
             tensors = load_file(file)
         except (SafetensorError, OSError, ValueError) as error:
             raise FormatError(f"{file}: not a safetensors file that can be read: {error}") from error
-        if isinstance(weight_map, dict):
+        if weight_map is not None:
             listed = {key for key, name in weight_map.items() if name == file.name}
             if odd := sorted(listed ^ tensors.keys()):
                 raise FormatError(f"{file}: {len(odd)} keys are not where the index puts them, such as {shown(odd[0])}")
         found.update(tensors)
     found = _aligned(found)
-    metadata = index.get("metadata")
-    for kind in ("tied", "shared"):
-        groups = metadata.get(kind, []) if isinstance(metadata, dict) else []
-        for group in groups if isinstance(groups, list) else []:
-            if not isinstance(group, list) or any(key not in found for key in group):
-                raise FormatError(f"{files[0].parent / INDEX_FILE}: metadata.{kind} names unknown keys: {shown(group)}")
-            first = found[group[0]]
-            if odd := [key for key in group if not same_bits(found[key], first)]:
-                raise FormatError(
-                    f"{files[0].parent / INDEX_FILE}: {shown(odd[0])} is {kind} with another key but differs"
-                )
-            found.update((key, first if kind == "tied" else first.view(first.shape)) for key in group[1:])
+    share_ties(found, metadata, str(where))
     return found
 
 
-def read_index(path: Path) -> dict[str, Any]:
-    """The JSON of an index, `{}` where there is none; `FormatError` where it does not map keys to file names."""
-    if not path.is_file():
-        return {}
+def share_ties(tensors: dict[str, torch.Tensor], metadata: Mapping[str, Any], where: str) -> None:
+    """Let keys that an index calls tied (one parameter) or shared (one memory) hold one tensor.
+
+    `FormatError` where it has something else than groups of known keys, or what they hold differs.
+    """
+    for kind in ("tied", "shared"):
+        groups = metadata.get(kind, [])
+        if not isinstance(groups, list) or not all(
+            isinstance(group, list) and len(group) > 1 and all(isinstance(key, str) for key in group)
+            for group in groups
+        ):
+            raise FormatError(f"{where}: metadata.{kind} must hold lists of two or more keys, found {shown(groups)}")
+        keys = [key for group in groups for key in group]
+        if odd := [key for key in keys if key not in tensors or keys.count(key) > 1]:
+            raise FormatError(f"{where}: metadata.{kind} names {shown(odd[0])}, which is unknown or named twice")
+        for first, *others in groups:
+            for key in others:
+                if not same_bits(tensors[first], tensors[key]):
+                    raise FormatError(f"{where}: {shown(first)} and {shown(key)} are {kind} but differ")
+                tensors[key] = tensors[first] if kind == "tied" else tensors[first].view(tensors[first].shape)
+
+
+def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """`check_index` of a file, which must be a small one."""
     if path.stat().st_size > _MAX_INDEX_BYTES:
         raise FormatError(f"{path}: {path.stat().st_size} bytes, at most {_MAX_INDEX_BYTES} are read")
     try:
         index = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not JSON: {error}") from error
-    names = index.get("weight_map") if isinstance(index, dict) else None
+    return check_index(index, str(path))
+
+
+def check_index(index: Any, where: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """`weight_map` and `metadata` of an index; `FormatError` where it does not map keys to plain file names."""
+    names, metadata = (index.get("weight_map"), index.get("metadata", {})) if isinstance(index, dict) else (None, None)
     if not isinstance(names, dict) or not names:
-        raise FormatError(f"{path}: weight_map must be an object that maps each key to a file name")
+        raise FormatError(f"{where}: weight_map must be an object that maps each key to a file name")
     for name in set(map(str, names.values())):
         if not _WEIGHT_NAME.fullmatch(name):
-            raise FormatError(f"{path}: {shown(name)} is not the plain name of a .safetensors file")
-    if not isinstance(index.get("metadata", {}), dict):
-        raise FormatError(f"{path}: metadata must be an object, found {shown(index['metadata'])}")
-    return index  # type: ignore[no-any-return]
+            raise FormatError(f"{where}: {shown(name)} is not the plain name of a .safetensors file")
+    if not isinstance(metadata, dict):
+        raise FormatError(f"{where}: metadata must be an object, found {shown(metadata)}")
+    return names, metadata
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ train mode, it does not here.
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from ..files.private_draws import private_draws
 from ..heads.batch_formula import same_bytes
 from ..reader.errors import ArgumentError, ConfigError, FolderError, FormatError
 from ..reader.freezing import is_held, keeps_statistics
+from ..reader.skip_init import tensors_in
 from ..reader.tower import HeadInput, run_head
 from ..reader.trunk import eval_mode, float_dtype
 from .feature_rows import ImageRows, Sample, take_sample
@@ -120,21 +121,12 @@ class CachedFeatures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
             ArgumentError: a number is out of range.
         """
         _check_whole("batch_size", batch_size, 1)
+        if version is not None and not 0 <= version < self.repeats:
+            raise ArgumentError(f"version={version}: the cache has {self.repeats}, counted from 0")
         rows = len(self) if version is None else self.images
-        first = 0
-        if version is not None:
-            if not 0 <= version < self.repeats:
-                raise ArgumentError(f"version={version}: the cache has {self.repeats}, counted from 0")
-            first = version * self.images
-        return self._batches(rows, first, batch_size, shuffle, drop_last, generator)
-
-    def _batches(
-        self, rows: int, first: int, size: int, shuffle: bool, drop_last: bool, generator: torch.Generator | None
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         order = torch.randperm(rows, generator=generator) if shuffle else torch.arange(rows)
-        for batch in torch.split(order + first, size):
-            if len(batch) == size or not drop_last:
-                yield self.take(batch)
+        batches = torch.split(order + (version or 0) * self.images, batch_size)
+        return (self.take(batch) for batch in batches if len(batch) == batch_size or not drop_last)
 
 
 def forward_from_cache(tower: "TimmModel", features: torch.Tensor) -> Any:
@@ -242,9 +234,12 @@ def _fill(
 
 def _features_of(tower: "TimmModel", images: torch.Tensor) -> torch.Tensor:
     """Images on the CPU -> the head's input, on the trunk's device."""
-    device = next(tower.trunk.parameters()).device
     with torch.no_grad():
-        return tower._head_input(tower.trunk(images.to(device, float_dtype(tower.trunk))))
+        return tower._head_input(tower.trunk(_on_trunk(tower, images)))
+
+
+def _on_trunk(tower: "TimmModel", images: torch.Tensor) -> torch.Tensor:
+    return images.to(next(tower.trunk.parameters()).device, float_dtype(tower.trunk))
 
 
 def _check_trunk_frozen(tower: "TimmModel") -> None:
@@ -275,8 +270,7 @@ def _proven_features(tower: "TimmModel", inputs: torch.Tensor) -> torch.Tensor:
     """
     with eval_mode(tower):
         with torch.enable_grad():
-            device = next(tower.trunk.parameters()).device
-            if tower.trunk(inputs.to(device, float_dtype(tower.trunk))).requires_grad:
+            if tower.trunk(_on_trunk(tower, inputs)).requires_grad:
                 raise ConfigError(
                     "the trunk's parameters are frozen, but something else in it trains (a hook, a replaced forward): "
                     "cached features would not follow it"
@@ -284,22 +278,15 @@ def _proven_features(tower: "TimmModel", inputs: torch.Tensor) -> torch.Tensor:
         features = _features_of(tower, inputs)
         with torch.no_grad():
             with private_draws(0):
-                whole = _tensors(tower(inputs.to(device, float_dtype(tower.trunk))))
+                whole = tensors_in(tower(_on_trunk(tower, inputs)))
             with private_draws(0):
-                by_head = _tensors(forward_from_cache(tower, features))
+                by_head = tensors_in(forward_from_cache(tower, features))
     if len(whole) != len(by_head) or not all(map(same_bytes, whole, by_head)):
         raise ConfigError(
             f"the forward of {type(tower).__name__} is more than its head on what its trunk gives, so that cached "
             "features cannot replace the trunk"
         )
     return features
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, Sequence) else ()
-    return [] if isinstance(value, str) else [tensor for item in items for tensor in _tensors(item)]
 
 
 def _made_of(tower: "TimmModel", rows: ImageRows, sample: Sample, dtype: torch.dtype) -> dict[str, Any]:

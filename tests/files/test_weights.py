@@ -725,7 +725,7 @@ def test_a_file_name_that_a_terminal_would_act_on_is_refused_and_shown_escaped(t
     index = read_json(tmp_path / INDEX_NAME)
     index["weight_map"]["trunk.x"] = name
     write_json(tmp_path / INDEX_NAME, index)
-    with pytest.raises(FormatError, match="plain file name") as caught:
+    with pytest.raises(FormatError, match="not the plain name of a") as caught:
         read_weights(tmp_path)
     assert str(caught.value).isprintable()
 
