@@ -80,8 +80,8 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             license: For the card; never guessed.
             metrics: Name -> figure, for the card's table and its `model-index`.
             evaluated_on: Id of the data set that they were measured on.
-            include_code: None: the folder carries this package's core, so that stock transformers can load it. True:
-                also the source of the head, where it cannot be stored in another form. False: no code at all.
+            include_code: None: the folder carries its reader, so that it loads where this package is not installed.
+                True: also the source of the head, where it cannot be stored in another form. False: no code at all.
             max_shard_size: Largest weight file, in bytes or as `"5GB"`.
             is_main_process: False saves nothing: another process does.
             state_dict: The weights, where they had to be gathered from several processes.

@@ -210,7 +210,7 @@ def _construct(
     strict: bool = True,
 ) -> T:
     """Build without initialisation and within the budget, put the weights in, eval mode."""
-    with skip_init(Budget.for_weights(stored.nbytes)):
+    with skip_init(Budget.for_weights(sum(tensor.nbytes for tensor in stored.weights.values()))):
         tower = make()
     if not strict:
         weights = _without_unexpected(weights, tower, where)

@@ -116,25 +116,31 @@ class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
         )
         self._assemble(config, custom_head, pretrained=pretrained)
 
-    def _assemble(self, config: TimmTowerConfig, custom_head: CustomHead | None, pretrained: bool = False) -> None:
+    def _assemble(
+        self,
+        config: TimmTowerConfig,
+        custom_head: CustomHead | None,
+        *,
+        pretrained: bool = False,
+        trunk: nn.Module | None = None,
+    ) -> None:
+        fresh, given = config.num_features is None, trunk
+
         def make_trunk(settled: TimmTowerConfig) -> nn.Module:
             self.config = settled
-            return self._create_trunk(pretrained=pretrained)
+            if given is None:
+                return self._create_trunk(pretrained=pretrained)
+            remove_classifier(given, config)
+            return given
 
-        self.config = config
-        self._assemble_on(make_trunk, custom_head)
-
-    def _assemble_on(self, make_trunk: Callable[[TimmTowerConfig], nn.Module], custom_head: CustomHead | None) -> None:
-        fresh = self.config.num_features is None
-
-        def make_head(config: TimmTowerConfig) -> nn.Module:
-            self.config = config
+        def make_head(done: TimmTowerConfig) -> nn.Module:
+            self.config = done
             self._custom_head = custom_head  # for `_create_head`, whose signature is its users'
-            head = self._create_head(config.num_features, config.embed_dim)  # type: ignore[arg-type]
+            head = self._create_head(done.num_features, done.embed_dim)  # type: ignore[arg-type]
             del self._custom_head
             return head
 
-        self.config, trunk, head, self._head_input = build_parts(self.config, make_trunk, make_head)
+        self.config, trunk, head, self._head_input = build_parts(config, make_trunk, make_head)
         self.trunk, self.head = trunk, head
         if fresh and not isinstance(custom_head, nn.Module):
             anchor = next(trunk.parameters())
@@ -209,13 +215,7 @@ class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
         check_rebuilt(trunk, config, with_classifier=True)
         tower = cls.__new__(cls)
         nn.Module.__init__(tower)
-        tower.config = config
-
-        def bared(settled: TimmTowerConfig) -> nn.Module:
-            remove_classifier(trunk, config)
-            return trunk
-
-        tower._assemble_on(bared, custom_head)
+        tower._assemble(config, custom_head, trunk=trunk)
         return tower
 
     # --- running

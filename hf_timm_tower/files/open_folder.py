@@ -7,6 +7,8 @@ opened is remembered, so that `staging.read_folder` sees whether another save ca
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -88,11 +90,8 @@ class OpenFolder:
             FolderError: it is missing or cannot be read.
             FormatError: too large, or not a regular file.
         """
-        descriptor = self._open_present(name)
-        try:
+        with self._present(name) as descriptor:
             return read_bounded(descriptor, f"{self.path / name}", max_bytes)
-        finally:
-            os.close(descriptor)
 
     def read_text(self, name: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
         """The whole file as text; see `read_bytes`.
@@ -126,14 +125,11 @@ class OpenFolder:
             mmap: False reads into memory of its own.
             digests: Takes the `file_digest` of the file under its name.
         """
-        descriptor = self._open_present(name)
-        try:
-            where = f"{self.path / name}"
+        where = f"{self.path / name}"
+        with self._present(name) as descriptor:
             if digests is not None:
                 digests[name] = file_digest(descriptor, where)
             return read_aligned_descriptor(descriptor, where, mmap)
-        finally:
-            os.close(descriptor)
 
     def has_changed(self, *, also_vanished: bool) -> bool:
         """Whether a file that was asked for is now another one.
@@ -162,13 +158,17 @@ class OpenFolder:
                 return True
         return False
 
-    def _open_present(self, name: str) -> int:
+    @contextmanager
+    def _present(self, name: str) -> Iterator[int]:
         descriptor = self._open(name)
         if descriptor is None:
             raise FolderError(
                 f"{self.path / name} is missing; the folder is incomplete or not a tower: download or save it again"
             )
-        return descriptor
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def _open(self, name: str) -> int | None:
         """Open `name` and remember which file it was; None where there is none."""

@@ -1,8 +1,8 @@
 """`TimmTowerConfig`: everything that rebuilds a tower with no network.
 
 The config is validated once, when it is made: types by huggingface_hub's `@strict` (as transformers' own configs),
-meaning by the checks below. `tower.complete` fills in what only the trunk can tell (its width, its layout, its own
-pool), after which the config is a full description.
+meaning by the checks below. `build.resolve_config` fills in what only the trunk can tell (its width, its layout, its
+own pool), after which the config is a full description.
 """
 
 import difflib

@@ -66,7 +66,7 @@ _SIZED_BY_NUMBERS = frozenset(
     """.split()
 )
 """Operations whose numbers alone say how large the result is. What sizes and numbers do together is counted when the
-graph runs (`graph_head.Sizes`)."""
+graph runs (`graph_sizes.Sizes`)."""
 
 
 @dataclass(frozen=True)

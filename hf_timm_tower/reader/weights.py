@@ -45,11 +45,6 @@ class StoredTower:
     weights: Mapping[str, torch.Tensor]
     fingerprint: dict[str, Any] | None = None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all weights."""
-        return sum(tensor.nbytes for tensor in self.weights.values())
-
 
 def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
     """Key -> tensor of a tower's weight files, which lie in one folder with their index.

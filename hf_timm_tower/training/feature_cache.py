@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
@@ -32,9 +32,6 @@ from ..reader.tower import HeadInput, run_head
 from ..reader.trunk import eval_mode, float_dtype
 from .feature_rows import ImageRows, Sample, take_sample
 from .feature_store import DTYPES, Column, Plan, prepare_folder, read_plan, read_table, rows_written, write_rows
-
-if TYPE_CHECKING:
-    from ..timm_model import TimmModel
 
 _STORED = (None, torch.float32, torch.float16, torch.bfloat16)
 
@@ -129,7 +126,7 @@ class CachedFeatures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return (self.take(batch) for batch in batches if len(batch) == batch_size or not drop_last)
 
 
-def forward_from_cache(tower: "TimmModel", features: torch.Tensor) -> Any:
+def forward_from_cache(tower: Any, features: torch.Tensor) -> Any:
     """Stored features `[B, ...]`, on the head's device -> what `tower(images)` gives, by the head alone.
 
     The trunk is not looked at: it must be as it was when the features were made.
@@ -138,7 +135,7 @@ def forward_from_cache(tower: "TimmModel", features: torch.Tensor) -> Any:
 
 
 def cache_features(
-    tower: "TimmModel",
+    tower: Any,
     dataset: Any,
     path: str | os.PathLike[str],
     *,
@@ -209,7 +206,7 @@ def cache_features(
 
 
 def _fill(
-    tower: "TimmModel", rows: ImageRows, folder: Path, plan: Plan, batch_size: int, num_workers: int, progress: bool
+    tower: Any, rows: ImageRows, folder: Path, plan: Plan, batch_size: int, num_workers: int, progress: bool
 ) -> None:
     with write_rows(folder, plan) as writer:
         if writer.rows == plan.rows:
@@ -232,17 +229,17 @@ def _fill(
                 bar.update(len(images))
 
 
-def _features_of(tower: "TimmModel", images: torch.Tensor) -> torch.Tensor:
+def _features_of(tower: Any, images: torch.Tensor) -> torch.Tensor:
     """Images on the CPU -> the head's input, on the trunk's device."""
     with torch.no_grad():
-        return tower._head_input(tower.trunk(_on_trunk(tower, images)))
+        return tower._head_input(tower.trunk(_on_trunk(tower, images)))  # type: ignore[no-any-return]
 
 
-def _on_trunk(tower: "TimmModel", images: torch.Tensor) -> torch.Tensor:
+def _on_trunk(tower: Any, images: torch.Tensor) -> torch.Tensor:
     return images.to(next(tower.trunk.parameters()).device, float_dtype(tower.trunk))
 
 
-def _check_trunk_frozen(tower: "TimmModel") -> None:
+def _check_trunk_frozen(tower: Any) -> None:
     trains = [name for name, parameter in tower.trunk.named_parameters() if parameter.requires_grad]
     if trains:
         raise ConfigError(
@@ -261,7 +258,7 @@ def _check_trunk_frozen(tower: "TimmModel") -> None:
         )
 
 
-def _proven_features(tower: "TimmModel", inputs: torch.Tensor) -> torch.Tensor:
+def _proven_features(tower: Any, inputs: torch.Tensor) -> torch.Tensor:
     """The head's input for some images, if trunk and head are all there is of the tower's forward.
 
     Raises:
@@ -289,7 +286,7 @@ def _proven_features(tower: "TimmModel", inputs: torch.Tensor) -> torch.Tensor:
     return features
 
 
-def _made_of(tower: "TimmModel", rows: ImageRows, sample: Sample, dtype: torch.dtype) -> dict[str, Any]:
+def _made_of(tower: Any, rows: ImageRows, sample: Sample, dtype: torch.dtype) -> dict[str, Any]:
     """All that the stored rows depend on, as JSON gives it back."""
     config = tower.config
     device = next(tower.trunk.parameters()).device.type
