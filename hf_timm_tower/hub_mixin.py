@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from huggingface_hub import PyTorchModelHubMixin
 
-from .files.fingerprint import Verification, compare, run_probe
+from .files.fingerprint import Verification, compare
 from .hub.card import CardOptions, as_tags
 from .hub.download import Access
 from .hub.fetch import fetch_tower
@@ -313,6 +313,4 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         """
         if self._fingerprint is None:
             raise FolderError("this tower has no fingerprint: it was neither saved nor loaded, or its folder has none")
-        size: list[int] = list(self.config.image_size)  # type: ignore[arg-type]
-        outputs = run_probe(self, self.config.in_chans, size)
-        return compare(self._fingerprint, self, outputs, self.config.in_chans, size)
+        return compare(self._fingerprint, self)

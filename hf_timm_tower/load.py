@@ -5,13 +5,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn as nn
 from transformers.utils.hub import cached_file
 
-from .files.fingerprint import compare, run_probe
+from .files.fingerprint import compare
 from .files.names import CONFIG_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME
 from .files.open_folder import OpenFolder
 from .files.same_save import check_processor, mismatch
@@ -30,16 +30,6 @@ from .reader.tower import CLASSIFIER, Tower, build_tower, has_classifier, plain_
 from .reader.trunk import buffers_as_timm, float_dtype, native_size
 from .reader.weights import StoredTower, assign_weights, parse_trunk_source
 from .subclassing import rebuild
-
-
-class Loaded(Protocol):
-    """What `load_tower` makes: a tower that keeps its fingerprint."""
-
-    config: TimmTowerConfig
-    trunk: nn.Module
-    head: nn.Module
-    _fingerprint: dict[str, Any] | None
-
 
 T = TypeVar("T", bound=nn.Module)
 
@@ -241,8 +231,8 @@ def make_code_head(spec: dict[str, Any], place: str, **download: Any) -> nn.Modu
     return _trusted_head(spec, path.parent, True, None)
 
 
-def check_given_head(tower: Loaded) -> None:
-    """A head of another class may have the same weights; the fingerprint tells them apart.
+def check_given_head(tower: Any) -> None:
+    """A head of another class may have the same weights; the fingerprint that the tower keeps tells them apart.
 
     Raises:
         HeadError: it gives other outputs than the head that was saved.
@@ -253,9 +243,7 @@ def check_given_head(tower: Loaded) -> None:
             f"custom_head={type(tower.head).__name__}: the folder has no fingerprint.json to check it against. Load "
             "the tower without it and set tower.head."
         )
-    size, module = native_size(tower.config), tower
-    outputs = run_probe(module, tower.config.in_chans, size)  # type: ignore[arg-type]
-    found = compare(tower._fingerprint, module, outputs, tower.config.in_chans, size)  # type: ignore[arg-type]
+    found = compare(tower._fingerprint, tower)
     if found.status == "different":
         named = f"the head registered as {shown(spec.get('name'))}" if spec.get("form") == "registered" else "the head"
         raise HeadError(

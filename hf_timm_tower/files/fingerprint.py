@@ -21,7 +21,7 @@ import torch.nn as nn
 import transformers
 
 from ..reader.errors import FormatError, TowerError, shown
-from ..reader.trunk import eval_mode
+from ..reader.trunk import eval_mode, native_size
 from .private_draws import private_draws
 from .safetensors_layout import bytes_of
 
@@ -184,21 +184,19 @@ def surroundings(tower: nn.Module) -> dict[str, str]:
     }
 
 
-def compare(
-    saved: Mapping[str, Any], tower: nn.Module, outputs: dict[str, torch.Tensor], in_chans: int, image_size: list[int]
-) -> Verification:
-    """A saved fingerprint against the outputs of now.
+def compare(saved: Mapping[str, Any], tower: Any) -> Verification:
+    """A saved fingerprint against what a tower gives now.
 
     Args:
         saved: The JSON of `fingerprint.json`.
-        tower: For its weights and device.
-        outputs: From `run_probe`.
-        in_chans: Of the probe that made the outputs.
-        image_size: Of the probe that made the outputs.
+        tower: With its `config`.
 
     Raises:
+        TowerError: as from `run_probe`.
         FormatError: the fingerprint is malformed or of an unknown version.
     """
+    in_chans, image_size = tower.config.in_chans, native_size(tower.config)
+    outputs = run_probe(tower, in_chans, image_size)
     try:
         version, then = saved["fingerprint_version"], saved["outputs"]
         changed = _changes(saved, tower)
@@ -208,8 +206,8 @@ def compare(
         if version != FINGERPRINT_VERSION:
             raise FormatError(f"fingerprint.json: version {shown(version)}, this package reads {FINGERPRINT_VERSION}")
         shapes = {path: (entry["shape"], entry["dtype"]) for path, entry in then.items()}
-        if shapes != {path: (list(tensor.shape), str(tensor.dtype)) for path, tensor in outputs.items()}:
-            now = {path: (list(tensor.shape), str(tensor.dtype)) for path, tensor in outputs.items()}
+        now = {path: (list(tensor.shape), str(tensor.dtype)) for path, tensor in outputs.items()}
+        if shapes != now:
             return Verification("different", float("inf"), float("inf"), 0.0, {**changed, "outputs": (shapes, now)})
         if all(entry["sha256"] == hashlib.sha256(bytes_of(outputs[path])).hexdigest() for path, entry in then.items()):
             return Verification("equal", 0.0, 0.0, 0.0, changed)

@@ -131,6 +131,11 @@ class OpenFolder:
                 digests[name] = file_digest(descriptor, where)
             return read_aligned_descriptor(descriptor, where, mmap)
 
+    def digest(self, name: str) -> str:
+        """The `safetensors_read.file_digest` of a file."""
+        with self._present(name) as descriptor:
+            return file_digest(descriptor, f"{self.path / name}")
+
     def has_changed(self, *, also_vanished: bool) -> bool:
         """Whether a file that was asked for is now another one.
 

@@ -39,7 +39,10 @@ def read_aligned(path: str | os.PathLike[str], mmap: bool = True) -> dict[str, T
         FormatError: it is not a well-formed safetensors file (the message names file and key).
     """
     where = os.fspath(path)
-    descriptor = _open(path)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        raise folder_error(f"{where}: cannot be opened", error) from error
     try:
         return read_aligned_descriptor(descriptor, where, mmap)
     finally:
@@ -57,15 +60,6 @@ def read_aligned_descriptor(descriptor: int, where: str, mmap: bool = True) -> d
         if isinstance(error, FolderError):
             raise
         raise folder_error(f"{where}: cannot be read", error) from error
-
-
-def digest_of_file(path: str | os.PathLike[str]) -> str:
-    """`file_digest` of a file by its path."""
-    descriptor = _open(path)
-    try:
-        return file_digest(descriptor, os.fspath(path))
-    finally:
-        os.close(descriptor)
 
 
 def file_digest(descriptor: int, where: str) -> str:
@@ -86,13 +80,6 @@ def file_digest(descriptor: int, where: str) -> str:
     except OSError as error:
         raise folder_error(f"{where}: cannot be read", error) from error
     return digest.hexdigest()
-
-
-def _open(path: str | os.PathLike[str]) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    except OSError as error:
-        raise folder_error(f"{os.fspath(path)}: cannot be opened", error) from error
 
 
 def _size_of(descriptor: int, where: str) -> int:
