@@ -76,12 +76,16 @@ class OpenFolder:
             self._handle = None
 
     def has(self, name: str) -> bool:
-        """Whether there is something called `name` in the folder."""
-        descriptor = self._open(name)
-        if descriptor is None:
-            return False
-        os.close(descriptor)
-        return True
+        """Whether there is something called `name` in the folder; it is not opened."""
+        require_plain_name(name, f"{self.path}")
+        try:
+            status = self._status(name)
+        except FolderError:
+            raise
+        except OSError as error:
+            raise folder_error(f"{self.path / name}: cannot be looked up", error) from error
+        self._seen[name] = None if status is None else _identity(status)
+        return status is not None
 
     def read_bytes(self, name: str, max_bytes: int = MAX_JSON_BYTES) -> bytes:
         """The whole file; refused by its size, before reading, where it is larger than `max_bytes`.
@@ -145,20 +149,17 @@ class OpenFolder:
         """
         if also_vanished:
             try:
-                status = os.stat(self.path)
+                here = os.stat(self.path)
             except OSError:
                 return True
-            if (status.st_dev, status.st_ino) != self._folder:
+            if (here.st_dev, here.st_ino) != self._folder:
                 return True
         for name, before in self._seen.items():
             try:
-                descriptor = self._find(name)
+                status = self._status(name)
             except OSError:
                 return True  # it could be looked up before
-            now = None
-            if descriptor is not None:
-                now = _identity(descriptor)
-                os.close(descriptor)
+            now = None if status is None else _identity(status)
             if now != before and (now is not None or also_vanished):
                 return True
         return False
@@ -180,26 +181,36 @@ class OpenFolder:
         require_plain_name(name, f"{self.path}")
         try:
             descriptor = self._find(name)
+        except FolderError:
+            raise
         except OSError as error:
-            if isinstance(error, FolderError):
-                raise
             raise folder_error(f"{self.path / name}: cannot be opened", error) from error
-        self._seen[name] = None if descriptor is None else _identity(descriptor)
+        self._seen[name] = None if descriptor is None else _identity(os.fstat(descriptor))
         return descriptor
 
     def _find(self, name: str) -> int | None:
         try:
-            if self._handle is None:
-                return self._open_link(name) if (self.path / name).is_symlink() else os.open(self.path / name, _READ)
-            return os.open(name, _READ | _NOFOLLOW, dir_fd=self._handle)
+            if self._handle is not None:
+                return os.open(name, _READ | _NOFOLLOW, dir_fd=self._handle)
+            if not (self.path / name).is_symlink():
+                return os.open(self.path / name, _READ)
         except FileNotFoundError:
             return None
         except OSError as error:
-            if error.errno == errno.ELOOP:
-                return self._open_link(name)
-            raise
+            if error.errno != errno.ELOOP:
+                raise
+        return os.open(self._goal(name), _READ | _NOFOLLOW)
 
-    def _open_link(self, name: str) -> int:
+    def _status(self, name: str) -> os.stat_result | None:
+        place = self.path / name if self._handle is None else name
+        try:
+            status = os.stat(place, dir_fd=self._handle, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        return os.stat(self._goal(name), follow_symlinks=False) if stat.S_ISLNK(status.st_mode) else status
+
+    def _goal(self, name: str) -> Path:
+        """Where a link of this name leads, which must be inside the folder or the repository's part of the cache."""
         here = Path(os.path.realpath(self.path))
         goal = Path(os.path.realpath(self.path / name))
         # models--org--name/snapshots/<commit>[/subfolder]/file -> models--org--name/blobs/<hash>
@@ -214,7 +225,7 @@ class OpenFolder:
             raise FolderError(
                 f"{self.path / name} is a link to {shown(str(goal))}, which is missing; download the tower again"
             )
-        return os.open(goal, _READ | _NOFOLLOW)
+        return goal
 
 
 def read_json(
@@ -263,7 +274,6 @@ def require_plain_name(name: str, where: str) -> None:
         raise FormatError(f"{where}: {shown(name)} is not a plain file name; files of a tower are in its own folder")
 
 
-def _identity(descriptor: int) -> tuple[int, ...]:
+def _identity(status: os.stat_result) -> tuple[int, ...]:
     """Two equal ones: the same file with the same contents."""
-    status = os.fstat(descriptor)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
