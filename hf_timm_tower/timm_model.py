@@ -11,27 +11,24 @@ import torch.nn as nn
 from .build import (
     add_rates,
     build_parts,
-    check_embedding,
     checked_arguments,
-    example_input,
     head_fields,
-    resolve_config,
 )
-from .heads.isolation import copy_module
+from .embedding.mixin import EmbeddingMixin
 from .heads.registry import make_custom_head
 from .hub_mixin import TowerHubMixin
+from .input_size import set_input_size
 from .interop.mixin import InterchangeMixin
 from .interop.timm_face import TimmFace
 from .interop.timm_repo import is_timm_source, open_timm_source
 from .interop.timm_weights import fill_trunk
 from .interop.torchscript import ScriptableTower
-from .reader.config import TimmTowerConfig, check_size
+from .reader.config import TimmTowerConfig
 from .reader.errors import ConfigError, HeadError
 from .reader.freezing import keep_statistics
 from .reader.head import LIVE, SUBCLASS, CustomHead, builtin_head, rebuild_head
-from .reader.model_args import FROM_TRUNK
-from .reader.tower import HeadInput, run_head
-from .reader.trunk import BUILD_ERRORS, create_trunk, float_dtype, remove_classifier
+from .reader.tower import run_head
+from .reader.trunk import create_trunk, float_dtype, remove_classifier
 from .subclassing import REBUILDING, overrides, rebuild
 from .training.feature_cache import cache_features, forward_from_cache
 from .training.freezing import frozen_context, note_fixed
@@ -39,10 +36,10 @@ from .training.layer_groups import layer_groups
 from .training.lock import lock, unlock
 from .training.param_groups import param_groups, summary_table
 from .training.transform import make_transform
-from .trunk_facts import check_rebuilt, record_size, trunk_arguments
+from .trunk_facts import check_rebuilt, trunk_arguments
 
 
-class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
+class TimmModel(EmbeddingMixin, InterchangeMixin, TimmFace, TowerHubMixin):
     """A timm trunk and a head as one model: image `[B, in_chans, H, W]` in, embedding `[B, embed_dim]` out.
 
     Args:
@@ -171,6 +168,21 @@ class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
         if self.config.head is not None and form != SUBCLASS:
             return rebuild_head(self.config.head)
         return builtin_head(self.config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the trunk is."""
+        return next(self.trunk.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the images that the tower takes: that of the trunk's first floating-point parameter."""
+        return float_dtype(self.trunk)
+
+    @property
+    def num_features(self) -> int:
+        """Width of what the pool leaves for the head, in channels."""
+        return self.config.num_features  # type: ignore[return-value]
 
     @classmethod
     def from_config(cls, config: TimmTowerConfig, custom_head: CustomHead | None = None) -> Self:
@@ -317,36 +329,7 @@ class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
             ConfigError: the trunk does not run at this size, or timm cannot build it for this size. The tower is as
                 before.
         """
-        size = check_size("image_size", image_size)
-        # on a copy first: timm changes some trunks before it refuses a size
-        trial = copy_module(self.trunk)
-        config = self._resized(trial, size)
-        config = record_size(trial, config, own_trunk=overrides(type(self), "_create_trunk"))
-        self._resized(self.trunk, size)
-        self.config = config
-        self._head_input = HeadInput.of(self.config, self.trunk)
-
-    def _resized(self, trunk: nn.Module, size: list[int]) -> TimmTowerConfig:
-        """Resize a trunk and say what the config then is; the head must still fit."""
-        config = copy.deepcopy(self.config)
-        config.image_size = size
-        if hasattr(trunk, "set_input_size"):
-            try:
-                trunk.set_input_size(img_size=tuple(size))  # type: ignore[operator]
-            except BUILD_ERRORS as error:
-                raise ConfigError(f"{config.architecture} cannot take image_size={size}: {error}") from error
-            now = trunk_arguments(trunk)["model_args"]
-            kept = {key: now[key] for key in now if key not in FROM_TRUNK}
-            config.model_args = {**(config.model_args or {}), **kept}
-        config, output = resolve_config(config, trunk)
-        if config.pool == "abs_attn" and config.feat_size != self.config.feat_size:
-            raise ConfigError(
-                f"image_size={size}: pool='abs_attn' has a position for every place of a {self.config.feat_size} map, "
-                f"which would become {config.feat_size}; pool='rot_attn' takes any size"
-            )
-        if config.head is not None:
-            check_embedding(config, self.head, example_input(config, trunk, output))
-        return config
+        set_input_size(self, image_size, own_trunk=overrides(type(self), "_create_trunk"))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass instead of keeping them.

@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -141,6 +142,30 @@ def identity(path: Path) -> list[int] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     return [status.st_dev, status.st_ino]
+
+
+@contextmanager
+def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
+    """A new folder for as long as the block runs; it may grow as large as a tower, so that an interrupt removes it too.
+
+    Args:
+        prefix: Of its name.
+        parent: Where it is made; None for the system's folder of temporary files.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    try:
+        yield folder
+    finally:
+        remove_folder(folder)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder with all in it, as far as that can be done, also where an interrupt comes meanwhile."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def sync_tree(folder: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ConfigError, FormatError, shown
 from ..reader.image_processing import (
+    PROCESSOR_AUTO_MAP,
     PROCESSOR_FACTS,
     PROCESSOR_KEYS,
     PROCESSOR_TYPE,
@@ -87,6 +88,12 @@ def mismatch(
     return None
 
 
+def form_digest(config: TimmTowerConfig) -> str:
+    """Digest of what decides, beside the weights, which figures a tower gets: its form, and how images are prepared."""
+    fields = config.to_dict()
+    return _digest({**_of_config(fields), "preprocess": fields["preprocess"]})
+
+
 def _of_config(config: Mapping[str, Any]) -> dict[str, str]:
     return {field: _digest(config[field]) for field in _FIELDS if config.get(field) is not None}
 
@@ -99,11 +106,21 @@ def _digest(value: Any) -> str:
 # --- preprocessor_config.json, which says again what config.json says of preprocessing
 
 
-def facts_in_tower(config: TimmTowerConfig) -> dict[str, Any]:
-    """What it holds beside a tower's `config.json`, which names the class.
+def processor_dict(config: TimmTowerConfig) -> dict[str, Any]:
+    """What the file holds where the processor's code is beside it, or the processor is stored alone.
 
-    Here the class's name and `auto_map` would make transformers look for a video processor too, and ask every user of a
-    pipeline whether to trust the code, although the class is registered.
+    Written with `json.dumps(..., indent=2, sort_keys=True)` and a newline it is, byte for byte, what
+    `TimmTowerImageProcessor.save_pretrained` writes. That it names the class makes transformers, where this package is
+    absent, ask for `trust_remote_code=True` instead of not recognising it; where the class is registered, it is taken.
+
+    Raises:
+        ConfigError: the config is not completed, or its preprocess block cannot be used.
+    """
+    return {**facts_in_tower(config), "image_processor_type": PROCESSOR_TYPE, "auto_map": dict(PROCESSOR_AUTO_MAP)}
+
+
+def facts_in_tower(config: TimmTowerConfig) -> dict[str, Any]:
+    """What it holds beside a tower's `config.json` where there is no code.
 
     Raises:
         ConfigError: the config is not completed, or its preprocess block cannot be used.

@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from ..files.fingerprint import weight_digests
+from ..files.same_save import form_digest
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ArgumentError, shown
 from ..reader.tower import CLASSIFIER
@@ -140,8 +141,10 @@ class CardOptions:
         name = repo_id.rstrip("/").rpartition("/")[2] if repo_id else config.architecture
         classifies = facts.classifier_parameters is not None
         task = CLASSIFICATION_TAG if classifies else PIPELINE_TAG
-        if weights is not None and facts.classifier_digest is not None:
-            weights = {**weights, "classifier": facts.classifier_digest}
+        if weights is not None:
+            weights = {**weights, "form": form_digest(config)}
+            if facts.classifier_digest is not None:
+                weights["classifier"] = facts.classifier_digest
         given, figures = self._given(task, name)
         tags = ["timm_tower", "timm", config.architecture.partition(".")[0]]
         own = {"library_name": _LIBRARY_NAME, "pipeline_tag": task, "tags": tags}

@@ -52,7 +52,7 @@ class Record:
         given: Metadata that callers gave; what is not given this time stays as it is.
         sections: Names of the parts of the text.
         repo_id: The repository that the snippets name.
-        weights: Digests of the weights that the metrics in `given` were measured with.
+        weights: Digests of the weights, and of the form, that the metrics in `given` were measured with.
     """
 
     own: Mapping[str, Any] = field(default_factory=dict)
@@ -118,14 +118,20 @@ def merge_card(
     except FormatError as error:
         _warn(f"was left as it is: {error}. Mend that, and the next save renews it.")
         return existing or ""
-    is_stale = record.weights != weights
+    measured = record.weights
+    if measured and weights and "form" not in measured:  # written by an earlier version
+        measured = {**measured, "form": weights["form"]}
+    is_stale = measured != weights
     merged, kept, refused = _merge(data, record, own, given, is_stale)
     drops = is_stale and any(record.given.get(key) for key in _FIGURES) and not given.get(MODEL_INDEX)
     if refused:
         keys = ", ".join(refused)
         _warn(f"keeps its own {keys}: edited since we wrote it, so what was given now is not written. Change it there.")
     if drops:
-        _warn("no longer shows metrics: they were measured with other weights than those saved now. Give metrics=...")
+        _warn(
+            "no longer shows metrics: they were measured with other weights, another form or preprocessing than those "
+            "saved now. Give metrics=..."
+        )
     newline = "\r\n" if "\r\n" in text else "\n"
     fresh = render(merged)
     written = Record(own, kept, record.sections, repo_id, weights)

@@ -9,10 +9,10 @@ import base64
 import binascii
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 import copy
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 import difflib
 from functools import lru_cache, partial
 import hashlib
@@ -34,6 +34,7 @@ import re
 import reprlib
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from threading import get_ident
 import timm
 from timm.data.transforms import CenterCropOrPad, MaybeToTensor, ResizeKeepRatio
 from timm.data.transforms_factory import create_transform
@@ -43,6 +44,9 @@ from timm.layers.attention_pool2d import AttentionPool2d, RotAttentionPool2d
 from timm.layers.drop import DropPath
 from timm.layers.layer_scale import LayerScale
 from timm.layers.mlp import Mlp
+from timm.layers.norm_act import BatchNormAct2d
+from timm.models import get_model_traits
+from timm.utils.attention_extract import AttentionExtract
 from torch import nn
 import torch
 from torch.distributions.dirichlet import _Dirichlet
@@ -53,6 +57,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
 from torchvision.transforms import InterpolationMode, Normalize, Resize
 from torchvision.transforms.v2 import functional as tv_functional
 from transformers import (
@@ -63,10 +68,11 @@ from transformers import (
     VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
 )
+from transformers.backbone_utils import BackboneMixin
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.generic import ModelOutput
 from transformers.utils.hub import cached_file
@@ -99,17 +105,19 @@ through `shown` alone.
 
 
 _SHORT = reprlib.Repr()
+_MOST_LETTERS = 8000  # of an error; that of a head which cannot be stored gives a reason against every form
 _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxlevel = 4
 
 
 class TowerError(Exception):
     """Base of all errors of hf_timm_tower.
 
-    Its text has nothing that a terminal acts on, wherever a part of it came from.
+    Its text has nothing that a terminal acts on and is no book, wherever a part of it came from.
     """
 
     def __str__(self) -> str:
         text = super().__str__()
+        text = text if len(text) <= _MOST_LETTERS else f"{text[:-1000][: _MOST_LETTERS - 1000]} ... {text[-1000:]}"
         return "".join(each if each.isprintable() or each in "\n\t" else repr(each)[1:-1] for each in text)
 
 
@@ -164,6 +172,12 @@ def shown(thing: object, limit: int = 80) -> str:
     _SHORT.maxstring = _SHORT.maxother = limit
     text = repr(thing[: limit + 1]) if isinstance(thing, str) else _SHORT.repr(thing)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """What a library said, which may quote something foreign, for a message: on one line, short."""
+    words = " ".join(str(text).split())
+    return words if len(words) <= limit else words[: limit - 3] + "..."
 
 # --- model_args.py
 
@@ -252,7 +266,7 @@ def encode(value: Any, where: str, depth: int = 0) -> Any:
         return value
     if isinstance(value, int):
         if abs(value) >= MAX_INT:
-            raise ConfigError(f"{where}={value}: integers must stay below 2**31")
+            raise ConfigError(f"{where}={shown(value)}: integers must stay below 2**31")
         return value
     if isinstance(value, (list, tuple)):
         return [encode(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
@@ -262,7 +276,7 @@ def encode(value: Any, where: str, depth: int = 0) -> Any:
         for key in value:
             if not isinstance(key, str):
                 raise ConfigError(f"{where}: keys must be strings, found {key!r}")
-        return {key: encode(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
+        return {key: encode(item, inner(where, key), depth + 1) for key, item in value.items()}
     if isinstance(value, partial) and isinstance(value.func, type) and not value.args:
         encoded = encode(value.func, where, depth)
         encoded["kwargs"] = encode(dict(value.keywords), f"{where}.kwargs", depth + 1)
@@ -298,20 +312,27 @@ def decode(value: Any, where: str, depth: int = 0) -> Any:
             cls = _lookup(value, where)
             keywords = value.get("kwargs")
             if keywords:
-                return partial(cls, **{k: decode(v, f"{where}.kwargs.{k}", depth + 2) for k, v in keywords.items()})
+                place = f"{where}.kwargs"
+                return partial(cls, **{k: decode(v, inner(place, k), depth + 2) for k, v in keywords.items()})
             return cls
-        return {key: decode(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
+        return {key: decode(item, inner(where, key), depth + 1) for key, item in value.items()}
     return encode(value, where, depth)
+
+
+def inner(where: str, key: str) -> str:
+    """Where a value of a dict is, for messages."""
+    return f"{where}.{shown(key)[1:-1]}"
 
 
 def _lookup(value: dict[str, Any], where: str) -> type[nn.Module]:
     name = value[CLASS_KEY]
     extra = sorted(set(value) - {CLASS_KEY, "kwargs"})
     if extra or not isinstance(value.get("kwargs", {}), dict):
-        raise ConfigError(f"{where}: a class entry has 'class' and maybe 'kwargs' (a dict), found {sorted(value)}")
+        found = shown(sorted(value))
+        raise ConfigError(f"{where}: a class entry has 'class' and maybe 'kwargs' (a dict), found {found}")
     cls = allowed_classes().get(name) if isinstance(name, str) else None
     if cls is None:
-        raise ConfigError(f"{where}: class {name!r} is not a public module class of torch.nn or timm.layers")
+        raise ConfigError(f"{where}: class {shown(name)} is not a public module class of torch.nn or timm.layers")
     return cls
 
 
@@ -478,7 +499,12 @@ MAX_IMAGE_SIZE = 2**14
 MAX_IN_CHANS = 2**12
 MAX_LABELS = 2**20
 
+# The first key of a config.json: timm.create_model names the first one that it does not know, and stops there.
+FOR_TIMM = "_not a timm checkpoint, load it with hf_timm_tower.TimmModel.from_pretrained"
+
 _LABELS = ("num_labels", "id2label", "label2id")
+_OUTPUTS = ("out_indices", "out_features")
+_OF_TRANSFORMERS = ("id2label", "label2id", "dtype", "problem_type", "architectures", "output_hidden_states")
 
 ATTENTION_POOLS = ("abs_attn", "rot_attn")
 OUR_POOLS = ("token_avg", "default", "none")
@@ -488,14 +514,24 @@ PROJECTIONS = ("linear", "mlp", "none")
 # when a config is read, and dropped with a warning when a tower is saved. `custom_pipelines` names code: never written;
 # `use_cache` is set by Trainer where gradients are checkpointed.
 _TRANSFORMERS_KEYS = frozenset(
-    """
-    model_type transformers_version architectures auto_map custom_pipelines dtype torch_dtype quantization_config
-    name_or_path _name_or_path _commit_hash num_labels id2label label2id problem_type output_hidden_states
-    output_attentions return_dict use_return_dict attn_implementation _attn_implementation experts_implementation
-    _experts_implementation chunk_size_feed_forward is_encoder_decoder per_layer_config tie_last_hidden_states use_cache
-    hidden_size
-    """.split()
+    (
+        *"""
+        model_type transformers_version architectures auto_map custom_pipelines dtype torch_dtype quantization_config
+        name_or_path _name_or_path _commit_hash num_labels id2label label2id problem_type output_hidden_states
+        output_attentions return_dict use_return_dict attn_implementation _attn_implementation experts_implementation
+        _experts_implementation chunk_size_feed_forward is_encoder_decoder per_layer_config tie_last_hidden_states
+        use_cache hidden_size
+        """.split(),
+        *_OUTPUTS,
+    )
 )
+
+
+# Chosen by whoever loads a model. In a tower's file the classes of transformers alone would obey it.
+_NOT_STORED = {"attn_implementation", "_attn_implementation", "quantization_config"}
+
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
 @strict
@@ -525,6 +561,8 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         trunk_source: Where the trunk's weights are stored, if not beside the head: repository, commit and digests.
         timm_version: The timm that the tower was built with.
         format_version: Version of this format.
+        out_indices: Of a backbone: which of timm's feature maps it gives (`reader/backbone.py`).
+        out_features: The same by timm's names. Whichever is set last holds.
 
     Raises:
         ConfigError: with the field's name and value.
@@ -555,28 +593,53 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     trunk_source: dict[str, Any] | None = None
     timm_version: str | None = None
     format_version: int = FORMAT_VERSION
+    out_indices: list[int] | tuple[int, ...] | None = None
+    out_features: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop(FOR_TIMM, None)
+        kind = kwargs.pop("model_type", self.model_type)
+        if kind != self.model_type:
+            hint = ": load it with TimmModel.from_timm, or from_timm of this class" if kind == "timm_wrapper" else ""
+            raise ConfigError(f"model_type is {shown(kind)}, not {self.model_type!r}{hint}")
         unknown = {key: kwargs[key] for key in kwargs if key not in _TRANSFORMERS_KEYS}
         if unknown:
             raise ConfigError(_unknown_keys(unknown))
         if "hidden_size" in kwargs:
             hidden_size = kwargs.pop("hidden_size")
             if self.embed_dim is not None and hidden_size != self.embed_dim:
-                raise ConfigError(f"hidden_size={hidden_size!r} is another name of embed_dim={self.embed_dim}")
+                raise ConfigError(f"hidden_size={shown(hidden_size)} is another name of embed_dim={self.embed_dim}")
             self.embed_dim = hidden_size
-        kwargs.pop("model_type", None)
         _check(self)
-        _check_labels(kwargs)
+        of_transformers = {name: getattr(self, name) for name in _OF_TRANSFORMERS if name in vars(self)}
+        _check_of_transformers({**kwargs, **of_transformers})
         self.timm_version = self.timm_version or timm.__version__
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         # transformers gives every config two labels; whether somebody gave these is not seen afterwards
         self.__dict__["_labels_given"] = any(kwargs.get(name) is not None for name in _LABELS)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """From what a file holds, and what its reader chooses beside it, as transformers' own.
+
+        Raises:
+            ConfigError: the file holds what only its reader may choose, or as the constructor.
+        """
+        if chosen := sorted(_NOT_STORED & config_dict.keys()):
+            raise ConfigError(
+                f"config.json: {chosen[0]}={shown(config_dict[chosen[0]])} is for whoever loads the tower to choose, "
+                "and would make two models of one file. Remove it there, and pass it to AutoModel.from_pretrained"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "image_size" and isinstance(value, int):
+            value = check_size(name, value)
         super().__setattr__(name, value)  # type: ignore[no-untyped-call]
         if name in _LABELS:
             self.__dict__["_labels_given"] = True
+        if name in _OUTPUTS and value is not None:
+            self.__dict__[_OUTPUTS[name == "out_indices"]] = None
 
     @property
     def is_classifier(self) -> bool:
@@ -584,9 +647,20 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         own = self.proj is None and self.head is None and self.pool not in ATTENTION_POOLS
         return own and (not self.__dict__["_labels_given"] or self.num_labels == self.embed_dim)
 
+    def dict_dtype_to_str(self, d: dict[str, Any]) -> None:
+        """As transformers', of the config's own dtype alone: what is deeper is JSON already, and anybody's."""
+        if isinstance(d.get("dtype"), torch.dtype):
+            d["dtype"] = str(d["dtype"]).removeprefix("torch.")
+
     def to_dict(self) -> dict[str, Any]:
-        """As transformers', without what only this object knows."""
-        return {name: value for name, value in super().to_dict().items() if name != "_labels_given"}
+        """As transformers', without what only this object knows, and what only a backbone has."""
+        unset = {
+            "_labels_given",
+            "attribute_map",
+            "hidden_size",
+            *(name for name in _OUTPUTS if getattr(self, name) is None),
+        }
+        return {name: value for name, value in super().to_dict().items() if name not in unset}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What `config.json` holds: every field of ours, and of transformers' fields those that were set.
@@ -603,7 +677,7 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         return {name: value for name, value in written.items() if name not in dropped}
 
 
-OUR_FIELDS = tuple(name for name in TimmTowerConfig.__annotations__ if name != "attribute_map")
+OUR_FIELDS = tuple(name for name in TimmTowerConfig.__annotations__ if name not in ("attribute_map", *_OUTPUTS))
 
 
 def _catch_strict_errors() -> None:
@@ -617,8 +691,7 @@ def _catch_strict_errors() -> None:
         except TowerError:
             raise
         except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
-            cause = str(error.__cause__ or error).replace("\n", " ").strip()
-            raise ConfigError(f"TimmTowerConfig: {cause}") from error
+            raise ConfigError(f"TimmTowerConfig: {one_line(error.__cause__ or error)}") from error
 
     __init__.__wrapped__ = validated  # type: ignore[attr-defined]  # keeps inspect.signature as it was
     TimmTowerConfig.__init__ = __init__  # type: ignore[method-assign, assignment]
@@ -633,7 +706,7 @@ def _check_version(kwargs: dict[str, Any]) -> None:
         raise FormatError(f"format_version={shown(version)}: expected a whole number from 1 to {FORMAT_VERSION}")
     if version > FORMAT_VERSION:
         raise FormatError(
-            f"format_version={version}: this hf_timm_tower reads versions up to {FORMAT_VERSION}. "
+            f"format_version={shown(version)}: this hf_timm_tower reads versions up to {FORMAT_VERSION}. "
             "Upgrade it: pip install -U hf_timm_tower"
         )
 
@@ -648,14 +721,31 @@ def _unknown_keys(unknown: dict[str, Any]) -> str:
     return f"TimmTowerConfig: unknown key{'s' if len(unknown) > 1 else ''} {', '.join(lines)}{more}"
 
 
-def _check_labels(kwargs: dict[str, Any]) -> None:
-    """Before transformers writes a name for each label."""
-    if kwargs.get("num_labels") is not None:
-        _check_int("num_labels", kwargs["num_labels"], MAX_LABELS, least=0)
+def _check_of_transformers(values: dict[str, Any]) -> None:
+    """Before transformers writes a name for each label, and looks up a dtype in torch by its name."""
+    count, dtype, problem = (values.get(name) for name in ("num_labels", "dtype", "problem_type"))
+    if count is not None:
+        _check_int("num_labels", count, MAX_LABELS, least=0)
     for name in ("id2label", "label2id"):
-        labels = kwargs.get(name)
-        if labels is not None and (not isinstance(labels, dict) or len(labels) > MAX_LABELS):
+        labels = values.get(name)
+        if labels is not None and not (
+            isinstance(labels, dict)
+            and len(labels) <= MAX_LABELS
+            and all(isinstance(each, (str, int)) for pair in labels.items() for each in pair)
+        ):
             raise ConfigError(f"{name}={shown(labels)}: expected an object of at most {MAX_LABELS} labels")
+    for each in (dtype, values.get("torch_dtype")):
+        if each is not None and not isinstance(each, torch.dtype) and each not in _DTYPES:
+            raise ConfigError(f"dtype={shown(each)}: expected one of {', '.join(_DTYPES)}")
+    if problem not in (None, *_PROBLEMS):
+        raise ConfigError(f"problem_type={shown(problem)}: expected one of {', '.join(_PROBLEMS)}")
+    names = values.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"architectures={shown(names)}: expected a list of names")
+    inner = values.get("output_hidden_states")
+    numbers = inner if isinstance(inner, (list, tuple)) else [inner or 0]
+    if not all(isinstance(number, int) for number in numbers):
+        raise ConfigError(f"output_hidden_states={shown(inner)}: expected true or false, or numbers of layers")
 
 
 def _check(config: TimmTowerConfig) -> None:
@@ -667,15 +757,16 @@ def _check(config: TimmTowerConfig) -> None:
     for name in ("image_size", "feat_size"):
         if getattr(config, name) is not None:
             setattr(config, name, check_size(name, getattr(config, name)))
-    if isinstance(config.drop, bool) or not (math.isfinite(config.drop) and 0 <= config.drop < 1):
-        raise ConfigError(f"drop={config.drop!r}: expected a probability, 0 <= drop < 1")
+    if isinstance(config.drop, bool) or not 0 <= config.drop < 1:
+        raise ConfigError(f"drop={shown(config.drop)}: expected a probability, 0 <= drop < 1")
     if config.pool is not None and (len(config.pool) > 64 or not config.pool.isprintable()):
         raise ConfigError(f"pool={shown(config.pool)}: not the name of a pool")
     if config.proj == "":
         config.proj = None
     if config.proj is not None and config.proj not in PROJECTIONS:
         raise ConfigError(
-            f"proj={config.proj!r}: expected one of {', '.join(PROJECTIONS)}, or None for the trunk's own classifier"
+            f"proj={shown(config.proj)}: expected one of {', '.join(PROJECTIONS)}, or None for the trunk's own "
+            "classifier"
         )
     if config.classifier is None:
         attention = config.pool in ATTENTION_POOLS
@@ -684,9 +775,9 @@ def _check(config: TimmTowerConfig) -> None:
         config.classifier = "construct" if by_trunk and (own_classifier or config.pool not in OUR_POOLS) else "reset"
     model_args = dict(config.model_args or {})
     check_names(model_args, recorded=(*RECORDED, *(FROM_TRUNK if config.classifier == "reset" else ())))
-    config.model_args = {key: encode(value, f"model_args.{key}") for key, value in sorted(model_args.items())}
+    config.model_args = {key: encode(value, inner("model_args", key)) for key, value in sorted(model_args.items())}
     for key, value in config.model_args.items():
-        decode(value, f"model_args.{key}")
+        decode(value, inner("model_args", key))
     config.drop = float(config.drop)
     check_frozen(config.frozen)
     if config.tower_kwargs and config.tower_class is None:
@@ -715,7 +806,7 @@ def check_architecture(name: str, saved_with: str | None = None) -> None:
 
     It names the timm version that a config was saved with, which has the architecture.
     """
-    if ":" in name or "/" in name:
+    if ":" in name or "/" in name or len(name) > 200 or not name.isprintable():
         raise ConfigError(
             f"architecture={shown(name)}: expected a name of timm's registry (timm.list_models()), without a scheme "
             "or a path; weights of a repository or a folder are loaded with from_pretrained."
@@ -1178,21 +1269,21 @@ def remove_classifier(trunk: nn.Module, config: TimmTowerConfig) -> None:
         else:
             trunk.reset_classifier(0, global_pool=pool)  # type: ignore[operator]
     except BUILD_ERRORS as error:
-        raise UnsupportedPool(config, str(error)) from error
+        raise UnsupportedPool(config, one_line(error)) from error
 
 
 def _build_error(config: TimmTowerConfig, kwargs: dict[str, Any], error: BaseException) -> ConfigError | ArgumentError:
-    text = str(error) or type(error).__name__
+    text = one_line(str(error) or type(error).__name__)
     if isinstance(error, TypeError) and "unexpected keyword argument" in text:
         name = text.rsplit("'", 2)[-2]
         if name == "global_pool":
             return UnsupportedPool(config, text)
         if name in (config.model_args or {}) and name not in RECORDED:
-            return ArgumentError(f"model_kwargs[{name!r}]: {config.architecture} does not take it ({text})")
+            return ArgumentError(f"model_kwargs[{shown(name)}]: {config.architecture} does not take it ({text})")
     if kwargs.get("global_pool") and ("pool" in text.lower() or isinstance(error, AssertionError)):
         return UnsupportedPool(config, text)
     given = {key: value for key, value in kwargs.items() if key != "pretrained_cfg_overlay"}
-    return ConfigError(f"timm cannot build {config.architecture} with {given}: {text}")
+    return ConfigError(f"timm cannot build {config.architecture} with {shown(given, 300)}: {text}")
 
 
 def trunk_pool(pool: str | None) -> str | None:
@@ -2059,8 +2150,9 @@ def _check_paths(children: dict[str, list[str]]) -> None:
 """How large the results of a stored head's calls become, known before each call is made.
 
 Each call of a graph may be modest and their sequence not: ``cat([y, y])`` thirty times, an outer product, one call that
-splits a tensor into millions. So at the first input of a shape each call is made on the meta device before it is made
-for real, and the bytes that all of them ask for are bounded. The same call on the same shapes is not looked at again.
+splits a tensor into millions, a product of two numbers that are expanded to matrices. So at the first input of a shape
+each call is made on the meta device before it is made for real, and the bytes and the work that all of them ask for are
+bounded. The same call on the same shapes is not looked at again.
 """
 
 
@@ -2068,6 +2160,9 @@ for real, and the bytes that all of them ask for are bounded. The same call on t
 # written by hand over 1,370 tokens of width 1024 and 16 heads makes 220 times its input; a margin loss over 100,000
 # classes ten times the logits of its batch.
 _LEAST, _PER_INPUT, _PER_WEIGHTS = 2**27, 1024, 64
+# What they may compute together, in multiplications and the like: 2**36, as much for each number of the input as
+# attention over 16,384 tokens, and 64 times what it takes to use every weight once at every position of the input.
+_LEAST_WORK, _WORK_PER_INPUT, _WORK_PER_WEIGHT = 2**36, 2**14, 64
 _MAX_TENSORS = 2**16
 _MAX_KNOWN = 4096
 _BY_VALUES = frozenset(
@@ -2081,6 +2176,11 @@ _DECOMPOSITIONS = frozenset(
     "lu_factor cholesky geqrf".split()
 )
 """Work grows with the cube of a matrix's width, its bytes with the square."""
+_SIZED_BY_VALUE = frozenset(
+    "torch.zeros torch.ones torch.full torch.rand torch.randn torch.randint torch.arange torch.eye torch.linspace "
+    "torch.logspace torch.randperm torch.tril_indices torch.triu_indices".split()
+)
+"""They make a tensor of numbers alone."""
 
 
 RECORDING: ContextVar[bool] = ContextVar("recording", default=False)
@@ -2091,66 +2191,80 @@ class Sizes:
     """What is known of the sizes in one head: which calls were looked at, and what they make."""
 
     def __init__(self) -> None:
-        self.known: dict[Any, int] = {}
+        self.known: dict[Any, tuple[int, int]] = {}
 
     def start(self, head: nn.Module, x: torch.Tensor) -> "_Counted | None":
         """The count of one forward; None where torch compiles or exports the head, which calls nothing for real."""
         if RECORDING.get() or torch.compiler.is_compiling() or torch._C._get_tracing_state() or x.is_meta:
             return None
         weights = sum(tensor.nbytes for tensor in (*head.parameters(), *head.buffers()))
+        positions = x.numel() // max([1, *x.shape[1:]])
+        work = _LEAST_WORK + _WORK_PER_INPUT * x.numel() + _WORK_PER_WEIGHT * weights * positions
         if len(self.known) > _MAX_KNOWN:
             self.known.clear()
         limit = _LEAST + _PER_INPUT * x.nbytes + _PER_WEIGHTS * weights
-        return _Counted(self.known, (tuple(x.shape), x.dtype, head.training), limit)
+        return _Counted(self.known, (tuple(x.shape), x.dtype, head.training), limit, work)
 
 
 class _Counted:
-    """Bytes that one forward has made so far."""
+    """Bytes that one forward has made so far, and its work."""
 
-    def __init__(self, known: dict[Any, int], key: tuple[Any, ...], limit: int) -> None:
-        self.known, self.key, self.limit = known, key, limit
-        self.spent = 0
+    def __init__(self, known: dict[Any, tuple[int, int]], key: tuple[Any, ...], limit: int, most_work: int) -> None:
+        self.known, self.key, self.limit, self.most_work = known, key, limit, most_work
+        self.spent = self.worked = 0
 
     def check(self, index: int, name: str, function: Any, args: Any, kwargs: Any) -> None:
         """Count a call that is about to be made. Raises GraphError if the forward makes too much with it."""
         tensors = tensors_in((args, kwargs))
         key = (*self.key, index, *((tensor.shape, tensor.dtype) for tensor in tensors))
-        made = self.known.get(key)
-        if made is None:
-            made, lasting = self._measure(name, function, args, kwargs, tensors)
+        found = self.known.get(key)
+        if found is None:
+            made, work, lasting = self._measure(name, function, args, kwargs, tensors)
+            found = made, work
             if lasting:
-                self.known[key] = made
-        self.spent += made
+                self.known[key] = found
+        self.spent += found[0]
+        self.worked += found[1]
         if self.spent > self.limit:
             raise _too_much(name, self.spent, self.limit)
+        if self.worked > self.most_work:
+            raise GraphError(
+                f"the stored head computes more than {self.most_work:.1e} products for this input (at {name}, "
+                f"{self.worked:.1e} so far): it is refused before it takes the time"
+            )
 
     def _measure(
         self, name: str, function: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]
-    ) -> tuple[int, bool]:
-        """Bytes that a call makes, and whether that holds for all inputs of these shapes."""
+    ) -> tuple[int, int, bool]:
+        """Bytes that a call makes, its work, and whether that holds for all inputs of these shapes."""
         largest = max((tensor.nbytes for tensor in tensors), default=0)
         if name in ("torch.bincount", "Tensor.bincount", "F.one_hot", "torch.repeat_interleave",
                     "Tensor.repeat_interleave") and (made := _by_counts(name, args, kwargs)) is not None:  # fmt: skip
-            return made, False
+            return made, 0, False
         factor = 1
         if name.rpartition(".")[2] in _DECOMPOSITIONS:
             factor = max([1, *(max(tensor.shape[-2:], default=1) // 64 for tensor in tensors)])
-        count = _Count(self.limit)
-        move = MetaTwins()
-        try:
-            with torch.no_grad(), torch.device("meta"), count:
-                move(function)(*move(args), **move(kwargs))
-        except GraphError:
-            raise _too_much(name, self.spent + count.made, self.limit) from None
-        except Exception as error:  # this call cannot be sized; a call that is wrong fails for real just after
-            by_values = name in _BY_VALUES or isinstance(function, nn.Module)
-            if not by_values and not isinstance(error, NotImplementedError):
-                return 0, False
-            rank = max((tensor.dim() for tensor in tensors), default=1)
-            if by_values:
-                return 8 * max(rank, 1) * largest, True
-            return min(8 * math.prod(max(tensor.numel(), 1) for tensor in tensors), self.limit + 1), True
-        return count.made * factor, True
+        failed: Exception | None = None
+        for by_numbers in (False, True):  # a tensor of one number may say how large the result is
+            count, move = _Count(self.limit), _Twins()
+            first, move.keeps_numbers = move(args[:1]), by_numbers
+            first = move(args[:1]) if name in _SIZED_BY_VALUE else first
+            try:
+                with torch.no_grad(), torch.device("meta"), count:
+                    move(function)(*first, *move(args[1:]), **move(kwargs))
+                return count.made * factor, count.work * factor, not by_numbers
+            except GraphError:
+                raise _too_much(name, self.spent + count.made, self.limit) from None
+            except Exception as error:
+                failed = failed or error
+        # this call cannot be sized; a call that is wrong fails for real just after
+        by_values = name in _BY_VALUES or isinstance(function, nn.Module)
+        if not by_values and not isinstance(failed, NotImplementedError):
+            return 0, 0, False
+        rank = max((tensor.dim() for tensor in tensors), default=1)
+        if by_values:
+            return 8 * max(rank, 1) * largest, 0, True
+        return min(8 * math.prod(max(tensor.numel(), 1) for tensor in tensors), self.limit + 1), 0, True
 
 
 def _too_much(name: str, spent: int, limit: int) -> GraphError:
@@ -2161,11 +2275,11 @@ def _too_much(name: str, spent: int, limit: int) -> GraphError:
 
 
 class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes that calls make, and ends the run where they are too many."""
+    """Counts the bytes that calls make and their work, and ends the run where bytes or tensors are too many."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.limit, self.made, self.tensors = limit, 0, 0
+        self.limit, self.made, self.tensors, self.work = limit, 0, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
@@ -2173,11 +2287,16 @@ class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
             dim = args[1] if name == "aten::unbind" and len(args) > 1 else args[2] if len(args) > 2 else 0
             size = 1 if name == "aten::unbind" else max(args[1], 1) if isinstance(args[1], int) else 1
             self._add(0, args[0].shape[dim] // size)
-        known = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs))}
+        given = tensors_in((args, kwargs))
+        known = {tensor.untyped_storage()._cdata for tensor in given}
         result = func(*args, **(kwargs or {}))
         made = tensors_in(result)
         memory = [tensor.untyped_storage() for tensor in made]
-        self._add(sum(each.nbytes() for each in memory if each._cdata not in known), len(made))
+        fresh = [each.nbytes() for each in memory if each._cdata not in known]
+        if fresh or not made:  # no view: what is expanded is written out by many kernels
+            fresh += [tensor.nbytes for tensor in given if tensor.nbytes > tensor.untyped_storage().nbytes()]
+            self.work += _work_of(func, args, kwargs, result, given, made)
+        self._add(sum(fresh), len(made))
         return result
 
     def _add(self, nbytes: int, tensors: int) -> None:
@@ -2185,6 +2304,31 @@ class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.tensors += tensors
         if self.made > self.limit or self.tensors > _MAX_TENSORS:
             raise GraphError("too much")
+
+
+def _work_of(
+    func: Any, args: Any, kwargs: Any, result: Any, given: list[torch.Tensor], made: list[torch.Tensor]
+) -> int:
+    """Multiplications of a call, or as many as it has numbers to read and to write."""
+    name, work = func._schema.name, max(sum(each.numel() for each in tensors) for tensors in (given, made))
+    if func._overloadpacket in flop_registry:
+        return max(work, int(flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)) // 2)
+    if "dist_forward" in name or name == "aten::addbmm":  # each row with each row
+        return max(work, given[-2].numel() * given[-1].shape[-2 if "cdist" in name else -1])
+    if "_pool" in name and "adaptive" not in name and len(args) > 1 and isinstance(args[1], (list, tuple)):
+        return max(work, sum(each.numel() for each in made) * math.prod(args[1] * (3 if len(args[1]) == 1 else 1)))
+    return work
+
+
+class _Twins(MetaTwins):
+    """On request tensors of one number stay what they are."""
+
+    keeps_numbers = False
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and self.keeps_numbers and value.dim() == 0:
+            return value.detach().clone().cpu()
+        return super().__call__(value)
 
 
 def _by_counts(name: str, args: Any, kwargs: Any) -> int | None:
@@ -2499,7 +2643,7 @@ class _Run:
             self.counted.check(len(self.results), node.target, function, args, kwargs)
         try:
             self.results.append(function(*args, **kwargs))
-        except (TypeError, IndexError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
             raise GraphError(
                 f"the stored head cannot make its call {shown(node.target)}: {shown(str(error), 200)}. The file is "
                 "damaged or was edited; save the tower again"
@@ -3208,10 +3352,11 @@ class TimmTowerImageProcessor(BaseImageProcessor):
         return {**facts_of(block, size), **standard_keys(block), **named}
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
-        """Write `preprocessor_config.json`; beside a tower without the class, so that no pipeline asks to trust it."""
+        """Write `preprocessor_config.json`; it names the class, except beside a tower that has no code."""
         path, content = Path(json_file_path), self.to_dict()
         with suppress(OSError, ValueError, RecursionError, TypeError, LookupError):  # no config, or not a tower's
-            if json.loads(path.with_name("config.json").read_bytes())["model_type"] == TimmTowerConfig.model_type:
+            beside = json.loads(path.with_name("config.json").read_bytes())
+            if beside["model_type"] == TimmTowerConfig.model_type and "auto_map" not in beside:
                 del content["image_processor_type"], content["auto_map"]
         path.unlink(missing_ok=True)  # a link is replaced, what it points to stays
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -3488,11 +3633,31 @@ def check_buildable(config: TimmTowerConfig) -> None:
     """Refuse a config that only its own class can build: `ConfigError`, `HeadError` say what is needed."""
     if config.tower_class is not None:
         raise ConfigError(
-            f"this tower was saved by {config.tower_class}, a subclass of TimmModel that changes how it is built or "
-            f"run; transformers' classes cannot build it. Load it with {config.tower_class}.from_pretrained(...)."
+            f"this tower was saved by {shown(config.tower_class)}, a subclass of TimmModel that changes how it is "
+            "built or run; transformers' classes cannot build it. Load it with that class's from_pretrained(...)."
         )
+    if config.preprocess is not None:
+        check_preprocess(config.preprocess, config.in_chans)  # timm is told it, and would raise what it likes
     if config.head is not None and config.head.get("form") in (LIVE, SUBCLASS):
         raise HeadError("the config says that there is a custom head, but not which: save the tower with its head")
+
+
+def without_head(config: TimmTowerConfig) -> TimmTowerConfig:
+    """The same trunk without a head: the config of a tower that gives what its trunk pools."""
+    bare = copy.deepcopy(config)
+    if config.frozen is not None:
+        bare.frozen = {
+            key: [name for name in names if f"{name}.".startswith("trunk.")] for key, names in config.frozen.items()
+        }
+    if config.proj is None and config.head is None and config.pool not in ATTENTION_POOLS:
+        return bare  # the head is the trunk's own classifier
+    bare.head, bare.proj, bare.proj_bias, bare.drop = None, "none", False, 0.0
+    if config.pool in (*ATTENTION_POOLS, "token_avg"):
+        bare.pool = "none"
+        if config.pool == "token_avg" and config.num_features is not None:
+            bare.num_features = config.num_features // 2
+    bare.embed_dim = bare.num_features
+    return bare
 
 
 def make_classifier(config: TimmTowerConfig) -> nn.Module:
@@ -3627,6 +3792,8 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
         index = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not JSON: {error}") from error
+    if isinstance(index, dict) and not isinstance(index.get("metadata"), dict):
+        raise FormatError(f"{path}: has no metadata, an object, which transformers asks for")
     return check_index(index, str(path))
 
 
@@ -3864,27 +4031,214 @@ def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
         raise ArgumentError(f"dtype={dtype!r} is not a floating-point dtype of torch or the name of one")
     return found
 
-# --- modeling.py
+# --- computed_buffers.py
 
-"""Towers as transformers models: `TimmTowerModel`, and `TimmTowerForImageClassification` with a classifier on top.
+"""Buffers that no checkpoint holds, and memory, where transformers builds on the meta device."""
 
-`from_pretrained` is transformers' own, with all it takes (revisions, device maps, quantization, adapters). Two steps of
-it are ours. *Building*: transformers builds on the meta device and fills what the checkpoint holds. Buffers outside the
-state dict (relative positions, rotary tables, attention biases) are in no checkpoint and would come back as
-uninitialised memory. So trunk and head are always built for real, with initialisation left out, their computed buffers
-set aside, and then moved to meta; `_initialize_weights` puts the buffers back. transformers calls it on every model
-inside a model, so that it works nested in another model's `from_pretrained` too. *Tensors*: they are checked against
-the index and the folder's config, and put in strictly.
-"""
+
+def computed_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> buffer, of those that are not in the state dict."""
+    found: dict[str, torch.Tensor] = {}
+    for prefix, part in module.named_modules():
+        for name in part._non_persistent_buffers_set:
+            buffer = part._buffers.get(name)
+            if buffer is not None:
+                found[f"{prefix}.{name}"] = buffer
+    return found
+
+
+def put_buffers(module: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
+    """Put buffers into the places of uninitialised ones, on the device of those."""
+    moved: dict[int, torch.Tensor] = {}
+    for name, buffer in buffers.items():
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        device = owner._buffers[leaf].device  # type: ignore[union-attr]
+        # One buffer that several modules hold stays one.
+        owner._buffers[leaf] = moved.setdefault(id(buffer), buffer.to(device=device))
+
+
+def align(module: nn.Module) -> None:
+    """Copy what begins at odd places in memory to places that are multiples of 64 bytes.
+
+    Another model's checkpoint is mapped by transformers as it is; kernels may give other last bits for such tensors.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        plain = type(tensor) in (nn.Parameter, torch.Tensor) and tensor.device.type == "cpu"
+        if plain and tensor.layout == torch.strided and tensor.data_ptr() % 64:
+            tensor.data = tensor.detach().clone()
+
+
+def move_to_meta(module: nn.Module, dtype: torch.dtype) -> None:
+    """As `module.to("meta", dtype)`, except that tied parameters stay tied."""
+    moved: dict[int, torch.Tensor] = {}
+    for part in module.modules():
+        for table in (part._parameters, part._buffers):
+            for name, tensor in list(table.items()):
+                if tensor is None:
+                    continue
+                if id(tensor) not in moved:
+                    twin = tensor.detach().to("meta", dtype if tensor.is_floating_point() else None)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    moved[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if is_parameter else twin
+                setattr(part, name, moved[id(tensor)])
+
+# --- hidden_states.py
+
+"""What a trunk's inner layers give, in the form that transformers has for it: hidden states and attention maps."""
 
 
 HiddenStates = bool | int | Sequence[int] | None
 
-MODEL_TAGS = ("timm",)
-"""Tags of every tower, as transformers' `model_tags`."""
+# Classes of timm that compute softmax(q k) as a matrix and hand it to `attn_drop`, where they do not run fused.
+_ATTENTION = {"Attention", "AttentionRope", "EvaAttention", "RelPosAttention", "WindowAttention"}
+# Trunks that give `[B, C, H, W]` or tokens, and run their blocks on `[B, H, W, C]`.
+_NHWC_INSIDE = {"PyramidVisionTransformerV2", "VisionTransformerSAM", "VOLO"}
 
-# Keywords of `from_pretrained` that say how files are found.
-_DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
+
+def forward_hidden(
+    trunk: nn.Module, images: torch.Tensor, wanted: bool | int | Sequence[int]
+) -> tuple[Any, tuple[torch.Tensor | None, ...]]:
+    """Run a trunk and keep what its layers give.
+
+    Args:
+        trunk: The trunk.
+        images: `[B, in_chans, H, W]`.
+        wanted: True for all; an index, or several: all other places of the tuple are None.
+
+    Returns:
+        The trunk's features, and a tuple: what its stem gives, then each block or stage as timm's
+        `forward_intermediates` has it. Tokens `[B, N, C]`, prefix tokens first, where the features are tokens; maps
+        `[B, C, H, W]` elsewhere.
+
+    Raises:
+        ConfigError: timm has no intermediates of this trunk.
+        ArgumentError: there is no such index.
+    """
+    if not hasattr(trunk, "forward_intermediates"):
+        raise ConfigError(f"{type(trunk).__name__} has no forward_intermediates in timm {timm.__version__}")
+    layers: Any = trunk.feature_info
+    first, thread, taken = _first_block(trunk), get_ident(), list[torch.Tensor]()
+    length = len(layers) + (first is not None)
+    places = _chosen(wanted, length)
+    stems = length - len(layers)
+
+    def take(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if not taken and get_ident() == thread:
+            taken.extend(_tensors((*args, *kwargs.values())))
+
+    run: Any = trunk.forward_intermediates
+    has_prefix = bool(getattr(trunk, "num_prefix_tokens", 0))
+    has_prefix = has_prefix and "return_prefix_tokens" in inspect.signature(run).parameters
+    extra = {"return_prefix_tokens": True} if has_prefix else {}
+    hook = None if first is None else first.register_forward_pre_hook(take, with_kwargs=True)
+    try:
+        indices = sorted({max(place - stems, 0) for place in places})
+        features, found = run(images, indices=indices, **extra)
+    finally:
+        if hook is not None:
+            hook.remove()
+    as_tokens = isinstance(features, torch.Tensor) and features.ndim == 3
+    states = dict(zip((index + stems for index in indices), found, strict=True))
+    if stems and 0 in places:
+        nearest = states[1][0] if has_prefix else states[1]
+        states[0] = _stem_output(trunk, taken, layers[0]["num_chs"], None if as_tokens else nearest.shape[2:])
+    return features, tuple(_in_form(states[n], as_tokens) if n in places else None for n in range(length))
+
+
+def _chosen(wanted: Any, length: int) -> set[int]:
+    if wanted is True:
+        return set(range(length))
+    indices = list(wanted) if isinstance(wanted, Sequence) else [wanted]
+    if any(isinstance(i, bool) or not isinstance(i, int) or not -length <= i < length for i in indices):
+        raise ArgumentError(
+            f"output_hidden_states={shown(wanted)}: expected True, or indices of the {length} hidden states of this "
+            f"trunk, from {-length} to {length - 1}"
+        )
+    return {index % length for index in indices}
+
+
+def _first_block(trunk: nn.Module) -> nn.Module | None:
+    """The module that takes what the trunk's stem gives; None where timm's first intermediate is the stem's own."""
+    layers: Any = trunk.feature_info
+    # blocks.0, blocks.1, ... and stage1, stage2, ... are of one kind; a stem is named otherwise: stem, stages.0, ...
+    names = [layer["module"] for layer in layers[:2]]
+    if len({name.rstrip("0123456789") for name in names}) > 1:
+        return None
+    modules = dict(trunk.named_modules())
+    name = names[0]
+    if name not in modules:  # some lists of timm name a module otherwise than the model does
+        name = next(each for each in modules if each.endswith(("blocks.0", "stages.0")))
+    # The list may name the last block of each stage.
+    block = next(modules[name.rpartition(".")[0]].children()) if "." in name else modules[name]
+    while isinstance(block, nn.ModuleList):
+        block = block[0]
+    # A sequence that begins with the stem takes the image.
+    own = next(trunk.parameters())
+    return None if any(parameter is own for parameter in block.parameters()) else block
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _stem_output(trunk: nn.Module, taken: list[torch.Tensor], width: int, grid: Sequence[int] | None) -> torch.Tensor:
+    """Of what the first block took, the features; as a map where there is a `grid` of the first layer's."""
+    state = next((each for each in taken if each.ndim > 2 and width in (each.shape[1], each.shape[-1])), taken[0])
+    if state.ndim == 4:
+        inside = getattr(trunk, "output_fmt", None) == "NHWC" or type(trunk).__name__ in _NHWC_INSIDE
+        return state.permute(0, 3, 1, 2) if inside else state
+    if grid is not None:
+        patches = state[:, state.shape[1] - grid[0] * grid[1] :]
+        return patches.transpose(1, 2).reshape(*patches.shape[::2], *grid)
+    return state
+
+
+def _in_form(state: Any, as_tokens: bool) -> torch.Tensor:
+    patches, prefix = state if isinstance(state, tuple) else (state, None)
+    if as_tokens and patches.ndim == 4:
+        patches = patches.flatten(2).transpose(1, 2)
+    return patches if prefix is None else torch.cat([prefix, patches], dim=1)
+
+
+@contextmanager
+def attention_maps(trunk: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collect what the attention layers of a trunk compute in a forward inside: `[B, heads, N, N]` each, after softmax.
+
+    The list is filled when the block is left.
+
+    Raises:
+        ConfigError: it has none of timm's attention layers, or they run fused.
+    """
+    layers = {
+        name: part
+        for name, part in trunk.named_modules()
+        if type(part).__name__ in _ATTENTION and hasattr(part, "attn_drop")
+    }
+    if not layers:
+        raise ConfigError(f"output_attentions: {type(trunk).__name__} has no attention layers whose maps timm can give")
+    if any(getattr(part, "fused_attn", False) for part in layers.values()):
+        raise ConfigError(
+            "output_attentions: fused attention computes no maps. Load with attn_implementation='eager', or call "
+            "set_attn_implementation('eager')"
+        )
+    with eval_mode(trunk):  # it sets a mode and leaves it so
+        hooks: Any = AttentionExtract(trunk, [f"{name}.attn_drop" for name in layers], method="hook").hooks
+    maps = list[torch.Tensor]()
+    try:
+        yield maps
+        maps += hooks.get_output(next(trunk.parameters()).device).values()
+    finally:
+        for handle in hooks._handles:
+            handle.remove()
+
+# --- forward.py
+
+"""One forward of a tower as transformers asks for it: features, embedding, inner layers."""
 
 
 @dataclass
@@ -3895,12 +4249,110 @@ class TimmTowerModelOutput(ModelOutput):
         last_hidden_state: The trunk's unpooled features, as timm's `forward_features` gives them: tokens
             `[B, N, C]` or a map in the trunk's own order; a list for CoaT, CrossViT and EfficientViM.
         pooler_output: The embedding `[B, embed_dim]`; the whole tuple or dict where a custom head gives one.
-        hidden_states: Features of inner layers, as timm's `forward_intermediates` gives them: `[B, C, H, W]` each.
+        hidden_states: What the stem gives, then each block or stage as timm's `forward_intermediates` has it: tokens
+            `[B, N, C]`, prefix tokens first, where `last_hidden_state` is tokens, maps `[B, C, H, W]` elsewhere. None
+            in the place of a layer that was not asked for.
+        attentions: Attention maps after softmax, `[B, heads, N, N]` of each attention layer.
     """
 
     last_hidden_state: Any = None
     pooler_output: Any = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+def run_tower(
+    model: Any,
+    images: torch.Tensor,
+    hidden: HiddenStates,
+    attentions: bool | None,
+    other_size: bool | None,
+    pools: bool | None = True,
+) -> tuple[Any, Any, Any, Any]:
+    """The trunk's features, the embedding, and hidden states and attention maps where asked for."""
+    trunk, images = model.trunk, prepared(model, images, other_size)
+    hidden = model.config.output_hidden_states if hidden is None else hidden
+    attentions = model.config.output_attentions if attentions is None else attentions
+    states = None
+    with attention_maps(trunk) if attentions else nullcontext() as maps:
+        # As in transformers an empty list or 0 asks for none.
+        if hidden:
+            features, states = forward_hidden(trunk, images, hidden)
+        else:
+            features = trunk.forward_features(images)
+    embedding = None
+    if pools or pools is None:
+        if model.steps == "features":
+            pooled = features
+        else:
+            # Where the trunk's forward is more than these two steps, it runs whole: the embedding is what it gives.
+            pooled = trunk.forward_head(features) if model.steps == "features, head" else trunk(images)
+        embedding = run_head(model.head, model._head_input, pooled)
+    return features, embedding, states, None if maps is None else tuple(maps)
+
+
+def prepared(model: Any, images: torch.Tensor, other_size: bool | None = None) -> torch.Tensor:
+    """The images as the trunk takes them.
+
+    Raises:
+        ArgumentError: whole numbers, or another size than that of a trunk which takes one only.
+    """
+    model.follow_attn_implementation()
+    if not images.is_floating_point():
+        raise ArgumentError(
+            f"pixel_values are {images.dtype}: expected floats as the image processor gives them, scaled and normalised"
+        )
+    found, own = list(images.shape[-2:]), model.config.image_size
+    if found != own and get_model_traits(model.trunk).get("fixed_input_size"):
+        asked = "interpolate_pos_encoding=True: " if other_size else ""
+        raise ArgumentError(
+            f"{asked}pixel_values are {found[0]} x {found[1]}, but {type(model.trunk).__name__} takes images of "
+            f"{own[0]} x {own[1]} pixels only. Load model and image processor with the same image_size=..., or build "
+            "the tower with model_kwargs={'dynamic_img_size': True} where timm's trunk has that"
+        )
+    return images.to(model.dtype)
+
+
+def wants_dict(model: PreTrainedModel, return_dict: bool | None) -> bool:
+    return bool(model.config.return_dict if return_dict is None else return_dict)
+
+
+def steps_of(trunk: nn.Module) -> str:
+    """What the trunk's forward is made of, for a tensor x: `forward_head(forward_features(x))` and nothing else
+    (`features, head`), `forward_features(x)` alone (`features`), or something that is not known (`whole`).
+
+    Told from the names that the code of its class uses: one that this does not know is not taken for steps.
+    """
+    code = getattr(type(trunk).forward, "__code__", None)
+    names = set(code.co_names) if code is not None else set()
+    if names == {"forward_features"}:
+        return "features"
+    more = tuple(sorted(names - {"forward_features", "forward_head"}))
+    known = not more or (type(trunk).__name__, *more) in _STEPS_WITH_SWITCHES
+    return "features, head" if known and {"forward_features", "forward_head"} <= names else "whole"
+
+
+# Classes of timm whose forward has switches that a tower never turns: features of inner layers (CoaT, FastViT), a
+# second classifier for training (Inception), packed patches of several sizes (NaFlexVit).
+_STEPS_WITH_SWITCHES = {
+    ("CoaT", "is_scripting", "jit", "return_interm_layers", "torch"),
+    ("FastVit", "fork_feat"),
+    ("InceptionV3", "aux_logits"),
+    ("NaFlexVit", "_assert", "dict", "get", "isinstance"),
+}
+
+
+def can_checkpoint(trunk: nn.Module) -> bool:
+    try:
+        trunk.set_grad_checkpointing(True)  # type: ignore[operator]
+        trunk.set_grad_checkpointing(False)  # type: ignore[operator]
+    except (AttributeError, AssertionError):
+        return False
+    return True
+
+# --- loading.py
+
+"""What a `from_pretrained` of a tower knows while it runs, refuses, and says."""
 
 
 @dataclass
@@ -3977,6 +4429,81 @@ class TowerLoading:
             )
 
 
+def refuse_changed(stored: TimmTowerConfig, given: TimmTowerConfig, folder: Path) -> None:
+    """Refuse a config that is not the folder's own; only what was frozen may be left out of it.
+
+    Raises:
+        ConfigError: names the fields.
+    """
+    opened = {"frozen"} if given.frozen is None else set()
+    odd = [name for name in OUR_FIELDS if getattr(stored, name) != getattr(given, name) and name not in opened]
+    if odd:
+        changes = ", ".join(
+            f"{name}={shown(getattr(given, name))} (stored {shown(getattr(stored, name))})" for name in odd[:4]
+        )
+        raise ConfigError(
+            f"{folder}: a tower is loaded as it was saved; {changes} would make another one of the same weights. Load "
+            "it without, change it, and save it. With hf_timm_tower installed from_pretrained takes image_size=..."
+        )
+
+
+def refuse_misfits(name: str, info: Mapping[str, Any], allowed: list[str]) -> None:
+    """Refuse a model whose weights did not all come from the files, and the other way round.
+
+    Raises:
+        WeightsError: lists the keys.
+    """
+    misfits = {
+        "missing": sorted(set(info["missing_keys"]) - set(allowed)),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "of another shape": sorted(key[0] for key in info["mismatched_keys"]),
+    }
+    lines = [f"{len(keys)} {what}: {', '.join(map(shown, keys[:5]))}" for what, keys in misfits.items() if keys]
+    if lines:
+        raise WeightsError(
+            f"{name}: the weights do not fit, the model is not returned: {'; '.join(lines)}. Where that is wanted, "
+            "pass ignore_mismatched_sizes=True"
+        )
+
+
+def warn_of_changes(loading: TowerLoading, info: Mapping[str, Any]) -> None:
+    """List fresh weights, and those in the files that the model leaves out."""
+    fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+    left_out = sorted({*loading.left_out, *info["unexpected_keys"]})
+    found = {"fresh random weights, to be trained": fresh, "weights that this model leaves out": left_out}
+    for what, keys in found.items():
+        if keys:
+            warnings.warn(f"{loading.place}: {what}: {', '.join(shown(key)[1:-1] for key in keys)}", stacklevel=4)
+
+
+def loading_report(missing_keys: set[str]) -> LoadStateDictInfo:
+    """transformers' record of a loading without other events; its fields differ between versions."""
+    empty: dict[str, Any] = {"error_msgs": [], "conversion_errors": {}}
+    info = LoadStateDictInfo(**{each.name: empty.get(each.name, set()) for each in fields(LoadStateDictInfo)})
+    info.missing_keys = missing_keys
+    return info
+
+# --- pretrained.py
+
+"""The transformers model that every face of a tower is: how transformers builds, fills and saves it.
+
+`from_pretrained` is transformers' own, with all it takes (revisions, device maps, quantization, adapters). Two steps of
+it are ours. *Building*: transformers builds on the meta device and fills what the checkpoint holds. Buffers outside the
+state dict (relative positions, rotary tables, attention biases) are in no checkpoint and would come back as
+uninitialised memory. So trunk and head are always built for real, with initialisation left out, their computed buffers
+set aside, and then moved to meta; `_initialize_weights` puts the buffers back. transformers calls it on every model
+inside a model, so that it works nested in another model's `from_pretrained` too. *Tensors*: they are checked against
+the index and the folder's config, and put in strictly.
+"""
+
+
+MODEL_TAGS = ("timm",)
+"""Tags of every tower, as transformers' `model_tags`."""
+
+# Keywords of `from_pretrained` that say how files are found.
+DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
+
+
 class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     """What the transformers models of a tower share.
 
@@ -4021,16 +4548,17 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         self._computed: dict[str, torch.Tensor] | None = None
         self._buffers_to: torch.dtype | None = wanted if on_meta else None
         if on_meta:
-            self._computed = _computed_buffers(self)
-            _move_to_meta(self, wanted)
-        self.steps = _steps_of(self.trunk)
+            self._computed = computed_buffers(self)
+            move_to_meta(self, wanted)
+        self.steps = steps_of(self.trunk)
         self._no_split_modules = [type(self.trunk).__name__]
         self._checkpoints = False
-        self.supports_gradient_checkpointing = _can_checkpoint(self.trunk)
-        if self.config._attn_implementation == "eager":
-            for module in self.trunk.modules():
-                if hasattr(module, "fused_attn"):
-                    module.fused_attn = False  # type: ignore[assignment]
+        self.supports_gradient_checkpointing = can_checkpoint(self.trunk)
+        self._runs_fused, self._fused = (
+            True,
+            [module for module in self.trunk.modules() if getattr(module, "fused_attn", False)],
+        )
+        self.follow_attn_implementation()
         self.post_init()  # type: ignore[no-untyped-call]
 
     # --- steps that hf_timm_tower's own classes replace
@@ -4067,6 +4595,18 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         """Refused, see `get_input_embeddings`."""
         raise ArgumentError(f"{type(self).__name__} takes images and has no input embeddings to set")
 
+    def follow_attn_implementation(self) -> None:
+        """Let timm's layers run fused or not as `config._attn_implementation` says, which others set too."""
+        fused = self.config._attn_implementation != "eager"
+        for module in self._fused if fused != self._runs_fused else ():
+            module.fused_attn = fused
+        self._runs_fused = fused
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.set_attn_implementation`: "sdpa", where timm runs attention fused, or "eager"."""
+        super().set_attn_implementation(*args, **kwargs)
+        self.follow_attn_implementation()
+
     @property
     def gradient_checkpointing(self) -> bool:
         """Whether the trunk recomputes activations in the backward pass. Setting it passes it on to timm."""
@@ -4085,10 +4625,15 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
     ) -> None:
         how = getattr(gradient_checkpointing_func, "keywords", {})
         plain = getattr(gradient_checkpointing_func, "func", gradient_checkpointing_func) is checkpoint
-        if enable and (every_n_layers != 1 or not plain or how.get("use_reentrant")):
+        if enable and (every_n_layers != 1 or not plain):
             raise ArgumentError(
-                "gradient checkpointing: timm checkpoints every block of the trunk, not reentrant and without "
-                f"offloading; every_n_layers={every_n_layers} and {how or 'another function'} cannot be honoured"
+                "gradient checkpointing: timm checkpoints every block of the trunk, without offloading; "
+                f"every_n_layers={every_n_layers} and {how or 'another function'} cannot be honoured"
+            )
+        if enable and how.get("use_reentrant"):
+            warnings.warn(
+                "gradient checkpointing: use_reentrant=True: timm checkpoints without it; the gradients are the same",
+                stacklevel=2,
             )
         self.gradient_checkpointing = enable
 
@@ -4107,7 +4652,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             return
         if any(self.get_buffer(name).is_meta for name in self._computed):
             return  # nothing is loaded yet
-        _put_buffers(self, self._computed)
+        put_buffers(self, self._computed)
         self._computed = None
         if self._buffers_to is not None:
             buffers_as_timm(self, self._buffers_to)
@@ -4117,7 +4662,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         state = {key: tensor for key, tensor in self.state_dict(keep_vars=True).items() if not tensor.is_meta}
         if fresh := [key for key, tensor in state.items() if not getattr(tensor, "_is_hf_initialized", False)]:
             self._fill(fresh)
-        _align(self)
+        align(self)
         if self._loading is None:
             apply_frozen(self, self.config.frozen)  # nested: nobody else does
 
@@ -4141,6 +4686,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *,
         config: Any = None,
+        image_size: int | Sequence[int] | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         ignore_mismatched_sizes: bool = False,
@@ -4153,6 +4699,8 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         Args:
             pretrained_model_name_or_path: A folder, or a repository's id.
             config: A config that was loaded already, or where to load it from.
+            image_size: Change the input size after loading, an int or (height, width) in pixels: positions are
+                resampled. By hf_timm_tower only.
             dtype: Cast floating-point weights; None and `"auto"` keep every tensor's own, whatever `dtype` of the
                 config says.
             torch_dtype: The old name of `dtype`.
@@ -4169,10 +4717,15 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             ConfigError: the config that was given is not that of the folder.
             TowerError: by what is wrong with the folder.
         """
+        if image_size is not None and isinstance(config, TimmTowerConfig):
+            config = copy.deepcopy(config)
+            config.image_size = image_size  # which must be the stored one
+        elif image_size is not None:
+            kwargs["image_size"] = image_size  # of the config, as `AutoModel` has it
         wanted = torch_dtype if dtype is None else dtype
         loading = TowerLoading(
             place=str(pretrained_model_name_or_path),
-            download={key: kwargs[key] for key in _DOWNLOAD if kwargs.get(key) is not None},
+            download={key: kwargs[key] for key in DOWNLOAD if kwargs.get(key) is not None},
             trusts=bool(kwargs.get("trust_remote_code")),
             keeps_dtypes=wanted in (None, "auto"),
             run_code=cls._make_code_head,
@@ -4193,8 +4746,8 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         model, info = found
         model._loading = None
         if not ignore_mismatched_sizes:
-            _refuse_misfits(loading.place, info, allowed=loading.fresh)
-        _warn_of_changes(loading, info)
+            refuse_misfits(loading.place, info, allowed=loading.fresh)
+        warn_of_changes(loading, info)
         if frozen:
             apply_frozen(model, model.config.frozen)
         else:
@@ -4219,7 +4772,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             return stock(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         stored = loading.stored = model._read(checkpoint_files, loading)
         folder = Path(checkpoint_files[0]).parent
-        _refuse_changed(stored.config, model.config, folder)
+        refuse_changed(stored.config, model.config, folder)
         weights = dict(stored.weights)
         saved_with_one = type(model).__name__.removeprefix("FSDP") in (stored.config.architectures or ())
         if model._has_classifier and not has_classifier(weights) and not saved_with_one:
@@ -4240,7 +4793,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         )
         for key, tensor in model.state_dict(keep_vars=True).items():
             tensor._is_hf_initialized = key in weights
-        return _loading_report(missing_keys=set(loading.fresh)), None
+        return loading_report(missing_keys=set(loading.fresh)), None
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save as transformers does: this class has no card, no fingerprint and no proof (hf_timm_tower has).
@@ -4262,6 +4815,132 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             raise FolderError(f"{here}: holds a tower saved by hf_timm_tower; save into another folder, or install it")
         super().save_pretrained(save_directory, *args, **kwargs)
 
+# --- backbone.py
+
+"""A tower's trunk as a transformers backbone: the feature maps of its stages, for models of dense prediction."""
+
+
+class TimmTowerBackbone(BackboneMixin, TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
+    """The trunk of a tower as transformers' `AutoBackbone` gives it, for UperNet, DETR, Mask2Former and their kin.
+
+    Stages are those of timm's `forward_intermediates`, under the names of its `feature_info`. Of a tower with a head
+    the head is left out, and a warning lists the weights that are.
+
+    Args:
+        config: A tower's config; `out_indices` or `out_features` say which feature maps are given, the last one where
+            both are None. The model's own `config` is a copy of it without the head.
+
+    Raises:
+        ConfigError: timm gives no feature maps of this trunk, or has none of these names or indices.
+    """
+
+    has_attentions = False
+
+    def _init_transformers_backbone(self) -> None:
+        if TimmTowerConfig.model_type not in CONFIG_MAPPING:
+            # Where this package is absent: now a model with this backbone inside can be loaded in this process.
+            AutoConfig.register(TimmTowerConfig.model_type, TimmTowerConfig)
+        stages: Any = getattr(self.trunk, "feature_info", None)
+        if not stages or not hasattr(self.trunk, "forward_intermediates"):
+            raise ConfigError(f"{type(self.trunk).__name__} gives no feature maps in timm {timm.__version__}")
+        self.stage_names = [stage["module"] for stage in stages]
+        self.num_features = [stage["num_chs"] for stage in stages]
+        self._activated = [name for name, part in self.trunk.named_modules() if isinstance(part, BatchNormAct2d)]
+        if self.config.out_features is not None:
+            self.out_features = self.config.out_features
+        else:
+            self.out_indices = [-1] if self.config.out_indices is None else self.config.out_indices
+
+    @property
+    def out_indices(self) -> list[int]:
+        """Which of the stages the model gives."""
+        return list(self.config.out_indices or ())
+
+    @out_indices.setter
+    def out_indices(self, indices: Sequence[int]) -> None:
+        count = len(self.stage_names)
+        found = [index % count for index in indices if -count <= index < count]
+        if not found or len(found) < len(indices) or found != sorted(set(found)):
+            raise ConfigError(
+                f"out_indices={shown(indices)}: {self.config.architecture} has stages 0 to {count - 1}; expected some "
+                "of them, each once and in this order"
+            )
+        self.config.out_indices = found
+
+    @property
+    def out_features(self) -> list[str]:
+        """The same by timm's names."""
+        return [self.stage_names[index] for index in self.out_indices]
+
+    @out_features.setter
+    def out_features(self, names: Sequence[str]) -> None:
+        if unknown := [name for name in names if self.stage_names.count(name) != 1]:
+            known = ", ".join(self.stage_names)
+            raise ConfigError(
+                f"out_features: {self.config.architecture} has no stage {shown(unknown[0])}; it has {known}"
+            )
+        self.out_indices = [self.stage_names.index(name) for name in names]
+
+    @property
+    def channels(self) -> list[int]:
+        """Channels of each feature map that the model gives."""
+        return [self.num_features[index] for index in self.out_indices]
+
+    def _build(self, config: TimmTowerConfig, with_classifier: bool, make_head: Any) -> Tower:  # type: ignore[override]
+        return super()._build(without_head(config), False, None)
+
+    def _read(self, files: Sequence[str], loading: TowerLoading) -> StoredTower:  # type: ignore[override]
+        stored = super()._read(files, loading)
+        trunk = {key: tensor for key, tensor in stored.weights.items() if key.startswith("trunk.")}
+        loading.left_out += sorted(set(stored.weights) - set(trunk))
+        return replace(stored, config=without_head(stored.config), weights=trunk)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: HiddenStates = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BackboneOutput | tuple[Any, ...]:
+        """Run the trunk up to the last stage that is asked for.
+
+        Args:
+            pixel_values: `[B, in_chans, H, W]`, floating; cast to the model's dtype.
+            output_hidden_states: Give the maps of all stages as well.
+            output_attentions: Refused.
+            return_dict: False gives a tuple of the fields that are there.
+
+        Returns:
+            `feature_maps`: `[B, C, H, W]` for each of `out_indices`, without class token and registers.
+
+        Raises:
+            ConfigError: attentions were asked for, or the trunk lost its activations.
+            ArgumentError: as `TimmTowerModel.forward`.
+        """
+        if bare := [name for name in self._activated if not hasattr(self.trunk.get_submodule(name), "act")]:
+            raise ConfigError(
+                f"the activation of trunk.{bare[0]} is gone: another normalisation was put in its place, as DETR does, "
+                f"and in {self.config.architecture} the activation is part of it. Take a trunk whose layers are apart "
+                "(ResNet, ConvNeXt, ViT), or convert with timm.layers"
+            )
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ConfigError("output_attentions: a backbone gives feature maps; TimmTowerModel gives attentions")
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        maps = self.trunk.forward_intermediates(  # type: ignore[operator]
+            prepared(self, pixel_values),
+            indices=None if wanted else self.out_indices,
+            output_fmt="NCHW",
+            intermediates_only=True,
+            stop_early=True,
+        )
+        chosen = tuple(maps[index] for index in self.out_indices) if wanted else tuple(maps)
+        output = BackboneOutput(feature_maps=chosen, hidden_states=tuple(maps) if wanted else None)
+        return output if wants_dict(self, return_dict) else output.to_tuple()
+
+# --- modeling.py
+
+"""Towers as transformers models: `TimmTowerModel`, and `TimmTowerForImageClassification` with a classifier on top."""
+
 
 class TimmTowerModel(TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
     """A tower as a transformers model: images in, features and embedding out.
@@ -4281,21 +4960,27 @@ class TimmTowerModel(TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
         output_hidden_states: HiddenStates = None,
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        do_pooling: bool | None = None,
     ) -> TimmTowerModelOutput | tuple[Any, ...]:
         """Run the tower.
 
         Args:
             pixel_values: `[B, in_chans, H, W]`, floating; cast to the model's dtype.
-            output_hidden_states: True for all inner layers, a list of indices for those, an int for the last n.
+            output_hidden_states: True for all; an index or a list of them for those, None in all other places.
             return_dict: False gives a tuple of the fields that are there.
-            output_attentions: Refused: timm gives none.
+            output_attentions: Of a trunk with timm's attention layers that runs with `attn_implementation="eager"`.
+            interpolate_pos_encoding: True says that the images may have another size than `config.image_size`, which
+                the trunk must be able to take.
+            do_pooling: False leaves the embedding out.
 
         Raises:
-            ConfigError: inner layers or attentions were asked for and timm does not give them.
+            ConfigError: hidden states or attentions were asked for and timm does not give them.
+            ArgumentError: an index of no hidden state, or images of a size that the trunk does not take.
         """
-        features, embedding, inner = _run(self, pixel_values, output_hidden_states, output_attentions)
-        output = TimmTowerModelOutput(features, embedding, inner)
-        return output if _wants_dict(self, return_dict) else output.to_tuple()
+        wanted = (output_hidden_states, output_attentions, interpolate_pos_encoding, do_pooling)
+        output = TimmTowerModelOutput(*run_tower(self, pixel_values, *wanted))
+        return output if wants_dict(self, return_dict) else output.to_tuple()
 
 
 class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
@@ -4336,6 +5021,7 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
         output_hidden_states: HiddenStates = None,
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
     ) -> ImageClassifierOutput | tuple[Any, ...]:
         """Run tower and classifier.
 
@@ -4345,201 +5031,22 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
                 the loss follows `config.problem_type`.
             output_hidden_states: As `TimmTowerModel.forward`.
             return_dict: As `TimmTowerModel.forward`.
-            output_attentions: Refused: timm gives none.
+            output_attentions: As `TimmTowerModel.forward`.
+            interpolate_pos_encoding: As `TimmTowerModel.forward`.
 
         Raises:
             HeadError: the embedding is not `[B, embed_dim]`.
-            ConfigError: inner layers or attentions were asked for and timm does not give them.
+            ConfigError, ArgumentError: as `TimmTowerModel.forward`.
         """
-        _, embedding, inner = _run(self, pixel_values, output_hidden_states, output_attentions)
+        wanted = (output_hidden_states, output_attentions, interpolate_pos_encoding)
+        _, embedding, states, maps = run_tower(self, pixel_values, *wanted)
         if not isinstance(embedding, torch.Tensor) or embedding.ndim != 2:
             found = tuple(embedding.shape) if isinstance(embedding, torch.Tensor) else type(embedding).__name__
             raise HeadError(f"a classifier needs an embedding [B, embed_dim], this tower gives {found}; choose a pool")
         logits = self.classifier(embedding)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
-        output = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=inner)
-        return output if _wants_dict(self, return_dict) else output.to_tuple()
-
-
-def _run(
-    model: Any, images: torch.Tensor, wanted: HiddenStates, attentions: bool | None
-) -> tuple[Any, Any, tuple[torch.Tensor, ...] | None]:
-    """The trunk's features, the embedding, and features of inner layers where asked for."""
-    trunk = model.trunk
-    if model.config.output_attentions if attentions is None else attentions:
-        raise ConfigError("output_attentions: timm's models do not give their attentions")
-    if not images.is_floating_point():
-        raise ArgumentError(
-            f"pixel_values are {images.dtype}: expected floats as the image processor gives them, scaled and normalised"
-        )
-    images = images.to(model.dtype)
-    wanted = model.config.output_hidden_states if wanted is None else wanted
-    inner = None
-    # An empty list or 0 asks for none; True, and no number, for all.
-    if wanted:
-        if not hasattr(trunk, "forward_intermediates"):
-            raise ConfigError(f"{type(trunk).__name__} has no forward_intermediates in timm {timm.__version__}")
-        indices = None if wanted is True else wanted if isinstance(wanted, int) else list(wanted)
-        features, found = trunk.forward_intermediates(images, indices=indices)
-        inner = tuple(found)
-    else:
-        features = trunk.forward_features(images)
-    if model.steps == "features":
-        pooled = features
-    else:
-        # Where the trunk's forward is more than these two steps, it runs whole: the embedding is what it gives.
-        pooled = trunk.forward_head(features) if model.steps == "features, head" else trunk(images)
-    return features, run_head(model.head, model._head_input, pooled), inner
-
-
-def _wants_dict(model: PreTrainedModel, return_dict: bool | None) -> bool:
-    return bool(model.config.return_dict if return_dict is None else return_dict)
-
-
-# --- how the trunk runs
-
-
-def _steps_of(trunk: nn.Module) -> str:
-    """What the trunk's forward is made of, for a tensor x: `forward_head(forward_features(x))` and nothing else
-    (`features, head`), `forward_features(x)` alone (`features`), or something that is not known (`whole`).
-
-    Told from the names that the code of its class uses: one that this does not know is not taken for steps.
-    """
-    code = getattr(type(trunk).forward, "__code__", None)
-    names = set(code.co_names) if code is not None else set()
-    if names == {"forward_features"}:
-        return "features"
-    more = tuple(sorted(names - {"forward_features", "forward_head"}))
-    known = not more or (type(trunk).__name__, *more) in _STEPS_WITH_SWITCHES
-    return "features, head" if known and {"forward_features", "forward_head"} <= names else "whole"
-
-
-# Classes of timm whose forward has switches that a tower never turns: features of inner layers (CoaT, FastViT), a
-# second classifier for training (Inception), packed patches of several sizes (NaFlexVit).
-_STEPS_WITH_SWITCHES = {
-    ("CoaT", "is_scripting", "jit", "return_interm_layers", "torch"),
-    ("FastVit", "fork_feat"),
-    ("InceptionV3", "aux_logits"),
-    ("NaFlexVit", "_assert", "dict", "get", "isinstance"),
-}
-
-
-def _can_checkpoint(trunk: nn.Module) -> bool:
-    try:
-        trunk.set_grad_checkpointing(True)  # type: ignore[operator]
-        trunk.set_grad_checkpointing(False)  # type: ignore[operator]
-    except (AttributeError, AssertionError):
-        return False
-    return True
-
-
-# --- building as transformers builds
-
-
-def _computed_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> buffer, of those that are not in the state dict."""
-    found: dict[str, torch.Tensor] = {}
-    for prefix, part in module.named_modules():
-        for name in part._non_persistent_buffers_set:
-            buffer = part._buffers.get(name)
-            if buffer is not None:
-                found[f"{prefix}.{name}"] = buffer
-    return found
-
-
-def _put_buffers(module: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
-    """Put buffers into the places of uninitialised ones, on the device of those."""
-    moved: dict[int, torch.Tensor] = {}
-    for name, buffer in buffers.items():
-        path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(path)
-        device = owner._buffers[leaf].device  # type: ignore[union-attr]
-        # One buffer that several modules hold stays one.
-        owner._buffers[leaf] = moved.setdefault(id(buffer), buffer.to(device=device))
-
-
-def _align(module: nn.Module) -> None:
-    """Copy what begins at odd places in memory to places that are multiples of 64 bytes.
-
-    Another model's checkpoint is mapped by transformers as it is; kernels may give other last bits for such tensors.
-    """
-    for tensor in (*module.parameters(), *module.buffers()):
-        plain = type(tensor) in (nn.Parameter, torch.Tensor) and tensor.device.type == "cpu"
-        if plain and tensor.layout == torch.strided and tensor.data_ptr() % 64:
-            tensor.data = tensor.detach().clone()
-
-
-def _move_to_meta(module: nn.Module, dtype: torch.dtype) -> None:
-    """As `module.to("meta", dtype)`, except that tied parameters stay tied."""
-    moved: dict[int, torch.Tensor] = {}
-    for part in module.modules():
-        for table in (part._parameters, part._buffers):
-            for name, tensor in list(table.items()):
-                if tensor is None:
-                    continue
-                if id(tensor) not in moved:
-                    twin = tensor.detach().to("meta", dtype if tensor.is_floating_point() else None)
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    moved[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if is_parameter else twin
-                setattr(part, name, moved[id(tensor)])
-
-
-# --- what loading refuses or says
-
-
-def _refuse_changed(stored: TimmTowerConfig, given: TimmTowerConfig, folder: Path) -> None:
-    """Refuse a config that is not the folder's own; only what was frozen may be left out of it.
-
-    Raises:
-        ConfigError: names the fields.
-    """
-    opened = {"frozen"} if given.frozen is None else set()
-    odd = [name for name in OUR_FIELDS if getattr(stored, name) != getattr(given, name) and name not in opened]
-    if odd:
-        changes = ", ".join(
-            f"{name}={shown(getattr(given, name))} (stored {shown(getattr(stored, name))})" for name in odd[:4]
-        )
-        raise ConfigError(
-            f"{folder}: a tower is loaded as it was saved; {changes} would make another one of the same weights. Load "
-            "it without, change it (TimmModel.from_pretrained takes image_size=...), and save it."
-        )
-
-
-def _refuse_misfits(name: str, info: Mapping[str, Any], allowed: list[str]) -> None:
-    """Refuse a model whose weights did not all come from the files, and the other way round.
-
-    Raises:
-        WeightsError: lists the keys.
-    """
-    misfits = {
-        "missing": sorted(set(info["missing_keys"]) - set(allowed)),
-        "unexpected": sorted(info["unexpected_keys"]),
-        "of another shape": sorted(key[0] for key in info["mismatched_keys"]),
-    }
-    lines = [f"{len(keys)} {what}: {', '.join(map(shown, keys[:5]))}" for what, keys in misfits.items() if keys]
-    if lines:
-        raise WeightsError(
-            f"{name}: the weights do not fit, the model is not returned: {'; '.join(lines)}. Where that is wanted, "
-            "pass ignore_mismatched_sizes=True"
-        )
-
-
-def _warn_of_changes(loading: TowerLoading, info: Mapping[str, Any]) -> None:
-    """List fresh weights, and those in the files that the model leaves out."""
-    fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
-    left_out = sorted({*loading.left_out, *info["unexpected_keys"]})
-    found = {"fresh random weights, to be trained": fresh, "weights that this model leaves out": left_out}
-    for what, keys in found.items():
-        if keys:
-            warnings.warn(f"{loading.place}: {what}: {', '.join(shown(key)[1:-1] for key in keys)}", stacklevel=4)
-
-
-def _loading_report(missing_keys: set[str]) -> LoadStateDictInfo:
-    """transformers' record of a loading without other events; its fields differ between versions."""
-    empty: dict[str, Any] = {"error_msgs": [], "conversion_errors": {}}
-    info = LoadStateDictInfo(**{each.name: empty.get(each.name, set()) for each in fields(LoadStateDictInfo)})
-    info.missing_keys = missing_keys
-    return info
+        output = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=states, attentions=maps)
+        return output if wants_dict(self, return_dict) else output.to_tuple()
 
 # --- dual_encoder.py
 

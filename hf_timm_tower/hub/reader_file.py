@@ -33,6 +33,12 @@ READER_MODULES = (
     "image_processor",
     "tower",
     "weights",
+    "computed_buffers",
+    "hidden_states",
+    "forward",
+    "loading",
+    "pretrained",
+    "backbone",
     "modeling",
     "dual_encoder",
 )
@@ -40,6 +46,7 @@ READER_MODULES = (
 
 _MODULE = READER_NAME.removesuffix(".py")
 AUTO_MAP = {
+    "AutoBackbone": f"{_MODULE}.TimmTowerBackbone",
     "AutoConfig": f"{_MODULE}.TimmTowerConfig",
     "AutoImageProcessor": f"{_MODULE}.TimmTowerImageProcessor",
     "AutoModel": f"{_MODULE}.TimmTowerModel",

@@ -143,7 +143,7 @@ class _Run:
             self.counted.check(len(self.results), node.target, function, args, kwargs)
         try:
             self.results.append(function(*args, **kwargs))
-        except (TypeError, IndexError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
             raise GraphError(
                 f"the stored head cannot make its call {shown(node.target)}: {shown(str(error), 200)}. The file is "
                 "damaged or was edited; save the tower again"

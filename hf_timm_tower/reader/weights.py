@@ -103,6 +103,8 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
         index = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not JSON: {error}") from error
+    if isinstance(index, dict) and not isinstance(index.get("metadata"), dict):
+        raise FormatError(f"{path}: has no metadata, an object, which transformers asks for")
     return check_index(index, str(path))
 
 

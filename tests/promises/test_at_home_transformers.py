@@ -28,11 +28,12 @@ def test_without_package_and_trust_the_error_is_transformers_own_and_without_tim
     refused = make_environment(tmp_path / "venv", without=("timm",)).run(
         """
         import sys
-        from transformers import AutoModel
-        try:
-            AutoModel.from_pretrained(sys.argv[1], trust_remote_code=False)
-        except ValueError as error:
-            print(error)
+        from transformers import AutoImageProcessor, AutoModel
+        for auto in (AutoModel, AutoImageProcessor):
+            try:
+                auto.from_pretrained(sys.argv[1], trust_remote_code=False)
+            except ValueError as error:
+                print(error)
         try:
             AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
         except ImportError as error:
@@ -40,7 +41,7 @@ def test_without_package_and_trust_the_error_is_transformers_own_and_without_tim
         """,
         tower,
     )
-    assert "pass the argument `trust_remote_code=True`" in refused
+    assert refused.count("pass the argument `trust_remote_code=True`") == 2
     assert "not found in your environment: timm" in refused
 
 

@@ -24,7 +24,7 @@ from skimage import data
 from timm.data import create_transform, resolve_data_config
 
 from hf_timm_tower import ArgumentError, ConfigError, TimmTowerConfig
-from hf_timm_tower.files.same_save import check_processor, facts_in_tower
+from hf_timm_tower.files.same_save import check_processor, processor_dict
 from hf_timm_tower.reader.image_processing import READER_MODULE, STANDARD_KEYS
 from hf_timm_tower.reader.image_processor import TimmTowerImageProcessor
 from hf_timm_tower.training.transform import make_transform
@@ -35,12 +35,6 @@ READER = Path(__file__).resolve().parents[2] / "hf_timm_tower" / "reader"
 LANCZOS = ("lanczos",) if Version(torchvision.__version__) >= Version("0.27") else ()
 SQUARE = {"mode": "square", "color": [255, 250, 7]}
 EVERYTHING = {"padding": SQUARE, "channel_order": "BGR", "value_range": [0.0, 255.0]}
-
-
-def processor_dict(config: TimmTowerConfig) -> dict[str, Any]:
-    """What `preprocessor_config.json` holds where a processor is stored alone."""
-    auto_map = {"AutoImageProcessor": ["modeling_timm_tower.TimmTowerImageProcessor", None]}
-    return {**facts_in_tower(config), "image_processor_type": "TimmTowerImageProcessor", "auto_map": auto_map}
 
 
 def described(size: int | tuple[int, int] = 64, in_chans: int = 3, **entries: Any) -> TimmTowerConfig:
