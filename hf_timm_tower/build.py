@@ -106,12 +106,7 @@ def head_fields(
 
     Args:
         own_head: The class of the tower makes a head of its own.
-        embed_dim: As in `TimmModel`, like all further arguments.
-        pool: As in `TimmModel`.
-        proj: As in `TimmModel`.
-        proj_bias: As in `TimmModel`.
-        drop: As in `TimmModel`.
-        custom_head: As in `TimmModel`.
+        embed_dim, pool, proj, proj_bias, drop, custom_head: As in `TimmModel`.
 
     Raises:
         ConfigError: the pool is not a name.

@@ -81,8 +81,8 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             license: For the card; never guessed.
             metrics: Name -> figure, for the card's table and its `model-index`.
             evaluated_on: Id of the data set that they were measured on.
-            include_code: None: the folder carries this package's core, so that stock transformers can load it. True:
-                also the source of the head, where it cannot be stored in another form. False: no code at all.
+            include_code: None: the folder carries its reader, so that it loads where this package is not installed.
+                True: also the source of the head, where it cannot be stored in another form. False: no code at all.
             max_shard_size: Largest weight file, in bytes or as `"5GB"`.
             is_main_process: False saves nothing: another process does.
             state_dict: The weights, where they had to be gathered from several processes.
@@ -172,7 +172,8 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
 
         Args:
             repo_id: `name` or `org/name`; made where it does not exist.
-            config: As in `save_pretrained`.
+            config, model_card_kwargs, tags, license, metrics, evaluated_on, include_code, max_shard_size: As in
+                `save_pretrained`.
             commit_message: The commit's first line.
             private: Of the repository, where this call makes it.
             token: With the right to write; the one that is logged in by default.
@@ -181,16 +182,9 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             allow_patterns: Push only files that match.
             ignore_patterns: Do not push files that match.
             delete_patterns: Delete further files of the repository that match.
-            model_card_kwargs: As in `save_pretrained`.
-            tags: As in `save_pretrained`.
-            license: As in `save_pretrained`.
-            metrics: As in `save_pretrained`.
-            evaluated_on: As in `save_pretrained`.
-            include_code: As in `save_pretrained`.
             trunk: `org/name@revision` of a tower or timm repository that has this tower's trunk, bit for bit. Only the
                 head is pushed; loading fetches the trunk from there, at the commit that it has now. None: the trunk
                 that the tower was loaded with, where it has one elsewhere. False: the whole tower is pushed.
-            max_shard_size: Largest weight file.
 
         Returns:
             The commit's address (the pull request's with `create_pr`).

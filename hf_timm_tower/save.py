@@ -22,7 +22,7 @@ from .files.sentence_transformers import write_sentence_files
 from .files.staging import staged_folder
 from .files.ties import find_ties
 from .files.weights import write_weights
-from .heads.stored_form import store_any_head
+from .heads.stored_form import store_head
 from .hub.card import CardOptions, TowerFacts, tower_facts
 from .hub.reader_file import AUTO_MAP, write_reader
 from .hub.trunk_source import is_separable
@@ -136,7 +136,7 @@ def storable_config(
             if own_head:
                 stored.head = {"form": SUBCLASS}
             else:
-                stored.head, sources = store_any_head(head, example, stored, include_code=bool(include_code))
+                stored.head, sources = store_head(head, example, code_for=stored if include_code else None)
         stored.head["class"] = name or type(live).__name__
     stored.frozen = describe_frozen(tower)
     return ProvenForm(form, key, stored, sources), False

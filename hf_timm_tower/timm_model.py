@@ -1,8 +1,7 @@
 """`TimmModel`: any timm trunk plus any head, with open_clip's signature and weight keys."""
 
 import copy
-import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Self
 
 import timm
@@ -32,8 +31,8 @@ from .reader.head import LIVE, SUBCLASS, CustomHead, builtin_head, rebuild_head
 from .reader.tower import run_head
 from .reader.trunk import create_trunk, float_dtype, remove_classifier
 from .subclassing import REBUILDING, overrides, rebuild
-from .training.feature_cache import CachedFeatures, cache_features, forward_from_cache
-from .training.freezing import describe_frozen, frozen_context, note_fixed
+from .training.feature_cache import cache_features, forward_from_cache
+from .training.freezing import frozen_context, note_fixed
 from .training.layer_groups import layer_groups
 from .training.lock import Patterns, lock, unlock
 from .training.naflex import NaFlexProcessor
@@ -116,25 +115,31 @@ class TimmModel(EmbeddingMixin, InterchangeMixin, TimmFace, TowerHubMixin):
         )
         self._assemble(config, custom_head, pretrained=pretrained)
 
-    def _assemble(self, config: TimmTowerConfig, custom_head: CustomHead | None, pretrained: bool = False) -> None:
+    def _assemble(
+        self,
+        config: TimmTowerConfig,
+        custom_head: CustomHead | None,
+        *,
+        pretrained: bool = False,
+        trunk: nn.Module | None = None,
+    ) -> None:
+        fresh, given = config.num_features is None, trunk
+
         def make_trunk(settled: TimmTowerConfig) -> nn.Module:
             self.config = settled
-            return self._create_trunk(pretrained=pretrained)
+            if given is None:
+                return self._create_trunk(pretrained=pretrained)
+            remove_classifier(given, config)
+            return given
 
-        self.config = config
-        self._assemble_on(make_trunk, custom_head)
-
-    def _assemble_on(self, make_trunk: Callable[[TimmTowerConfig], nn.Module], custom_head: CustomHead | None) -> None:
-        fresh = self.config.num_features is None
-
-        def make_head(config: TimmTowerConfig) -> nn.Module:
-            self.config = config
+        def make_head(done: TimmTowerConfig) -> nn.Module:
+            self.config = done
             self._custom_head = custom_head  # for `_create_head`, whose signature is its users'
-            head = self._create_head(config.num_features, config.embed_dim)  # type: ignore[arg-type]
+            head = self._create_head(done.num_features, done.embed_dim)  # type: ignore[arg-type]
             del self._custom_head
             return head
 
-        self.config, trunk, head, self._head_input = build_parts(self.config, make_trunk, make_head)
+        self.config, trunk, head, self._head_input = build_parts(config, make_trunk, make_head)
         self.trunk, self.head = trunk, head
         if fresh and not isinstance(custom_head, nn.Module):
             anchor = next(trunk.parameters())
@@ -212,13 +217,8 @@ class TimmModel(EmbeddingMixin, InterchangeMixin, TimmFace, TowerHubMixin):
 
         Args:
             trunk: From `timm.create_model`; its arguments, input size and changes since are read back from it.
-            embed_dim: As in the constructor, like all further arguments. With `proj=None` the model's own classifier
-                is kept as the projection.
-            pool: As in the constructor.
-            proj: As in the constructor.
-            proj_bias: As in the constructor.
-            drop: As in the constructor.
-            custom_head: As in the constructor.
+            embed_dim, pool, proj, proj_bias, drop, custom_head: As in the constructor. With `proj=None` the model's own
+                classifier is kept as the projection.
 
         Raises:
             ConfigError: timm cannot tell how the model was made, or building it again gives other weights.
@@ -229,13 +229,7 @@ class TimmModel(EmbeddingMixin, InterchangeMixin, TimmFace, TowerHubMixin):
         check_rebuilt(trunk, config, with_classifier=True)
         tower = cls.__new__(cls)
         nn.Module.__init__(tower)
-        tower.config = config
-
-        def bared(settled: TimmTowerConfig) -> nn.Module:
-            remove_classifier(trunk, config)
-            return trunk
-
-        tower._assemble_on(bared, custom_head)
+        tower._assemble(config, custom_head, trunk=trunk)
         return tower
 
     # --- running
@@ -320,6 +314,13 @@ class TimmModel(EmbeddingMixin, InterchangeMixin, TimmFace, TowerHubMixin):
         """Images of any aspect -> batches of patches with masks, of a tower on NaFlexVit. See `training/naflex.py`."""
         return NaFlexProcessor(self.config, self.trunk, max_seq_len, is_training, **kwargs)
 
+    # --- training: each of these functions is a method as it is
+
+    unlock = unlock
+    param_groups = param_groups
+    cache_features = cache_features
+    forward_from_cache = forward_from_cache
+
     # --- changing
 
     def set_input_size(self, image_size: int | Sequence[int]) -> None:
@@ -375,7 +376,7 @@ class TimmModel(EmbeddingMixin, InterchangeMixin, TimmFace, TowerHubMixin):
         only: Patterns | None = None,
         except_: Patterns | None = None,
     ) -> None:
-        """Freeze the trunk, or what the selectors name; all else trains. Depends on this call alone.
+        """Freeze the trunk, or what the selectors name; all else trains. See `training/lock.py`.
 
         Args:
             unlocked_groups: Layer groups of the trunk, counted from the output, that stay trainable.
@@ -392,82 +393,12 @@ class TimmModel(EmbeddingMixin, InterchangeMixin, TimmFace, TowerHubMixin):
         if until is None and only is None:
             unlocked_groups, head = counted(self, unlocked_groups, head)
         lock(self, unlocked_groups, freeze_bn_stats, head=bool(head), until=until, only=only, except_=except_)
-        self.config.frozen = describe_frozen(self)
-
-    def unlock(
-        self,
-        unlocked_groups: int | None = None,
-        freeze_bn_stats: bool = True,
-        *,
-        head: bool = True,
-        until: str | None = None,
-        only: Patterns | None = None,
-        except_: Patterns | None = None,
-    ) -> None:
-        """Open everything, or the head and what the selectors name; all else is frozen. Depends on this call alone.
-
-        Args:
-            unlocked_groups: Open this many layer groups of the trunk, counted from the output.
-            freeze_bn_stats: Keep the running statistics of what stays frozen.
-            head: Open the head as well.
-            until: Open from the output down to and including this group (or module), such as `blocks.9`.
-            only: Open, beside the head, just what matches: patterns (fnmatch) for names of groups or parameters.
-            except_: Patterns for what stays frozen of what the other arguments open.
-
-        Raises:
-            ArgumentError: as `lock`.
-        """
-        unlock(self, unlocked_groups, freeze_bn_stats, head=head, until=until, only=only, except_=except_)
-        self.config.frozen = describe_frozen(self)
 
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`, except that modules with frozen statistics stay in eval mode."""
         super().train(mode)
         keep_statistics(self)
         return self
-
-    def param_groups(
-        self,
-        lr: float,
-        weight_decay: float = 0.05,
-        layer_decay: float | None = None,
-        *,
-        min_scale: float = 0.0,
-        no_decay: Collection[str] = (),
-    ) -> list[dict[str, Any]]:
-        """Parameter groups for any optimizer, on request with layer-wise rates. See `training.param_groups`."""
-        return param_groups(self, lr, weight_decay, layer_decay, min_scale=min_scale, no_decay=no_decay)
-
-    def cache_features(
-        self,
-        dataset: Any,
-        path: str | os.PathLike[str],
-        *,
-        batch_size: int = 64,
-        repeats: int = 1,
-        num_workers: int = 0,
-        transform: Callable[[Any], Any] | None = None,
-        dtype: torch.dtype | None = None,
-        columns: tuple[str, str] = ("image", "label"),
-        progress: bool = True,
-    ) -> CachedFeatures:
-        """Run every image once through the frozen trunk and keep what the head takes. See `feature_cache.py`."""
-        return cache_features(
-            self,
-            dataset,
-            path,
-            batch_size=batch_size,
-            repeats=repeats,
-            num_workers=num_workers,
-            transform=transform,
-            dtype=dtype,
-            columns=columns,
-            progress=progress,
-        )
-
-    def forward_from_cache(self, features: torch.Tensor) -> Any:
-        """Features `[B, ...]` of `cache_features`, on the head's device -> what `forward` gives, by the head alone."""
-        return forward_from_cache(self, features)
 
     def summary(self) -> str:
         """A table of the parts with their parameters; print it."""

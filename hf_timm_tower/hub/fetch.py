@@ -11,10 +11,11 @@ from typing import Any
 from huggingface_hub import HfApi, constants
 
 from ..files.names import CONFIG_NAME, FINGERPRINT_NAME, INDEX_NAME, PREPROCESSOR_NAME, SINGLE_NAME
-from ..files.open_folder import read_json, require_plain_name
+from ..files.open_folder import read_json
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ConfigError, FolderError, FormatError, HubError, shown
 from ..reader.head import code_file
+from ..reader.weights import check_index
 from .download import MAX_WEIGHT_FILES, Access, download_files, hub_errors
 from .identify import identify
 
@@ -90,16 +91,10 @@ def _weight_files(folder: Path, config: dict[str, Any]) -> list[str]:
     if not (folder / INDEX_NAME).exists():
         return [SINGLE_NAME]
     where = folder / INDEX_NAME
-    found = read_json(where).get("weight_map")
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise FormatError(f"{where}: weight_map must be an object that maps each key to a file name")
-    names = sorted(set(found.values()))
+    weight_map, _ = check_index(read_json(where), f"{where}")
+    names = sorted(set(weight_map.values()))
     if len(names) > MAX_WEIGHT_FILES:
         raise FormatError(f"{where}: names {len(names)} weight files, at most {MAX_WEIGHT_FILES} are read")
-    for name in names:
-        require_plain_name(name, f"{where}")
-        if not name.endswith(".safetensors"):
-            raise FormatError(f"{where}: names {shown(name)}; only .safetensors files are read")
     return names
 
 

@@ -1,8 +1,8 @@
 """`TimmTowerConfig`: everything that rebuilds a tower with no network.
 
 The config is validated once, when it is made: types by huggingface_hub's `@strict` (as transformers' own configs),
-meaning by the checks below. `tower.complete` fills in what only the trunk can tell (its width, its layout, its own
-pool), after which the config is a full description.
+meaning by the checks below. `build.resolve_config` fills in what only the trunk can tell (its width, its layout, its
+own pool), after which the config is a full description.
 """
 
 import difflib
@@ -38,40 +38,19 @@ OUR_POOLS = ("token_avg", "default", "none")
 PROJECTIONS = ("linear", "mlp", "none")
 
 # Keys that transformers itself writes into or expects of any config; everything else that is not a field is refused
-# when a config is read, and dropped with a warning when a tower is saved. `custom_pipelines` names code: never written.
+# when a config is read, and dropped with a warning when a tower is saved. `custom_pipelines` names code: never written;
+# `use_cache` is set by Trainer where gradients are checkpointed.
 _TRANSFORMERS_KEYS = frozenset(
-    {
-        "model_type",
-        "transformers_version",
-        "architectures",
-        "auto_map",
-        "custom_pipelines",
-        "dtype",
-        "torch_dtype",
-        "quantization_config",
-        "name_or_path",
-        "_name_or_path",
-        "_commit_hash",
-        "num_labels",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "output_hidden_states",
-        "output_attentions",
-        "return_dict",
-        "use_return_dict",
-        "attn_implementation",
-        "_attn_implementation",
-        "experts_implementation",
-        "_experts_implementation",
-        "chunk_size_feed_forward",
-        "is_encoder_decoder",
-        "per_layer_config",
-        "tie_last_hidden_states",
-        "use_cache",  # Trainer sets it where gradients are checkpointed
-        "hidden_size",
+    (
+        *"""
+        model_type transformers_version architectures auto_map custom_pipelines dtype torch_dtype quantization_config
+        name_or_path _name_or_path _commit_hash num_labels id2label label2id problem_type output_hidden_states
+        output_attentions return_dict use_return_dict attn_implementation _attn_implementation experts_implementation
+        _experts_implementation chunk_size_feed_forward is_encoder_decoder per_layer_config tie_last_hidden_states
+        use_cache hidden_size
+        """.split(),
         *_OUTPUTS,
-    }
+    )
 )
 
 
@@ -277,8 +256,7 @@ def _check_of_transformers(values: dict[str, Any]) -> None:
     """Before transformers writes a name for each label, and looks up a dtype in torch by its name."""
     count, dtype, problem = (values.get(name) for name in ("num_labels", "dtype", "problem_type"))
     if count is not None:
-        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_LABELS:
-            raise ConfigError(f"num_labels={shown(count)}: expected a whole number from 0 to {MAX_LABELS}")
+        _check_int("num_labels", count, MAX_LABELS, least=0)
     for name in ("id2label", "label2id"):
         labels = values.get(name)
         if labels is not None and not (
@@ -304,10 +282,9 @@ def _check_of_transformers(values: dict[str, Any]) -> None:
 def _check(config: TimmTowerConfig) -> None:
     check_architecture(config.architecture, config.timm_version)
     _check_int("in_chans", config.in_chans, MAX_IN_CHANS)
-    if config.embed_dim is not None:
-        _check_int("embed_dim", config.embed_dim, MAX_EMBED_DIM)
-    if config.num_features is not None:
-        _check_int("num_features", config.num_features, MAX_EMBED_DIM)
+    for name in ("embed_dim", "num_features"):
+        if getattr(config, name) is not None:
+            _check_int(name, getattr(config, name), MAX_EMBED_DIM)
     for name in ("image_size", "feat_size"):
         if getattr(config, name) is not None:
             setattr(config, name, check_size(name, getattr(config, name)))
@@ -338,17 +315,13 @@ def _check(config: TimmTowerConfig) -> None:
         raise ConfigError(f"tower_kwargs={shown(config.tower_kwargs)}: only a subclass (tower_class) has any")
 
 
-def _check_int(name: str, value: Any, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ConfigError(f"{name}={shown(value)}: expected a whole number from 1 to {most}")
+def _check_int(name: str, value: Any, most: int, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ConfigError(f"{name}={shown(value)}: expected a whole number from {least} to {most}")
 
 
 def check_size(name: str, value: Any) -> list[int]:
-    """An image size as `[height, width]` in pixels.
-
-    Raises:
-        ConfigError: not one or two whole numbers from 1 to 16384.
-    """
+    """An image size as `[height, width]` in pixels; `ConfigError` unless it is one or two whole numbers to 16384."""
     pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else []
     if len(pair) != 2 or any(
         isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= MAX_IMAGE_SIZE for side in pair
@@ -360,14 +333,9 @@ def check_size(name: str, value: Any) -> list[int]:
 
 
 def check_architecture(name: str, saved_with: str | None = None) -> None:
-    """Refuse what this timm's registry does not have.
+    """Refuse `arch` or `arch.tag` that this timm's registry does not have, by a `ConfigError` with near names.
 
-    Args:
-        name: `arch` or `arch.tag`.
-        saved_with: The timm version a config was saved with, to say which timm has the architecture.
-
-    Raises:
-        ConfigError: with near names, and the timm version that is known to have it.
+    It names the timm version that a config was saved with, which has the architecture.
     """
     if ":" in name or "/" in name or len(name) > 200 or not name.isprintable():
         raise ConfigError(

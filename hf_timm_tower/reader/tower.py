@@ -117,11 +117,7 @@ def build_tower(
 
 
 def check_buildable(config: TimmTowerConfig) -> None:
-    """Refuse a config that no code but that of its own class can build.
-
-    Raises:
-        ConfigError, HeadError: says what is needed.
-    """
+    """Refuse a config that only its own class can build: `ConfigError`, `HeadError` say what is needed."""
     if config.tower_class is not None:
         raise ConfigError(
             f"this tower was saved by {shown(config.tower_class)}, a subclass of TimmModel that changes how it is "
@@ -154,8 +150,7 @@ def without_head(config: TimmTowerConfig) -> TimmTowerConfig:
 def make_classifier(config: TimmTowerConfig) -> nn.Module:
     """A fresh classifier `[B, embed_dim]` -> `[B, num_labels]`; nothing where the trunk's own gives the scores.
 
-    Raises:
-        ConfigError: the embedding has no width, or there are no labels.
+    `ConfigError` where the embedding has no width, or there are no labels.
     """
     if config.embed_dim is None:
         raise ConfigError(
