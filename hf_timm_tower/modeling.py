@@ -385,7 +385,7 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
         vars(stored).pop("use_cache", None)  # of Trainer, not of the tower
         load = partial(load_bare, trust_head_code=bool(proven.sources), access=access)
         saved = save_tower(tower, stored, folder, load, options, sources=proven.sources, form_is_proven=known)
-        self._proven = proven
+        self._fingerprint, self._proven = saved.fingerprint, proven
         return saved
 
 
