@@ -244,3 +244,18 @@ def test_another_size_resamples_the_trunk_and_its_config_says_so(towers: Path) -
     images = torch.rand(1, 3, 96, 96)
     with torch.no_grad():
         assert torch.equal(encoder(images).last_hidden_state, tower.trunk.forward_features(images))
+
+
+def test_what_is_set_on_the_whole_reaches_the_trunk(towers: Path) -> None:
+    model, images = make_captioner(encoder_of(towers / "test_vit")), torch.rand(1, 3, 64, 64)
+    trunk = model.encoder.tower.trunk
+    model.gradient_checkpointing_enable()
+    assert trunk.grad_checkpointing
+    model.gradient_checkpointing_disable()
+    assert not trunk.grad_checkpointing
+    model.set_attn_implementation({"encoder": "eager"})
+    given = {"pixel_values": images, "decoder_input_ids": torch.tensor([[0, 5]])}
+    maps = model.encoder(images, output_attentions=True).attentions
+    assert len(maps) == len(trunk.blocks)
+    states = model.eval()(**given, output_hidden_states=True).encoder_hidden_states
+    assert len(states) == len(trunk.blocks) + 1
