@@ -49,6 +49,12 @@ class TimmTowerEncoder(PreTrainedModel):  # type: ignore[no-untyped-call]
         self._no_split_modules = self.tower._no_split_modules
         self.post_init()  # type: ignore[no-untyped-call]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("config", "tower") and "tower" in self._modules:
+            # One config for the trunk, also where another model assigns this one its part: what is set there acts.
+            self.config.tower_config = self.tower.config
+
     def get_input_embeddings(self) -> None:  # type: ignore[override]
         """None: images have no table of embeddings."""
 

@@ -203,7 +203,7 @@ FLOORS = (
     ("heads", "hub", "trunk_changes"),
     ("training", "subclassing", "trunk_facts"),
     ("build",),
-    ("load", "encoder_config"),
+    ("load", "encoder_config", "input_size"),
     ("proof",),
     ("save", "interop", "embedding"),
     ("hub_mixin",),

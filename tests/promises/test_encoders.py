@@ -1,5 +1,6 @@
 """Trunks as encoders of tokens in transformers' models of two parts: trained, run, saved, loaded."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def prompt(model: LlavaForConditionalGeneration, count: int) -> dict[str, torch.
 
 
 def train(model: Any, **inputs: torch.Tensor) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.05)
     model.train()
     for _ in range(2):
         model(**inputs).loss.backward()
@@ -112,6 +113,7 @@ for folder in sys.argv[1:]:
     inputs = expected["inputs"]
     model, info = getattr(transformers, expected["class"]).from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
+    assert [name for name, each in model.named_parameters() if not each.requires_grad] == expected["frozen"], folder
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, expected["logits"]), folder
         inputs.pop("decoder_input_ids", None)
@@ -127,8 +129,9 @@ def save_with_outputs(model: Any, folder: Path, **inputs: torch.Tensor) -> None:
         logits = model(**inputs).logits
         given = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
         generated = model.generate(**given, max_new_tokens=4, do_sample=False)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     expected = {"class": type(model).__name__, "inputs": inputs, "logits": logits, "generated": generated}
-    torch.save(expected, folder / "expected.pt")
+    torch.save({**expected, "frozen": frozen}, folder / "expected.pt")
 
 
 def test_captioners_and_llavas_train_generate_and_come_back(
@@ -142,6 +145,14 @@ def test_captioners_and_llavas_train_generate_and_come_back(
     model = make_captioner(TimmTowerModel.from_pretrained(towers / "test_vit"))
     train(model, pixel_values=images, labels=words)
     save_with_outputs(model, tmp_path / "captioner-tower", pixel_values=images, decoder_input_ids=words)
+    locked = TimmModel.from_pretrained(towers / "test_vit")
+    locked.lock(unlocked_groups=2)
+    locked.save_pretrained(tmp_path / "locked")
+    model = make_captioner(encoder_of(tmp_path / "locked"))
+    shutil.rmtree(tmp_path / "locked")
+    assert not model.encoder.tower.trunk.blocks[0].attn.qkv.weight.requires_grad
+    train(model, pixel_values=images, labels=words)
+    save_with_outputs(model, tmp_path / "captioner-locked", pixel_values=images, decoder_input_ids=words)
     full = {"vision_feature_select_strategy": "full"}
     kinds: dict[str, tuple[str, dict[str, Any]]] = {
         "second last": ("test_vit", {"vision_feature_layer": -2}),
@@ -157,7 +168,7 @@ def test_captioners_and_llavas_train_generate_and_come_back(
         assert not torch.equal(before, next(model.model.vision_tower.parameters()))
         save_with_outputs(model, tmp_path / name, **inputs)
     folders = sorted(path for path in tmp_path.iterdir() if path.is_dir())
-    assert len(folders) == len(TRUNKS) + 1 + len(kinds)
+    assert len(folders) == len(TRUNKS) + 2 + len(kinds)
     assert fresh_process(LOAD, *folders).split() == ["equal"] * len(folders)
 
 
@@ -244,3 +255,18 @@ def test_another_size_resamples_the_trunk_and_its_config_says_so(towers: Path) -
     images = torch.rand(1, 3, 96, 96)
     with torch.no_grad():
         assert torch.equal(encoder(images).last_hidden_state, tower.trunk.forward_features(images))
+
+
+def test_what_is_set_on_the_whole_reaches_the_trunk(towers: Path) -> None:
+    model, images = make_captioner(encoder_of(towers / "test_vit")), torch.rand(1, 3, 64, 64)
+    trunk = model.encoder.tower.trunk
+    model.gradient_checkpointing_enable()
+    assert trunk.grad_checkpointing
+    model.gradient_checkpointing_disable()
+    assert not trunk.grad_checkpointing
+    model.set_attn_implementation({"encoder": "eager"})
+    given = {"pixel_values": images, "decoder_input_ids": torch.tensor([[0, 5]])}
+    maps = model.encoder(images, output_attentions=True).attentions
+    assert len(maps) == len(trunk.blocks)
+    states = model.eval()(**given, output_hidden_states=True).encoder_hidden_states
+    assert len(states) == len(trunk.blocks) + 1
