@@ -25,11 +25,11 @@ PACKAGE = Path(hf_timm_tower.__file__).parent
 
 # Journey -> (files, functions) of this package that run in it.
 JOURNEYS = {
-    "load a built-in head": (26, 125),
-    "load a graph head": (32, 164),
-    "load with dtype": (26, 125),
-    "save a custom head": (57, 408),
-    "save again after training": (45, 314),
+    "load a built-in head": (26, 129),
+    "load a graph head": (32, 168),
+    "load with dtype": (26, 129),
+    "save a custom head": (59, 417),
+    "save again after training": (47, 323),
     "build with a custom head": (15, 57),
 }
 
