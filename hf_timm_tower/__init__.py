@@ -12,7 +12,7 @@ __version__ = "0.1.0.dev0"
 
 _HOME = {
     "TimmModel": ".timm_model",
-    "TimmTowerBackbone": ".modeling",
+    "TimmTowerBackbone": ".backbone",
     "TimmTowerConfig": ".reader.config",
     "TimmTowerEncoder": ".encoder",
     "TimmTowerEncoderConfig": ".encoder_config",
@@ -36,12 +36,13 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
+    from .backbone import TimmTowerBackbone
     from .encoder import TimmTowerEncoder
     from .encoder_config import TimmTowerEncoderConfig
     from .files.fingerprint import Verification
     from .heads.registry import register_head
     from .hub.dual_encoder import align_weights, make_self_contained
-    from .modeling import TimmTowerBackbone, TimmTowerForImageClassification, TimmTowerModel
+    from .modeling import TimmTowerForImageClassification, TimmTowerModel
     from .reader.config import TimmTowerConfig
     from .reader.errors import (
         ArgumentError,

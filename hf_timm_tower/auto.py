@@ -28,7 +28,8 @@ def _register_config() -> None:
 def _register_models() -> None:
     auto, own = importlib.import_module(f"{_AUTO}.modeling_auto"), importlib.import_module(f"{__package__}.modeling")
     auto.AutoModel.register(own.TimmTowerModel.config_class, own.TimmTowerModel)
-    auto.AutoBackbone.register(own.TimmTowerBackbone.config_class, own.TimmTowerBackbone)
+    backbone = importlib.import_module(f"{__package__}.backbone").TimmTowerBackbone
+    auto.AutoBackbone.register(backbone.config_class, backbone)
     face = own.TimmTowerForImageClassification
     auto.AutoModelForImageClassification.register(face.config_class, face)
     encoder = importlib.import_module(f"{__package__}.encoder").TimmTowerEncoder

@@ -7,10 +7,10 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .encoder_config import TimmTowerEncoderConfig
-from .modeling import TimmTowerBackbone
+from .backbone import TimmTowerBackbone
+from .encoder_config import TimmTowerEncoderConfig, token_facts
 from .reader.config import TimmTowerConfig
-from .reader.errors import ConfigError
+from .reader.errors import ConfigError, shown
 from .reader.forward import run_tower, wants_dict
 from .reader.hidden_states import HiddenStates
 from .reader.pretrained import DOWNLOAD
@@ -42,8 +42,18 @@ class TimmTowerEncoder(PreTrainedModel):  # type: ignore[no-untyped-call]
         if tower is None and not isinstance(config.tower_config, TimmTowerConfig):
             raise ConfigError("TimmTowerEncoderConfig without tower_config: use TimmTowerEncoderConfig.from_pretrained")
         self.tower = TimmTowerBackbone(config.tower_config) if tower is None else tower
+        facts = token_facts(self.tower.config, self.tower.trunk)
+        if wrong := [name for name, value in facts.items() if getattr(config, name) != value]:
+            found = shown(getattr(config, wrong[0]))
+            raise ConfigError(f"{wrong[0]}={found}: the trunk has {facts[wrong[0]]}; the config was edited")
         self._no_split_modules = self.tower._no_split_modules
         self.post_init()  # type: ignore[no-untyped-call]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("config", "tower") and "tower" in self._modules:
+            # One config for the trunk, also where another model assigns this one its part: what is set there acts.
+            self.config.tower_config = self.tower.config
 
     def get_input_embeddings(self) -> None:  # type: ignore[override]
         """None: images have no table of embeddings."""
@@ -78,8 +88,7 @@ class TimmTowerEncoder(PreTrainedModel):  # type: ignore[no-untyped-call]
             )
         tower, info = TimmTowerBackbone.from_pretrained(place, output_loading_info=True, **kwargs)
         if config is None:
-            config = TimmTowerEncoderConfig()
-            config.describe(tower.config, tower.trunk)
+            config = TimmTowerEncoderConfig(tower_config=tower.config, **token_facts(tower.config, tower.trunk))
         model: Any = cls(config, tower)
         model.eval()
         return (model, info) if output_loading_info else model

@@ -5,6 +5,7 @@ transformers' own models have. In `TimmTowerConfig` `hidden_size` is the width o
 it, and `image_size` is a pair: so encoders have a config of their own, around the tower's.
 """
 
+import copy
 import os
 from typing import Any, ClassVar
 
@@ -14,9 +15,12 @@ from transformers import PreTrainedConfig
 
 from .build import build_for_transformers
 from .reader.config import TimmTowerConfig
-from .reader.errors import ConfigError
+from .reader.errors import ConfigError, shown
 from .reader.skip_init import Budget, skip_init
 from .reader.tower import plain_defaults, without_head
+from .reader.trunk import native_size
+
+_FACTS = ("hidden_size", "image_size", "patch_size", "num_channels", "num_hidden_layers", "num_attention_heads")
 
 
 @strict
@@ -47,7 +51,7 @@ class TimmTowerEncoderConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     hidden_size: int | None = None
     image_size: int | list[int] | None = None
     patch_size: int | None = None
-    num_channels: int = 3
+    num_channels: int | None = None
     num_hidden_layers: int | None = None
     num_attention_heads: int | None = None
 
@@ -57,29 +61,18 @@ class TimmTowerEncoderConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         if isinstance(self.tower_config, TimmTowerConfig) and self.hidden_size is None:
             with plain_defaults(), skip_init(Budget.default()):
                 tower = build_for_transformers(without_head(self.tower_config), False, None)
-            self.describe(tower.config, tower.trunk)
+            self.tower_config = tower.config
+            for name, value in token_facts(tower.config, tower.trunk).items():
+                setattr(self, name, value)
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
-    def describe(self, config: TimmTowerConfig, trunk: nn.Module) -> None:
-        """Take over a tower's config, and what its trunk says of itself.
-
-        Raises:
-            ConfigError: timm has no intermediate layers of this trunk.
-        """
-        layers: Any = getattr(trunk, "feature_info", None)
-        if not layers or config.image_size is None:
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FACTS and self.__dict__.get(name) not in (None, value):
             raise ConfigError(
-                f"{type(trunk).__name__} has no forward_intermediates in timm: it is no encoder of tokens"
+                f"{name}={shown(value)}: it follows from tower_config and is {shown(getattr(self, name))}. For images "
+                "of another size take the config of TimmTowerEncoder.from_pretrained(tower, image_size=...)"
             )
-        height, width = config.image_size  # type: ignore[misc]
-        heads = {part.num_heads for part in trunk.modules() if isinstance(getattr(part, "num_heads", None), int)}
-        self.tower_config = config
-        self.hidden_size = int(trunk.num_features)  # type: ignore[arg-type]
-        self.image_size = height if height == width else [height, width]
-        self.patch_size = int(layers[-1]["reduction"])
-        self.num_channels = config.in_chans
-        self.num_hidden_layers = len(layers)
-        self.num_attention_heads = int(heads.pop()) if len(heads) == 1 else None  # type: ignore[arg-type]
+        super().__setattr__(name, value)  # type: ignore[no-untyped-call]
 
     @classmethod
     def get_config_dict(
@@ -91,3 +84,37 @@ class TimmTowerEncoderConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             found.pop("auto_map", None)  # of the tower's files
             found = {"model_type": cls.model_type, "tower_config": found}
         return found, rest
+
+
+def token_facts(config: TimmTowerConfig, trunk: nn.Module) -> dict[str, Any]:
+    """What a trunk says of its tokens, by the names of `TimmTowerEncoderConfig`.
+
+    Raises:
+        ConfigError: timm has no intermediate layers of this trunk.
+    """
+    layers: Any = getattr(trunk, "feature_info", None)
+    if not layers:
+        raise ConfigError(f"{type(trunk).__name__} has no intermediate layers in timm: it cannot be an encoder")
+    height, width = native_size(config)
+    heads = {part.num_heads for part in trunk.modules() if isinstance(getattr(part, "num_heads", None), int)}
+    return {
+        "hidden_size": int(trunk.num_features),  # type: ignore[arg-type]
+        "image_size": height if height == width else [height, width],
+        "patch_size": int(layers[-1]["reduction"]),
+        "num_channels": config.in_chans,
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": int(heads.pop()) if len(heads) == 1 else None,  # type: ignore[arg-type]
+    }
+
+
+def as_part(config: TimmTowerConfig, width: int) -> TimmTowerConfig:
+    """The config that a model of several parts assigns to this one, as the part's own.
+
+    An encoder-decoder asks the encoder for its `config.hidden_size` and means the width of `last_hidden_state`; a dual
+    encoder asks its own config for that of the vision model, and means the embedding's. So the former is answered here.
+    """
+    if config.embed_dim == width:
+        return config
+    part = copy.copy(config)
+    vars(part).update(attribute_map={}, hidden_size=width)
+    return part

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from .build import build_for_transformers
+from .encoder_config import as_part
 from .files.disk import scratch_folder
 from .files.fingerprint import Verification
 from .files.json import parse_json
@@ -28,7 +29,6 @@ from .input_size import set_input_size
 from .interop.faces import Labels, parts_from_timm, parts_of
 from .interop.timm_face import TimmFace
 from .load import check_given_head, load_bare, make_code_head, read_tower, verify
-from .reader import backbone
 from .reader import modeling as reader
 from .reader.config import TimmTowerConfig, check_size
 from .reader.errors import ArgumentError, ConfigError, ExportError, WeightsError
@@ -40,7 +40,7 @@ from .reader.weights import StoredTower, TrunkSource
 from .save import Saved, SaveOptions, save_tower, storable_config, with_weights
 from .training.freezing import describe_frozen, note_fixed
 
-__all__ = ["TimmTowerBackbone", "TimmTowerForImageClassification", "TimmTowerModel", "TimmTowerModelOutput"]
+__all__ = ["TimmTowerForImageClassification", "TimmTowerModel", "TimmTowerModelOutput"]
 
 _PUSH_OPTIONS = frozenset(
     {
@@ -394,7 +394,7 @@ class TimmTowerModel(SavesTower, reader.TimmTowerModel):  # type: ignore[no-unty
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "config" and "trunk" in self._modules:
-            value = _as_part(value, int(self.trunk.num_features))  # type: ignore[arg-type]
+            value = as_part(value, int(self.trunk.num_features))  # type: ignore[arg-type]
         super().__setattr__(name, value)
 
     @classmethod
@@ -424,19 +424,6 @@ class TimmTowerModel(SavesTower, reader.TimmTowerModel):  # type: ignore[no-unty
             TowerError: as `TimmModel.from_timm`.
         """
         return cls._on(parts_from_timm(source, None, arguments))
-
-
-def _as_part(config: TimmTowerConfig, width: int) -> TimmTowerConfig:
-    """The config that a model of several parts assigns to this one, as the part's own.
-
-    An encoder-decoder asks the encoder for its `config.hidden_size` and means the width of `last_hidden_state`; a dual
-    encoder asks its own config for that of the vision model, and means the embedding's. So the former is answered here.
-    """
-    if config.embed_dim == width:
-        return config
-    part = copy.copy(config)
-    vars(part).update(attribute_map={}, hidden_size=width)
-    return part
 
 
 class TimmTowerForImageClassification(SavesTower, reader.TimmTowerForImageClassification):  # type: ignore[no-untyped-call]
@@ -502,10 +489,6 @@ def _with_stored_size(config: TimmTowerConfig, place: str | os.PathLike[str], kw
     config = copy.deepcopy(config)
     config.image_size = check_size("image_size", stored)
     return config
-
-
-class TimmTowerBackbone(backbone.TimmTowerBackbone, SavesTower):  # type: ignore[no-untyped-call]
-    __doc__ = backbone.TimmTowerBackbone.__doc__
 
 
 def _refuse_with_adapter(options: SaveOptions, *patterns: Any) -> None:

@@ -77,10 +77,7 @@ class TimmTowerBackbone(BackboneMixin, TimmTowerPreTrainedModel):  # type: ignor
     @out_features.setter
     def out_features(self, names: Sequence[str]) -> None:
         if unknown := [name for name in names if self.stage_names.count(name) != 1]:
-            known = ", ".join(self.stage_names)
-            raise ConfigError(
-                f"out_features: {self.config.architecture} has no stage {shown(unknown[0])}; it has {known}"
-            )
+            raise ConfigError(f"out_features: no stage {shown(unknown[0])}; there are {', '.join(self.stage_names)}")
         self.out_indices = [self.stage_names.index(name) for name in names]
 
     @property
@@ -104,7 +101,7 @@ class TimmTowerBackbone(BackboneMixin, TimmTowerPreTrainedModel):  # type: ignor
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> BackboneOutput | tuple[Any, ...]:
-        """Run the trunk up to the last stage that is asked for.
+        """The feature maps of `out_indices`, `[B, C, H, W]` each, without class token and registers.
 
         Args:
             pixel_values: `[B, in_chans, H, W]`, floating; cast to the model's dtype.
@@ -112,18 +109,14 @@ class TimmTowerBackbone(BackboneMixin, TimmTowerPreTrainedModel):  # type: ignor
             output_attentions: Refused.
             return_dict: False gives a tuple of the fields that are there.
 
-        Returns:
-            `feature_maps`: `[B, C, H, W]` for each of `out_indices`, without class token and registers.
-
         Raises:
             ConfigError: attentions were asked for, or the trunk lost its activations.
-            ArgumentError: as `TimmTowerModel.forward`.
+            ArgumentError: whole numbers, or images of a size that the trunk does not take.
         """
         if bare := [name for name in self._activated if not hasattr(self.trunk.get_submodule(name), "act")]:
             raise ConfigError(
-                f"the activation of trunk.{bare[0]} is gone: another normalisation was put in its place, as DETR does, "
-                f"and in {self.config.architecture} the activation is part of it. Take a trunk whose layers are apart "
-                "(ResNet, ConvNeXt, ViT), or convert with timm.layers"
+                f"the activation of trunk.{bare[0]} is gone with the norm that it is part of, as where DETR freezes "
+                "norms; take a trunk that has the two apart (ResNet, ConvNeXt), or convert with timm.layers"
             )
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ConfigError("output_attentions: a backbone gives feature maps; TimmTowerModel gives attentions")

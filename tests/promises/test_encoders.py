@@ -197,6 +197,11 @@ def test_the_config_says_what_others_ask(towers: Path) -> None:
     assert TimmTowerConfig.from_pretrained(towers / "test_vit").hidden_size == 12, "a dual encoder needs it so"
     swin = TimmTowerEncoderConfig.from_pretrained(towers / "swin_tiny_patch4_window7_224")
     assert (swin.patch_size, swin.hidden_size, swin.num_attention_heads) == (32, 16 * 8, None)
+    with pytest.raises(ConfigError, match="image_size=128: it follows from tower_config and is 64"):
+        TimmTowerEncoderConfig.from_pretrained(towers / "test_vit", image_size=128)
+    edited = TimmTowerEncoderConfig(**{**config.to_dict(), "hidden_size": 32})
+    with pytest.raises(ConfigError, match="hidden_size=32: the trunk has 64"):
+        TimmTowerEncoder(edited)
     with pytest.raises(ConfigError, match="without tower_config"):
         TimmTowerEncoder(TimmTowerEncoderConfig())
 
@@ -209,6 +214,8 @@ def test_an_encoder_saved_alone_comes_back_through_the_auto_classes(towers: Path
     assert config.hidden_size == encoder.config.hidden_size
     with torch.no_grad():
         assert torch.equal(again(images).last_hidden_state, encoder(images).last_hidden_state)
+    with pytest.raises(ConfigError, match="image_size=96: it follows from"):
+        TimmTowerEncoder.from_pretrained(tmp_path, image_size=96)
     half = TimmTowerEncoder.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
 
@@ -227,3 +234,28 @@ def test_one_tower_is_the_encoder_of_a_decoder_and_half_of_a_dual_encoder(width:
     assert both.visual_projection.in_features == both.config.vision_config.hidden_size == 12
     with torch.no_grad():
         assert both.get_image_features(pixel_values=images).pooler_output.shape == (1, both.projection_dim)
+
+
+def test_another_size_resamples_the_trunk_and_its_config_says_so(towers: Path) -> None:
+    with pytest.warns(UserWarning, match="leaves out"):
+        encoder = TimmTowerEncoder.from_pretrained(towers / "test_vit", image_size=96)
+    tower = TimmModel.from_pretrained(towers / "test_vit", image_size=96)
+    assert encoder.config.image_size == 96
+    images = torch.rand(1, 3, 96, 96)
+    with torch.no_grad():
+        assert torch.equal(encoder(images).last_hidden_state, tower.trunk.forward_features(images))
+
+
+def test_what_is_set_on_the_whole_reaches_the_trunk(towers: Path) -> None:
+    model, images = make_captioner(encoder_of(towers / "test_vit")), torch.rand(1, 3, 64, 64)
+    trunk = model.encoder.tower.trunk
+    model.gradient_checkpointing_enable()
+    assert trunk.grad_checkpointing
+    model.gradient_checkpointing_disable()
+    assert not trunk.grad_checkpointing
+    model.set_attn_implementation({"encoder": "eager"})
+    given = {"pixel_values": images, "decoder_input_ids": torch.tensor([[0, 5]])}
+    maps = model.encoder(images, output_attentions=True).attentions
+    assert len(maps) == len(trunk.blocks)
+    states = model.eval()(**given, output_hidden_states=True).encoder_hidden_states
+    assert len(states) == len(trunk.blocks) + 1
