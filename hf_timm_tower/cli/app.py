@@ -35,6 +35,7 @@ class ExportFormat(enum.StrEnum):
     """What is written."""
 
     onnx = "onnx"
+    transformers_js = "transformers.js"
     torch = "torch"
     timm = "timm"
 
@@ -185,7 +186,9 @@ def push(
 @app.command()
 def export(
     repo: TowerPlace,
-    format: Annotated[ExportFormat, typer.Option("--format", help="onnx, torch (a program of torch.export), timm.")],
+    format: Annotated[
+        ExportFormat, typer.Option("--format", help="onnx, transformers.js, torch (torch.export), timm.")
+    ],
     out: Annotated[str, typer.Option(help="File (.onnx, .pt2) or folder (timm) to write.")],
     revision: Revision = None,
     check: Annotated[bool, typer.Option(help="Compare the output with the tower's.")] = True,

@@ -12,8 +12,8 @@ def export(
 
     Args:
         tower: A TimmModel.
-        out: File (.onnx, .pt2) or folder (timm).
-        format: `onnx`, `torch` (a program of torch.export) or `timm`.
+        out: File (.onnx, .pt2) or folder (timm, transformers.js).
+        format: `onnx`, `transformers.js`, `torch` (a program of torch.export) or `timm`.
         check: Compare the output with the tower's (not for timm).
         head: For timm: `fold` it into a classifier or `drop` it.
         preprocess: For timm: `exact`, or `nearest` where timm cannot say it.
@@ -28,11 +28,14 @@ def export(
         done = export_timm(tower, out, head=head, preprocess=preprocess)
         lost = f"; left out: {', '.join(done.left_out)}" if done.left_out else ""
         return f"{done.folder}: {done.architecture}, {done.num_classes or 'no'} classifier outputs{lost}"
-    if format == "onnx":
-        from ..interop.onnx import export_onnx as write
+    if format in ("onnx", "transformers.js"):
+        from ..interop.onnx import export_onnx
+
+        written = export_onnx(tower, out, check=check, layout="transformers.js" if format != "onnx" else None)
     else:
-        from ..interop.torch_export import export_torch as write
-    written = write(tower, out, check=check)
+        from ..interop.torch_export import export_torch
+
+        written = export_torch(tower, out, check=check)
     if written.difference is None:
         return f"{written.path}: not checked"
     return f"{written.path}: differs from the tower by at most {written.difference:.1e} of the largest value"

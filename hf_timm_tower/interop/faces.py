@@ -59,7 +59,7 @@ class Labels:
         elif self.num_labels is not None:
             config.num_labels = self.num_labels
         if self.problem_type is not None:
-            config.problem_type = self.problem_type
+            config.problem_type = self.problem_type  # type: ignore[assignment]  # checked by transformers
 
 
 def parts_of(source: nn.Module, labels: Labels | None = None) -> Tower:

@@ -193,9 +193,10 @@ def _refuse_other_tower(tower: nn.Module, adapter: str | os.PathLike[str], optio
     if found is None:
         return  # saved by peft alone, which does not say
     said = read_json(found)
-    own, weights = _sample(tower), said.get("trunk")
+    own, told = _sample(tower), said.get("trunk")
+    weights: dict[str, Any] = told if isinstance(told, dict) else {}
     differ = [] if said.get("architecture") == own["architecture"] else [f"architecture {own['architecture']}"]
-    for name in own["trunk"].keys() & (weights if isinstance(weights, dict) else {}).keys():
+    for name in own["trunk"].keys() & weights.keys():
         ours, theirs = torch.tensor(own["trunk"][name]), torch.tensor(weights[name])
         if ours.shape != theirs.shape or not (ours - theirs).norm() <= _SAME_WEIGHTS * theirs.norm():
             differ.append(name)
