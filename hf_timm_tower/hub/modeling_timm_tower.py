@@ -2236,7 +2236,7 @@ _DECOMPOSITIONS = frozenset(
     "lu_factor cholesky geqrf".split()
 )
 """Work grows with the cube of a matrix's width, its bytes with the square."""
-_FACTORIES = frozenset(
+_OF_NUMBERS = frozenset(
     "torch.zeros torch.ones torch.full torch.rand torch.randn torch.randint torch.arange torch.eye torch.linspace "
     "torch.logspace torch.randperm torch.tril_indices torch.triu_indices".split()
 )
@@ -2308,7 +2308,7 @@ class _Counted:
         for by_numbers in (False, True):  # a tensor of one number may say how large the result is
             count, move = _Count(self.limit), _Mover()
             first, move.keeps_numbers = move(args[:1]), by_numbers
-            first = move(args[:1]) if name in _FACTORIES else first
+            first = move(args[:1]) if name in _OF_NUMBERS else first
             try:
                 with torch.no_grad(), torch.device("meta"), count:
                     move(function)(*first, *move(args[1:]), **move(kwargs))
