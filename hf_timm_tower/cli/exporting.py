@@ -20,7 +20,7 @@ def export(
 
     Raises:
         TowerError: it cannot be written.
-        ImportError: an optional dependency is missing.
+        ImportError: an optional dependency is missing; says what to install.
     """
     if format == "timm":
         from ..interop.timm_export import export_timm
@@ -29,8 +29,10 @@ def export(
         lost = f"; left out: {', '.join(done.left_out)}" if done.left_out else ""
         return f"{done.folder}: {done.architecture}, {done.num_classes or 'no'} classifier outputs{lost}"
     if format in ("onnx", "transformers.js"):
-        from ..interop.onnx import export_onnx
-
+        try:
+            from ..interop.onnx import export_onnx
+        except ImportError as error:
+            raise ImportError(f'{error}: pip install "hf_timm_tower[onnx]"') from error
         written = export_onnx(tower, out, check=check, layout="transformers.js" if format != "onnx" else None)
     else:
         from ..interop.torch_export import export_torch
