@@ -16,7 +16,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from .files.fingerprint import Verification, compare, run_probe
 from .hub.card import CardOptions, as_tags
 from .hub.download import Access
-from .hub.fetch import fetch_tower
+from .hub.fetch import commit_of, fetch_tower
 from .hub.push import COMMIT_MESSAGE, PushOptions, default_repo_id, push_folder
 from .hub.trunk_source import find_trunk, kept_trunk_source
 from .load import check_device, load_tower
@@ -42,6 +42,7 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
     trunk: nn.Module
     head: nn.Module
     _fingerprint: dict[str, Any] | None
+    _origin: dict[str, str | None] | None = None  # where it was loaded from, and which commit
 
     def set_input_size(self, image_size: int | Sequence[int]) -> None:
         """Change the input size, an int or (height, width), in pixels."""
@@ -300,6 +301,8 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             frozen=frozen,
             mmap=mmap,
         )
+        commit = None if Path(pretrained_model_name_or_path).is_dir() else commit_of(folder)
+        tower._origin = {"loaded_from": str(pretrained_model_name_or_path), "commit": commit}
         if verify:
             found = tower.verify()
             if found.status == "different":

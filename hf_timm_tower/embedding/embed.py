@@ -56,8 +56,8 @@ def embed(plan: Plan, source: Source, *, errors: Literal["raise", "collect"], pr
             pieces.setdefault(path, []).append(values)
     if form is None and not failures:
         raise ArgumentError("images: there are none")
-    values = None if form is None else rebuilt(form, {path: torch.cat(parts) for path, parts in pieces.items()})
-    return values if errors == "raise" else Embedded(values, ids, rows, failures)
+    whole = None if form is None else rebuilt(form, {path: torch.cat(parts) for path, parts in pieces.items()})
+    return whole if errors == "raise" else Embedded(whole, ids, rows, failures)
 
 
 def check_errors(errors: object) -> None:
@@ -80,5 +80,3 @@ def with_progress(blocks: Iterable[Block], total: int | None, progress: bool, do
         for block in blocks:
             yield block
             bar.update(len(block.ids))
-
-

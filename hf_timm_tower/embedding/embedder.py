@@ -1,7 +1,7 @@
-"""Batches of images -> blocks of embeddings, in one process: what every way of running a tower over many images calls.
+"""Batches of images -> blocks of embeddings, in one process: what every way of running over many images calls.
 
-A batch always has `batch_size` places, whatever is in it: missing and broken images leave zeros. So the kernels, and the
-bits of an image's embedding, do not depend on how many images there are or which stand beside it.
+A batch always has `batch_size` places, whatever is in it: missing and broken images leave zeros. So the kernels, and
+the bits of an image's embedding, do not depend on how many images there are or which stand beside it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

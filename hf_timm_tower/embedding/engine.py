@@ -66,9 +66,7 @@ def make_plan(
         ArgumentError: one cannot be used.
     """
     check_device(device)
-    if num_workers != "auto" and (
-        not isinstance(num_workers, int) or isinstance(num_workers, bool) or num_workers < 0
-    ):
+    if num_workers != "auto" and (not isinstance(num_workers, int) or isinstance(num_workers, bool) or num_workers < 0):
         raise ArgumentError(f"num_workers={num_workers!r}: expected a whole number from 0 on, or 'auto'")
     here = next(tower.parameters()).device
     there = here if device is None else torch.empty(0, device=device).device
@@ -118,5 +116,3 @@ def _count(plan: Plan, source: Source, first: int, *, several: bool) -> int:
         return 0
     batches = cores if source.length is None else -(-(source.length - first) // plan.outputs.batch_size)
     return min(cores, batches)
-
-

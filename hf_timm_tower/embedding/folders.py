@@ -68,6 +68,6 @@ def members_of_tar(path: str) -> Iterator[tuple[str, Any]]:
                 if member.isreg() and is_image_name(os.path.basename(member.name)):
                     data = archive.extractfile(member)
                     yield printable(f"{shard}/{member.name}"), data.read() if data is not None else b""
-                archive.members.clear()  # it would keep the header of every member
+                archive.members.clear()  # type: ignore[attr-defined]  # it would keep every member's header
     except (OSError, tarfile.TarError, EOFError) as error:
         yield printable(shard), ArgumentError(f"the shard cannot be read to its end: {shown(str(error))[1:-1]}")

@@ -65,6 +65,20 @@ def describe(tower: "TimmModel", outputs: Outputs, rows_per_shard: int, source: 
     }
 
 
+def outputs_of(manifest: dict[str, Any]) -> Outputs:
+    """What was computed for the embeddings of a folder.
+
+    Raises:
+        FormatError: the manifest does not say it.
+    """
+    try:
+        facts = dict(manifest["options"])
+        dtype = getattr(torch, str(facts.pop("dtype")).removeprefix("torch."), None)
+        return Outputs(**{**facts, "dtype": dtype, "layers": tuple(facts["layers"])})
+    except (KeyError, TypeError) as error:
+        raise FormatError(f"{MANIFEST_NAME}: options are not what this package writes: {shown(str(error))}") from error
+
+
 def stored_dtype(dtype: torch.dtype) -> str:
     """Name of the dtype in which values are stored: Arrow has no bfloat16, float32 holds it exactly."""
     return str(torch.float32 if dtype == torch.bfloat16 else dtype).removeprefix("torch.")
@@ -118,7 +132,8 @@ def check_same(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
         "columns": f"the columns were {shown(then.get('columns'), 200)} and would be {shown(now['columns'], 200)}",
         "options": f"the options were {shown(then.get('options'), 200)} and are {shown(now['options'], 200)}",
     }
-    was, origin = (then.get(key) if isinstance(then.get(key), dict) else {} for key in ("versions", "tower"))
+    was: dict[str, Any] = then.get("versions") or {}
+    origin: dict[str, Any] = then.get("tower") or {}
     versions = [f"{key} {was.get(key)} then, {new} now" for key, new in now["versions"].items() if was.get(key) != new]
     raise FolderError(
         f"{folder} holds embeddings of something else ({shown(origin.get('loaded_from') or origin.get('architecture'))}"

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn as nn
@@ -10,8 +10,9 @@ import torch.nn as nn
 from .embed import embed
 from .engine import Workers, make_plan
 from .sources import open_source
-from .stored import StoredEmbeddings
-from .to_folder import embed_to_folder
+
+if TYPE_CHECKING:
+    from .stored import StoredEmbeddings
 
 
 class EmbeddingMixin(nn.Module):
@@ -118,7 +119,10 @@ class EmbeddingMixin(nn.Module):
         Raises:
             ArgumentError: an argument, or with `errors="raise"` an image, that cannot be used.
             FolderError: the folder holds something else or cannot be written.
+            ImportError: pyarrow is missing.
         """
+        from .to_folder import embed_to_folder  # needs pyarrow
+
         plan = make_plan(
             self,  # type: ignore[arg-type]
             batch_size=batch_size,
@@ -130,6 +134,4 @@ class EmbeddingMixin(nn.Module):
             layers=layers,
         )
         source = open_source(images, column)
-        return embed_to_folder(
-            plan, source, folder, rows_per_shard=rows_per_shard, errors=errors, progress=progress
-        )
+        return embed_to_folder(plan, source, folder, rows_per_shard=rows_per_shard, errors=errors, progress=progress)

@@ -1,7 +1,7 @@
 """One image, whatever it comes as -> the tower's pixels.
 
-They are those that `tower.transform()` gives for the upright image in the tower's mode: every image, from a file or not,
-is turned as its EXIF orientation says, as transformers, `datasets` and browsers do (timm's own readers do not).
+They are those that `tower.transform()` gives for the upright image in the tower's mode: every image, from a file or
+not, is turned as its EXIF orientation says, as transformers, `datasets` and browsers do (timm's own readers do not).
 """
 
 import io
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ArgumentError, shown
@@ -102,7 +102,7 @@ def _opened(file: Any) -> Image.Image:
     """The decoded image of an open file; Pillow's own limit of pixels holds."""
     try:
         image = Image.open(file, formats=_formats())
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise ArgumentError("not an image file that Pillow knows") from error
     load_pixels(image)
     return image

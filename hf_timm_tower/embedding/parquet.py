@@ -11,13 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from ..files.disk import folder_error, sync
 from ..reader.errors import FormatError, shown
 from .embedder import Failure
+
+try:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+except ImportError as missing:
+    raise ImportError('embeddings are stored as Parquet: pip install "hf_timm_tower[embed]"') from missing
 
 _KEY = b"hf_timm_tower"
 _NAME = "embeddings-{:05}.parquet"
@@ -74,7 +78,9 @@ def write_shard(
     partial = folder / f".{place.name}.partial"
     try:
         # random bits: neither smaller by compression nor of use as a dictionary
-        pq.write_table(table, partial, compression={"id": "zstd"} | dict.fromkeys(columns, "none"), use_dictionary=False)
+        pq.write_table(
+            table, partial, compression={"id": "zstd"} | dict.fromkeys(columns, "none"), use_dictionary=False
+        )
         sync(partial)
         os.replace(partial, place)
         sync(folder)

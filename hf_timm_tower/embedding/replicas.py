@@ -5,6 +5,7 @@ and its tasks are given out again; a task at which a process dies twice ends the
 whatever way, the pipes close and the others end.
 """
 
+import contextlib
 import multiprocessing
 import os
 import queue
@@ -57,10 +58,8 @@ class _Worker:
 
     def send(self, number: int, task: Any) -> None:
         self.tasks[number] = task
-        try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its end shows where results are received
             self.connection.send((number, task))
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # its end is seen, and dealt with, where results are received
 
     def end(self) -> None:
         self.connection.close()
@@ -106,7 +105,7 @@ def in_order(work: Callable[[Any], Any], tasks: Iterator[Any], processes: int) -
                 continue
             by_connection = {worker.connection: place for place, worker in enumerate(workers)}
             for connection in wait([worker.connection for worker in workers if worker.tasks]):
-                place = by_connection[connection]  # type: ignore[index]
+                place = by_connection[connection]
                 worker = workers[place]
                 try:
                     number, result, error = worker.connection.recv()

@@ -1,6 +1,6 @@
 """Whatever holds images -> pairs (id, image), one after the other.
 
-An image here is what `open_image.Preparer` takes; files are passed by path, so that they are read where they are decoded.
+An image here is what `open_image.Preparer` takes; files are passed by path and read where they are decoded.
 """
 
 import itertools
@@ -115,4 +115,3 @@ def _pairs_of(row: Any, number: int, column: str | None) -> Iterator[tuple[str, 
         yield (printable(path) if name == str(number) else name), path
         return
     yield name, row
-

@@ -58,8 +58,8 @@ class StoredEmbeddings:
         return [failure for shard in self.shards for failure in shard.failures]
 
     def batches(self, column: str | None = None) -> Iterator[tuple[list[str], torch.Tensor]]:
-        """Shard by shard: ids and `[rows, ...]`; None is the first column."""
-        name = self._name(column)
+        """Shard by shard: ids and `[rows, ...]`; None is `first_column`."""
+        name = self.first_column if column is None else self._checked(column)
         for shard in self.shards:
             ids, values = read_rows(shard, [name])
             yield ids, values[name]
@@ -73,10 +73,18 @@ class StoredEmbeddings:
             parts.append(values)
         return ids, torch.cat(parts) if parts else torch.zeros(0)
 
-    def _name(self, column: str | None) -> str:
+    @property
+    def first_column(self) -> str:
+        """`embedding` where there is one, else the first."""
         names = self.columns
-        if column is None:
-            return "embedding" if "embedding" in names else names[0]
-        if column not in names:
-            raise ArgumentError(f"{self.path}: no column {column!r}; there are {', '.join(names)}")
+        return "embedding" if "embedding" in names else names[0]
+
+    def image_path(self, name: str) -> str:
+        """Where the image of this id is, if the source was a folder or a list of paths."""
+        place = self.manifest["source"].get("place")
+        return os.path.join(place, name) if place and self.manifest["source"]["kind"] == "folder" else name
+
+    def _checked(self, column: str) -> str:
+        if column not in self.columns:
+            raise ArgumentError(f"{self.path}: no column {column!r}; there are {', '.join(self.columns)}")
         return column

@@ -97,9 +97,7 @@ def _opened_for_writing(folder: Path) -> Iterator[None]:
         raise folder_error(f"{folder} cannot be written", error) from error
 
 
-def _begin(
-    plan: Plan, source: Source, folder: Path, rows_per_shard: int | None
-) -> tuple[dict[str, Any], list[Shard]]:
+def _begin(plan: Plan, source: Source, folder: Path, rows_per_shard: int | None) -> tuple[dict[str, Any], list[Shard]]:
     """The manifest, written where there is none yet, and the shards that are there."""
     then = read_manifest(folder)
     if then is None and (others := sorted(name for name in os.listdir(folder) if not name.endswith(".part"))):
@@ -118,7 +116,7 @@ def _rows_per_shard(given: int | None, columns: dict[str, Any], batch: int) -> i
         if not isinstance(given, int) or isinstance(given, bool) or given < 1:
             raise ArgumentError(f"rows_per_shard={given!r}: expected a whole number from 1 on")
         return -(-given // batch) * batch
-    row = sum(
+    row: int = sum(
         torch.Size(column["shape"]).numel() * getattr(torch, column["dtype"]).itemsize for column in columns.values()
     )
     return max(1, min(ROWS_PER_SHARD, MAX_SHARD_BYTES // max(row, 1)) // batch) * batch
@@ -137,8 +135,8 @@ def _skip(items: Iterator[tuple[str, Any]], shards: list[Shard], folder: Path) -
             if name != stored:
                 found = "the source ends there" if name is _END else f"now there is {shown(name)}"
                 raise FolderError(
-                    f"{folder}: image {done} was {shown(stored)} when it was embedded, {found}. The source has changed; "
-                    "give another folder, or delete this one"
+                    f"{folder}: image {done} was {shown(stored)} when it was embedded, {found}. The source has "
+                    "changed; give another folder, or delete this one"
                 )
             done += 1
     return done

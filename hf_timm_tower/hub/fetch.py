@@ -28,6 +28,7 @@ def fetch_tower(
     access: Access | None = None,
     subfolder: str | None = None,
     trust_remote_code: bool = False,
+    with_weights: bool = True,
 ) -> Path:
     """Where a tower's files are on this machine.
 
@@ -37,6 +38,7 @@ def fetch_tower(
         access: Token, cache and so on.
         subfolder: Folder inside the folder or repository.
         trust_remote_code: Also fetch the source of a head that is stored as code.
+        with_weights: False fetches the JSON files only.
 
     Raises:
         FolderError: there is no such folder, or it holds no tower (a HubError where it is a repository).
@@ -69,12 +71,19 @@ def fetch_tower(
             f"{repo_id} at commit {commit} holds no tower of hf_timm_tower: model_type of {prefix}{CONFIG_NAME} is "
             f"{shown(config.get('model_type'))}. {identify(names, config, repo_id)}".rstrip()
         )
+    if not with_weights:
+        return folder
     needed = _weight_files(folder, config)
     if trust_remote_code and (code := code_file(config)):
         needed.append(code)
     whole = (folder / INDEX_NAME).exists()  # else reading says what may be there in place of the one file
     download_files(repo_id, [prefix + name for name in needed], commit, access, whole=whole)
     return folder
+
+
+def commit_of(folder: Path) -> str:
+    """The commit of a folder that `fetch_tower` gave for a repository: the Hub's cache has one folder for each."""
+    return next(child.name for child in (folder, *folder.parents) if child.parent.name == "snapshots")
 
 
 def _weight_files(folder: Path, config: dict[str, Any]) -> list[str]:
