@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from ..reader.errors import ArgumentError
 from .stored import StoredEmbeddings
 
-_BLOCK = 2**25
+BLOCK = 2**25
 """Similarities that are in memory at once: 128 MiB of float32."""
 
 
@@ -44,7 +44,7 @@ def nearest_rows(
         Cosines `[Q, k]` and row numbers `[Q, k]`.
     """
     check_k(k, len(rows) - (leave_out is not None))
-    step = max(1, _BLOCK // len(rows))
+    step = max(1, BLOCK // len(rows))
     found = []
     for first in range(0, len(queries), step):
         cosines = queries[first : first + step] @ rows.T

@@ -63,11 +63,12 @@ def contact_sheet(query: str | os.PathLike[str], paths: Sequence[str], out: str 
     sheet = Image.new("RGB", (columns * step + _GAP, rows * step + _GAP), "white")
     for place, path in enumerate(tiles):
         corner = (_GAP + place % columns * step, _GAP + place // columns * step)
-        sheet.paste(_tile(path), corner)
+        sheet.paste(tile(path), corner)
     sheet.save(out)
 
 
-def _tile(path: str | os.PathLike[str]) -> Image.Image:
+def tile(path: str | os.PathLike[str]) -> Image.Image:
+    """A small square picture of a file; grey where it cannot be opened."""
     try:
         image = ImageOps.exif_transpose(read_image(path)).convert("RGB")
     except (OSError, ArgumentError):
