@@ -13,8 +13,10 @@ import torch
 
 from ..reader.errors import ArgumentError, shown
 from .neighbours import check_k, nearest_rows, unit_rows
+from .stored import StoredEmbeddings
 
 _QUERIES_AT_ONCE = 1024
+RECALL_AT = (1, 5, 10)
 DINO_NEIGHBOURS = (10, 20, 100, 200)
 """`--nb_knn` of DINOv2's `eval/knn.py`, its temperature below."""
 DINO_TEMPERATURE = 0.07
@@ -197,7 +199,7 @@ def retrieval(
     gallery: Any = None,
     gallery_labels: Any = None,
     *,
-    k: Sequence[int] = (1, 5, 10),
+    k: Sequence[int] = RECALL_AT,
 ) -> Evaluation:
     """How high images of the query's class are ranked, by cosine.
 
@@ -272,6 +274,36 @@ def folder_labels(ids: Sequence[str]) -> list[str]:
         if "/" not in name.lstrip("/"):
             raise ArgumentError(f"{shown(name)} lies in no folder that could name its class")
     return [name.lstrip("/").partition("/")[0] for name in ids]
+
+
+def evaluate_folders(test: StoredEmbeddings, train: StoredEmbeddings | None = None) -> dict[str, Evaluation]:
+    """Stored embeddings of images that lie in one folder for each class.
+
+    Args:
+        test: What is measured.
+        train: From the same tower; None: only `retrieval`, within `test`.
+
+    Returns:
+        `knn`, `linear_probe` and `retrieval` of the test images among the training images, or `retrieval` alone.
+
+    Raises:
+        ArgumentError: images lie in no folder, the sets do not fit together, or two towers made them.
+    """
+    ids, rows = test.load()
+    labels = folder_labels(ids)
+    if train is None:
+        most = len(ids) - 1
+        return {"retrieval": retrieval(rows, labels, k=[k for k in RECALL_AT if k <= most] or [1])}
+    if any(test.manifest.get(key) != train.manifest.get(key) for key in ("weights", "preprocessing", "options")):
+        raise ArgumentError(f"{test.path} and {train.path} were made by different towers, or with different options")
+    train_ids, train_rows = train.load()
+    sets = (train_rows, folder_labels(train_ids), rows, labels)
+    recalls = [k for k in RECALL_AT if k <= len(train_ids)] or [1]
+    return {
+        "knn": knn(*sets),
+        "linear_probe": linear_probe(*sets),
+        "retrieval": retrieval(rows, labels, train_rows, sets[1], k=recalls),
+    }
 
 
 def _average_precision(cosines: torch.Tensor, same: torch.Tensor) -> torch.Tensor:

@@ -99,7 +99,7 @@ def principal_axes(rows: torch.Tensor, count: int) -> torch.Tensor:
     centred = (rows - rows.mean(0)).double()
     axes = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -count:].flip(1)
     signs = axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
-    return (axes * signs).to(rows.dtype)
+    return torch.as_tensor(axes * signs, dtype=rows.dtype)
 
 
 def plane(rows: torch.Tensor, method: Method = "pca") -> torch.Tensor:

@@ -19,7 +19,6 @@ from .explore import PatchView
 from .shown_set import ShownSet
 
 LOOPBACK = "127.0.0.1"
-_GALLERY = {"columns": 6, "object_fit": "contain", "height": "auto", "format": "png"}
 
 
 def make_app(shown: ShownSet) -> gr.Blocks:
@@ -67,7 +66,7 @@ def _neighbours_tab(shown: ShownSet) -> None:
     with gr.Row():
         image = gr.Image(type="pil", label="Drop an image", height=320, elem_id="query")
         count = gr.Slider(1, min(60, len(shown)), min(12, len(shown)), step=1, label="Neighbours")
-    found = gr.Gallery(label="Nearest first, with the cosine", elem_id="neighbours", **_GALLERY)
+    found = _gallery("Nearest first, with the cosine", "neighbours")
 
     def search(given: Image.Image | None, k: float) -> Any:
         return [] if given is None else shown.neighbours(given, int(k))
@@ -104,7 +103,7 @@ def _map_tab(shown: ShownSet, methods: list[str]) -> None:
         draw = gr.Button("Draw the map", elem_id="draw")
     with gr.Row():
         picture = gr.Image(label="Click on it", interactive=False, elem_id="map")
-        found = gr.Gallery(label="The image there, and its neighbours", elem_id="there", **{**_GALLERY, "columns": 3})
+        found = _gallery("The image there, and its neighbours", "there", columns=3)
 
     def pick(way: Any, event: gr.SelectData) -> Any:
         return shown.neighbours_of(shown.row_at(way, *event.index), 12)
@@ -117,13 +116,17 @@ def _oddities_tab(shown: ShownSet) -> None:
     with gr.Row():
         least = gr.Slider(0.5, 1, 0.95, step=0.005, label="Least cosine of a pair")
         compare = gr.Button("Compare all images", elem_id="compare")
-    pairs = gr.Gallery(label="Near duplicates, pair by pair", elem_id="duplicates", **_GALLERY)
-    odd = gr.Gallery(label="Outliers: the mean cosine to their ten nearest", elem_id="outliers", **_GALLERY)
+    pairs = _gallery("Near duplicates, pair by pair", "duplicates")
+    odd = _gallery("Outliers: the mean cosine to their ten nearest", "outliers")
 
     def both(cosine: float) -> Any:
         return shown.duplicates(cosine), shown.outliers()
 
     compare.click(_told(both), least, [pairs, odd], api_visibility="private")
+
+
+def _gallery(label: str, name: str, columns: int = 6) -> gr.Gallery:
+    return gr.Gallery(label=label, elem_id=name, columns=columns, object_fit="contain", height="auto", format="png")
 
 
 def _told(work: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,7 +15,15 @@ from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from hf_timm_tower import ArgumentError, TimmModel
-from hf_timm_tower.embedding.evaluation import folder_labels, knn, linear_probe, retrieval, search_peak, strength_of
+from hf_timm_tower.embedding.evaluation import (
+    evaluate_folders,
+    folder_labels,
+    knn,
+    linear_probe,
+    retrieval,
+    search_peak,
+    strength_of,
+)
 
 
 @dataclass(frozen=True)
@@ -203,3 +211,23 @@ def test_retrieval_without_any_match_is_refused() -> None:
         retrieval(torch.rand(2, 3), ["a", "b"], torch.rand(2, 3), ["c", "d"], k=(1,))
     with pytest.raises(ArgumentError, match="give both, or neither"):
         retrieval(torch.rand(2, 3), ["a", "b"], torch.rand(2, 3), k=(1,))
+
+
+def test_stored_folders_of_classes_are_evaluated_as_their_embeddings_are(digits: Digits, tmp_path: Path) -> None:
+    table, stored = load_digits(), []
+    for name, rows in (("train", range(60)), ("test", range(60, 80))):
+        for row in rows:
+            path = tmp_path / name / str(table.target[row]) / f"{row:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((table.images[row] * 15).astype(np.uint8)).save(path)
+        stored.append(digits.tower.embed_to(tmp_path / name, tmp_path / f"{name}.emb", num_workers=0, progress=False))
+    train, test = stored
+    found = evaluate_folders(test, train)
+    sets = [part for each in (train, test) for part in (each.load()[1], [name[0] for name in each.load()[0]])]
+    assert found["knn"] == knn(*sets)
+    assert found["linear_probe"] == linear_probe(*sets)
+    assert found["retrieval"] == retrieval(*sets[2:], *sets[:2])
+    assert evaluate_folders(test)["retrieval"] == retrieval(*sets[2:])
+    other = digits.tower.embed_to(tmp_path / "train", tmp_path / "other.emb", normalize=True, num_workers=0)
+    with pytest.raises(ArgumentError, match="different towers, or with different options"):
+        evaluate_folders(test, other)
