@@ -104,6 +104,7 @@ def _pairs_of(row: Any, number: int, column: str | None) -> Iterator[tuple[str, 
         row = row[0]
     if isinstance(row, Mapping):
         name = str(next((row[key] for key in _ID_KEYS if key in row), name))
+        name = name.encode("utf-8", "backslashreplace").decode()
         found = [column] if column is not None else [key for key in _IMAGE_KEYS if key in row]
         if not found or found[0] not in row:
             raise ArgumentError(

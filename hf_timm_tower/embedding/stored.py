@@ -1,12 +1,15 @@
 """A folder of embeddings, to read."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from ..files.disk import folder_error
 from ..reader.errors import ArgumentError, FolderError
 from .embedder import Failure
 from .manifest import MANIFEST_NAME, read_manifest
@@ -72,6 +75,26 @@ class StoredEmbeddings:
             ids += names
             parts.append(values)
         return ids, torch.cat(parts) if parts else torch.zeros(0)
+
+    def save_npy(self, path: str | os.PathLike[str], column: str | None = None) -> None:
+        """One array `[M, ...]` for `numpy.load`, and beside it the ids, one JSON text a line, as `.ids.jsonl`.
+
+        Raises:
+            FolderError: it cannot be written.
+        """
+        name = self.first_column if column is None else self._checked(column)
+        place, facts = Path(path), self.manifest["columns"][name]
+        try:
+            array = np.lib.format.open_memmap(place, "w+", facts["dtype"], (len(self), *facts["shape"]))
+            with open(place.with_suffix(".ids.jsonl"), "w", encoding="utf-8") as file:
+                row = 0
+                for ids, values in self.batches(name):
+                    array[row : row + len(ids)] = values.numpy()
+                    file.writelines(f"{json.dumps(each)}\n" for each in ids)
+                    row += len(ids)
+            array.flush()
+        except OSError as error:
+            raise folder_error(f"{place} cannot be written", error) from error
 
     @property
     def first_column(self) -> str:

@@ -280,9 +280,7 @@ class Killer(nn.Module):
         return x
 
 
-def test_a_process_that_dies_is_replaced_and_one_that_dies_again_ends_the_run(
-    paths: list[str], tmp_path: Path
-) -> None:
+def test_a_process_that_dies_is_replaced_and_one_that_dies_again_ends_the_run(paths: list[str], tmp_path: Path) -> None:
     tower = TimmModel("test_resnet", pool="avg", proj="none")
     expected = embed(tower, paths)
     tower.head = Killer(str(tmp_path / "killed"))
