@@ -8,11 +8,16 @@
 SOURCE is a Parquet manifest with the columns `id` and `path` (a file that every node can open, or an address of an
 object store: s3://, gs://, ...), or a folder of images, whose paths are then the ids. OUT gets Parquet files with `id`
 and `embedding`; `_tower.json` says what made them, and another tower is refused there. After a run that was killed the
-same command goes on: Ray's checkpoint beside OUT knows which ids are done. Needs `pip install "hf_timm_tower[ray]"`.
+same command goes on: Ray's checkpoint beside OUT knows which ids are done. Rows are in no order. A cluster needs three
+cores beside those of the actors. Needs `pip install "hf_timm_tower[ray]"`.
 """
 
 import argparse
+import os
 import sys
+
+CORES_BESIDE = 3
+"""For reading, writing and Ray's filter of what is done, beside those of the actors."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -36,7 +41,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gpus", type=float, default=0, help="GPUs of each")
     parser.add_argument("--rows-per-file", type=int, default=4096, help="about; what a kill loses at most per writer")
     parser.add_argument("--checkpoint", help="folder or address that all nodes reach; default: OUT with .checkpoint")
-    parser.add_argument("--address", help="of the cluster; default: the one that Ray finds, or this machine")
+    parser.add_argument("--address", help="of the cluster; default: RAY_ADDRESS, else this machine")
     return parser.parse_args(arguments)
 
 
@@ -44,6 +49,7 @@ def run(options: argparse.Namespace) -> None:
     """Read, embed, write: each of them Ray's."""
     import ray
     import torch
+    from pyarrow.dataset import dataset
     from ray.data.checkpoint import CheckpointConfig
     from ray.data.expressions import download
 
@@ -58,10 +64,14 @@ def run(options: argparse.Namespace) -> None:
         "num_gpus": options.gpus,
     }
     claim_output(options.out, options.tower, **how)
-    ray.init(address=options.address, ignore_reinit_error=True)
+    address = options.address or os.environ.get("RAY_ADDRESS") or "local"
+    # on one machine the actors would leave no core to those that feed them, and all would wait for ever
+    cores = max(os.cpu_count() or 1, options.actors * options.cpus + CORES_BESIDE) if address == "local" else None
+    ray.init(address=address, num_cpus=cores, ignore_reinit_error=True)
     key, column = options.id_column, options.path_column
     is_manifest = options.source.endswith(".parquet")
-    remote = is_manifest and "://" in str(ray.data.read_parquet(options.source, columns=[column]).take(1)[0][column])
+    first = dataset(options.source).head(1, columns=[column])[column].to_pylist() if is_manifest else []
+    remote = any("://" in str(path) for path in first)
     # A dataset has the settings of the moment in which it is made. The checkpoint is kept, so that the same command
     # after a run that came to its end finds nothing to do, instead of appending everything again.
     ray.data.DataContext.get_current().checkpoint_config = CheckpointConfig(

@@ -64,7 +64,7 @@ def serve(shown: ShownSet, port: int | None = None, *, block: bool = True) -> st
 
 def _neighbours_tab(shown: ShownSet) -> None:
     with gr.Row():
-        image = gr.Image(type="pil", label="Drop an image", height=320, elem_id="query")
+        image = _drop("query")
         count = gr.Slider(1, min(60, len(shown)), min(12, len(shown)), step=1, label="Neighbours")
     found = _gallery("Nearest first, with the cosine", "neighbours")
 
@@ -76,11 +76,11 @@ def _neighbours_tab(shown: ShownSet) -> None:
 
 def _patches_tab(shown: ShownSet) -> None:
     with gr.Row():
-        image = gr.Image(type="pil", label="Drop an image", height=320, elem_id="patches-query")
+        image = _drop("patches-query")
     with gr.Row():
-        view = gr.Image(label="What the tower sees: click on it", interactive=False, elem_id="view")
-        parts = gr.Image(label="Main components of the last map", interactive=False, elem_id="components")
-        alike = gr.Image(label="Like the place that was clicked", interactive=False, elem_id="similarity")
+        view = _picture("What the tower sees: click on it", "view")
+        parts = _picture("Main components of the last map", "components")
+        alike = _picture("Like the place that was clicked", "similarity")
     state = gr.State()
 
     def look(given: Image.Image | None) -> Any:
@@ -102,7 +102,7 @@ def _map_tab(shown: ShownSet, methods: list[str]) -> None:
         method: Any = gr.Radio(methods, value=methods[0], label="Method")
         draw = gr.Button("Draw the map", elem_id="draw")
     with gr.Row():
-        picture = gr.Image(label="Click on it", interactive=False, elem_id="map")
+        picture = _picture("Click on it", "map")
         found = _gallery("The image there, and its neighbours", "there", columns=3)
 
     def pick(way: Any, event: gr.SelectData) -> Any:
@@ -125,8 +125,28 @@ def _oddities_tab(shown: ShownSet) -> None:
     compare.click(_told(both), least, [pairs, odd], api_visibility="private")
 
 
+def _drop(name: str) -> gr.Image:
+    return gr.Image(type="pil", label="Drop an image", height=320, elem_id=name, sources=["upload", "clipboard"])
+
+
+def _picture(label: str, name: str) -> gr.Image:
+    return gr.Image(label=label, interactive=False, elem_id=name, buttons=["fullscreen"], format="png")
+
+
 def _gallery(label: str, name: str, columns: int = 6) -> gr.Gallery:
-    return gr.Gallery(label=label, elem_id=name, columns=columns, object_fit="contain", height="auto", format="png")
+    """With its label above, where gradio would lay it over the first picture; without gradio's button to share."""
+    with gr.Column():
+        gr.Markdown(f"**{label}**")
+        return gr.Gallery(
+            label=label,
+            show_label=False,
+            elem_id=name,
+            columns=columns,
+            object_fit="contain",
+            height="auto",
+            format="png",
+            buttons=["fullscreen"],
+        )
 
 
 def _told(work: Callable[..., Any]) -> Callable[..., Any]:
