@@ -158,6 +158,10 @@ def serve(
     tower: Annotated[str | None, typer.Option(help="Repository id or folder; by default that of the folder.")] = None,
     images: Annotated[str | None, typer.Option(help="Folder of the images, where they have moved since.")] = None,
     port: Annotated[int | None, typer.Option(help="By default the first free one from 7860 on.")] = None,
+    space: Annotated[
+        str | None, typer.Option(help="Push it with the images as a Space of this id instead, to be seen by others.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Of a new Space.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Look at embeddings in a browser, on this machine alone: neighbours, maps, duplicates, outliers."""
@@ -167,10 +171,15 @@ def serve(
         except ImportError as error:
             fail(f'{error}: pip install "hf_timm_tower[app]"', False)
         from ..embedding.shown_set import ShownSet
+        from ..embedding.space import push_space
         from ..embedding.stored import StoredEmbeddings
 
         stored = StoredEmbeddings(folder)
-        run(ShownSet(_tower_of(stored, tower, trust_remote_code, False), stored, images), port)
+        shown = ShownSet(_tower_of(stored, tower, trust_remote_code, False), stored, images)
+        if space is None:
+            run(shown, port)
+        else:
+            say({"commit": push_space(shown, space, private=private or None)}, False)
 
 
 @app.command("eval")

@@ -8,11 +8,9 @@ from PIL import Image
 
 from ..reader.errors import ArgumentError, shown
 from .embed import embed
-from .engine import Plan
 from .explore import Method, near_duplicates, outliers, pixels_of, plane, plane_picture
-from .manifest import check_same, describe, outputs_of
 from .neighbours import ExactIndex
-from .search import tile
+from .search import plan_of, tile
 from .sources import open_source
 from .stored import StoredEmbeddings
 
@@ -40,8 +38,7 @@ class ShownSet:
         self, tower: "TimmModel", stored: StoredEmbeddings, images: str | os.PathLike[str] | None = None
     ) -> None:
         self.tower, self.stored = tower, stored
-        self._plan = Plan(tower, outputs_of(stored.manifest), 0)
-        check_same(stored.path, stored.manifest, describe(tower, self._plan.outputs, 0, {}))
+        self._plan = plan_of(tower, stored)
         self.index = ExactIndex.of_folder(stored)
         source = stored.manifest["source"]
         self._place = os.fspath(images) if images is not None else source.get("place")

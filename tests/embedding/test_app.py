@@ -16,6 +16,8 @@ from PIL import Image
 from hf_timm_tower import TimmModel
 from hf_timm_tower.embedding.shown_set import ShownSet
 
+from ..local_hub import LocalHub
+
 gradio_app = pytest.importorskip("hf_timm_tower.embedding.gradio", reason="gradio is not installed (extra app)")
 
 SECONDS = 120
@@ -130,3 +132,41 @@ def test_in_a_browser_without_network_everything_is_found_and_clicked(browser: A
     assert len(asked) > 10
     elsewhere = [url for url in asked if not url.startswith((address, "data:", "blob:", "chrome"))]
     assert elsewhere == [], "the page asks this machine only"
+
+
+@pytest.mark.slow
+def test_a_space_has_all_that_the_app_needs(photos: Path, tmp_path: Path, fresh_process: Callable[..., str]) -> None:
+    with LocalHub(tmp_path / "hub") as hub:
+        printed = fresh_process(
+            """
+            import os, sys
+            from huggingface_hub import HfApi, snapshot_download
+            from hf_timm_tower import ArgumentError, TimmModel
+            from hf_timm_tower.embedding.shown_set import ShownSet
+            from hf_timm_tower.embedding.space import push_space
+
+            photos = sys.argv[1]
+            local = TimmModel("test_resnet", embed_dim=8, image_size=32)
+            try:
+                push_space(ShownSet(local, local.embed_to(photos, "local.emb", num_workers=0)), "ann/photos")
+            except ArgumentError as error:
+                print(error)
+            local.push_to_hub("ann/tower")
+            tower = TimmModel.from_pretrained("ann/tower")
+            shown = ShownSet(tower, tower.embed_to(photos, "photos.emb", num_workers=0))
+            push_space(shown, "ann/photos")
+            info = HfApi().repo_info("ann/photos", repo_type="space")
+            os.chdir(snapshot_download("ann/photos", repo_type="space"))
+            program = open("app.py").read()
+            assert program.count(".launch()") == 1
+            made = {}
+            exec(program.replace("make_app(", "app = make_app(").replace(".launch()", ""), made)
+            print(type(made["app"]).__name__, open("README.md").read().count("sdk: gradio"))
+            print(sorted(os.listdir("images")))
+            """,
+            photos,
+            env={**hub.env(tmp_path / "cache"), "HF_HUB_OFFLINE": None},
+        )
+    lines = printed.splitlines()
+    assert "was not loaded from a repository" in lines[0]
+    assert lines[-2:] == ["Blocks 1", str(sorted(path.name for path in photos.iterdir()))]

@@ -1,5 +1,6 @@
 """What the app shows: maps inside an image, a plane, near duplicates, outliers, and only files of the set."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from hf_timm_tower.embedding.explore import (
     principal_axes,
 )
 from hf_timm_tower.embedding.neighbours import unit_rows
+from hf_timm_tower.embedding.search import embed_query, nearest
 from hf_timm_tower.embedding.shown_set import ShownSet
 from hf_timm_tower.embedding.stored import StoredEmbeddings
 
@@ -169,3 +171,15 @@ def test_another_towers_embeddings_are_refused(shown: ShownSet) -> None:
     torch.manual_seed(1)
     with pytest.raises(FolderError, match="other weights"):
         ShownSet(TimmModel("test_vit", embed_dim=8, image_size=64).eval(), shown.stored)
+
+
+def test_what_another_machine_has_embedded_is_searched_and_shown(shown: ShownSet, photos: Path) -> None:
+    place = shown.stored.path / "manifest.json"
+    manifest = json.loads(place.read_text())
+    manifest["outputs"] = {path: "0" * 64 for path in manifest["outputs"]}  # other last bits of the same tower
+    place.write_text(json.dumps(manifest))
+    stored = StoredEmbeddings(shown.stored.path)
+    assert ShownSet(shown.tower, stored).neighbours(noise(0), 1)[0][1] == "1.0000 0.png"
+    assert nearest(stored, embed_query(shown.tower, stored, photos / "3.png"), 1)[0][0] == "3.png"
+    with pytest.raises(FolderError, match="other outputs"):
+        shown.tower.embed_to(photos, stored.path, num_workers=0, progress=False)
