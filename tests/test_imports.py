@@ -37,7 +37,14 @@ PUBLIC = {
 }
 
 # Files and rooms that are named after their job, and the peers that they import.
-PEERS = {"embedding/parquet.py": {"pyarrow"}, "embedding/hf_datasets.py": {"datasets"}, "cli": {"typer", "rich"}}
+PEERS = {
+    "embedding/evaluation.py": {"sklearn"},
+    "embedding/hf_datasets.py": {"datasets"},
+    "embedding/lancedb.py": {"lancedb", "pyarrow"},
+    "embedding/parquet.py": {"pyarrow"},
+    "embedding/ray.py": {"pyarrow", "ray"},
+    "cli": {"typer", "rich"},
+}
 
 
 @dataclass(frozen=True)

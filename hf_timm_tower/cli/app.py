@@ -46,6 +46,14 @@ def _load(place: str, revision: str | None, trust: bool) -> Any:
     return TimmModel.from_pretrained(place, revision=revision, trust_remote_code=trust)
 
 
+def _tower_of(stored: Any, tower: str | None, trust: bool, as_json: bool) -> Any:
+    """The tower of a folder of embeddings, or the one that is named instead."""
+    known = stored.manifest["tower"]
+    if tower is None and known.get("loaded_from") is None:
+        fail("the folder does not say where its tower came from: --tower REPO", as_json, 2)
+    return _load(tower or known["loaded_from"], None if tower else known.get("commit"), trust)
+
+
 @app.command()
 def inspect(repo: TowerPlace, revision: Revision = None, as_json: AsJson = False) -> None:
     """Say what a tower is, without fetching its weights."""
@@ -135,10 +143,7 @@ def search(
         from ..embedding.stored import StoredEmbeddings
 
         stored = StoredEmbeddings(folder)
-        known = stored.manifest["tower"]
-        if tower is None and known.get("loaded_from") is None:
-            fail("the folder does not say where its tower came from: --tower REPO", as_json, 2)
-        model = _load(tower or known["loaded_from"], None if tower else known.get("commit"), trust_remote_code)
+        model = _tower_of(stored, tower, trust_remote_code, as_json)
         found = nearest(stored, embed_query(model, stored, image), k)
         if sheet is not None:
             contact_sheet(image, [stored.image_path(name) for name, _ in found], sheet)
@@ -146,6 +151,57 @@ def search(
             say({"image": image, "neighbours": [{"id": name, "cosine": cosine} for name, cosine in found]}, as_json)
         else:
             say_rows(("cosine", "image"), [(f"{cosine:.4f}", name) for name, cosine in found])
+
+
+@app.command()
+def serve(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Embeddings made by `embed`.")],
+    tower: Annotated[str | None, typer.Option(help="Repository id or folder; by default that of the folder.")] = None,
+    images: Annotated[str | None, typer.Option(help="Folder of the images, where they have moved since.")] = None,
+    port: Annotated[int | None, typer.Option(help="By default the first free one from 7860 on.")] = None,
+    space: Annotated[
+        str | None, typer.Option(help="Push it with the images as a Space of this id instead, to be seen by others.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Of a new Space.")] = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Look at embeddings in a browser, on this machine alone: neighbours, maps, duplicates, outliers."""
+    with command(False):
+        try:
+            from ..embedding.gradio import serve as run
+        except ImportError as error:
+            fail(f'{error}: pip install "hf_timm_tower[app]"', False)
+        from ..embedding.shown_set import ShownSet
+        from ..embedding.space import push_space
+        from ..embedding.stored import StoredEmbeddings
+
+        stored = StoredEmbeddings(folder)
+        shown = ShownSet(_tower_of(stored, tower, trust_remote_code, False), stored, images)
+        if space is None:
+            run(shown, port)
+        else:
+            say({"commit": push_space(shown, space, private=private or None)}, False)
+
+
+@app.command("eval")
+def evaluate(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Embeddings of images in one folder for each class.")],
+    train: Annotated[
+        str | None, typer.Option(help="Embeddings of a training set of the same classes, for k-NN and a linear probe.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """How good embeddings are: retrieval, and with --train also k-NN (as DINOv2) and a linear probe (as CLIP)."""
+    with command(as_json):
+        from ..embedding.evaluation import evaluate_folders
+        from ..embedding.stored import StoredEmbeddings
+
+        found = evaluate_folders(StoredEmbeddings(folder), None if train is None else StoredEmbeddings(train))
+        if as_json:
+            say({name: {"metrics": each.metrics, "protocol": each.protocol} for name, each in found.items()}, as_json)
+        else:
+            say_rows(("metric", "value"), [(name, f"{value:.4f}") for each in found.values()
+                                           for name, value in each.metrics.items()])  # fmt: skip
 
 
 @app.command()

@@ -67,7 +67,7 @@ def write_shard(
     Raises:
         FolderError: the disk is full, or may not be written.
     """
-    arrays = {"id": pa.array(ids, pa.string()), **{name: _to_arrow(tensor) for name, tensor in columns.items()}}
+    arrays = {"id": pa.array(ids, pa.string()), **{name: to_arrow(tensor) for name, tensor in columns.items()}}
     facts = {
         "first": first,
         "covered": covered,
@@ -124,7 +124,7 @@ def read_rows(shard: Shard, names: Sequence[str]) -> tuple[list[str], dict[str, 
     return table["id"].to_pylist(), {name: _to_torch(table[name]) for name in names}
 
 
-def _to_arrow(tensor: torch.Tensor) -> pa.Array:
+def to_arrow(tensor: torch.Tensor) -> pa.Array:
     """`[rows, a, b, ...]` -> lists of length a of lists of length b ..."""
     flat = tensor.contiguous().reshape(-1).numpy()
     array = pa.array(flat)

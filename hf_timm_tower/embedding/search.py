@@ -29,11 +29,24 @@ def embed_query(tower: "TimmModel", stored: StoredEmbeddings, image: Any) -> tor
         FolderError: the folder was made by another tower.
         ArgumentError: the image cannot be used.
     """
-    plan = Plan(tower, outputs_of(stored.manifest), 0)
-    check_same(stored.path, stored.manifest, describe(tower, plan.outputs, 0, {}))
-    found = embed(plan, open_source(image), errors="raise", progress=False)
+    found = embed(plan_of(tower, stored), open_source(image), errors="raise", progress=False)
     vector: torch.Tensor = found[stored.first_column] if isinstance(found, dict) else found
     return vector[0]
+
+
+def plan_of(tower: "TimmModel", stored: StoredEmbeddings) -> Plan:
+    """How further images become comparable with those of a folder.
+
+    Weights, preprocessing and options must be the folder's. The outputs may differ from it in their last bits: what a
+    cluster has embedded is searched on a laptop.
+
+    Raises:
+        FolderError: the folder was made by another tower.
+    """
+    plan = Plan(tower, outputs_of(stored.manifest), 0)
+    now = describe(tower, plan.outputs, 0, {})
+    check_same(stored.path, stored.manifest, {**now, "outputs": stored.manifest.get("outputs")})
+    return plan
 
 
 def nearest(stored: StoredEmbeddings, query: torch.Tensor, k: int) -> list[tuple[str, float]]:
@@ -63,11 +76,12 @@ def contact_sheet(query: str | os.PathLike[str], paths: Sequence[str], out: str 
     sheet = Image.new("RGB", (columns * step + _GAP, rows * step + _GAP), "white")
     for place, path in enumerate(tiles):
         corner = (_GAP + place % columns * step, _GAP + place // columns * step)
-        sheet.paste(_tile(path), corner)
+        sheet.paste(tile(path), corner)
     sheet.save(out)
 
 
-def _tile(path: str | os.PathLike[str]) -> Image.Image:
+def tile(path: str | os.PathLike[str]) -> Image.Image:
+    """A small square picture of a file; grey where it cannot be opened."""
     try:
         image = ImageOps.exif_transpose(read_image(path)).convert("RGB")
     except (OSError, ArgumentError):

@@ -1,0 +1,11 @@
+"""UMAP's plane, and the only file here that imports umap-learn."""
+
+import torch
+import umap
+
+
+def umap_plane(rows: torch.Tensor) -> torch.Tensor:
+    """Rows `[N, D]` -> points `[N, 2]`, the same in every run."""
+    near = min(15, max(2, len(rows) - 1))
+    made = umap.UMAP(n_components=2, metric="cosine", n_neighbors=near, random_state=0).fit_transform(rows.numpy())
+    return torch.from_numpy(made).float()
