@@ -1,6 +1,6 @@
 """`TimmTowerBackbone` as this package has it: the reader's, with strict reading, saving and pushing."""
 
-from .modeling import SavesTower
+from .pretrained import SavesTower
 from .reader import backbone
 
 
