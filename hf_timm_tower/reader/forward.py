@@ -4,9 +4,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import timm
 import torch
 import torch.nn as nn
-from timm.models import get_model_traits
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
@@ -44,14 +44,7 @@ def run_tower(
     pools: bool | None = True,
 ) -> tuple[Any, Any, Any, Any]:
     """The trunk's features, the embedding, and hidden states and attention maps where asked for."""
-    trunk = model.trunk
-    model.follow_attn_implementation()
-    if not images.is_floating_point():
-        raise ArgumentError(
-            f"pixel_values are {images.dtype}: expected floats as the image processor gives them, scaled and normalised"
-        )
-    _check_size(model, images, other_size)
-    images = images.to(model.dtype)
+    trunk, images = model.trunk, prepared(model, images, other_size)
     hidden = model.config.output_hidden_states if hidden is None else hidden
     attentions = model.config.output_attentions if attentions is None else attentions
     states = None
@@ -72,17 +65,28 @@ def run_tower(
     return features, embedding, states, None if maps is None else tuple(maps)
 
 
-def _check_size(model: Any, images: torch.Tensor, other_size: bool | None) -> None:
-    """Refuse images of another size than that of a trunk which takes one only."""
+def prepared(model: Any, images: torch.Tensor, other_size: bool | None = None) -> torch.Tensor:
+    """The images as the trunk takes them.
+
+    Raises:
+        ArgumentError: whole numbers, or another size than that of a trunk which takes one only.
+    """
+    model.follow_attn_implementation()
+    if not images.is_floating_point():
+        raise ArgumentError(
+            f"pixel_values are {images.dtype}: expected floats as the image processor gives them, scaled and normalised"
+        )
     found, own = list(images.shape[-2:]), model.config.image_size
+    traits_of = getattr(timm.models, "get_model_traits", None)  # from timm 1.0.31 on
     # The trunk first: of one that takes any size, an export may leave the size open.
-    if get_model_traits(model.trunk).get("fixed_input_size") and found != own:
+    if traits_of is not None and traits_of(model.trunk).get("fixed_input_size") and found != own:
         asked = "interpolate_pos_encoding=True: " if other_size else ""
         raise ArgumentError(
             f"{asked}pixel_values are {found[0]} x {found[1]}, but {type(model.trunk).__name__} takes images of "
             f"{own[0]} x {own[1]} pixels only. Load model and image processor with the same image_size=..., or build "
             "the tower with model_kwargs={'dynamic_img_size': True} where timm's trunk has that"
         )
+    return images.to(model.dtype)
 
 
 def wants_dict(model: PreTrainedModel, return_dict: bool | None) -> bool:
