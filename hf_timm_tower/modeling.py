@@ -110,7 +110,7 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
         if loading.stored is None or loading.stored.fingerprint is None:
             return
         self._fingerprint = loading.stored.fingerprint
-        if (self.config.head or {}).get("form") == "registered":
+        if (self.config.head or {}).get("form") == "registered" and getattr(self, "hf_quantizer", None) is None:
             check_given_head(self._bare())
 
     def _bare(self) -> Any:
@@ -133,8 +133,12 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
             ConfigError: the trunk does not run at this size, or timm cannot build it for this size. The tower is as
                 before.
         """
-        if any(parameter.is_meta for parameter in self.trunk.parameters()):
-            raise ConfigError(f"image_size={image_size}: the trunk is offloaded; change the size before it is")
+        fixed = getattr(self, "hf_quantizer", None) is not None or any(each.is_meta for each in self.trunk.parameters())
+        if fixed and check_size("image_size", image_size) != self.config.image_size:
+            raise ConfigError(
+                f"image_size={image_size}: the trunk is quantized or offloaded: save the tower at this size first, and "
+                "quantize or offload when loading that"
+            )
         set_input_size(self, image_size)
 
     def save_pretrained(  # type: ignore[override]
@@ -354,7 +358,7 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
         vars(stored).pop("use_cache", None)  # of Trainer, not of the tower
         load = partial(load_bare, trust_head_code=bool(proven.sources), access=access)
         saved = save_tower(tower, stored, folder, load, options, sources=proven.sources, form_is_proven=known)
-        self._proven = proven
+        self._fingerprint, self._proven = saved.fingerprint, proven
         return saved
 
 

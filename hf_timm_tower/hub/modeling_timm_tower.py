@@ -4385,7 +4385,8 @@ def prepared(model: Any, images: torch.Tensor, other_size: bool | None = None) -
             f"pixel_values are {images.dtype}: expected floats as the image processor gives them, scaled and normalised"
         )
     found, own = list(images.shape[-2:]), model.config.image_size
-    if found != own and get_model_traits(model.trunk).get("fixed_input_size"):
+    # The trunk first: of one that takes any size, an export may leave the size open.
+    if get_model_traits(model.trunk).get("fixed_input_size") and found != own:
         asked = "interpolate_pos_encoding=True: " if other_size else ""
         raise ArgumentError(
             f"{asked}pixel_values are {found[0]} x {found[1]}, but {type(model.trunk).__name__} takes images of "
@@ -4629,6 +4630,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         # Buffers that no checkpoint holds, until they are back in their places; None where they never left.
         self._computed: dict[str, torch.Tensor] | None = None
         self._buffers_to: torch.dtype | None = wanted if on_meta else None
+        self._keys = set(self.state_dict())  # quantized layers have others
         if on_meta:
             self._computed = computed_buffers(self)
             move_to_meta(self, wanted)
@@ -4741,7 +4743,8 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         else:
             buffers_as_timm(self.trunk, float_dtype(self.trunk))
         # What is on meta is on the disk: transformers loads it when it runs.
-        state = {key: tensor for key, tensor in self.state_dict(keep_vars=True).items() if not tensor.is_meta}
+        state = self.state_dict(keep_vars=True)
+        state = {key: tensor for key, tensor in state.items() if key in self._keys and not tensor.is_meta}
         if fresh := [key for key, tensor in state.items() if not getattr(tensor, "_is_hf_initialized", False)]:
             self._fill(fresh)
         align(self)
@@ -4752,7 +4755,13 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
     def _fill(self, keys: list[str]) -> None:
         """Give fresh values to what a checkpoint did not hold, those that a new model has."""
         if all(key.startswith(f"{CLASSIFIER}.") for key in keys):
-            init_classifier(self.get_submodule(CLASSIFIER))  # type: ignore[arg-type]
+            layer: Any = self.get_submodule(CLASSIFIER)
+            if type(layer) is not nn.Linear:
+                raise ConfigError(
+                    f"a fresh classifier cannot be a quantized {type(layer).__name__}: leave it out of quantization, "
+                    f"by modules_to_not_convert=[{CLASSIFIER!r}] (llm_int8_skip_modules for bitsandbytes)"
+                )
+            init_classifier(layer)
             return
         with plain_defaults():
             twin = self._build(self.config, self._has_classifier, None).state_dict()

@@ -77,7 +77,8 @@ def prepared(model: Any, images: torch.Tensor, other_size: bool | None = None) -
             f"pixel_values are {images.dtype}: expected floats as the image processor gives them, scaled and normalised"
         )
     found, own = list(images.shape[-2:]), model.config.image_size
-    if found != own and get_model_traits(model.trunk).get("fixed_input_size"):
+    # The trunk first: of one that takes any size, an export may leave the size open.
+    if get_model_traits(model.trunk).get("fixed_input_size") and found != own:
         asked = "interpolate_pos_encoding=True: " if other_size else ""
         raise ArgumentError(
             f"{asked}pixel_values are {found[0]} x {found[1]}, but {type(model.trunk).__name__} takes images of "

@@ -6,12 +6,16 @@ from typing import Any
 import pytest
 import timm
 import torch
+import transformers
+from packaging.version import Version
 from timm.utils import AttentionExtract
 from transformers import Dinov2Config, Dinov2Model
 
 from hf_timm_tower import ArgumentError, ConfigError, TimmModel
 from hf_timm_tower.modeling import TimmTowerForImageClassification, TimmTowerModel
 from hf_timm_tower.reader.hidden_states import forward_hidden
+
+from ..timm_classes import smallest_of_each_class
 
 SMALL_SWIN = {"depths": (1, 1, 1, 1), "embed_dim": 24, "num_heads": (1, 2, 3, 4), "window_size": 2}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -62,6 +66,7 @@ def test_each_hidden_state_is_timms_after_what_the_stem_gives(folders: dict[str,
         assert torch.equal(again.permute(0, 3, 1, 2) if name == "swin" else again, states[0])
 
 
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.24"), reason="older ones know no indices")
 @torch.no_grad()
 @pytest.mark.parametrize("wanted", [True, 2, -2, 0, [0], [1, -1], [], (3, 1), False])
 def test_an_index_means_what_it_means_in_transformers(folders: dict[str, Path], wanted: Any) -> None:
@@ -99,6 +104,26 @@ def test_the_stem_of_other_trunks_is_in_the_form_of_their_layers(architecture: s
     assert {state.ndim for state in states} == {3 if tokens else 4}
     assert states[0].shape == states[1].shape
     assert all(torch.equal(one, same) for one, same in zip(states, forward_hidden(trunk, images, True)[1], strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.wide
+@pytest.mark.parametrize("architecture", smallest_of_each_class().values())
+def test_every_class_gives_its_layers_after_its_stem(architecture: str) -> None:
+    trunk = timm.create_model(architecture, num_classes=0).eval()
+    if not hasattr(trunk, "forward_intermediates"):
+        return
+    images = torch.randn(1, *trunk.pretrained_cfg["input_size"])
+    features, states = forward_hidden(trunk, images, True)
+    _, expected = trunk.forward_intermediates(images)
+    assert 0 <= len(states) - len(expected) <= 1
+    assert {state.ndim for state in states} == {3 if getattr(features, "ndim", 4) == 3 else 4}
+    for state, layer in zip(states[len(states) - len(expected) :], expected, strict=True):
+        tokens = layer.flatten(2).transpose(1, 2)
+        assert torch.equal(state, layer) if state.ndim == 4 else torch.equal(state[:, -tokens.shape[1] :], tokens)
+    _, picked = forward_hidden(trunk, images, [0, -2])
+    assert torch.equal(picked[0], states[0])
+    assert torch.equal(picked[-2], states[-2])
 
 
 @torch.no_grad()
