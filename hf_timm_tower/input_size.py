@@ -7,12 +7,13 @@ from typing import Any
 import torch.nn as nn
 
 from .build import check_embedding, example_input, resolve_config
+from .heads.isolation import copy_module
 from .reader.config import TimmTowerConfig, check_size
 from .reader.errors import ConfigError
 from .reader.model_args import FROM_TRUNK
 from .reader.tower import HeadInput
 from .reader.trunk import BUILD_ERRORS
-from .trunk_facts import copy_trunk, record_size, trunk_arguments
+from .trunk_facts import record_size, trunk_arguments
 
 
 def set_input_size(tower: Any, image_size: int | Sequence[int], *, own_trunk: bool = False) -> None:
@@ -30,7 +31,7 @@ def set_input_size(tower: Any, image_size: int | Sequence[int], *, own_trunk: bo
     if size == tower.config.image_size:
         return
     # on a copy first: timm changes some trunks before it refuses a size
-    trial = copy_trunk(tower.trunk)
+    trial = copy_module(tower.trunk)
     config = record_size(trial, _resized(tower, trial, size), own_trunk=own_trunk)
     _resized(tower, tower.trunk, size)
     tower.config = config

@@ -5,18 +5,19 @@ The files, the card and the commit are those of `TimmModel`.
 
 import copy
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
+import torch.nn as nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from .build import build_for_transformers
 from .encoder_config import as_part
+from .files.disk import scratch_folder
 from .files.fingerprint import Verification
 from .files.json import parse_json
 from .files.names import CONFIG_NAME
@@ -25,11 +26,12 @@ from .hub.download import Access
 from .hub.push import COMMIT_MESSAGE, PushOptions, default_repo_id, push_folder
 from .hub.trunk_source import kept_trunk_source
 from .input_size import set_input_size
+from .interop.faces import Labels, parts_from_timm, parts_of
 from .interop.timm_face import TimmFace
 from .load import check_given_head, load_bare, make_code_head, read_tower, verify
 from .reader import modeling as reader
 from .reader.config import TimmTowerConfig, check_size
-from .reader.errors import ArgumentError, ConfigError, WeightsError
+from .reader.errors import ArgumentError, ConfigError, ExportError, WeightsError
 from .reader.forward import TimmTowerModelOutput
 from .reader.loading import TowerLoading
 from .reader.pretrained import DOWNLOAD, MODEL_TAGS, TimmTowerPreTrainedModel
@@ -57,16 +59,38 @@ _PUSH_OPTIONS = frozenset(
 class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
     """What the two classes below have beside the reader's: strict reading, saving, pushing."""
 
-    def __init__(self, config: TimmTowerConfig, _loading: TowerLoading | None = None) -> None:
+    def __init__(
+        self, config: TimmTowerConfig, _loading: TowerLoading | None = None, _parts: Tower | None = None
+    ) -> None:
+        if _parts is not None:  # built already: see `from_tower`
+            vars(self)["_build"] = lambda *_: _parts
         super().__init__(config, _loading)
         self._fingerprint: dict[str, Any] | None = None
+        vars(self).pop("_build", None)
         note_fixed(self)
+
+    @classmethod
+    def _on(cls, parts: Tower) -> Self:
+        model = cls(parts.config, _parts=parts)
+        model.training = parts.training
+        return model
 
     @staticmethod
     def _build(config: TimmTowerConfig, with_classifier: bool, make_head: Any) -> Tower:
         return build_for_transformers(config, with_classifier, make_head)
 
     _make_code_head = staticmethod(make_code_head)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Asked by `torch.jit.script`.
+
+        Raises:
+            ExportError: always.
+        """
+        raise ExportError(
+            f"{type(self).__name__}: TorchScript, which torch deprecates, cannot read transformers' models: use "
+            "interop.torch_export or interop.onnx, torch.jit.trace, or script TimmModel.from_tower(model)"
+        )
 
     @staticmethod
     def _read(files: Sequence[str], loading: TowerLoading) -> StoredTower:
@@ -171,7 +195,7 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
                 a person wrote into the card.
             is_main_process: False saves nothing: another process does.
             state_dict: The weights, where they had to be gathered from several processes.
-            push_to_hub: Push as well.
+            push_to_hub: Push what is saved; a trunk that is stored in another repository stays there and is in neither.
             max_shard_size: Largest weight file, in bytes or as `"5GB"`.
             variant: Refused: a tower has one set of weights.
             token: For pushing.
@@ -213,16 +237,19 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
             raise ArgumentError(f"save_pretrained: {', '.join(unknown) or 'variant'} cannot be honoured")
         if not is_main_process:
             return
-        saved = self._save(save_directory, options, state_dict)
-        if push_to_hub:
-            push = PushOptions(
-                commit_message=kwargs.pop("commit_message", None) or COMMIT_MESSAGE,
-                branch=kwargs.pop("revision", None),
-                token=token,
-                **kwargs,
-            )
-            place = repo_id or default_repo_id(save_directory)
-            push_folder(Path(save_directory), place, partial(saved.card, options.cards), saved.names, push)
+        if not push_to_hub:
+            self._save(save_directory, options, state_dict)
+            return
+        push = PushOptions(
+            commit_message=kwargs.pop("commit_message", None) or COMMIT_MESSAGE,
+            branch=kwargs.pop("revision", None),
+            token=token,
+            **kwargs,
+        )
+        access, weights = Access(token=token), self.state_dict() if state_dict is None else state_dict
+        saved = self._save(save_directory, options, state_dict, kept_trunk_source(self.config, weights, access), access)
+        place = repo_id or default_repo_id(save_directory)
+        push_folder(Path(save_directory), place, partial(saved.card, options.cards), saved.names, push)
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -309,8 +336,8 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
             ignore_patterns=ignore_patterns,
             delete_patterns=delete_patterns,
         )
-        with tempfile.TemporaryDirectory(prefix="hf_timm_tower_push_") as scratch:
-            folder = Path(scratch, "tower")
+        with scratch_folder("hf_timm_tower_push_") as scratch:
+            folder = scratch / "tower"
             access = Access(token=token)
             pinned = kept_trunk_source(self.config, self.state_dict(), access) if trunk is None else None
             saved = self._save(folder, options, trunk=pinned, access=access)
@@ -370,9 +397,85 @@ class TimmTowerModel(SavesTower, reader.TimmTowerModel):  # type: ignore[no-unty
             value = as_part(value, int(self.trunk.num_features))  # type: ignore[arg-type]
         super().__setattr__(name, value)
 
+    @classmethod
+    def from_tower(cls, tower: nn.Module) -> Self:
+        """A tower that is in memory as this class: on the very same trunk and head, with no files in between.
+
+        What is done to one's weights is done to the other's; `copy.deepcopy(tower)` first where they shall be apart.
+
+        Args:
+            tower: A `TimmModel`, or another of the transformers models. `TimmModel.from_tower` is the way back.
+
+        Raises:
+            ArgumentError: it is no tower.
+            ConfigError: its class makes or runs it by code of its own.
+        """
+        return cls._on(parts_of(tower))
+
+    @classmethod
+    def from_timm(cls, source: str | os.PathLike[str], **arguments: Any) -> Self:
+        """A timm repository or folder, or one of transformers' `TimmWrapperModel`, as a tower, in eval mode.
+
+        Args:
+            source: As in `TimmModel.from_timm`.
+            arguments: As in `TimmModel.from_timm`, but for `custom_head`: make a `TimmModel`, then `from_tower`.
+
+        Raises:
+            TowerError: as `TimmModel.from_timm`.
+        """
+        return cls._on(parts_from_timm(source, None, arguments))
+
 
 class TimmTowerForImageClassification(SavesTower, reader.TimmTowerForImageClassification):  # type: ignore[no-untyped-call]
     __doc__ = reader.TimmTowerForImageClassification.__doc__
+
+    @classmethod
+    def from_tower(
+        cls,
+        tower: nn.Module,
+        *,
+        num_labels: int | None = None,
+        id2label: Mapping[int, str] | None = None,
+        problem_type: str | None = None,
+    ) -> Self:
+        """A tower that is in memory, with a classifier on top: on the very same trunk and head.
+
+        Args:
+            tower: As `TimmTowerModel.from_tower`. Without labels, one that has a classifier keeps it.
+            num_labels: For a fresh classifier of so many classes.
+            id2label: Or of these.
+            problem_type: As in transformers.
+
+        Raises:
+            ArgumentError: no labels, and no classifier.
+            ConfigError: as `TimmTowerModel.from_tower`.
+        """
+        return cls._on(parts_of(tower, Labels(num_labels, id2label, problem_type)))
+
+    @classmethod
+    def from_timm(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        num_labels: int | None = None,
+        id2label: Mapping[int, str] | None = None,
+        problem_type: str | None = None,
+        **arguments: Any,
+    ) -> Self:
+        """A timm repository or folder with a classifier, in eval mode: timm's own, or a fresh one for other labels.
+
+        Args:
+            source: As in `TimmModel.from_timm`.
+            num_labels: For a fresh classifier of so many classes.
+            id2label: Or of these. With neither, timm's classifier gives the logits.
+            problem_type: As in transformers.
+            arguments: As in `TimmTowerModel.from_timm`.
+
+        Raises:
+            ConfigError: no labels, and the timm model has no classifier.
+            TowerError: as `TimmModel.from_timm`.
+        """
+        return cls._on(parts_from_timm(source, Labels(num_labels, id2label, problem_type), arguments))
 
 
 def _with_stored_size(config: TimmTowerConfig, place: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Any:

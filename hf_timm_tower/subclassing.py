@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch.nn as nn
 
 from .reader.config import TimmTowerConfig
-from .reader.errors import ArgumentError, HeadError
+from .reader.errors import ArgumentError, HeadError, one_line, shown
 from .reader.head import CustomHead
 
 T = TypeVar("T", bound=nn.Module)
@@ -56,7 +56,9 @@ def rebuild(cls: type[T], config: TimmTowerConfig, custom_head: CustomHead | Non
     try:
         inspect.signature(cls).bind(**arguments)
     except TypeError as error:
-        raise ArgumentError(f"{cls.__name__} cannot be built again from {arguments}: {error}") from error
+        raise ArgumentError(
+            f"{cls.__name__} cannot be built again from {shown(arguments)}: {one_line(error)}"
+        ) from error
     else:
         return cls(**arguments)
     finally:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,6 +158,27 @@ def train_and_push_face(repo_id: str, seed: int, part: str = "head", source: str
     model = TimmTowerModel.from_pretrained(source or repo_id)
     _change(model.get_submodule(part), seed)
     model.push_to_hub(repo_id, **kwargs)
+    return numbers(TimmModel.from_pretrained(repo_id))
+
+
+def train_head_and_save_with_push(repo_id: str, seed: int, source: str | None = None) -> str:
+    """As `train_head_and_push`, by `save_pretrained(push_to_hub=True)`."""
+    tower = TimmModel.from_pretrained(source or repo_id)
+    return _save_with_push(tower, repo_id, seed)
+
+
+def train_face_and_save_with_push(repo_id: str, seed: int, source: str | None = None) -> str:
+    """The same by the transformers model of a tower."""
+    from hf_timm_tower import TimmTowerModel
+
+    return _save_with_push(TimmTowerModel.from_pretrained(source or repo_id), repo_id, seed)
+
+
+def _save_with_push(model: Any, repo_id: str, seed: int) -> str:
+    _change(model.head, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, push_to_hub=True, repo_id=repo_id)
+        assert not list(Path(folder).glob("trunk*.safetensors"))
     return numbers(TimmModel.from_pretrained(repo_id))
 
 

@@ -353,7 +353,7 @@ def put_stray(folder: Path, outside: Path, good: Files, dice: random.Random) -> 
     path = folder / name
     # What an earlier stray left may be a link that leads outside: this one is put into the folder itself.
     for parent in list(reversed(path.relative_to(folder).parents))[1:]:
-        if (folder / parent).is_symlink() or (folder / parent).exists() and not (folder / parent).is_dir():
+        if (folder / parent).is_symlink() or ((folder / parent).exists() and not (folder / parent).is_dir()):
             (folder / parent).unlink()
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir() and not path.is_symlink():

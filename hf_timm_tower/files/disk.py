@@ -5,10 +5,12 @@ import errno
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from ..reader.errors import FolderError
 
@@ -142,6 +144,30 @@ def identity(path: Path) -> list[int] | None:
     return [status.st_dev, status.st_ino]
 
 
+@contextmanager
+def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
+    """A new folder for as long as the block runs; it may grow as large as a tower, so that an interrupt removes it too.
+
+    Args:
+        prefix: Of its name.
+        parent: Where it is made; None for the system's folder of temporary files.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    try:
+        yield folder
+    finally:
+        remove_folder(folder)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder with all in it, as far as that can be done, also where an interrupt comes meanwhile."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def sync_tree(folder: Path) -> None:
     """Make everything below `folder` reach the disk: a rename must not get there before the data it names."""
     for path, _, files in os.walk(folder):
@@ -163,6 +189,31 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to be written, which takes the place of `path` at once when the block ends, fsynced.
+
+    Its mode follows the umask. Nothing is left of it if the block raises. Who has the earlier file mapped keeps that; a
+    link is replaced and not followed.
+
+    Raises:
+        FolderError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.urandom(8).hex()}.part")
+    try:
+        try:
+            with open(partial, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise folder_error(f"{path}: cannot be written", error) from error
 
 
 def make_parents(target: Path) -> list[Path]:

@@ -1,8 +1,10 @@
 """The names of a tower's files, and which of them a save replaces."""
 
 import hashlib
+import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -39,25 +41,36 @@ def is_replaced(entry: Path) -> bool:
 
     Weights, index and fingerprint of an earlier save would be taken for the new one's (a stale `model.safetensors`
     beats the index in transformers); its code is no longer asked for. Everything else is the user's, or a card; so is
-    a folder, pipe, socket or device whatever its name, and a `core/` or `head_code.py` that no save wrote.
+    a folder, pipe, socket or device whatever its name, and a `core/` or `head_code.py` that no save wrote, or weights
+    that the index beside them does not name.
     """
     if entry.name == CODE_NAME:
         return not entry.is_symlink() and entry.is_dir() and code_digest(entry) in _RELEASED_CODE
     if not (entry.is_symlink() or entry.is_file()):
         return False
-    return _is_head_code(entry) if entry.name == HEAD_CODE_NAME else _is_own(entry.name)
+    if entry.name == HEAD_CODE_NAME:
+        return _is_head_code(entry)
+    if is_weight_file(entry.name) and entry.name != SINGLE_NAME:
+        index = entry.with_name(INDEX_NAME)
+        status = os.lstat(index) if os.path.lexists(index) else None
+        return status is not None and entry.name in _indexed(index, status.st_ino, status.st_size, status.st_mtime_ns)
+    return entry.name in (INDEX_NAME, FINGERPRINT_NAME, SINGLE_NAME)
 
 
-def is_own_file(name: str, names: Collection[str]) -> bool:
-    """The same for a file of a repository, by its path and the paths of all files."""
-    folder, _, plain = name.rpartition("/")
-    if folder == CODE_NAME:
-        return f"{CODE_NAME}/checkpoint.py" in names and f"{CODE_NAME}/modeling.py" in names
-    return not folder and _is_own(plain)
+def is_own_file(name: str) -> bool:
+    """The same for a file of a repository, whose weights the Hub's history keeps. Of code, `is_replaced` knows."""
+    return name in (INDEX_NAME, FINGERPRINT_NAME) or is_weight_file(name)
 
 
-def _is_own(name: str) -> bool:
-    return name in (INDEX_NAME, FINGERPRINT_NAME, HEAD_CODE_NAME) or is_weight_file(name)
+@lru_cache(maxsize=4)
+def _indexed(index: Path, *identity: int) -> frozenset[str]:
+    """The weight files that an index names; of one that cannot be read, none."""
+    try:
+        with OpenFolder(index.parent) as folder:
+            found = folder.read_json(INDEX_NAME).get("weight_map")
+    except (FolderError, FormatError):
+        return frozenset()
+    return frozenset(map(str, found.values())) if isinstance(found, dict) else frozenset()
 
 
 def _is_head_code(entry: Path) -> bool:
@@ -76,9 +89,11 @@ def code_digest(folder: Path) -> str | None:
     entries = list(islice(folder.iterdir(), _MAX_CODE_FILES + 1))
     if len(entries) > _MAX_CODE_FILES:
         return None
-    if any(entry.is_symlink() or not entry.is_file() or entry.stat().st_size > _MAX_CODE_BYTES for entry in entries):
+    try:
+        with OpenFolder(folder) as opened:
+            return digest_of({entry.name: opened.read_bytes(entry.name, _MAX_CODE_BYTES) for entry in entries})
+    except (FolderError, FormatError):
         return None
-    return digest_of({entry.name: entry.read_bytes() for entry in entries})
 
 
 def digest_of(files: Mapping[str, bytes]) -> str:

@@ -37,6 +37,7 @@ from .disk import (
     is_real_folder,
     locked_folder,
     make_parents,
+    remove_folder,
     sync,
     sync_tree,
 )
@@ -275,11 +276,11 @@ def _settle(target: Path, record: Record) -> None:
     if found is not None and found == old:  # the exchange is done
         if target.is_dir():
             _bring_over(path, target, notes)
-            _remove(path)
+            remove_folder(path)
     elif found is not None and found == new:
         if notes.get("move"):
             _move(path, target, notes)
-        _remove(path)
+        remove_folder(path)
     elif found is not None and new is None:  # cut off when it was just made, and empty
         path.rmdir()
     found = identity(path)
@@ -327,14 +328,6 @@ def _put_aside(entry: Path, staging: Path) -> None:
         os.rename(entry, staging / f".old-{os.urandom(4).hex()}")  # at once, where removing it takes many steps
     else:
         entry.unlink(missing_ok=True)
-
-
-def _remove(path: Path) -> None:
-    try:
-        shutil.rmtree(path, ignore_errors=True)
-    except BaseException:  # an interrupt: a folder of the tower's size must not stay for that
-        shutil.rmtree(path, ignore_errors=True)
-        raise
 
 
 # Before

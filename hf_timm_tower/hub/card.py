@@ -6,8 +6,8 @@ card afterwards.
 
 import inspect
 import json
-import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +19,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from ..files.fingerprint import weight_digests
+from ..files.same_save import form_digest
 from ..reader.config import TimmTowerConfig
-from ..reader.errors import ArgumentError
+from ..reader.errors import ArgumentError, shown
 from ..reader.tower import CLASSIFIER
 from .card_merge import MODEL_INDEX, Record, merge_card
 from .reader_file import READER_NAME
@@ -140,8 +141,10 @@ class CardOptions:
         name = repo_id.rstrip("/").rpartition("/")[2] if repo_id else config.architecture
         classifies = facts.classifier_parameters is not None
         task = CLASSIFICATION_TAG if classifies else PIPELINE_TAG
-        if weights is not None and facts.classifier_digest is not None:
-            weights = {**weights, "classifier": facts.classifier_digest}
+        if weights is not None:
+            weights = {**weights, "form": form_digest(config)}
+            if facts.classifier_digest is not None:
+                weights["classifier"] = facts.classifier_digest
         given, figures = self._given(task, name)
         tags = ["timm_tower", "timm", config.architecture.partition(".")[0]]
         own = {"library_name": _LIBRARY_NAME, "pipeline_tag": task, "tags": tags}
@@ -227,13 +230,9 @@ def _words(name: str, values: Any) -> list[str]:
 
 
 def _number(name: str, value: Any) -> float | int:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        try:
-            if math.isfinite(value):
-                return float(value) if isinstance(value, float) else int(value)
-        except OverflowError:  # a whole number beyond every float
-            raise ArgumentError(f"metrics[{name!r}]: a number of {value.bit_length()} bits is no metric") from None  # type: ignore[union-attr]
-    raise ArgumentError(f"metrics[{name!r}]={value!r}: expected a finite Python number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+        raise ArgumentError(f"metrics[{name!r}]={shown(value)}: expected a finite Python number")
+    return float(value) if isinstance(value, float) else int(value)
 
 
 def _link(key: str, target: Any) -> str:

@@ -5,6 +5,7 @@ of two models as transformers saves it therefore does not load without this pack
 `make_self_contained` mends such a folder.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..reader.config import TimmTowerConfig
 from ..reader.errors import ConfigError, shown
 from .reader_file import READER_NAME, write_reader
 
+_REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _MODULE = READER_NAME.removesuffix(".py")
 PAIR_AUTO_MAP = {
     "AutoConfig": f"{_MODULE}.TowerTextConfig",
@@ -53,6 +55,10 @@ def make_self_contained(folder: Any) -> None:
         )
     write_reader(folder)
     align_weights(folder)
+    for part in ("vision_config", "text_config"):  # transformers stores where each was loaded from, a folder too
+        inner = config.get(part)
+        if isinstance(inner, dict) and not _REPOSITORY.fullmatch(str(inner.get("_name_or_path"))):
+            inner.pop("_name_or_path", None)
     names = {"architectures": [VisionTextDualEncoderModel.__name__], "auto_map": PAIR_AUTO_MAP}
     write_json(folder / CONFIG_NAME, {**config, **names})
 

@@ -22,10 +22,12 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 import inspect
 from io import BytesIO
+from itertools import groupby
 import itertools
 import json
 import math
 import numpy as np
+from operator import attrgetter
 import os
 from pathlib import Path
 import re
@@ -43,7 +45,6 @@ from timm.layers.drop import DropPath
 from timm.layers.layer_scale import LayerScale
 from timm.layers.mlp import Mlp
 from timm.layers.norm_act import BatchNormAct2d
-from timm.models import get_model_traits
 from timm.utils.attention_extract import AttentionExtract
 from torch import nn
 import torch
@@ -55,6 +56,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
 from torchvision.transforms import InterpolationMode, Normalize, Resize
 from torchvision.transforms.v2 import functional as tv_functional
 from transformers import (
@@ -102,17 +104,19 @@ through `shown` alone.
 
 
 _SHORT = reprlib.Repr()
+_MOST_LETTERS = 8000  # of an error; that of a head which cannot be stored gives a reason against every form
 _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxlevel = 4
 
 
 class TowerError(Exception):
     """Base of all errors of hf_timm_tower.
 
-    Its text has nothing that a terminal acts on, wherever a part of it came from.
+    Its text has nothing that a terminal acts on and is no book, wherever a part of it came from.
     """
 
     def __str__(self) -> str:
         text = super().__str__()
+        text = text if len(text) <= _MOST_LETTERS else f"{text[:-1000][: _MOST_LETTERS - 1000]} ... {text[-1000:]}"
         return "".join(each if each.isprintable() or each in "\n\t" else repr(each)[1:-1] for each in text)
 
 
@@ -167,6 +171,12 @@ def shown(thing: object, limit: int = 80) -> str:
     _SHORT.maxstring = _SHORT.maxother = limit
     text = repr(thing[: limit + 1]) if isinstance(thing, str) else _SHORT.repr(thing)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """What a library said, which may quote something foreign, for a message: on one line, short."""
+    words = " ".join(str(text).split())
+    return words if len(words) <= limit else words[: limit - 3] + "..."
 
 # --- model_args.py
 
@@ -255,7 +265,7 @@ def encode(value: Any, where: str, depth: int = 0) -> Any:
         return value
     if isinstance(value, int):
         if abs(value) >= MAX_INT:
-            raise ConfigError(f"{where}={value}: integers must stay below 2**31")
+            raise ConfigError(f"{where}={shown(value)}: integers must stay below 2**31")
         return value
     if isinstance(value, (list, tuple)):
         return [encode(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
@@ -265,7 +275,7 @@ def encode(value: Any, where: str, depth: int = 0) -> Any:
         for key in value:
             if not isinstance(key, str):
                 raise ConfigError(f"{where}: keys must be strings, found {key!r}")
-        return {key: encode(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
+        return {key: encode(item, inner(where, key), depth + 1) for key, item in value.items()}
     if isinstance(value, partial) and isinstance(value.func, type) and not value.args:
         encoded = encode(value.func, where, depth)
         encoded["kwargs"] = encode(dict(value.keywords), f"{where}.kwargs", depth + 1)
@@ -301,20 +311,27 @@ def decode(value: Any, where: str, depth: int = 0) -> Any:
             cls = _lookup(value, where)
             keywords = value.get("kwargs")
             if keywords:
-                return partial(cls, **{k: decode(v, f"{where}.kwargs.{k}", depth + 2) for k, v in keywords.items()})
+                place = f"{where}.kwargs"
+                return partial(cls, **{k: decode(v, inner(place, k), depth + 2) for k, v in keywords.items()})
             return cls
-        return {key: decode(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
+        return {key: decode(item, inner(where, key), depth + 1) for key, item in value.items()}
     return encode(value, where, depth)
+
+
+def inner(where: str, key: str) -> str:
+    """Where a value of a dict is, for messages."""
+    return f"{where}.{shown(key)[1:-1]}"
 
 
 def _lookup(value: dict[str, Any], where: str) -> type[nn.Module]:
     name = value[CLASS_KEY]
     extra = sorted(set(value) - {CLASS_KEY, "kwargs"})
     if extra or not isinstance(value.get("kwargs", {}), dict):
-        raise ConfigError(f"{where}: a class entry has 'class' and maybe 'kwargs' (a dict), found {sorted(value)}")
+        found = shown(sorted(value))
+        raise ConfigError(f"{where}: a class entry has 'class' and maybe 'kwargs' (a dict), found {found}")
     cls = allowed_classes().get(name) if isinstance(name, str) else None
     if cls is None:
-        raise ConfigError(f"{where}: class {name!r} is not a public module class of torch.nn or timm.layers")
+        raise ConfigError(f"{where}: class {shown(name)} is not a public module class of torch.nn or timm.layers")
     return cls
 
 
@@ -401,11 +418,7 @@ def keep_statistics(tower: nn.Module) -> None:
 
 
 def check_frozen(frozen: dict[str, Any] | None) -> None:
-    """Refuse what is not a frozen state: `parameters` and `statistics`, each a list of names.
-
-    Raises:
-        ConfigError: with what was found.
-    """
+    """Refuse, by `ConfigError`, what is not a frozen state: `parameters` and `statistics`, each a list of names."""
     for key, names in (frozen or {}).items():
         if key not in _FROZEN_KEYS:
             raise ConfigError(f"frozen: unknown key {shown(key)}; expected {' and '.join(_FROZEN_KEYS)}")
@@ -418,8 +431,7 @@ def check_frozen(frozen: dict[str, Any] | None) -> None:
 def frozen_names(tower: nn.Module, frozen: dict[str, Any]) -> tuple[set[str], set[str]]:
     """The parameters, and the modules with statistics, that a frozen state names by themselves or by a module above.
 
-    Raises:
-        ConfigError: not a frozen state, or it names what the tower does not have.
+    `ConfigError` where it is none, or names what the tower does not have.
     """
     check_frozen(frozen)
     first_names = {id(parameter): name for name, parameter in tower.named_parameters()}
@@ -433,8 +445,7 @@ def frozen_names(tower: nn.Module, frozen: dict[str, Any]) -> tuple[set[str], se
 def apply_frozen(tower: nn.Module, frozen: dict[str, Any] | None) -> None:
     """Freeze what a config says was frozen, in a tower that was just built from it; None leaves it as it was built.
 
-    Raises:
-        ConfigError: not a frozen state, or it names what the tower does not have.
+    `ConfigError` as from `frozen_names`.
     """
     if frozen is None:
         return
@@ -475,8 +486,8 @@ def _names_under(entries: Sequence[str], names: Iterable[str], key: str) -> set[
 """`TimmTowerConfig`: everything that rebuilds a tower with no network.
 
 The config is validated once, when it is made: types by huggingface_hub's `@strict` (as transformers' own configs),
-meaning by the checks below. `tower.complete` fills in what only the trunk can tell (its width, its layout, its own
-pool), after which the config is a full description.
+meaning by the checks below. `build.resolve_config` fills in what only the trunk can tell (its width, its layout, its
+own pool), after which the config is a full description.
 """
 
 
@@ -487,49 +498,39 @@ MAX_IMAGE_SIZE = 2**14
 MAX_IN_CHANS = 2**12
 MAX_LABELS = 2**20
 
+# The first key of a config.json: timm.create_model names the first one that it does not know, and stops there.
+FOR_TIMM = "_not a timm checkpoint, load it with hf_timm_tower.TimmModel.from_pretrained"
+
 _LABELS = ("num_labels", "id2label", "label2id")
 _OUTPUTS = ("out_indices", "out_features")
+_OF_TRANSFORMERS = {"id2label", "label2id", "dtype", "problem_type", "architectures", "output_hidden_states"}
 
 ATTENTION_POOLS = ("abs_attn", "rot_attn")
 OUR_POOLS = ("token_avg", "default", "none")
 PROJECTIONS = ("linear", "mlp", "none")
 
 # Keys that transformers itself writes into or expects of any config; everything else that is not a field is refused
-# when a config is read, and dropped with a warning when a tower is saved. `custom_pipelines` names code: never written.
+# when a config is read, and dropped with a warning when a tower is saved. `custom_pipelines` names code: never written;
+# `use_cache` is set by Trainer where gradients are checkpointed.
 _TRANSFORMERS_KEYS = frozenset(
-    {
-        "model_type",
-        "transformers_version",
-        "architectures",
-        "auto_map",
-        "custom_pipelines",
-        "dtype",
-        "torch_dtype",
-        "quantization_config",
-        "name_or_path",
-        "_name_or_path",
-        "_commit_hash",
-        "num_labels",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "output_hidden_states",
-        "output_attentions",
-        "return_dict",
-        "use_return_dict",
-        "attn_implementation",
-        "_attn_implementation",
-        "experts_implementation",
-        "_experts_implementation",
-        "chunk_size_feed_forward",
-        "is_encoder_decoder",
-        "per_layer_config",
-        "tie_last_hidden_states",
-        "use_cache",  # Trainer sets it where gradients are checkpointed
-        "hidden_size",
+    (
+        *"""
+        model_type transformers_version architectures auto_map custom_pipelines dtype torch_dtype quantization_config
+        name_or_path _name_or_path _commit_hash num_labels id2label label2id problem_type output_hidden_states
+        output_attentions return_dict use_return_dict attn_implementation _attn_implementation experts_implementation
+        _experts_implementation chunk_size_feed_forward is_encoder_decoder per_layer_config tie_last_hidden_states
+        use_cache hidden_size
+        """.split(),
         *_OUTPUTS,
-    }
+    )
 )
+
+
+# Chosen by whoever loads a model. In a tower's file the classes of transformers alone would obey it.
+_NOT_STORED = {"attn_implementation", "_attn_implementation", "quantization_config"}
+
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
 @strict
@@ -595,21 +596,40 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     out_features: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop(FOR_TIMM, None)
+        kind = kwargs.pop("model_type", self.model_type)
+        if kind != self.model_type:
+            hint = ": load it with TimmModel.from_timm, or from_timm of this class" if kind == "timm_wrapper" else ""
+            raise ConfigError(f"model_type is {shown(kind)}, not {self.model_type!r}{hint}")
         unknown = {key: kwargs[key] for key in kwargs if key not in _TRANSFORMERS_KEYS}
         if unknown:
             raise ConfigError(_unknown_keys(unknown))
         if "hidden_size" in kwargs:
             hidden_size = kwargs.pop("hidden_size")
             if self.embed_dim is not None and hidden_size != self.embed_dim:
-                raise ConfigError(f"hidden_size={hidden_size!r} is another name of embed_dim={self.embed_dim}")
+                raise ConfigError(f"hidden_size={shown(hidden_size)} is another name of embed_dim={self.embed_dim}")
             self.embed_dim = hidden_size
-        kwargs.pop("model_type", None)
         _check(self)
-        _check_labels(kwargs)
+        of_transformers = {name: getattr(self, name) for name in _OF_TRANSFORMERS if name in vars(self)}
+        _check_of_transformers({**kwargs, **of_transformers})
         self.timm_version = self.timm_version or timm.__version__
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         # transformers gives every config two labels; whether somebody gave these is not seen afterwards
         self.__dict__["_labels_given"] = any(kwargs.get(name) is not None for name in _LABELS)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """From what a file holds, and what its reader chooses beside it, as transformers' own.
+
+        Raises:
+            ConfigError: the file holds what only its reader may choose, or as the constructor.
+        """
+        if chosen := sorted(_NOT_STORED & config_dict.keys()):
+            raise ConfigError(
+                f"config.json: {chosen[0]}={shown(config_dict[chosen[0]])} is for whoever loads the tower to choose, "
+                "and would make two models of one file. Remove it there, and pass it to AutoModel.from_pretrained"
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "image_size" and isinstance(value, int):
@@ -626,15 +646,17 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         own = self.proj is None and self.head is None and self.pool not in ATTENTION_POOLS
         return own and (not self.__dict__["_labels_given"] or self.num_labels == self.embed_dim)
 
+    def dict_dtype_to_str(self, d: dict[str, Any]) -> None:
+        """As transformers', of the config's own dtype alone: what is deeper is JSON already, and anybody's."""
+        if isinstance(d.get("dtype"), torch.dtype):
+            d["dtype"] = str(d["dtype"]).removeprefix("torch.")
+
     def to_dict(self) -> dict[str, Any]:
-        """As transformers', without what only this object knows, and what only a backbone has."""
-        unset = {
-            "_labels_given",
-            "attribute_map",
-            "hidden_size",
-            *(name for name in _OUTPUTS if getattr(self, name) is None),
-        }
-        return {name: value for name, value in super().to_dict().items() if name not in unset}
+        """As transformers', without what only this object knows, or this machine, or a backbone alone has."""
+        # `_name_or_path` says where it was loaded from: a folder of somebody's
+        left_out = {"_labels_given", "_name_or_path", "attribute_map", "hidden_size"}
+        left_out |= {name for name in _OUTPUTS if getattr(self, name) is None}
+        return {name: value for name, value in super().to_dict().items() if name not in left_out}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What `config.json` holds: every field of ours, and of transformers' fields those that were set.
@@ -645,8 +667,15 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         everything = self.to_dict()
         for name in OUR_FIELDS:
             written[name] = everything[name]
-        written.pop("custom_pipelines", None)
-        if dropped := sorted(set(written) - set(OUR_FIELDS) - _TRANSFORMERS_KEYS):
+        for name in ("custom_pipelines", *_NOT_STORED):
+            written.pop(name, None)
+        dropped = sorted(set(written) - set(OUR_FIELDS) - _TRANSFORMERS_KEYS)
+        for name in _OF_TRANSFORMERS & written.keys():
+            try:
+                _check_of_transformers({name: written[name]})
+            except ConfigError:
+                dropped.append(name)
+        if dropped:
             warnings.warn(f"not stored: a tower has no such fields: {', '.join(map(shown, dropped))}", stacklevel=2)
         return {name: value for name, value in written.items() if name not in dropped}
 
@@ -665,8 +694,7 @@ def _catch_strict_errors() -> None:
         except TowerError:
             raise
         except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
-            cause = str(error.__cause__ or error).replace("\n", " ").strip()
-            raise ConfigError(f"TimmTowerConfig: {cause}") from error
+            raise ConfigError(f"TimmTowerConfig: {one_line(error.__cause__ or error)}") from error
 
     __init__.__wrapped__ = validated  # type: ignore[attr-defined]  # keeps inspect.signature as it was
     TimmTowerConfig.__init__ = __init__  # type: ignore[method-assign, assignment]
@@ -681,7 +709,7 @@ def _check_version(kwargs: dict[str, Any]) -> None:
         raise FormatError(f"format_version={shown(version)}: expected a whole number from 1 to {FORMAT_VERSION}")
     if version > FORMAT_VERSION:
         raise FormatError(
-            f"format_version={version}: this hf_timm_tower reads versions up to {FORMAT_VERSION}. "
+            f"format_version={shown(version)}: this hf_timm_tower reads versions up to {FORMAT_VERSION}. "
             "Upgrade it: pip install -U hf_timm_tower"
         )
 
@@ -696,37 +724,52 @@ def _unknown_keys(unknown: dict[str, Any]) -> str:
     return f"TimmTowerConfig: unknown key{'s' if len(unknown) > 1 else ''} {', '.join(lines)}{more}"
 
 
-def _check_labels(kwargs: dict[str, Any]) -> None:
-    """Before transformers writes a name for each label."""
-    count = kwargs.get("num_labels")
+def _check_of_transformers(values: dict[str, Any]) -> None:
+    """Before transformers writes a name for each label, and looks up a dtype in torch by its name."""
+    count, dtype, problem = (values.get(name) for name in ("num_labels", "dtype", "problem_type"))
     if count is not None:
-        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_LABELS:
-            raise ConfigError(f"num_labels={shown(count)}: expected a whole number from 0 to {MAX_LABELS}")
+        _check_int("num_labels", count, MAX_LABELS, least=0)
     for name in ("id2label", "label2id"):
-        labels = kwargs.get(name)
-        if labels is not None and (not isinstance(labels, dict) or len(labels) > MAX_LABELS):
+        labels = values.get(name)
+        if labels is not None and not (
+            isinstance(labels, dict)
+            and len(labels) <= MAX_LABELS
+            and all(isinstance(each, (str, int)) for pair in labels.items() for each in pair)
+        ):
             raise ConfigError(f"{name}={shown(labels)}: expected an object of at most {MAX_LABELS} labels")
+    for each in (dtype, values.get("torch_dtype")):
+        if each is not None and not isinstance(each, torch.dtype) and each not in _DTYPES:
+            raise ConfigError(f"dtype={shown(each)}: expected one of {', '.join(_DTYPES)}")
+    if problem not in (None, *_PROBLEMS):
+        raise ConfigError(f"problem_type={shown(problem)}: expected one of {', '.join(_PROBLEMS)}")
+    names = values.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"architectures={shown(names)}: expected a list of names")
+    inner = values.get("output_hidden_states")
+    numbers = inner if isinstance(inner, (list, tuple)) else [inner or 0]
+    if not all(isinstance(number, int) for number in numbers):
+        raise ConfigError(f"output_hidden_states={shown(inner)}: expected true or false, or numbers of layers")
 
 
 def _check(config: TimmTowerConfig) -> None:
     check_architecture(config.architecture, config.timm_version)
     _check_int("in_chans", config.in_chans, MAX_IN_CHANS)
-    if config.embed_dim is not None:
-        _check_int("embed_dim", config.embed_dim, MAX_EMBED_DIM)
-    if config.num_features is not None:
-        _check_int("num_features", config.num_features, MAX_EMBED_DIM)
+    for name in ("embed_dim", "num_features"):
+        if getattr(config, name) is not None:
+            _check_int(name, getattr(config, name), MAX_EMBED_DIM)
     for name in ("image_size", "feat_size"):
         if getattr(config, name) is not None:
             setattr(config, name, check_size(name, getattr(config, name)))
-    if isinstance(config.drop, bool) or not (math.isfinite(config.drop) and 0 <= config.drop < 1):
-        raise ConfigError(f"drop={config.drop!r}: expected a probability, 0 <= drop < 1")
+    if isinstance(config.drop, bool) or not 0 <= config.drop < 1:
+        raise ConfigError(f"drop={shown(config.drop)}: expected a probability, 0 <= drop < 1")
     if config.pool is not None and (len(config.pool) > 64 or not config.pool.isprintable()):
         raise ConfigError(f"pool={shown(config.pool)}: not the name of a pool")
     if config.proj == "":
         config.proj = None
     if config.proj is not None and config.proj not in PROJECTIONS:
         raise ConfigError(
-            f"proj={config.proj!r}: expected one of {', '.join(PROJECTIONS)}, or None for the trunk's own classifier"
+            f"proj={shown(config.proj)}: expected one of {', '.join(PROJECTIONS)}, or None for the trunk's own "
+            "classifier"
         )
     if config.classifier is None:
         attention = config.pool in ATTENTION_POOLS
@@ -735,26 +778,22 @@ def _check(config: TimmTowerConfig) -> None:
         config.classifier = "construct" if by_trunk and (own_classifier or config.pool not in OUR_POOLS) else "reset"
     model_args = dict(config.model_args or {})
     check_names(model_args, recorded=(*RECORDED, *(FROM_TRUNK if config.classifier == "reset" else ())))
-    config.model_args = {key: encode(value, f"model_args.{key}") for key, value in sorted(model_args.items())}
+    config.model_args = {key: encode(value, inner("model_args", key)) for key, value in sorted(model_args.items())}
     for key, value in config.model_args.items():
-        decode(value, f"model_args.{key}")
+        decode(value, inner("model_args", key))
     config.drop = float(config.drop)
     check_frozen(config.frozen)
     if config.tower_kwargs and config.tower_class is None:
         raise ConfigError(f"tower_kwargs={shown(config.tower_kwargs)}: only a subclass (tower_class) has any")
 
 
-def _check_int(name: str, value: Any, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ConfigError(f"{name}={shown(value)}: expected a whole number from 1 to {most}")
+def _check_int(name: str, value: Any, most: int, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ConfigError(f"{name}={shown(value)}: expected a whole number from {least} to {most}")
 
 
 def check_size(name: str, value: Any) -> list[int]:
-    """An image size as `[height, width]` in pixels.
-
-    Raises:
-        ConfigError: not one or two whole numbers from 1 to 16384.
-    """
+    """An image size as `[height, width]` in pixels; `ConfigError` unless it is one or two whole numbers to 16384."""
     pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else []
     if len(pair) != 2 or any(
         isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= MAX_IMAGE_SIZE for side in pair
@@ -766,16 +805,11 @@ def check_size(name: str, value: Any) -> list[int]:
 
 
 def check_architecture(name: str, saved_with: str | None = None) -> None:
-    """Refuse what this timm's registry does not have.
+    """Refuse `arch` or `arch.tag` that this timm's registry does not have, by a `ConfigError` with near names.
 
-    Args:
-        name: `arch` or `arch.tag`.
-        saved_with: The timm version a config was saved with, to say which timm has the architecture.
-
-    Raises:
-        ConfigError: with near names, and the timm version that is known to have it.
+    It names the timm version that a config was saved with, which has the architecture.
     """
-    if ":" in name or "/" in name:
+    if ":" in name or "/" in name or len(name) > 200 or not name.isprintable():
         raise ConfigError(
             f"architecture={shown(name)}: expected a name of timm's registry (timm.list_models()), without a scheme "
             "or a path; weights of a repository or a folder are loaded with from_pretrained."
@@ -843,11 +877,7 @@ class Budget:
         return budget
 
     def charge(self, kind: str, amount: int) -> None:
-        """Count `amount` of one of `limits`; bytes are also counted together.
-
-        Raises:
-            ConfigError: a limit is exceeded.
-        """
+        """Count `amount` of one of `limits`, bytes together too; `ConfigError` where a limit is exceeded."""
         self.spent[kind] += amount
         if kind in ("reserved", "kept"):
             self.spent["bytes"] += amount
@@ -927,7 +957,7 @@ class _Construction(TorchFunctionMode):
         self, budget: Budget, func: Any, name: str, written: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Call a function; what it makes is charged before it takes memory."""
-        inputs = list(_tensors_of((args, kwargs)))
+        inputs = tensors_in((args, kwargs))
         if written is not None:
             if self.skip:
                 budget.charge("computed", written.nbytes)
@@ -939,7 +969,8 @@ class _Construction(TorchFunctionMode):
                 return func(*args, **kwargs)
             budget.charge_made(made)
             return _released(budget, func(*args, **kwargs), made)
-        most = math.prod(max(tensor.numel(), 1) for tensor in inputs) * math.prod(_numbers_in((args, kwargs)))
+        numbers = [max(abs(leaf), 1) for leaf in _leaves((args, kwargs)) if type(leaf) is int]
+        most = math.prod(max(tensor.numel(), 1) for tensor in inputs) * math.prod(numbers)
         if most * max(len(inputs), 1) > _SMALL:
             try:
                 made = _bytes_on_meta(func, args, kwargs)
@@ -989,26 +1020,18 @@ def _takes_generator(func: Any) -> bool:
         return False
 
 
-def _tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
+def _leaves(value: Any) -> Iterator[Any]:
+    """What is in tuples, lists and dicts, however deep."""
+    if isinstance(value, (tuple, list, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _leaves(item)
+    else:
         yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors_of(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors_of(item)
 
 
-def _numbers_in(value: Any) -> Iterator[int]:
-    if type(value) is int:
-        yield max(abs(value), 1)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _numbers_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _numbers_in(item)
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """The tensors in arguments or a result: one, or tuples, lists and dicts of them, however deep."""
+    return [leaf for leaf in _leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def _size_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -1025,27 +1048,43 @@ def _size_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 def _bytes_on_meta(func: Any, args: Any, kwargs: Any) -> int:
     """Bytes that a call would make, found without making them."""
-    known: set[int] = set()
-
-    def move(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-            known.add(twin.untyped_storage()._cdata)
-            twins.append(twin)
-            return twin
-        if isinstance(value, (tuple, list)):
-            return type(value)(*map(move, value)) if hasattr(value, "_fields") else type(value)(map(move, value))
-        return None if isinstance(value, torch.Generator) else value
-
-    twins: list[torch.Tensor] = []
-    kwargs = {key: move(value) for key, value in kwargs.items() if key != "device"}
+    move = MetaTwins()
+    args, kwargs = move(tuple(args)), {key: move(value) for key, value in kwargs.items() if key != "device"}
     with torch.device("meta"):
-        return _fresh(func(*move(tuple(args)), **kwargs), known)
+        made = func(*args, **kwargs)
+    return _fresh(made, {twin.untyped_storage()._cdata for twin in move.memo.values()})
+
+
+class MetaTwins:
+    """Values as they are, but for tensors and modules, which become twins without memory; one twin for one tensor."""
+
+    def __init__(self) -> None:
+        self.memo: dict[int, Any] = {}
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            if id(value) not in self.memo:
+                # with the strides of an expanded tensor, so that copying it counts
+                twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+                self.memo[id(value)] = twin
+            return self.memo[id(value)]
+        if isinstance(value, nn.Module):
+            for tensor in (*value.parameters(), *value.buffers()):
+                twin = tensor.detach().to("meta")
+                self.memo[id(tensor)] = nn.Parameter(twin, False) if isinstance(tensor, nn.Parameter) else twin
+            return copy.deepcopy(value, self.memo)
+        if isinstance(value, torch.device):
+            return torch.device("meta")
+        if isinstance(value, (tuple, list)):
+            return type(value)(*map(self, value)) if hasattr(value, "_fields") else type(value)(map(self, value))
+        if isinstance(value, dict):
+            return {key: self(item) for key, item in value.items()}
+        return None if isinstance(value, torch.Generator) else value
 
 
 def _fresh(made: Any, known: set[int]) -> int:
     """Bytes of the tensors of a result that are not on the memory of an argument."""
-    return sum(tensor.nbytes for tensor in _tensors_of(made) if tensor.untyped_storage()._cdata not in known)
+    return sum(tensor.nbytes for tensor in tensors_in(made) if tensor.untyped_storage()._cdata not in known)
 
 
 _COUNTS_MODULES = [False]
@@ -1075,11 +1114,7 @@ def _construction(budget: Budget | None, *, skip: bool) -> Iterator[None]:
 def skip_init(budget: Budget | None = None) -> Iterator[None]:
     """Leave out every in-place write into a parameter; torch's global random generators are not used.
 
-    Args:
-        budget: What may be built, None for no limit (a model of the caller's own).
-
-    Raises:
-        ConfigError: the budget is exceeded.
+    `ConfigError` where more is built than the budget allows; None is no limit (for a model of the caller's own).
     """
     with _construction(budget, skip=True):
         yield
@@ -1087,11 +1122,7 @@ def skip_init(budget: Budget | None = None) -> Iterator[None]:
 
 @contextmanager
 def within_budget(budget: Budget) -> Iterator[None]:
-    """Initialise as usual, but count; nothing where a `skip_init` around it counts already.
-
-    Raises:
-        ConfigError: the budget is exceeded.
-    """
+    """Initialise as usual, but count, as in `skip_init`; nothing where one around it counts already."""
     if _ACTIVE.get() is not None:
         yield
         return
@@ -1127,8 +1158,7 @@ def split_tag(architecture: str) -> tuple[str, str]:
 def native_cfg(architecture: str) -> dict[str, Any]:
     """timm's `pretrained_cfg` of `arch` or `arch.tag`, with the defaults of timm where the registry has none.
 
-    Raises:
-        ConfigError: the tag is unknown to this timm.
+    `ConfigError` where this timm does not know the tag.
     """
     arch, tag = split_tag(architecture)
     try:
@@ -1219,11 +1249,7 @@ def _preprocess_overlay(config: TimmTowerConfig, tag: str) -> dict[str, Any]:
 
 
 def remove_classifier(trunk: nn.Module, config: TimmTowerConfig) -> None:
-    """Take the trunk's own classifier off and set its pool, by timm's `reset_classifier`.
-
-    Raises:
-        ConfigError: the trunk cannot do it.
-    """
+    """Take the trunk's own classifier off and set its pool by timm's `reset_classifier`, or raise `ConfigError`."""
     if config.classifier == "construct":
         return
     pool = trunk_pool(config.pool)
@@ -1246,21 +1272,21 @@ def remove_classifier(trunk: nn.Module, config: TimmTowerConfig) -> None:
         else:
             trunk.reset_classifier(0, global_pool=pool)  # type: ignore[operator]
     except BUILD_ERRORS as error:
-        raise UnsupportedPool(config, str(error)) from error
+        raise UnsupportedPool(config, one_line(error)) from error
 
 
 def _build_error(config: TimmTowerConfig, kwargs: dict[str, Any], error: BaseException) -> ConfigError | ArgumentError:
-    text = str(error) or type(error).__name__
+    text = one_line(str(error) or type(error).__name__)
     if isinstance(error, TypeError) and "unexpected keyword argument" in text:
         name = text.rsplit("'", 2)[-2]
         if name == "global_pool":
             return UnsupportedPool(config, text)
         if name in (config.model_args or {}) and name not in RECORDED:
-            return ArgumentError(f"model_kwargs[{name!r}]: {config.architecture} does not take it ({text})")
+            return ArgumentError(f"model_kwargs[{shown(name)}]: {config.architecture} does not take it ({text})")
     if kwargs.get("global_pool") and ("pool" in text.lower() or isinstance(error, AssertionError)):
         return UnsupportedPool(config, text)
     given = {key: value for key, value in kwargs.items() if key != "pretrained_cfg_overlay"}
-    return ConfigError(f"timm cannot build {config.architecture} with {given}: {text}")
+    return ConfigError(f"timm cannot build {config.architecture} with {shown(given, 300)}: {text}")
 
 
 def trunk_pool(pool: str | None) -> str | None:
@@ -1349,74 +1375,59 @@ uninitialised: ``torch.empty`` and its kin are recorded as zeros, which is one o
 """
 
 
+# Both functions of torch and methods of a tensor.
+_BOTH = """
+abs absolute acos acosh add addbmm addcdiv addcmul addmm addmv addr adjoint all amax amin aminmax angle any arccos
+arccosh arcsin arcsinh arctan arctan2 arctanh argmax argmin argsort argwhere asin asinh atan atan2 atanh baddbmm
+bernoulli bincount bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor bmm
+broadcast_to ceil cholesky_inverse chunk clamp clamp_ clamp_max clamp_min clip clone conj conj_physical copysign
+corrcoef cos cosh count_nonzero cov cross cummax cummin cumprod cumsum deg2rad det detach detach_ diag diag_embed
+diagflat diagonal diagonal_scatter diff digamma dist div divide dot dsplit eq erf erfc erfinv exp exp_ exp2 expm1 fix
+flatten flip fliplr flipud float_power floor floor_divide fmax fmin fmod frac frexp gather ge greater greater_equal gt
+hardshrink heaviside histc hsplit hypot i0 index_add index_copy index_fill index_put index_reduce index_select inner
+inverse isclose isfinite isinf isnan isneginf isposinf isreal kron kthvalue ldexp le lerp less less_equal lgamma log
+log10 log1p log2 log_softmax logaddexp logaddexp2 logcumsumexp logdet logical_and logical_not logical_or logical_xor
+logit logsumexp lt masked_fill masked_scatter masked_select matmul matrix_exp matrix_power max maximum mean median min
+minimum mm mode moveaxis movedim msort mul multinomial multiply mv mvlgamma nan_to_num nanmean nanmedian nanquantile
+nansum narrow ne neg negative nextafter nonzero norm not_equal outer permute pinverse polygamma positive pow prelu prod
+quantile rad2deg ravel reciprocal relu relu_ remainder renorm repeat_interleave reshape resolve_conj resolve_neg roll
+rot90 round rsqrt scatter scatter_add scatter_reduce select select_scatter sgn sigmoid sigmoid_ sign signbit sin sinc
+sinh slice_scatter slogdet softmax sort split split_with_sizes sqrt square squeeze std sub subtract sum svd swapaxes
+swapdims t take take_along_dim tan tanh tanh_ tensor_split tile topk trace transpose tril triu true_divide trunc unbind
+unflatten unique_consecutive unsqueeze var vdot vsplit where xlogy
+"""
+
 _TORCH = """
-abs absolute acos acosh adaptive_avg_pool1d adaptive_max_pool1d add addbmm addcdiv addcmul addmm addmv addr adjoint
-affine_grid_generator all alpha_dropout amax amin aminmax angle any arccos arccosh arcsin arcsinh arctan arctan2
-arctanh argmax argmin argsort argwhere asin asinh atan atan2 atanh atleast_1d atleast_2d atleast_3d avg_pool1d baddbmm
-batch_norm bernoulli bilinear binary_cross_entropy_with_logits bincount bitwise_and bitwise_left_shift bitwise_not
-bitwise_or bitwise_right_shift bitwise_xor block_diag bmm broadcast_tensors broadcast_to bucketize cartesian_prod cat
-cdist ceil celu celu_ chain_matmul channel_shuffle cholesky_inverse cholesky_solve chunk clamp clamp_ clamp_max
-clamp_min clip clone column_stack combinations complex concat concatenate conj conj_physical constant_pad_nd conv1d
-conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d copysign corrcoef cos cosh cosine_embedding_loss
-cosine_similarity count_nonzero cov cross cummax cummin cumprod cumsum cumulative_trapezoid deg2rad det detach detach_
-diag diag_embed diagflat diagonal diagonal_scatter diff digamma dist div divide dot dropout dropout_ dsplit dstack
-einsum embedding embedding_bag eq erf erfc erfinv exp exp_ exp2 expm1 feature_alpha_dropout feature_dropout fix
-flatten flip fliplr flipud float_power floor floor_divide fmax fmin fmod frac frexp frobenius_norm full_like gather ge
-geqrf greater greater_equal grid_sampler grid_sampler_2d group_norm gru gru_cell gt hardshrink heaviside
-hinge_embedding_loss histc hsplit hstack hypot i0 imag index_add index_copy index_fill index_put index_reduce
-index_select inner instance_norm inverse isclose isfinite isin isinf isnan isneginf isposinf isreal kl_div kron
-kthvalue layer_norm ldexp le lerp less less_equal lgamma log log10 log1p log2 log_softmax logaddexp logaddexp2
-logcumsumexp logdet logical_and logical_not logical_or logical_xor logit logsumexp lstm lstm_cell lt
-margin_ranking_loss masked_fill masked_scatter masked_select matmul matrix_exp matrix_power max max_pool1d max_pool2d
-max_pool3d maximum mean median meshgrid min minimum mm mode moveaxis movedim msort mul multinomial multiply mv
-mvlgamma nan_to_num nanmean nanmedian nanquantile nansum narrow native_group_norm native_layer_norm ne neg negative
-nextafter nonzero norm norm_except_dim not_equal nuclear_norm ones_like orgqr ormqr outer pairwise_distance pdist
-permute pinverse pixel_shuffle pixel_unshuffle poisson poisson_nll_loss polar polygamma positive pow prelu prod
-quantile rad2deg rand_like randint_like randn_like ravel real reciprocal relu relu_ remainder renorm repeat_interleave
-reshape resolve_conj resolve_neg rms_norm rnn_relu rnn_relu_cell rnn_tanh rnn_tanh_cell roll rot90 round rrelu rsqrt
-rsub scatter scatter_add scatter_reduce searchsorted select select_scatter selu sgn sigmoid sigmoid_ sign signbit sin
-sinc sinh slice_scatter slogdet softmax sort split split_with_sizes sqrt square squeeze stack std std_mean sub
-subtract sum svd swapaxes swapdims t take take_along_dim tan tanh tanh_ tensor_split tensordot threshold tile topk
-trace transpose trapezoid trapz tril triplet_margin_loss triu true_divide trunc unbind unflatten unique_consecutive
-unsqueeze var var_mean vdot view_as_complex view_as_real vsplit vstack where xlogy zeros_like _weight_norm arange
-as_tensor asarray bartlett_window blackman_window eye full hamming_window hann_window linspace logspace normal ones
-rand randint randn randperm scalar_tensor tensor tril_indices triu_indices zeros _standard_gamma _sample_dirichlet
-binomial
+adaptive_avg_pool1d adaptive_max_pool1d affine_grid_generator alpha_dropout atleast_1d atleast_2d atleast_3d avg_pool1d
+batch_norm bilinear binary_cross_entropy_with_logits block_diag broadcast_tensors bucketize cartesian_prod cat cdist
+celu celu_ chain_matmul channel_shuffle cholesky_solve column_stack combinations complex concat concatenate
+constant_pad_nd conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d cosine_embedding_loss
+cosine_similarity cumulative_trapezoid dropout dropout_ dstack einsum embedding embedding_bag feature_alpha_dropout
+feature_dropout frobenius_norm full_like geqrf grid_sampler grid_sampler_2d group_norm gru gru_cell hinge_embedding_loss
+hstack imag instance_norm isin kl_div layer_norm lstm lstm_cell margin_ranking_loss max_pool1d max_pool2d max_pool3d
+meshgrid native_group_norm native_layer_norm norm_except_dim nuclear_norm ones_like orgqr ormqr pairwise_distance pdist
+pixel_shuffle pixel_unshuffle poisson poisson_nll_loss polar rand_like randint_like randn_like real rms_norm rnn_relu
+rnn_relu_cell rnn_tanh rnn_tanh_cell rrelu rsub searchsorted selu stack std_mean tensordot threshold trapezoid trapz
+triplet_margin_loss var_mean view_as_complex view_as_real vstack zeros_like _weight_norm arange as_tensor asarray
+bartlett_window blackman_window eye full hamming_window hann_window linspace logspace normal ones rand randint randn
+randperm scalar_tensor tensor tril_indices triu_indices zeros _standard_gamma _sample_dirichlet binomial
 """
 
 _TENSOR = """
-__add__ __and__ __eq__ __floordiv__ __ge__ __getitem__ __gt__ __iadd__ __iand__ __idiv__ __ifloordiv__ __imod__
-__imul__ __invert__ __ior__ __ipow__ __isub__ __itruediv__ __ixor__ __le__ __lt__ __matmul__ __mod__ __mul__ __ne__
-__neg__ __or__ __pow__ __radd__ __rand__ __rdiv__ __reversed__ __rfloordiv__ __rmatmul__ __rmod__ __rmul__ __ror__
-__rpow__ __rsub__ __rtruediv__ __rxor__ __setitem__ __sub__ __truediv__ __xor__ abs abs_ absolute absolute_ acos acos_
-acosh acosh_ add add_ addbmm addbmm_ addcdiv addcdiv_ addcmul addcmul_ addmm addmm_ addmv addmv_ addr addr_ adjoint
-all amax amin aminmax angle any arccos arccosh arcsin arcsinh arctan arctan2 arctanh argmax argmin argsort argwhere
-asin asin_ asinh asinh_ atan atan2 atan2_ atan_ atanh atanh_ baddbmm baddbmm_ bernoulli bernoulli_ bfloat16 bincount
-bitwise_and bitwise_and_ bitwise_left_shift bitwise_not bitwise_not_ bitwise_or bitwise_or_ bitwise_right_shift
-bitwise_xor bitwise_xor_ bmm bool broadcast_to byte cauchy_ cdouble ceil ceil_ cfloat char cholesky_inverse chunk
-clamp clamp_ clamp_max clamp_max_ clamp_min clamp_min_ clip clip_ clone conj conj_physical contiguous copy_ copysign
-copysign_ corrcoef cos cos_ cosh cosh_ count_nonzero cov cross cummax cummin cumprod cumprod_ cumsum cumsum_ deg2rad
-deg2rad_ det detach detach_ diag diag_embed diagflat diagonal diagonal_scatter diff digamma digamma_ dist div div_
-divide divide_ dot double dsplit eq eq_ erf erf_ erfc erfc_ erfinv erfinv_ exp exp2 exp2_ exp_ expand expand_as expm1
-expm1_ exponential_ fill_ fill_diagonal_ fix flatten flip fliplr flipud float float_power floor floor_ floor_divide
-floor_divide_ fmax fmin fmod fmod_ frac frac_ frexp gather ge ge_ geometric_ ger greater greater_equal gt gt_ half
-hardshrink heaviside histc hsplit hypot i0 index_add index_add_ index_copy index_copy_ index_fill index_fill_
-index_put index_put_ index_reduce index_select inner int inverse isclose isfinite isinf isnan isneginf isposinf isreal
-kron kthvalue ldexp le le_ lerp lerp_ less less_equal lgamma lgamma_ log log10 log10_ log1p log1p_ log2 log2_ log_
-log_normal_ log_softmax logaddexp logaddexp2 logcumsumexp logdet logical_and logical_and_ logical_not logical_not_
-logical_or logical_or_ logical_xor logit logit_ logsumexp long lt lt_ masked_fill masked_fill_ masked_scatter
-masked_scatter_ masked_select matmul matrix_exp matrix_power max maximum mean median min minimum mm mode moveaxis
-movedim msort mul mul_ multinomial multiply multiply_ mv mvlgamma nan_to_num nan_to_num_ nanmean nanmedian nanquantile
-nansum narrow ne ne_ neg neg_ negative negative_ new_full new_ones new_tensor new_zeros nextafter nonzero norm normal_
-not_equal outer permute pinverse polygamma positive pow pow_ prelu prod quantile rad2deg random_ ravel reciprocal
-reciprocal_ relu relu_ remainder remainder_ renorm renorm_ repeat repeat_interleave requires_grad_ reshape reshape_as
-resolve_conj resolve_neg roll rot90 round round_ rsqrt rsqrt_ scatter scatter_ scatter_add scatter_add_ scatter_reduce
-scatter_reduce_ select select_scatter sgn sgn_ short sigmoid sigmoid_ sign sign_ signbit sin sin_ sinc sinc_ sinh
-sinh_ slice_scatter slogdet softmax sort split split_with_sizes sqrt sqrt_ square square_ squeeze squeeze_ std sub
-sub_ subtract subtract_ sum sum_to_size svd swapaxes swapdims t t_ take take_along_dim tan tan_ tanh tanh_
-tensor_split tile to topk trace transpose transpose_ tril tril_ triu triu_ true_divide true_divide_ trunc trunc_ type
-type_as unbind unflatten unfold uniform_ unique unique_consecutive unsqueeze unsqueeze_ var vdot view view_as vsplit
-where xlogy xlogy_ zero_ cpu cuda
+__add__ __and__ __eq__ __floordiv__ __ge__ __getitem__ __gt__ __iadd__ __iand__ __idiv__ __ifloordiv__ __imod__ __imul__
+__invert__ __ior__ __ipow__ __isub__ __itruediv__ __ixor__ __le__ __lt__ __matmul__ __mod__ __mul__ __ne__ __neg__
+__or__ __pow__ __radd__ __rand__ __rdiv__ __reversed__ __rfloordiv__ __rmatmul__ __rmod__ __rmul__ __ror__ __rpow__
+__rsub__ __rtruediv__ __rxor__ __setitem__ __sub__ __truediv__ __xor__ abs_ absolute_ acos_ acosh_ add_ addbmm_ addcdiv_
+addcmul_ addmm_ addmv_ addr_ asin_ asinh_ atan2_ atan_ atanh_ baddbmm_ bernoulli_ bfloat16 bitwise_and_ bitwise_not_
+bitwise_or_ bitwise_xor_ bool byte cauchy_ cdouble ceil_ cfloat char clamp_max_ clamp_min_ clip_ contiguous copy_
+copysign_ cos_ cosh_ cumprod_ cumsum_ deg2rad_ digamma_ div_ divide_ double eq_ erf_ erfc_ erfinv_ exp2_ expand
+expand_as expm1_ exponential_ fill_ fill_diagonal_ float floor_ floor_divide_ fmod_ frac_ ge_ geometric_ ger gt_ half
+index_add_ index_copy_ index_fill_ index_put_ int le_ lerp_ lgamma_ log10_ log1p_ log2_ log_ log_normal_ logical_and_
+logical_not_ logical_or_ logit_ long lt_ masked_fill_ masked_scatter_ mul_ multiply_ nan_to_num_ ne_ neg_ negative_
+new_full new_ones new_tensor new_zeros normal_ pow_ random_ reciprocal_ remainder_ renorm_ repeat requires_grad_
+reshape_as round_ rsqrt_ scatter_ scatter_add_ scatter_reduce_ sgn_ short sign_ sin_ sinc_ sinh_ sqrt_ square_ squeeze_
+sub_ subtract_ sum_to_size t_ tan_ to transpose_ tril_ triu_ true_divide_ trunc_ type type_as unfold uniform_ unique
+unsqueeze_ view view_as xlogy_ zero_ cpu cuda
 """
 
 _FUNCTIONAL = """
@@ -1452,16 +1463,6 @@ _FFT = "fft ifft fft2 ifft2 fftn ifftn rfft irfft rfft2 irfft2 rfftn irfftn ffts
 TENSOR_PROPERTIES = ("T", "mT", "H", "mH", "real", "imag", "data")
 
 
-def _property_reader(name: str) -> Callable[[torch.Tensor], Any]:
-    getter = getattr(torch.Tensor, name).__get__
-
-    def read(tensor: torch.Tensor) -> Any:
-        return getter(tensor)
-
-    read.__name__ = name
-    return read
-
-
 def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """`tensor.data = value`, as momentum encoders write it; only with a tensor of the same shape, dtype and device."""
     if (tensor.shape, tensor.dtype, tensor.device) != (value.shape, value.dtype, value.device):
@@ -1482,15 +1483,15 @@ def _build_table() -> dict[str, Callable[..., Any]]:
             if function is not None:
                 table[f"{prefix}.{name}"] = function
     for name in TENSOR_PROPERTIES:
-        table[f"Tensor.{name}"] = _property_reader(name)
+        table[f"Tensor.{name}"] = attrgetter(name)
     table["Tensor.set_data_"] = _set_data
     table["torch.draw_dirichlet"] = _draw_dirichlet
     return table
 
 
 OP_SPACES: tuple[tuple[str, Any, str], ...] = (
-    ("torch", torch, _TORCH),
-    ("Tensor", torch.Tensor, _TENSOR),
+    ("torch", torch, _BOTH + _TORCH),
+    ("Tensor", torch.Tensor, _TENSOR + _BOTH),
     ("F", functional, _FUNCTIONAL),
     ("linalg", torch.linalg, _LINALG),
     ("special", torch.special, _SPECIAL),
@@ -1558,7 +1559,7 @@ _SIZED_BY_NUMBERS = frozenset(
     """.split()
 )
 """Operations whose numbers alone say how large the result is. What sizes and numbers do together is counted when the
-graph runs (`graph_head.Sizes`)."""
+graph runs (`graph_sizes.Sizes`)."""
 
 
 @dataclass(frozen=True)
@@ -1623,10 +1624,11 @@ class Node:
 
 @dataclass(frozen=True)
 class Program:
-    """The forward of one mode."""
+    """The forward of one mode; `tensors` are the parameters and buffers that it names."""
 
     nodes: tuple[Node, ...]
     output: Any
+    tensors: frozenset[str]
 
 
 # --- small pieces: each takes a value and where it stands, and gives it back checked
@@ -1682,11 +1684,13 @@ def read_program(value: Json, where: str, modules: set[str], constants: int) -> 
         raise GraphError(f"{where}: expected an object with nodes and output")
     only(value, {"nodes", "output"}, where)
     nodes: list[Node] = []
+    names: set[str] = set()
     for index, item in enumerate(read_list(value.get("nodes"), f"{where}.nodes", MAX_NODES)):
-        nodes.append(_node(item, _ValueReader(nodes, constants, f"{where}.nodes[{index}]"), modules))
+        nodes.append(_node(item, _ValueReader(nodes, constants, names, f"{where}.nodes[{index}]"), modules))
     if "output" not in value:
         raise GraphError(f"{where}: has no output")
-    return Program(tuple(nodes), _ValueReader(nodes, constants, f"{where}.output").read(value["output"]))
+    output = _ValueReader(nodes, constants, names, f"{where}.output").read(value["output"])
+    return Program(tuple(nodes), output, frozenset(names))
 
 
 def _node(value: Json, reader: "_ValueReader", modules: set[str]) -> Node:
@@ -1729,10 +1733,10 @@ def _autocast(value: dict[str, Json], where: str) -> tuple[tuple[str, bool, str 
 
 
 class _ValueReader:
-    """Reads the arguments of one node; references may only point to nodes before it."""
+    """Reads the arguments of one node; references may only point to nodes before it. `names` takes those of tensors."""
 
-    def __init__(self, nodes: Sequence[Node], constants: int, where: str) -> None:
-        self.nodes, self.constants, self.where = nodes, constants, where
+    def __init__(self, nodes: Sequence[Node], constants: int, names: set[str], where: str) -> None:
+        self.nodes, self.constants, self.names, self.where = nodes, constants, names, where
         self.op = ""
         self.product = 1.0
 
@@ -1805,6 +1809,7 @@ class _ValueReader:
         if value == "x":
             return Reference("input")
         if value.startswith("$"):
+            self.names.add(value[1:])
             return Reference("tensor", name=value[1:])
         if (constant := _CONSTANT.fullmatch(value)) and int(constant[1]) < self.constants:
             return Reference("constant", index=int(constant[1]))
@@ -1945,11 +1950,7 @@ def parse_graph(graph: Json) -> Graph:
 
 
 def check_extent(graph: Json) -> None:
-    """Bound nesting, the number of values and the length of texts, without recursion and before anything else.
-
-    Raises:
-        GraphError: a limit is exceeded.
-    """
+    """Bound nesting, the number of values and the length of texts, without recursion and before anything else."""
     level, values, letters = [graph], 1, 0
     for _ in range(MAX_GRAPH_DEPTH):
         deeper: list[Json] = []
@@ -1986,19 +1987,11 @@ def _callable_names(modules: Sequence[ModuleSpec]) -> set[str]:
 
 
 def _programs(graph: dict[str, Json], names: set[str], constants: int) -> dict[bool, Program]:
-    if "forward" in graph:
-        if "train" in graph or "eval" in graph:
-            raise GraphError("the stored head has both `forward` and one per mode")
-        program = read_program(graph["forward"], "forward", names, constants)
-        return {True: program, False: program}
-    if "train" in graph or "eval" in graph:
-        if "train" not in graph or "eval" not in graph:
-            raise GraphError("the stored head has a forward for one mode only; `train` and `eval` belong together")
-        return {
-            True: read_program(graph["train"], "train", names, constants),
-            False: read_program(graph["eval"], "eval", names, constants),
-        }
-    return {}
+    keys = [key for key in ("forward", "train", "eval") if key in graph]
+    if keys not in ([], ["forward"], ["train", "eval"]):
+        raise GraphError(f"the stored head has {' and '.join(keys)}; expected `forward`, or both `train` and `eval`")
+    read = [read_program(graph[key], key, names, constants) for key in keys]
+    return {True: read[0], False: read[-1]} if read else {}
 
 
 # --- small pieces: each takes a value and where it stands, and gives it back checked
@@ -2160,8 +2153,9 @@ def _check_paths(children: dict[str, list[str]]) -> None:
 """How large the results of a stored head's calls become, known before each call is made.
 
 Each call of a graph may be modest and their sequence not: ``cat([y, y])`` thirty times, an outer product, one call that
-splits a tensor into millions. So at the first input of a shape each call is made on the meta device before it is made
-for real, and the bytes that all of them ask for are bounded. The same call on the same shapes is not looked at again.
+splits a tensor into millions, a product of two numbers that are expanded to matrices. So at the first input of a shape
+each call is made on the meta device before it is made for real, and the bytes and the work that all of them ask for are
+bounded. The same call on the same shapes is not looked at again.
 """
 
 
@@ -2169,6 +2163,9 @@ for real, and the bytes that all of them ask for are bounded. The same call on t
 # written by hand over 1,370 tokens of width 1024 and 16 heads makes 220 times its input; a margin loss over 100,000
 # classes ten times the logits of its batch.
 _LEAST, _PER_INPUT, _PER_WEIGHTS = 2**27, 1024, 64
+# What they may compute together, in multiplications and the like: 2**36, as much for each number of the input as
+# attention over 16,384 tokens, and 64 times what it takes to use every weight once at every position of the input.
+_LEAST_WORK, _WORK_PER_INPUT, _WORK_PER_WEIGHT = 2**36, 2**14, 64
 _MAX_TENSORS = 2**16
 _MAX_KNOWN = 4096
 _BY_VALUES = frozenset(
@@ -2182,6 +2179,11 @@ _DECOMPOSITIONS = frozenset(
     "lu_factor cholesky geqrf".split()
 )
 """Work grows with the cube of a matrix's width, its bytes with the square."""
+_SIZED_BY_VALUE = frozenset(
+    "torch.zeros torch.ones torch.full torch.rand torch.randn torch.randint torch.arange torch.eye torch.linspace "
+    "torch.logspace torch.randperm torch.tril_indices torch.triu_indices".split()
+)
+"""They make a tensor of numbers alone."""
 
 
 RECORDING: ContextVar[bool] = ContextVar("recording", default=False)
@@ -2192,66 +2194,80 @@ class Sizes:
     """What is known of the sizes in one head: which calls were looked at, and what they make."""
 
     def __init__(self) -> None:
-        self.known: dict[Any, int] = {}
+        self.known: dict[Any, tuple[int, int]] = {}
 
     def start(self, head: nn.Module, x: torch.Tensor) -> "_Counted | None":
         """The count of one forward; None where torch compiles or exports the head, which calls nothing for real."""
         if RECORDING.get() or torch.compiler.is_compiling() or torch._C._get_tracing_state() or x.is_meta:
             return None
         weights = sum(tensor.nbytes for tensor in (*head.parameters(), *head.buffers()))
+        positions = x.numel() // max([1, *x.shape[1:]])
+        work = _LEAST_WORK + _WORK_PER_INPUT * x.numel() + _WORK_PER_WEIGHT * weights * positions
         if len(self.known) > _MAX_KNOWN:
             self.known.clear()
         limit = _LEAST + _PER_INPUT * x.nbytes + _PER_WEIGHTS * weights
-        return _Counted(self.known, (tuple(x.shape), x.dtype, head.training), limit)
+        return _Counted(self.known, (tuple(x.shape), x.dtype, head.training), limit, work)
 
 
 class _Counted:
-    """Bytes that one forward has made so far."""
+    """Bytes that one forward has made so far, and its work."""
 
-    def __init__(self, known: dict[Any, int], key: tuple[Any, ...], limit: int) -> None:
-        self.known, self.key, self.limit = known, key, limit
-        self.spent = 0
+    def __init__(self, known: dict[Any, tuple[int, int]], key: tuple[Any, ...], limit: int, most_work: int) -> None:
+        self.known, self.key, self.limit, self.most_work = known, key, limit, most_work
+        self.spent = self.worked = 0
 
     def check(self, index: int, name: str, function: Any, args: Any, kwargs: Any) -> None:
         """Count a call that is about to be made. Raises GraphError if the forward makes too much with it."""
-        tensors = _flat((args, kwargs))
+        tensors = tensors_in((args, kwargs))
         key = (*self.key, index, *((tensor.shape, tensor.dtype) for tensor in tensors))
-        made = self.known.get(key)
-        if made is None:
-            made, lasting = self._measure(name, function, args, kwargs, tensors)
+        found = self.known.get(key)
+        if found is None:
+            made, work, lasting = self._measure(name, function, args, kwargs, tensors)
+            found = made, work
             if lasting:
-                self.known[key] = made
-        self.spent += made
+                self.known[key] = found
+        self.spent += found[0]
+        self.worked += found[1]
         if self.spent > self.limit:
             raise _too_much(name, self.spent, self.limit)
+        if self.worked > self.most_work:
+            raise GraphError(
+                f"the stored head computes more than {self.most_work:.1e} products for this input (at {name}, "
+                f"{self.worked:.1e} so far): it is refused before it takes the time"
+            )
 
     def _measure(
         self, name: str, function: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]
-    ) -> tuple[int, bool]:
-        """Bytes that a call makes, and whether that holds for all inputs of these shapes."""
+    ) -> tuple[int, int, bool]:
+        """Bytes that a call makes, its work, and whether that holds for all inputs of these shapes."""
         largest = max((tensor.nbytes for tensor in tensors), default=0)
         if name in ("torch.bincount", "Tensor.bincount", "F.one_hot", "torch.repeat_interleave",
                     "Tensor.repeat_interleave") and (made := _by_counts(name, args, kwargs)) is not None:  # fmt: skip
-            return made, False
+            return made, 0, False
         factor = 1
         if name.rpartition(".")[2] in _DECOMPOSITIONS:
             factor = max([1, *(max(tensor.shape[-2:], default=1) // 64 for tensor in tensors)])
-        count = _Count(self.limit)
-        move = _Mover()
-        try:
-            with torch.no_grad(), torch.device("meta"), count:
-                move(function)(*move(args), **move(kwargs))
-        except GraphError:
-            raise _too_much(name, self.spent + count.made, self.limit) from None
-        except Exception as error:  # this call cannot be sized; a call that is wrong fails for real just after
-            by_values = name in _BY_VALUES or isinstance(function, nn.Module)
-            if not by_values and not isinstance(error, NotImplementedError):
-                return 0, False
-            rank = max((tensor.dim() for tensor in tensors), default=1)
-            if by_values:
-                return 8 * max(rank, 1) * largest, True
-            return min(8 * math.prod(max(tensor.numel(), 1) for tensor in tensors), self.limit + 1), True
-        return count.made * factor, True
+        failed: Exception | None = None
+        for by_numbers in (False, True):  # a tensor of one number may say how large the result is
+            count, move = _Count(self.limit), _Twins()
+            first, move.keeps_numbers = move(args[:1]), by_numbers
+            first = move(args[:1]) if name in _SIZED_BY_VALUE else first
+            try:
+                with torch.no_grad(), torch.device("meta"), count:
+                    move(function)(*first, *move(args[1:]), **move(kwargs))
+                return count.made * factor, count.work * factor, not by_numbers
+            except GraphError:
+                raise _too_much(name, self.spent + count.made, self.limit) from None
+            except Exception as error:
+                failed = failed or error
+        # this call cannot be sized; a call that is wrong fails for real just after
+        by_values = name in _BY_VALUES or isinstance(function, nn.Module)
+        if not by_values and not isinstance(failed, NotImplementedError):
+            return 0, 0, False
+        rank = max((tensor.dim() for tensor in tensors), default=1)
+        if by_values:
+            return 8 * max(rank, 1) * largest, 0, True
+        return min(8 * math.prod(max(tensor.numel(), 1) for tensor in tensors), self.limit + 1), 0, True
 
 
 def _too_much(name: str, spent: int, limit: int) -> GraphError:
@@ -2262,11 +2278,11 @@ def _too_much(name: str, spent: int, limit: int) -> GraphError:
 
 
 class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes that calls make, and ends the run where they are too many."""
+    """Counts the bytes that calls make and their work, and ends the run where bytes or tensors are too many."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.limit, self.made, self.tensors = limit, 0, 0
+        self.limit, self.made, self.tensors, self.work = limit, 0, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
@@ -2274,11 +2290,16 @@ class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
             dim = args[1] if name == "aten::unbind" and len(args) > 1 else args[2] if len(args) > 2 else 0
             size = 1 if name == "aten::unbind" else max(args[1], 1) if isinstance(args[1], int) else 1
             self._add(0, args[0].shape[dim] // size)
-        known = {tensor.untyped_storage()._cdata for tensor in _flat((args, kwargs))}
+        given = tensors_in((args, kwargs))
+        known = {tensor.untyped_storage()._cdata for tensor in given}
         result = func(*args, **(kwargs or {}))
-        made = _flat(result)
+        made = tensors_in(result)
         memory = [tensor.untyped_storage() for tensor in made]
-        self._add(sum(each.nbytes() for each in memory if each._cdata not in known), len(made))
+        fresh = [each.nbytes() for each in memory if each._cdata not in known]
+        if fresh or not made:  # no view: what is expanded is written out by many kernels
+            fresh += [tensor.nbytes for tensor in given if tensor.nbytes > tensor.untyped_storage().nbytes()]
+            self.work += _work_of(func, args, kwargs, result, given, made)
+        self._add(sum(fresh), len(made))
         return result
 
     def _add(self, nbytes: int, tensors: int) -> None:
@@ -2288,39 +2309,29 @@ class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise GraphError("too much")
 
 
-class _Mover:
-    """Values as they are, but for tensors and modules, which become twins without memory; one twin for one tensor."""
+def _work_of(
+    func: Any, args: Any, kwargs: Any, result: Any, given: list[torch.Tensor], made: list[torch.Tensor]
+) -> int:
+    """Multiplications of a call, or as many as it has numbers to read and to write."""
+    name, work = func._schema.name, max(sum(each.numel() for each in tensors) for tensors in (given, made))
+    if func._overloadpacket in flop_registry:
+        return max(work, int(flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)) // 2)
+    if "dist_forward" in name or name == "aten::addbmm":  # each row with each row
+        return max(work, given[-2].numel() * given[-1].shape[-2 if "cdist" in name else -1])
+    if "_pool" in name and "adaptive" not in name and len(args) > 1 and isinstance(args[1], (list, tuple)):
+        return max(work, sum(each.numel() for each in made) * math.prod(args[1] * (3 if len(args[1]) == 1 else 1)))
+    return work
 
-    def __init__(self) -> None:
-        self.memo: dict[int, Any] = {}
+
+class _Twins(MetaTwins):
+    """On request tensors of one number stay what they are."""
+
+    keeps_numbers = False
 
     def __call__(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            if id(value) not in self.memo:
-                self.memo[id(value)] = torch.empty_strided(
-                    value.shape, value.stride(), dtype=value.dtype, device="meta"
-                )  # with the strides of an expanded tensor, so that copying it counts
-            return self.memo[id(value)]
-        if isinstance(value, nn.Module):
-            for tensor in (*value.parameters(), *value.buffers()):
-                twin = tensor.detach().to("meta")
-                self.memo[id(tensor)] = nn.Parameter(twin, False) if isinstance(tensor, nn.Parameter) else twin
-            return copy.deepcopy(value, self.memo)
-        if isinstance(value, torch.device):
-            return torch.device("meta")
-        if isinstance(value, (tuple, list)):
-            return type(value)([self(item) for item in value])
-        if isinstance(value, dict):
-            return {key: self(item) for key, item in value.items()}
-        return value
-
-
-def _flat(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [tensor for item in value for tensor in _flat(item)] if isinstance(value, (tuple, list)) else []
+        if isinstance(value, torch.Tensor) and self.keeps_numbers and value.dim() == 0:
+            return value.detach().clone().cpu()
+        return super().__call__(value)
 
 
 def _by_counts(name: str, args: Any, kwargs: Any) -> int | None:
@@ -2546,10 +2557,14 @@ class GraphHead(nn.Module):
         self.__check_input(x)
         program = self.__graph.programs[self.training]
         run = _Run(self, x, self.__constants, self.__sizes)
-        for region in _regions(program):
+        for (no_grad, autocast), nodes in groupby(program.nodes, key=lambda node: (node.no_grad, node.autocast)):
             with ExitStack() as stack:
-                _enter(stack, region[0], x)
-                for node in region:
+                if no_grad:
+                    stack.enter_context(torch.no_grad())
+                for device, enabled, dtype in autocast:
+                    kind = x.device.type if device == "input" else device
+                    stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=DTYPES[dtype] if dtype else None))
+                for node in nodes:
                     run.step(node)
         return run.resolve(program.output)
 
@@ -2577,19 +2592,11 @@ class GraphHead(nn.Module):
         who puts tensors in by other means makes it afterwards.
         """
         for alias, first in self.__graph.ties:
-            owner, key = _owner(self, first)
-            shared = owner._parameters[key] if key in owner._parameters else owner._buffers[key]
-            assert shared is not None
-            _replace(self, alias, shared)
+            _replace(self, alias, _tensor_of(self, first))
         for name, order in self.__graph.layouts:
-            owner, key = _owner(self, name)
-            tensor = owner._parameters.get(key)
-            if tensor is not None:
-                tensor.data = _lay_out(tensor.data, order)
-            else:
-                buffer = owner._buffers[key]
-                assert buffer is not None
-                owner._buffers[key] = _lay_out(buffer, order)
+            tensor = _tensor_of(self, name)
+            back = [order.index(dim) for dim in range(len(order))]
+            tensor.data = tensor.data.permute(order).contiguous().permute(back)
 
     def train(self, mode: bool = True) -> "GraphHead":
         """Switch modes; modules that the original kept in one mode (frozen BatchNorm) stay in it."""
@@ -2612,31 +2619,6 @@ class GraphHead(nn.Module):
 def _settle_after_load(module: nn.Module, incompatible_keys: Any) -> None:
     if isinstance(module, GraphHead):
         module.settle()
-
-
-def _lay_out(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
-    """The same values, contiguous in memory when the dimensions are taken in `order`."""
-    back = [order.index(dim) for dim in range(len(order))]
-    return tensor.permute(order).contiguous().permute(back)
-
-
-def _regions(program: Program) -> Iterator[list[Node]]:
-    region: list[Node] = []
-    for node in program.nodes:
-        if region and (node.no_grad, node.autocast) != (region[0].no_grad, region[0].autocast):
-            yield region
-            region = []
-        region.append(node)
-    if region:
-        yield region
-
-
-def _enter(stack: ExitStack, node: Node, x: torch.Tensor) -> None:
-    if node.no_grad:
-        stack.enter_context(torch.no_grad())
-    for device, enabled, dtype in node.autocast:
-        kind = x.device.type if device == "input" else device
-        stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=DTYPES[dtype] if dtype else None))
 
 
 class _Run:
@@ -2664,7 +2646,7 @@ class _Run:
             self.counted.check(len(self.results), node.target, function, args, kwargs)
         try:
             self.results.append(function(*args, **kwargs))
-        except (TypeError, IndexError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
             raise GraphError(
                 f"the stored head cannot make its call {shown(node.target)}: {shown(str(error), 200)}. The file is "
                 "damaged or was edited; save the tower again"
@@ -2694,12 +2676,7 @@ class _Run:
         if reference.kind == "constant":
             return self.constants[reference.index]
         if reference.kind == "tensor":
-            owner, key = _owner(self.head, reference.name)
-            for held in (owner._parameters, owner._buffers):
-                found = held.get(key)
-                if found is not None:
-                    return found
-            return getattr(owner, key)  # declared by the graph; somebody parametrized it since
+            return _tensor_of(self.head, reference.name)
         result = self.results[reference.index]
         for step in reference.path:
             result = result[step]
@@ -2709,6 +2686,14 @@ class _Run:
 def _owner(head: nn.Module, name: str) -> tuple[nn.Module, str]:
     parent, _, key = name.rpartition(".")
     return submodule(head, parent), key
+
+
+def _tensor_of(head: nn.Module, name: str) -> Any:
+    owner, key = _owner(head, name)
+    for table in (owner._parameters, owner._buffers):
+        if (found := table.get(key)) is not None:
+            return found
+    return getattr(owner, key)  # declared by the graph; somebody parametrized it since
 
 
 def submodule(head: nn.Module, name: str) -> nn.Module:
@@ -2816,12 +2801,8 @@ def _finish(graph: Graph, root: nn.Module) -> None:
         raise GraphError("ties and layouts need a head with a forward of its own")
     for alias, first in graph.ties:
         _all_known([alias, first], tensors, "ties")
-        owner, key = _owner(root, first)
-        target = owner._parameters.get(key)
-        shared = target if target is not None else owner._buffers[key]
-        if shared is None or shared.shape != tensors[alias].shape or (alias in parameters) != (first in parameters):
+        if tensors[alias].shape != tensors[first].shape or (alias in parameters) != (first in parameters):
             raise GraphError(f"ties: {shown(alias)} and {shown(first)} are not alike")
-        _replace(root, alias, shared)
     if isinstance(root, GraphHead):
         root.settle()
     parameters = dict(root.named_parameters(remove_duplicate=False))
@@ -2830,32 +2811,10 @@ def _finish(graph: Graph, root: nn.Module) -> None:
         parameters[name].requires_grad_(False)
     modules = dict(root.named_modules(remove_duplicate=False))
     _all_known([name for name, _, _ in graph.held], modules, "held")
-    _check_references(graph, tensors, root)
-
-
-def _check_references(graph: Graph, tensors: dict[str, torch.Tensor], root: nn.Module) -> None:
     buffers = dict(root.named_buffers(remove_duplicate=False))
-
-    def check(value: Any) -> None:
-        if isinstance(value, Reference) and value.kind == "tensor" and value.name not in tensors:
-            raise GraphError(f"the forward uses a tensor {shown(value.name)} that the head does not have")
-        if isinstance(value, DtypeOf):
-            check(value.tensor)
-        if isinstance(value, Pairs):
-            value = [item for _, item in value.items]
-        if isinstance(value, Slice):
-            value = [value.start, value.stop, value.step]
-        if isinstance(value, (tuple, list)):
-            for item in value:
-                check(item)
-
-    for program in {id(program): program for program in graph.programs.values()}.values():
-        for node in program.nodes:
-            check(node.args)
-            check([item for _, item in node.kwargs])
-            if node.kind == "write" and node.target not in buffers:
-                raise GraphError(f"the forward writes a buffer {shown(node.target)} that the head does not have")
-        check(program.output)
+    for program in graph.programs.values():
+        _all_known(program.tensors, tensors, "a call of the forward")
+        _all_known([node.target for node in program.nodes if node.kind == "write"], buffers, "a write of the forward")
 
 
 def _all_known(names: Any, known: dict[str, Any], where: str) -> None:
@@ -2924,7 +2883,9 @@ def builtin_head(config: TimmTowerConfig) -> nn.Sequential:
             f"embed_dim=None: pool={config.pool!r} with proj={config.proj!r} needs a width of the embedding"
         )
     if config.pool == "abs_attn":
-        layers["pool"] = AttentionPool2d(width, feat_size=_pair(config.feat_size), out_features=embed_dim)
+        if config.feat_size is None:
+            raise ConfigError("feat_size=None: pool='abs_attn' needs the height and width of the feature map")
+        layers["pool"] = AttentionPool2d(width, feat_size=tuple(config.feat_size), out_features=embed_dim)  # type: ignore[arg-type]
         width = embed_dim
     elif config.pool == "rot_attn":
         layers["pool"] = RotAttentionPool2d(width, out_features=embed_dim)
@@ -2938,18 +2899,8 @@ def builtin_head(config: TimmTowerConfig) -> nn.Sequential:
     return nn.Sequential(layers)
 
 
-def _pair(size: Any) -> tuple[int, int]:
-    if size is None:
-        raise ConfigError("feat_size=None: pool='abs_attn' needs the height and width of the feature map")
-    return size[0], size[1]
-
-
 def registered_factory(name: str) -> HeadFactory:
-    """The class or function registered under a name.
-
-    Raises:
-        HeadError: nothing is; says what to do.
-    """
+    """The class or function registered under a name; `HeadError` says what to do where none is."""
     factory = HEAD_FACTORIES.get(name)
     if factory is None:
         known = ", ".join(sorted(HEAD_FACTORIES)) or "none"
@@ -2984,32 +2935,8 @@ def rebuild_head(spec: dict[str, Any]) -> nn.Module:
     raise HeadError(f"config.head: unknown form {shown(form)}; this version reads 'graph', 'registered' and 'code'")
 
 
-def check_stored(spec: Any, tower_class: str | None) -> None:
-    """Refuse a `head` entry of a file that no save writes.
-
-    Args:
-        spec: `config.head`.
-        tower_class: `config.tower_class`.
-
-    Raises:
-        HeadError: names the form.
-    """
-    if spec is None:
-        return
-    form = spec.get("form")
-    if form not in ("graph", "registered", CODE, SUBCLASS) or (form == SUBCLASS and tower_class is None):
-        raise HeadError(
-            f"config.head: form {shown(form)} is not one of a saved tower (graph, registered, code, or subclass with "
-            "tower_class)"
-        )
-
-
 def code_file(config: dict[str, Any]) -> str | None:
-    """Name of the source file of a head that is stored as code, None for every other head.
-
-    Raises:
-        FormatError: it has another name than such files have.
-    """
+    """Name of the source file of a head that is stored as code, None for every other; `FormatError` for other names."""
     head = config.get("head")
     if not isinstance(head, dict) or head.get("form") != CODE:
         return None
@@ -3025,13 +2952,7 @@ _CODE_DTYPES = {each: getattr(torch, each) for each in ("float16", "bfloat16", "
 
 
 def refuse_code(spec: dict[str, Any], *, repo: str, revision: str | None) -> HeadError:
-    """The error for a head of code that is not trusted.
-
-    Args:
-        spec: `config.head`.
-        repo: The repository or folder.
-        revision: Its commit, None for a folder.
-    """
+    """The error for a head of code that is not trusted: `config.head` of a repository, or of a folder (no revision)."""
     file = code_file({"head": spec})
     at = f" at revision {shown(revision)[1:-1]}" if revision else ""
     again = f'"{shown(repo)[1:-1]}"' + (f', revision="{shown(revision)[1:-1]}"' if revision else "")
@@ -3044,11 +2965,7 @@ def refuse_code(spec: dict[str, Any], *, repo: str, revision: str | None) -> Hea
 
 
 def check_code_spec(spec: Any) -> None:
-    """Refuse a `config.head` that is none of a head of code.
-
-    Raises:
-        HeadError: says what it must have.
-    """
+    """Refuse a `config.head` that is none of a head of code by a `HeadError` that says what it must have."""
     fits = (
         spec.get("file") == HEAD_CODE_FILE
         and isinstance(spec.get("class"), str)
@@ -3299,12 +3216,17 @@ def in_channels(image: Image.Image, channels: int) -> Image.Image:
     if channels not in PIL_MODES:
         raise ArgumentError(f"a PIL image, but the tower takes {channels} channels: pass arrays or tensors")
     load_pixels(image)
-    if image.mode.startswith(("I", "F")):
-        extrema: Any = image.getextrema()
-        if not 0 <= extrema[0] <= extrema[1] <= 255 or (image.mode == "F" and extrema[1] <= 1):
-            found = f"an image of mode {image.mode} with values from {extrema[0]} to {extrema[1]}"
-            warnings.warn(f"{found}: PIL's convert clips what is not from 0 to 255; scale it to 8 bits", stacklevel=2)
-    return image if image.mode == PIL_MODES[channels] else image.convert(PIL_MODES[channels])
+    try:
+        if image.mode.startswith(("I", "F")):
+            extrema: Any = image.getextrema()
+            if not 0 <= extrema[0] <= extrema[1] <= 255 or (image.mode == "F" and extrema[1] <= 1):
+                found = f"an image of mode {image.mode} with values from {extrema[0]} to {extrema[1]}"
+                warnings.warn(
+                    f"{found}: PIL's convert clips what is not from 0 to 255; scale it to 8 bits", stacklevel=2
+                )
+        return image if image.mode == PIL_MODES[channels] else image.convert(PIL_MODES[channels])
+    except ValueError as error:  # 16 bits with the high byte first, as TIFF may have them
+        raise ArgumentError(f"an image of mode {image.mode}, which PIL cannot convert; scale it to 8 bits") from error
 
 
 def completed_preprocess(config: TimmTowerConfig) -> tuple[dict[str, Any], list[int]]:
@@ -3438,10 +3360,11 @@ class TimmTowerImageProcessor(BaseImageProcessor):
         return {**facts_of(block, size), **standard_keys(block), **named}
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
-        """Write `preprocessor_config.json`; beside a tower without the class, so that no pipeline asks to trust it."""
+        """Write `preprocessor_config.json`; it names the class, except beside a tower that has no code."""
         path, content = Path(json_file_path), self.to_dict()
         with suppress(OSError, ValueError, RecursionError, TypeError, LookupError):  # no config, or not a tower's
-            if json.loads(path.with_name("config.json").read_bytes())["model_type"] == TimmTowerConfig.model_type:
+            beside = json.loads(path.with_name("config.json").read_bytes())
+            if beside["model_type"] == TimmTowerConfig.model_type and "auto_map" not in beside:
                 del content["image_processor_type"], content["auto_map"]
         path.unlink(missing_ok=True)  # a link is replaced, what it points to stays
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -3715,16 +3638,14 @@ def build_tower(
 
 
 def check_buildable(config: TimmTowerConfig) -> None:
-    """Refuse a config that no code but that of its own class can build.
-
-    Raises:
-        ConfigError, HeadError: says what is needed.
-    """
+    """Refuse a config that only its own class can build: `ConfigError`, `HeadError` say what is needed."""
     if config.tower_class is not None:
         raise ConfigError(
-            f"this tower was saved by {config.tower_class}, a subclass of TimmModel that changes how it is built or "
-            f"run; transformers' classes cannot build it. Load it with {config.tower_class}.from_pretrained(...)."
+            f"this tower was saved by {shown(config.tower_class)}, a subclass of TimmModel that changes how it is "
+            "built or run; transformers' classes cannot build it. Load it with that class's from_pretrained(...)."
         )
+    if config.preprocess is not None:
+        check_preprocess(config.preprocess, config.in_chans)  # timm is told it, and would raise what it likes
     if config.head is not None and config.head.get("form") in (LIVE, SUBCLASS):
         raise HeadError("the config says that there is a custom head, but not which: save the tower with its head")
 
@@ -3750,8 +3671,7 @@ def without_head(config: TimmTowerConfig) -> TimmTowerConfig:
 def make_classifier(config: TimmTowerConfig) -> nn.Module:
     """A fresh classifier `[B, embed_dim]` -> `[B, num_labels]`; nothing where the trunk's own gives the scores.
 
-    Raises:
-        ConfigError: the embedding has no width, or there are no labels.
+    `ConfigError` where the embedding has no width, or there are no labels.
     """
     if config.embed_dim is None:
         raise ConfigError(
@@ -3822,11 +3742,6 @@ class StoredTower:
     weights: Mapping[str, torch.Tensor]
     fingerprint: dict[str, Any] | None = None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all weights."""
-        return sum(tensor.nbytes for tensor in self.weights.values())
-
 
 def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
     """Key -> tensor of a tower's weight files, which lie in one folder with their index.
@@ -3837,58 +3752,70 @@ def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
     Raises:
         FormatError: a file is damaged, or the index does not fit the files.
     """
-    index = read_index(files[0].with_name(INDEX_FILE))
-    weight_map = index.get("weight_map")
+    where = files[0].with_name(INDEX_FILE)
+    weight_map, metadata = read_index(where) if where.is_file() else (None, {})
     found: dict[str, torch.Tensor] = {}
     for file in files:
         try:
             tensors = load_file(file)
         except (SafetensorError, OSError, ValueError) as error:
             raise FormatError(f"{file}: not a safetensors file that can be read: {error}") from error
-        if isinstance(weight_map, dict):
+        if weight_map is not None:
             listed = {key for key, name in weight_map.items() if name == file.name}
             if odd := sorted(listed ^ tensors.keys()):
                 raise FormatError(f"{file}: {len(odd)} keys are not where the index puts them, such as {shown(odd[0])}")
         found.update(tensors)
-    found = {key: tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone() for key, tensor in found.items()}
-    metadata = index.get("metadata")
-    for kind in ("tied", "shared"):
-        groups = metadata.get(kind, []) if isinstance(metadata, dict) else []
-        for group in groups if isinstance(groups, list) else []:
-            if not isinstance(group, list) or any(key not in found for key in group):
-                raise FormatError(f"{files[0].parent / INDEX_FILE}: metadata.{kind} names unknown keys: {shown(group)}")
-            first = found[group[0]]
-            if odd := [key for key in group if not same_bytes_of(found[key], first)]:
-                raise FormatError(
-                    f"{files[0].parent / INDEX_FILE}: {shown(odd[0])} is {kind} with another key but differs"
-                )
-            found.update((key, first if kind == "tied" else first.view(first.shape)) for key in group[1:])
+    found = _aligned(found)
+    share_ties(found, metadata, str(where))
     return found
 
 
-def read_index(path: Path) -> dict[str, Any]:
-    """The JSON of an index, `{}` where there is none.
+def share_ties(tensors: dict[str, torch.Tensor], metadata: Mapping[str, Any], where: str) -> None:
+    """Let keys that an index calls tied (one parameter) or shared (one memory) hold one tensor.
 
-    Raises:
-        FormatError: it is too large, no JSON, or does not map keys to file names.
+    `FormatError` where it has something else than groups of known keys, or what they hold differs.
     """
-    if not path.is_file():
-        return {}
+    for kind in ("tied", "shared"):
+        groups = metadata.get(kind, [])
+        if not isinstance(groups, list) or not all(
+            isinstance(group, list) and len(group) > 1 and all(isinstance(key, str) for key in group)
+            for group in groups
+        ):
+            raise FormatError(f"{where}: metadata.{kind} must hold lists of two or more keys, found {shown(groups)}")
+        keys = [key for group in groups for key in group]
+        if odd := [key for key in keys if key not in tensors or keys.count(key) > 1]:
+            raise FormatError(f"{where}: metadata.{kind} names {shown(odd[0])}, which is unknown or named twice")
+        for first, *others in groups:
+            for key in others:
+                if not same_bits(tensors[first], tensors[key]):
+                    raise FormatError(f"{where}: {shown(first)} and {shown(key)} are {kind} but differ")
+                tensors[key] = tensors[first] if kind == "tied" else tensors[first].view(tensors[first].shape)
+
+
+def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """`check_index` of a file, which must be a small one."""
     if path.stat().st_size > _MAX_INDEX_BYTES:
         raise FormatError(f"{path}: {path.stat().st_size} bytes, at most {_MAX_INDEX_BYTES} are read")
     try:
         index = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not JSON: {error}") from error
-    names = index.get("weight_map") if isinstance(index, dict) else None
+    if isinstance(index, dict) and not isinstance(index.get("metadata"), dict):
+        raise FormatError(f"{path}: has no metadata, an object, which transformers asks for")
+    return check_index(index, str(path))
+
+
+def check_index(index: Any, where: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """`weight_map` and `metadata` of an index; `FormatError` where it does not map keys to plain file names."""
+    names, metadata = (index.get("weight_map"), index.get("metadata", {})) if isinstance(index, dict) else (None, None)
     if not isinstance(names, dict) or not names:
-        raise FormatError(f"{path}: weight_map must be an object that maps each key to a file name")
+        raise FormatError(f"{where}: weight_map must be an object that maps each key to a file name")
     for name in set(map(str, names.values())):
         if not _WEIGHT_NAME.fullmatch(name):
-            raise FormatError(f"{path}: {shown(name)} is not the plain name of a .safetensors file")
-    if not isinstance(index.get("metadata", {}), dict):
-        raise FormatError(f"{path}: metadata must be an object, found {shown(index['metadata'])}")
-    return index  # type: ignore[no-any-return]
+            raise FormatError(f"{where}: {shown(name)} is not the plain name of a .safetensors file")
+    if not isinstance(metadata, dict):
+        raise FormatError(f"{where}: metadata must be an object, found {shown(metadata)}")
+    return names, metadata
 
 
 @dataclass(frozen=True)
@@ -3913,13 +3840,15 @@ class TrunkSource:
         """What `config.trunk_source` holds."""
         return {**asdict(self), "unused": list(self.unused)}
 
+    def named(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the files hold -> `trunk.*` -> tensor."""
+        if self.layout == "tower":
+            return {key: tensor for key, tensor in tensors.items() if key.startswith("trunk.")}
+        return {f"trunk.{key}": tensor for key, tensor in tensors.items() if key not in self.unused}
+
 
 def parse_trunk_source(spec: Any) -> TrunkSource:
-    """`config.trunk_source` of an untrusted file.
-
-    Raises:
-        ConfigError: names what is wrong with it.
-    """
+    """`config.trunk_source` of an untrusted file; `ConfigError` names what is wrong with it."""
     if not isinstance(spec, dict) or set(spec) != _PINNED_FIELDS:
         raise ConfigError(f"trunk_source: expected {', '.join(sorted(_PINNED_FIELDS))}, found {shown(spec, 200)}")
     repo_id, commit, layout, files, unused = (spec[name] for name in ("repo_id", "commit", "layout", "files", "unused"))
@@ -3972,13 +3901,14 @@ def fetch_pinned_trunk(source: TrunkSource, **access: Any) -> dict[str, torch.Te
                 f"{digest}: it is another trunk, and the embedding would be another one"
             )
         found.update(load_file(path))
-    aligned = {key: tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone() for key, tensor in found.items()}
-    if source.layout == "tower":
-        return {key: tensor for key, tensor in aligned.items() if key.startswith("trunk.")}
-    return {f"trunk.{key}": tensor for key, tensor in aligned.items() if key not in source.unused}
+    return source.named(_aligned(found))
 
 
-def same_bytes_of(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _aligned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone() for key, tensor in tensors.items()}
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors have one dtype, one shape and the same bytes (NaN equals the same NaN; -0.0 is not 0.0)."""
     if a is b:
         return True
@@ -4020,7 +3950,7 @@ def assign_weights(
     full, differing = dict(tensors), list[str]()
     for keys in own_ties.values():
         if len(keys) > 1 and (given := [key for key in keys if key in full]):
-            odd = [key for key in given[1:] if not same_bytes_of(full[key], full[given[0]])]
+            odd = [key for key in given[1:] if not same_bits(full[key], full[given[0]])]
             differing += [f"{key} and {given[0]}" for key in odd]
             full.update((key, full[given[0]]) for key in keys)
     if problems := _misfits(state, full, allow_missing, differing):
@@ -4101,14 +4031,10 @@ def _listed(keys: Iterable[str], limit: int = 5) -> str:
 
 
 def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A floating-point dtype, given as such or by name.
-
-    Raises:
-        ArgumentError: not one.
-    """
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if found is None and dtype is None:
+    """A floating-point dtype, given as such or by name; `ArgumentError` where it is none."""
+    if dtype is None:
         return None
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ArgumentError(f"dtype={dtype!r} is not a floating-point dtype of torch or the name of one")
     return found
@@ -4386,7 +4312,8 @@ def prepared(model: Any, images: torch.Tensor, other_size: bool | None = None) -
         )
     found, own = list(images.shape[-2:]), model.config.image_size
     # The trunk first: of one that takes any size, an export may leave the size open.
-    if get_model_traits(model.trunk).get("fixed_input_size") and found != own:
+    traits_of = getattr(timm.models, "get_model_traits", None)  # from timm 1.0.31 on
+    if traits_of is not None and traits_of(model.trunk).get("fixed_input_size") and found != own:
         asked = "interpolate_pos_encoding=True: " if other_size else ""
         raise ArgumentError(
             f"{asked}pixel_values are {found[0]} x {found[1]}, but {type(model.trunk).__name__} takes images of "

@@ -14,8 +14,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
-from ..files.names import CARD_NAME, is_own_file
-from ..files.open_folder import OpenFolder
+from ..files.names import CARD_NAME, CODE_NAME, CONFIG_NAME, HEAD_CODE_NAME, is_own_file, is_replaced
+from ..files.open_folder import read_text
 from ..files.sentence_transformers import MODULES_NAME, SENTENCE_NAME, are_edited
 from ..reader.errors import FormatError, HubError
 from .card_merge import MAX_CARD_BYTES
@@ -27,6 +27,7 @@ COMMIT_MESSAGE = "Push a tower with hf_timm_tower"
 # Pushes that meet on one branch take turns; each attempt makes its commit on top of the newest one.
 _ATTEMPTS = 8
 _CONFLICT = 412
+_MOST_CODE = 200  # files of code that are looked at; what this package wrote are some 30
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,6 @@ class PushOptions:
 
     def __post_init__(self) -> None:
         check_token(self.token)
-
-
-def files_of(folder: Path) -> list[str]:
-    """All files of a folder that nobody but one save wrote into, for `push_folder`."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def push_folder(
@@ -103,7 +99,8 @@ def push_folder(
         )
         kept = _kept(repo_id, parent, remote, token)
         pushed = [name for name in pushed if name not in kept]
-        stale = _stale(remote, pushed, options.delete_patterns)
+        gone = [*_own_code(repo_id, parent, remote, token), *filter(is_own_file, remote)]
+        stale = _stale(remote, gone, pushed, options.delete_patterns)
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(name, card.encode() if name == CARD_NAME else folder / name) for name in pushed),
             *(CommitOperationDelete(path_in_repo=name, is_folder=False) for name in stale),
@@ -146,14 +143,9 @@ def _card(repo_id: str, commit: str | None, remote: list[str], token: str | bool
         return None
     root = download_files(repo_id, [CARD_NAME], commit, Access(token=token), whole=True)
     try:
-        with OpenFolder(root) as folder:
-            return folder.read_bytes(CARD_NAME, MAX_CARD_BYTES).decode("utf-8")
+        return read_text(root / CARD_NAME, MAX_CARD_BYTES)
     except FormatError as error:
-        raise HubError(f"{repo_id} cannot be pushed to: {error}") from error
-    except UnicodeDecodeError as error:
-        raise HubError(
-            f"{repo_id} cannot be pushed to: its {CARD_NAME} is not UTF-8 text ({error}); mend it on the Hub first"
-        ) from error
+        raise HubError(f"{repo_id} cannot be pushed to: {error}. Mend it on the Hub first") from error
 
 
 def _kept(repo_id: str, commit: str | None, remote: list[str], token: str | bool | None) -> frozenset[str]:
@@ -166,9 +158,19 @@ def _kept(repo_id: str, commit: str | None, remote: list[str], token: str | bool
     return names if are_edited({name: (root / name).read_bytes() for name in present}) else frozenset()
 
 
-def _stale(remote: list[str], pushed: list[str], delete_patterns: list[str] | str | None) -> list[str]:
+def _own_code(repo_id: str, commit: str | None, remote: list[str], token: str | bool | None) -> list[str]:
+    """Code in the repository that an earlier save wrote: byte for byte, as for a folder."""
+    reader = [name for name in remote if name == READER_NAME]
+    code = [name for name in remote if name == HEAD_CODE_NAME or name.startswith(f"{CODE_NAME}/")]
+    if not 0 < len(code) <= _MOST_CODE:
+        return reader
+    beside = [name for name in (CONFIG_NAME,) if name in remote]
+    root = download_files(repo_id, [*code, *beside], commit, Access(token=token), whole=True)
+    return reader + [name for name in code if is_replaced(root / name.partition("/")[0])]
+
+
+def _stale(remote: list[str], gone: list[str], pushed: list[str], delete_patterns: list[str] | str | None) -> list[str]:
     """What an earlier tower left in the repository, and what the caller wants deleted."""
-    gone = [name for name in remote if name == READER_NAME or is_own_file(name, remote)]
     if delete_patterns is not None:
         gone += list(filter_repo_objects(remote, allow_patterns=delete_patterns))
     return sorted(set(gone) - set(pushed) - {".gitattributes"})

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..reader.config import ATTENTION_POOLS, TimmTowerConfig, check_size
-from ..reader.errors import ConfigError
+from ..reader.errors import ConfigError, shown
 from ..reader.trunk import has_fixed_size, native_cfg
 
 VISION_PREFIX = "visual."
@@ -92,20 +92,20 @@ def vision_arguments(model_cfg: Mapping[str, Any], where: str) -> VisionArgument
     unknown = sorted(set(vision) - set(_TIMM_DEFAULTS) - _WITHOUT_MEANING - {"timm_model_name"})
     if unknown:
         raise ConfigError(
-            f"{where}: vision_cfg has {', '.join(unknown)}, which open_clip 3.3 does not know either; the tower "
+            f"{where}: vision_cfg has {_listed(unknown)}, which open_clip 3.3 does not know either; the tower "
             "might be another one without it"
         )
     found = {key: vision.get(key, default) for key, default in _TIMM_DEFAULTS.items()}
     if not isinstance(name, str):
-        raise ConfigError(f"{where}: timm_model_name={name!r}: expected the name of a timm model")
+        raise ConfigError(f"{where}: timm_model_name={shown(name)}: expected the name of a timm model")
     if ":" in name:
         raise ConfigError(
-            f"{where}: timm_model_name={name!r}: expected the name of a timm model without a scheme; what is behind "
-            "a scheme may change, and a config must rebuild the tower without a network"
+            f"{where}: timm_model_name={shown(name)}: expected the name of a timm model without a scheme; what is "
+            "behind a scheme may change, and a config must rebuild the tower without a network"
         )
     patch_dropout = found["patch_dropout"]
     if isinstance(patch_dropout, bool) or not isinstance(patch_dropout, (int, float)):
-        raise ConfigError(f"{where}: patch_dropout={patch_dropout!r}: expected a rate")
+        raise ConfigError(f"{where}: patch_dropout={shown(patch_dropout)}: expected a rate")
     # open_clip names what the trunk's own pool is by the empty text, except where timm's constructor gets it.
     proj, pool = found["timm_proj"] or None, found["timm_pool"]
     if pool is None:
@@ -142,26 +142,28 @@ def preprocess_entries(preprocess_cfg: Mapping[str, Any], where: str) -> dict[st
     unknown = sorted(set(preprocess_cfg) - set(_PREPROCESS_DEFAULTS))
     if unknown:
         raise ConfigError(
-            f"{where}: preprocess_cfg has {', '.join(unknown)}, which open_clip does not look at; pass preprocess_cfg="
+            f"{where}: preprocess_cfg has {_listed(unknown)}, which open_clip does not look at; pass preprocess_cfg="
             f"{{...}} with what you mean ({', '.join(_PREPROCESS_DEFAULTS)})"
         )
     given = {key: value for key, value in preprocess_cfg.items() if value is not None}
     found = {**_PREPROCESS_DEFAULTS, **given}
     if found["mode"] != "RGB":
-        raise ConfigError(f"{where}: preprocess_cfg.mode={found['mode']!r}: open_clip knows RGB only")
+        raise ConfigError(f"{where}: preprocess_cfg.mode={shown(found['mode'])}: open_clip knows RGB only")
     if found["interpolation"] not in ("bicubic", "bilinear", "random"):
         raise ConfigError(
-            f"{where}: preprocess_cfg.interpolation={found['interpolation']!r}: expected bicubic, bilinear or random"
+            f"{where}: preprocess_cfg.interpolation={shown(found['interpolation'])}: expected bicubic, bilinear or "
+            "random"
         )
     mean, std = (_per_channel(found[key], f"{where}: preprocess_cfg.{key}") for key in ("mean", "std"))
     modes = {"shortest": "center", "squash": "squash"}
     if found["resize_mode"] == "longest" and _is_border(found["fill_color"], mean):
         modes["longest"] = "border"
-    if found["resize_mode"] not in modes:
+    if found["resize_mode"] not in tuple(modes):
         raise ConfigError(
-            f"{where}: resize_mode={found['resize_mode']!r} with fill_color={found['fill_color']!r} in preprocess_cfg "
-            "cannot be prepared to the same pixels here: known are shortest, squash, and longest where the border has "
-            "the colour of mean. Pass preprocess_cfg={...} with another resize_mode if other pixels are meant."
+            f"{where}: resize_mode={shown(found['resize_mode'])} with fill_color={shown(found['fill_color'])} in "
+            "preprocess_cfg cannot be prepared to the same pixels here: known are shortest, squash, and longest where "
+            "the border has the colour of mean. Pass preprocess_cfg={...} with another resize_mode if other pixels are "
+            "meant."
         )
     return {
         # "random" is for training; open_clip evaluates with bicubic then
@@ -176,8 +178,12 @@ def preprocess_entries(preprocess_cfg: Mapping[str, Any], where: str) -> dict[st
 def _per_channel(value: Any, where: str) -> list[float]:
     values = list(value) if isinstance(value, (list, tuple)) else [value] * 3
     if len(values) != 3 or any(isinstance(one, bool) or not isinstance(one, (int, float)) for one in values):
-        raise ConfigError(f"{where}={value!r}: expected three numbers")
+        raise ConfigError(f"{where}={shown(value)}: expected three numbers")
     return [float(one) for one in values]
+
+
+def _listed(keys: list[str]) -> str:
+    return ", ".join(shown(key)[1:-1] for key in keys[:8]) + (", ..." if len(keys) > 8 else "")
 
 
 def _is_border(fill_color: Any, mean: list[float]) -> bool:

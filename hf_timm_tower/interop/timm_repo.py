@@ -23,8 +23,8 @@ from ..files.open_folder import OpenFolder, require_plain_name
 from ..hub.download import Access, download_files
 from ..hub.identify import identify
 from ..reader.config import TimmTowerConfig, check_architecture, check_size
-from ..reader.errors import ConfigError, FolderError, FormatError, WeightsError
-from ..reader.model_args import FROM_TRUNK, check_names, decode, encode
+from ..reader.errors import ConfigError, FolderError, FormatError, WeightsError, one_line, shown
+from ..reader.model_args import FROM_TRUNK, check_names, decode, encode, inner
 from ..reader.skip_init import Budget, skip_init
 from ..reader.trunk import BUILD_ERRORS, has_fixed_size, native_cfg
 from ..trunk_facts import preprocess_from_timm
@@ -105,7 +105,9 @@ class TimmSource:
         try:
             preprocess = preprocess_from_timm(self.pretrained_cfg, channels)
         except (TypeError, ValueError, ArithmeticError, AssertionError) as error:
-            raise FormatError(f"{self.place}: pretrained_cfg says nothing usable of preprocessing: {error}") from error
+            raise FormatError(
+                f"{self.place}: pretrained_cfg says nothing usable of preprocessing: {one_line(error)}"
+            ) from error
         return TimmTowerConfig(
             architecture=self.architecture,
             model_args=args,
@@ -177,7 +179,7 @@ def _describe(stored: dict[str, Any], place: str) -> TimmSource:
     name = stored.get("architecture")
     if kind not in (None, _WRAPPER) or not isinstance(name, str):
         raise ConfigError(
-            f"{where} describes no timm model (model_type {kind!r}, architecture {name!r}). "
+            f"{where} describes no timm model (model_type {shown(kind)}, architecture {shown(name)}). "
             f"{identify((), stored, place)}".rstrip()
         )
     # timm's older form has everything at the top level
@@ -203,7 +205,7 @@ def _describe(stored: dict[str, Any], place: str) -> TimmSource:
     cfg = PretrainedCfg(**found).to_dict()  # type: ignore[no-untyped-call]
     cfg = {key: value for key, value in cfg.items() if key in _CFG_FIELDS}
 
-    args = {key: encode(value, f"{where}: model_args.{key}") for key, value in args.items() if value is not None}
+    args = {key: encode(value, inner(f"{where}: model_args", key)) for key, value in args.items() if value is not None}
     if args.get("dynamic_img_size") or args.get("strict_img_size") is False or args.get("use_naflex"):
         cfg["fixed_input_size"] = False
     channels, height, width = _input_size(cfg, where)
@@ -217,7 +219,7 @@ def _describe(stored: dict[str, Any], place: str) -> TimmSource:
     channels = args.pop("in_chans", channels)
     args.setdefault("num_classes", cfg.get("num_classes") or 0)
     if isinstance(args["num_classes"], bool) or not isinstance(args["num_classes"], int):
-        raise FormatError(f"{where}: num_classes={args['num_classes']!r}: expected a whole number")
+        raise FormatError(f"{where}: num_classes={shown(args['num_classes'])}: expected a whole number")
     args["num_classes"] = max(0, args["num_classes"])
     check_names(args, recorded=FROM_TRUNK)
     cfg["architecture"], cfg["input_size"] = arch, (channels, height, width)
@@ -227,7 +229,7 @@ def _describe(stored: dict[str, Any], place: str) -> TimmSource:
 def _input_size(cfg: Mapping[str, Any], where: str) -> tuple[int, int, int]:
     size = cfg["input_size"]
     if not isinstance(size, (list, tuple)) or len(size) != 3 or not all(isinstance(side, int) for side in size):
-        raise FormatError(f"{where}: input_size={size!r}: expected (channels, height, width)")
+        raise FormatError(f"{where}: input_size={shown(size)}: expected (channels, height, width)")
     return size[0], size[1], size[2]
 
 
@@ -258,7 +260,7 @@ def _read_weights(
     for name in names:
         require_plain_name(name, place)
         if not name.endswith(".safetensors"):
-            raise FormatError(f"{place}: {INDEX_NAME} names {name!r}; only .safetensors files are read")
+            raise FormatError(f"{place}: {INDEX_NAME} names {shown(name)}; only .safetensors files are read")
     tensors: dict[str, torch.Tensor] = {}
     with OpenFolder(fetch(*names)) as folder:
         for name in names:

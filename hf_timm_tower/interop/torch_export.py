@@ -5,7 +5,6 @@ The program is traced in eval mode with a free batch size; image size and dtype 
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch.nn as nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from ..files.disk import folder_error
+from ..files.disk import folder_error, scratch_folder
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ArgumentError, ConfigError, ExportError, TowerError
 from ..reader.tower import HeadInput, run_head
@@ -204,8 +203,8 @@ def finished_file(path: Path) -> Iterator[Path]:
     """
     try:
         # a folder of its own: torch writes the file's name into the file
-        with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as staging:
-            partial = Path(staging, path.name)
+        with scratch_folder(f".{path.stem}.", path.parent) as staging:
+            partial = staging / path.name
             yield partial
             with open(partial, "rb+") as file:
                 os.fsync(file.fileno())

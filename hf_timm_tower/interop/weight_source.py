@@ -40,7 +40,9 @@ _HARMLESS: list[Any] = [
     *((pathlib.PureWindowsPath, f"{module}.WindowsPath") for module in ("pathlib", "pathlib._local")),
 ]
 _REFUSED_CLASS = re.compile(r"GLOBAL (\S+) was not an allowed global")
-_MAX_DEPTH = 16
+# A training checkpoint of a model of 3,000 tensors has some 15,000 entries, optimizer and running average included.
+# Dictionaries that are stored once and named often cost nothing in the file.
+_MAX_DEPTH, _MAX_ENTRIES = 16, 500_000
 _MAX_PIECE = 2**30
 
 
@@ -100,7 +102,7 @@ def from_mapping(state: Mapping[Any, Any], where: str) -> WeightSource:
     """
     tensors: dict[str, Tensor] = {}
     others: list[str] = []
-    _flatten(state, "", tensors, others, where, 0)
+    _flatten(state, "", tensors, others, where, [_MAX_ENTRIES], 0)
     specs = {key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for key, tensor in tensors.items()}
 
     def read(keys: Collection[str]) -> dict[str, Tensor]:
@@ -141,14 +143,22 @@ def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def _flatten(
-    state: Mapping[Any, Any], prefix: str, tensors: dict[str, Tensor], others: list[str], where: str, depth: int
+    state: Mapping[Any, Any],
+    prefix: str,
+    tensors: dict[str, Tensor],
+    others: list[str],
+    where: str,
+    left: list[int],
+    depth: int,
 ) -> None:
-    if depth > _MAX_DEPTH:
-        raise FormatError(f"{where}: dictionaries nested more than {_MAX_DEPTH} deep")
+    """`left` holds how many entries may still come and is reduced."""
+    left[0] -= len(state)
+    if depth > _MAX_DEPTH or left[0] < 0:
+        raise FormatError(f"{where}: dictionaries nested more than {_MAX_DEPTH} deep, or over {_MAX_ENTRIES} entries")
     for name, value in state.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping):
-            _flatten(value, f"{key}.", tensors, others, where, depth + 1)
+            _flatten(value, f"{key}.", tensors, others, where, left, depth + 1)
         elif not isinstance(value, Tensor):
             others.append(key)
         elif key in tensors:

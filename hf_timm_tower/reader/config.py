@@ -1,23 +1,23 @@
 """`TimmTowerConfig`: everything that rebuilds a tower with no network.
 
 The config is validated once, when it is made: types by huggingface_hub's `@strict` (as transformers' own configs),
-meaning by the checks below. `tower.complete` fills in what only the trunk can tell (its width, its layout, its own
-pool), after which the config is a full description.
+meaning by the checks below. `build.resolve_config` fills in what only the trunk can tell (its width, its layout, its
+own pool), after which the config is a full description.
 """
 
 import difflib
-import math
 import warnings
 from typing import Any, ClassVar, Literal
 
 import timm
+import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from .errors import ConfigError, FormatError, TowerError, shown
+from .errors import ConfigError, FormatError, TowerError, one_line, shown
 from .freezing import check_frozen
-from .model_args import FROM_TRUNK, RECORDED, check_names, decode, encode
+from .model_args import FROM_TRUNK, RECORDED, check_names, decode, encode, inner
 
 FORMAT_VERSION = 1
 
@@ -26,49 +26,39 @@ MAX_IMAGE_SIZE = 2**14
 MAX_IN_CHANS = 2**12
 MAX_LABELS = 2**20
 
+# The first key of a config.json: timm.create_model names the first one that it does not know, and stops there.
+FOR_TIMM = "_not a timm checkpoint, load it with hf_timm_tower.TimmModel.from_pretrained"
+
 _LABELS = ("num_labels", "id2label", "label2id")
 _OUTPUTS = ("out_indices", "out_features")
+_OF_TRANSFORMERS = {"id2label", "label2id", "dtype", "problem_type", "architectures", "output_hidden_states"}
 
 ATTENTION_POOLS = ("abs_attn", "rot_attn")
 OUR_POOLS = ("token_avg", "default", "none")
 PROJECTIONS = ("linear", "mlp", "none")
 
 # Keys that transformers itself writes into or expects of any config; everything else that is not a field is refused
-# when a config is read, and dropped with a warning when a tower is saved. `custom_pipelines` names code: never written.
+# when a config is read, and dropped with a warning when a tower is saved. `custom_pipelines` names code: never written;
+# `use_cache` is set by Trainer where gradients are checkpointed.
 _TRANSFORMERS_KEYS = frozenset(
-    {
-        "model_type",
-        "transformers_version",
-        "architectures",
-        "auto_map",
-        "custom_pipelines",
-        "dtype",
-        "torch_dtype",
-        "quantization_config",
-        "name_or_path",
-        "_name_or_path",
-        "_commit_hash",
-        "num_labels",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "output_hidden_states",
-        "output_attentions",
-        "return_dict",
-        "use_return_dict",
-        "attn_implementation",
-        "_attn_implementation",
-        "experts_implementation",
-        "_experts_implementation",
-        "chunk_size_feed_forward",
-        "is_encoder_decoder",
-        "per_layer_config",
-        "tie_last_hidden_states",
-        "use_cache",  # Trainer sets it where gradients are checkpointed
-        "hidden_size",
+    (
+        *"""
+        model_type transformers_version architectures auto_map custom_pipelines dtype torch_dtype quantization_config
+        name_or_path _name_or_path _commit_hash num_labels id2label label2id problem_type output_hidden_states
+        output_attentions return_dict use_return_dict attn_implementation _attn_implementation experts_implementation
+        _experts_implementation chunk_size_feed_forward is_encoder_decoder per_layer_config tie_last_hidden_states
+        use_cache hidden_size
+        """.split(),
         *_OUTPUTS,
-    }
+    )
 )
+
+
+# Chosen by whoever loads a model. In a tower's file the classes of transformers alone would obey it.
+_NOT_STORED = {"attn_implementation", "_attn_implementation", "quantization_config"}
+
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
 @strict
@@ -134,21 +124,40 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     out_features: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop(FOR_TIMM, None)
+        kind = kwargs.pop("model_type", self.model_type)
+        if kind != self.model_type:
+            hint = ": load it with TimmModel.from_timm, or from_timm of this class" if kind == "timm_wrapper" else ""
+            raise ConfigError(f"model_type is {shown(kind)}, not {self.model_type!r}{hint}")
         unknown = {key: kwargs[key] for key in kwargs if key not in _TRANSFORMERS_KEYS}
         if unknown:
             raise ConfigError(_unknown_keys(unknown))
         if "hidden_size" in kwargs:
             hidden_size = kwargs.pop("hidden_size")
             if self.embed_dim is not None and hidden_size != self.embed_dim:
-                raise ConfigError(f"hidden_size={hidden_size!r} is another name of embed_dim={self.embed_dim}")
+                raise ConfigError(f"hidden_size={shown(hidden_size)} is another name of embed_dim={self.embed_dim}")
             self.embed_dim = hidden_size
-        kwargs.pop("model_type", None)
         _check(self)
-        _check_labels(kwargs)
+        of_transformers = {name: getattr(self, name) for name in _OF_TRANSFORMERS if name in vars(self)}
+        _check_of_transformers({**kwargs, **of_transformers})
         self.timm_version = self.timm_version or timm.__version__
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         # transformers gives every config two labels; whether somebody gave these is not seen afterwards
         self.__dict__["_labels_given"] = any(kwargs.get(name) is not None for name in _LABELS)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """From what a file holds, and what its reader chooses beside it, as transformers' own.
+
+        Raises:
+            ConfigError: the file holds what only its reader may choose, or as the constructor.
+        """
+        if chosen := sorted(_NOT_STORED & config_dict.keys()):
+            raise ConfigError(
+                f"config.json: {chosen[0]}={shown(config_dict[chosen[0]])} is for whoever loads the tower to choose, "
+                "and would make two models of one file. Remove it there, and pass it to AutoModel.from_pretrained"
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "image_size" and isinstance(value, int):
@@ -165,15 +174,17 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         own = self.proj is None and self.head is None and self.pool not in ATTENTION_POOLS
         return own and (not self.__dict__["_labels_given"] or self.num_labels == self.embed_dim)
 
+    def dict_dtype_to_str(self, d: dict[str, Any]) -> None:
+        """As transformers', of the config's own dtype alone: what is deeper is JSON already, and anybody's."""
+        if isinstance(d.get("dtype"), torch.dtype):
+            d["dtype"] = str(d["dtype"]).removeprefix("torch.")
+
     def to_dict(self) -> dict[str, Any]:
-        """As transformers', without what only this object knows, and what only a backbone has."""
-        unset = {
-            "_labels_given",
-            "attribute_map",
-            "hidden_size",
-            *(name for name in _OUTPUTS if getattr(self, name) is None),
-        }
-        return {name: value for name, value in super().to_dict().items() if name not in unset}
+        """As transformers', without what only this object knows, or this machine, or a backbone alone has."""
+        # `_name_or_path` says where it was loaded from: a folder of somebody's
+        left_out = {"_labels_given", "_name_or_path", "attribute_map", "hidden_size"}
+        left_out |= {name for name in _OUTPUTS if getattr(self, name) is None}
+        return {name: value for name, value in super().to_dict().items() if name not in left_out}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What `config.json` holds: every field of ours, and of transformers' fields those that were set.
@@ -184,8 +195,15 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         everything = self.to_dict()
         for name in OUR_FIELDS:
             written[name] = everything[name]
-        written.pop("custom_pipelines", None)
-        if dropped := sorted(set(written) - set(OUR_FIELDS) - _TRANSFORMERS_KEYS):
+        for name in ("custom_pipelines", *_NOT_STORED):
+            written.pop(name, None)
+        dropped = sorted(set(written) - set(OUR_FIELDS) - _TRANSFORMERS_KEYS)
+        for name in _OF_TRANSFORMERS & written.keys():
+            try:
+                _check_of_transformers({name: written[name]})
+            except ConfigError:
+                dropped.append(name)
+        if dropped:
             warnings.warn(f"not stored: a tower has no such fields: {', '.join(map(shown, dropped))}", stacklevel=2)
         return {name: value for name, value in written.items() if name not in dropped}
 
@@ -204,8 +222,7 @@ def _catch_strict_errors() -> None:
         except TowerError:
             raise
         except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
-            cause = str(error.__cause__ or error).replace("\n", " ").strip()
-            raise ConfigError(f"TimmTowerConfig: {cause}") from error
+            raise ConfigError(f"TimmTowerConfig: {one_line(error.__cause__ or error)}") from error
 
     __init__.__wrapped__ = validated  # type: ignore[attr-defined]  # keeps inspect.signature as it was
     TimmTowerConfig.__init__ = __init__  # type: ignore[method-assign, assignment]
@@ -220,7 +237,7 @@ def _check_version(kwargs: dict[str, Any]) -> None:
         raise FormatError(f"format_version={shown(version)}: expected a whole number from 1 to {FORMAT_VERSION}")
     if version > FORMAT_VERSION:
         raise FormatError(
-            f"format_version={version}: this hf_timm_tower reads versions up to {FORMAT_VERSION}. "
+            f"format_version={shown(version)}: this hf_timm_tower reads versions up to {FORMAT_VERSION}. "
             "Upgrade it: pip install -U hf_timm_tower"
         )
 
@@ -235,37 +252,52 @@ def _unknown_keys(unknown: dict[str, Any]) -> str:
     return f"TimmTowerConfig: unknown key{'s' if len(unknown) > 1 else ''} {', '.join(lines)}{more}"
 
 
-def _check_labels(kwargs: dict[str, Any]) -> None:
-    """Before transformers writes a name for each label."""
-    count = kwargs.get("num_labels")
+def _check_of_transformers(values: dict[str, Any]) -> None:
+    """Before transformers writes a name for each label, and looks up a dtype in torch by its name."""
+    count, dtype, problem = (values.get(name) for name in ("num_labels", "dtype", "problem_type"))
     if count is not None:
-        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_LABELS:
-            raise ConfigError(f"num_labels={shown(count)}: expected a whole number from 0 to {MAX_LABELS}")
+        _check_int("num_labels", count, MAX_LABELS, least=0)
     for name in ("id2label", "label2id"):
-        labels = kwargs.get(name)
-        if labels is not None and (not isinstance(labels, dict) or len(labels) > MAX_LABELS):
+        labels = values.get(name)
+        if labels is not None and not (
+            isinstance(labels, dict)
+            and len(labels) <= MAX_LABELS
+            and all(isinstance(each, (str, int)) for pair in labels.items() for each in pair)
+        ):
             raise ConfigError(f"{name}={shown(labels)}: expected an object of at most {MAX_LABELS} labels")
+    for each in (dtype, values.get("torch_dtype")):
+        if each is not None and not isinstance(each, torch.dtype) and each not in _DTYPES:
+            raise ConfigError(f"dtype={shown(each)}: expected one of {', '.join(_DTYPES)}")
+    if problem not in (None, *_PROBLEMS):
+        raise ConfigError(f"problem_type={shown(problem)}: expected one of {', '.join(_PROBLEMS)}")
+    names = values.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"architectures={shown(names)}: expected a list of names")
+    inner = values.get("output_hidden_states")
+    numbers = inner if isinstance(inner, (list, tuple)) else [inner or 0]
+    if not all(isinstance(number, int) for number in numbers):
+        raise ConfigError(f"output_hidden_states={shown(inner)}: expected true or false, or numbers of layers")
 
 
 def _check(config: TimmTowerConfig) -> None:
     check_architecture(config.architecture, config.timm_version)
     _check_int("in_chans", config.in_chans, MAX_IN_CHANS)
-    if config.embed_dim is not None:
-        _check_int("embed_dim", config.embed_dim, MAX_EMBED_DIM)
-    if config.num_features is not None:
-        _check_int("num_features", config.num_features, MAX_EMBED_DIM)
+    for name in ("embed_dim", "num_features"):
+        if getattr(config, name) is not None:
+            _check_int(name, getattr(config, name), MAX_EMBED_DIM)
     for name in ("image_size", "feat_size"):
         if getattr(config, name) is not None:
             setattr(config, name, check_size(name, getattr(config, name)))
-    if isinstance(config.drop, bool) or not (math.isfinite(config.drop) and 0 <= config.drop < 1):
-        raise ConfigError(f"drop={config.drop!r}: expected a probability, 0 <= drop < 1")
+    if isinstance(config.drop, bool) or not 0 <= config.drop < 1:
+        raise ConfigError(f"drop={shown(config.drop)}: expected a probability, 0 <= drop < 1")
     if config.pool is not None and (len(config.pool) > 64 or not config.pool.isprintable()):
         raise ConfigError(f"pool={shown(config.pool)}: not the name of a pool")
     if config.proj == "":
         config.proj = None
     if config.proj is not None and config.proj not in PROJECTIONS:
         raise ConfigError(
-            f"proj={config.proj!r}: expected one of {', '.join(PROJECTIONS)}, or None for the trunk's own classifier"
+            f"proj={shown(config.proj)}: expected one of {', '.join(PROJECTIONS)}, or None for the trunk's own "
+            "classifier"
         )
     if config.classifier is None:
         attention = config.pool in ATTENTION_POOLS
@@ -274,26 +306,22 @@ def _check(config: TimmTowerConfig) -> None:
         config.classifier = "construct" if by_trunk and (own_classifier or config.pool not in OUR_POOLS) else "reset"
     model_args = dict(config.model_args or {})
     check_names(model_args, recorded=(*RECORDED, *(FROM_TRUNK if config.classifier == "reset" else ())))
-    config.model_args = {key: encode(value, f"model_args.{key}") for key, value in sorted(model_args.items())}
+    config.model_args = {key: encode(value, inner("model_args", key)) for key, value in sorted(model_args.items())}
     for key, value in config.model_args.items():
-        decode(value, f"model_args.{key}")
+        decode(value, inner("model_args", key))
     config.drop = float(config.drop)
     check_frozen(config.frozen)
     if config.tower_kwargs and config.tower_class is None:
         raise ConfigError(f"tower_kwargs={shown(config.tower_kwargs)}: only a subclass (tower_class) has any")
 
 
-def _check_int(name: str, value: Any, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ConfigError(f"{name}={shown(value)}: expected a whole number from 1 to {most}")
+def _check_int(name: str, value: Any, most: int, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ConfigError(f"{name}={shown(value)}: expected a whole number from {least} to {most}")
 
 
 def check_size(name: str, value: Any) -> list[int]:
-    """An image size as `[height, width]` in pixels.
-
-    Raises:
-        ConfigError: not one or two whole numbers from 1 to 16384.
-    """
+    """An image size as `[height, width]` in pixels; `ConfigError` unless it is one or two whole numbers to 16384."""
     pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else []
     if len(pair) != 2 or any(
         isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= MAX_IMAGE_SIZE for side in pair
@@ -305,16 +333,11 @@ def check_size(name: str, value: Any) -> list[int]:
 
 
 def check_architecture(name: str, saved_with: str | None = None) -> None:
-    """Refuse what this timm's registry does not have.
+    """Refuse `arch` or `arch.tag` that this timm's registry does not have, by a `ConfigError` with near names.
 
-    Args:
-        name: `arch` or `arch.tag`.
-        saved_with: The timm version a config was saved with, to say which timm has the architecture.
-
-    Raises:
-        ConfigError: with near names, and the timm version that is known to have it.
+    It names the timm version that a config was saved with, which has the architecture.
     """
-    if ":" in name or "/" in name:
+    if ":" in name or "/" in name or len(name) > 200 or not name.isprintable():
         raise ConfigError(
             f"architecture={shown(name)}: expected a name of timm's registry (timm.list_models()), without a scheme "
             "or a path; weights of a repository or a folder are loaded with from_pretrained."

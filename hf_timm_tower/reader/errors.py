@@ -20,17 +20,19 @@ through `shown` alone.
 import reprlib
 
 _SHORT = reprlib.Repr()
+_MOST_LETTERS = 8000  # of an error; that of a head which cannot be stored gives a reason against every form
 _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxlevel = 4
 
 
 class TowerError(Exception):
     """Base of all errors of hf_timm_tower.
 
-    Its text has nothing that a terminal acts on, wherever a part of it came from.
+    Its text has nothing that a terminal acts on and is no book, wherever a part of it came from.
     """
 
     def __str__(self) -> str:
         text = super().__str__()
+        text = text if len(text) <= _MOST_LETTERS else f"{text[:-1000][: _MOST_LETTERS - 1000]} ... {text[-1000:]}"
         return "".join(each if each.isprintable() or each in "\n\t" else repr(each)[1:-1] for each in text)
 
 
@@ -85,3 +87,9 @@ def shown(thing: object, limit: int = 80) -> str:
     _SHORT.maxstring = _SHORT.maxother = limit
     text = repr(thing[: limit + 1]) if isinstance(thing, str) else _SHORT.repr(thing)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """What a library said, which may quote something foreign, for a message: on one line, short."""
+    words = " ".join(str(text).split())
+    return words if len(words) <= limit else words[: limit - 3] + "..."

@@ -4,9 +4,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import timm
 import torch
 import torch.nn as nn
-from timm.models import get_model_traits
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
@@ -78,7 +78,8 @@ def prepared(model: Any, images: torch.Tensor, other_size: bool | None = None) -
         )
     found, own = list(images.shape[-2:]), model.config.image_size
     # The trunk first: of one that takes any size, an export may leave the size open.
-    if get_model_traits(model.trunk).get("fixed_input_size") and found != own:
+    traits_of = getattr(timm.models, "get_model_traits", None)  # from timm 1.0.31 on
+    if traits_of is not None and traits_of(model.trunk).get("fixed_input_size") and found != own:
         asked = "interpolate_pos_encoding=True: " if other_size else ""
         raise ArgumentError(
             f"{asked}pixel_values are {found[0]} x {found[1]}, but {type(model.trunk).__name__} takes images of "

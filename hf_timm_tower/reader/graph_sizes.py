@@ -1,11 +1,11 @@
 """How large the results of a stored head's calls become, known before each call is made.
 
 Each call of a graph may be modest and their sequence not: ``cat([y, y])`` thirty times, an outer product, one call that
-splits a tensor into millions. So at the first input of a shape each call is made on the meta device before it is made
-for real, and the bytes that all of them ask for are bounded. The same call on the same shapes is not looked at again.
+splits a tensor into millions, a product of two numbers that are expanded to matrices. So at the first input of a shape
+each call is made on the meta device before it is made for real, and the bytes and the work that all of them ask for are
+bounded. The same call on the same shapes is not looked at again.
 """
 
-import copy
 import math
 from contextvars import ContextVar
 from typing import Any
@@ -13,13 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from .errors import GraphError, shown
+from .skip_init import MetaTwins, tensors_in
 
 # What all calls of one forward may make together: 128 MiB, and 1024 times the input and 64 times the weights. Attention
 # written by hand over 1,370 tokens of width 1024 and 16 heads makes 220 times its input; a margin loss over 100,000
 # classes ten times the logits of its batch.
 _LEAST, _PER_INPUT, _PER_WEIGHTS = 2**27, 1024, 64
+# What they may compute together, in multiplications and the like: 2**36, as much for each number of the input as
+# attention over 16,384 tokens, and 64 times what it takes to use every weight once at every position of the input.
+_LEAST_WORK, _WORK_PER_INPUT, _WORK_PER_WEIGHT = 2**36, 2**14, 64
 _MAX_TENSORS = 2**16
 _MAX_KNOWN = 4096
 _BY_VALUES = frozenset(
@@ -33,6 +38,11 @@ _DECOMPOSITIONS = frozenset(
     "lu_factor cholesky geqrf".split()
 )
 """Work grows with the cube of a matrix's width, its bytes with the square."""
+_SIZED_BY_VALUE = frozenset(
+    "torch.zeros torch.ones torch.full torch.rand torch.randn torch.randint torch.arange torch.eye torch.linspace "
+    "torch.logspace torch.randperm torch.tril_indices torch.triu_indices".split()
+)
+"""They make a tensor of numbers alone."""
 
 
 RECORDING: ContextVar[bool] = ContextVar("recording", default=False)
@@ -43,66 +53,80 @@ class Sizes:
     """What is known of the sizes in one head: which calls were looked at, and what they make."""
 
     def __init__(self) -> None:
-        self.known: dict[Any, int] = {}
+        self.known: dict[Any, tuple[int, int]] = {}
 
     def start(self, head: nn.Module, x: torch.Tensor) -> "_Counted | None":
         """The count of one forward; None where torch compiles or exports the head, which calls nothing for real."""
         if RECORDING.get() or torch.compiler.is_compiling() or torch._C._get_tracing_state() or x.is_meta:
             return None
         weights = sum(tensor.nbytes for tensor in (*head.parameters(), *head.buffers()))
+        positions = x.numel() // max([1, *x.shape[1:]])
+        work = _LEAST_WORK + _WORK_PER_INPUT * x.numel() + _WORK_PER_WEIGHT * weights * positions
         if len(self.known) > _MAX_KNOWN:
             self.known.clear()
         limit = _LEAST + _PER_INPUT * x.nbytes + _PER_WEIGHTS * weights
-        return _Counted(self.known, (tuple(x.shape), x.dtype, head.training), limit)
+        return _Counted(self.known, (tuple(x.shape), x.dtype, head.training), limit, work)
 
 
 class _Counted:
-    """Bytes that one forward has made so far."""
+    """Bytes that one forward has made so far, and its work."""
 
-    def __init__(self, known: dict[Any, int], key: tuple[Any, ...], limit: int) -> None:
-        self.known, self.key, self.limit = known, key, limit
-        self.spent = 0
+    def __init__(self, known: dict[Any, tuple[int, int]], key: tuple[Any, ...], limit: int, most_work: int) -> None:
+        self.known, self.key, self.limit, self.most_work = known, key, limit, most_work
+        self.spent = self.worked = 0
 
     def check(self, index: int, name: str, function: Any, args: Any, kwargs: Any) -> None:
         """Count a call that is about to be made. Raises GraphError if the forward makes too much with it."""
-        tensors = _flat((args, kwargs))
+        tensors = tensors_in((args, kwargs))
         key = (*self.key, index, *((tensor.shape, tensor.dtype) for tensor in tensors))
-        made = self.known.get(key)
-        if made is None:
-            made, lasting = self._measure(name, function, args, kwargs, tensors)
+        found = self.known.get(key)
+        if found is None:
+            made, work, lasting = self._measure(name, function, args, kwargs, tensors)
+            found = made, work
             if lasting:
-                self.known[key] = made
-        self.spent += made
+                self.known[key] = found
+        self.spent += found[0]
+        self.worked += found[1]
         if self.spent > self.limit:
             raise _too_much(name, self.spent, self.limit)
+        if self.worked > self.most_work:
+            raise GraphError(
+                f"the stored head computes more than {self.most_work:.1e} products for this input (at {name}, "
+                f"{self.worked:.1e} so far): it is refused before it takes the time"
+            )
 
     def _measure(
         self, name: str, function: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]
-    ) -> tuple[int, bool]:
-        """Bytes that a call makes, and whether that holds for all inputs of these shapes."""
+    ) -> tuple[int, int, bool]:
+        """Bytes that a call makes, its work, and whether that holds for all inputs of these shapes."""
         largest = max((tensor.nbytes for tensor in tensors), default=0)
         if name in ("torch.bincount", "Tensor.bincount", "F.one_hot", "torch.repeat_interleave",
                     "Tensor.repeat_interleave") and (made := _by_counts(name, args, kwargs)) is not None:  # fmt: skip
-            return made, False
+            return made, 0, False
         factor = 1
         if name.rpartition(".")[2] in _DECOMPOSITIONS:
             factor = max([1, *(max(tensor.shape[-2:], default=1) // 64 for tensor in tensors)])
-        count = _Count(self.limit)
-        move = _Mover()
-        try:
-            with torch.no_grad(), torch.device("meta"), count:
-                move(function)(*move(args), **move(kwargs))
-        except GraphError:
-            raise _too_much(name, self.spent + count.made, self.limit) from None
-        except Exception as error:  # this call cannot be sized; a call that is wrong fails for real just after
-            by_values = name in _BY_VALUES or isinstance(function, nn.Module)
-            if not by_values and not isinstance(error, NotImplementedError):
-                return 0, False
-            rank = max((tensor.dim() for tensor in tensors), default=1)
-            if by_values:
-                return 8 * max(rank, 1) * largest, True
-            return min(8 * math.prod(max(tensor.numel(), 1) for tensor in tensors), self.limit + 1), True
-        return count.made * factor, True
+        failed: Exception | None = None
+        for by_numbers in (False, True):  # a tensor of one number may say how large the result is
+            count, move = _Count(self.limit), _Twins()
+            first, move.keeps_numbers = move(args[:1]), by_numbers
+            first = move(args[:1]) if name in _SIZED_BY_VALUE else first
+            try:
+                with torch.no_grad(), torch.device("meta"), count:
+                    move(function)(*first, *move(args[1:]), **move(kwargs))
+                return count.made * factor, count.work * factor, not by_numbers
+            except GraphError:
+                raise _too_much(name, self.spent + count.made, self.limit) from None
+            except Exception as error:
+                failed = failed or error
+        # this call cannot be sized; a call that is wrong fails for real just after
+        by_values = name in _BY_VALUES or isinstance(function, nn.Module)
+        if not by_values and not isinstance(failed, NotImplementedError):
+            return 0, 0, False
+        rank = max((tensor.dim() for tensor in tensors), default=1)
+        if by_values:
+            return 8 * max(rank, 1) * largest, 0, True
+        return min(8 * math.prod(max(tensor.numel(), 1) for tensor in tensors), self.limit + 1), 0, True
 
 
 def _too_much(name: str, spent: int, limit: int) -> GraphError:
@@ -113,11 +137,11 @@ def _too_much(name: str, spent: int, limit: int) -> GraphError:
 
 
 class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes that calls make, and ends the run where they are too many."""
+    """Counts the bytes that calls make and their work, and ends the run where bytes or tensors are too many."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.limit, self.made, self.tensors = limit, 0, 0
+        self.limit, self.made, self.tensors, self.work = limit, 0, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
@@ -125,11 +149,16 @@ class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
             dim = args[1] if name == "aten::unbind" and len(args) > 1 else args[2] if len(args) > 2 else 0
             size = 1 if name == "aten::unbind" else max(args[1], 1) if isinstance(args[1], int) else 1
             self._add(0, args[0].shape[dim] // size)
-        known = {tensor.untyped_storage()._cdata for tensor in _flat((args, kwargs))}
+        given = tensors_in((args, kwargs))
+        known = {tensor.untyped_storage()._cdata for tensor in given}
         result = func(*args, **(kwargs or {}))
-        made = _flat(result)
+        made = tensors_in(result)
         memory = [tensor.untyped_storage() for tensor in made]
-        self._add(sum(each.nbytes() for each in memory if each._cdata not in known), len(made))
+        fresh = [each.nbytes() for each in memory if each._cdata not in known]
+        if fresh or not made:  # no view: what is expanded is written out by many kernels
+            fresh += [tensor.nbytes for tensor in given if tensor.nbytes > tensor.untyped_storage().nbytes()]
+            self.work += _work_of(func, args, kwargs, result, given, made)
+        self._add(sum(fresh), len(made))
         return result
 
     def _add(self, nbytes: int, tensors: int) -> None:
@@ -139,39 +168,29 @@ class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise GraphError("too much")
 
 
-class _Mover:
-    """Values as they are, but for tensors and modules, which become twins without memory; one twin for one tensor."""
+def _work_of(
+    func: Any, args: Any, kwargs: Any, result: Any, given: list[torch.Tensor], made: list[torch.Tensor]
+) -> int:
+    """Multiplications of a call, or as many as it has numbers to read and to write."""
+    name, work = func._schema.name, max(sum(each.numel() for each in tensors) for tensors in (given, made))
+    if func._overloadpacket in flop_registry:
+        return max(work, int(flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)) // 2)
+    if "dist_forward" in name or name == "aten::addbmm":  # each row with each row
+        return max(work, given[-2].numel() * given[-1].shape[-2 if "cdist" in name else -1])
+    if "_pool" in name and "adaptive" not in name and len(args) > 1 and isinstance(args[1], (list, tuple)):
+        return max(work, sum(each.numel() for each in made) * math.prod(args[1] * (3 if len(args[1]) == 1 else 1)))
+    return work
 
-    def __init__(self) -> None:
-        self.memo: dict[int, Any] = {}
+
+class _Twins(MetaTwins):
+    """On request tensors of one number stay what they are."""
+
+    keeps_numbers = False
 
     def __call__(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            if id(value) not in self.memo:
-                self.memo[id(value)] = torch.empty_strided(
-                    value.shape, value.stride(), dtype=value.dtype, device="meta"
-                )  # with the strides of an expanded tensor, so that copying it counts
-            return self.memo[id(value)]
-        if isinstance(value, nn.Module):
-            for tensor in (*value.parameters(), *value.buffers()):
-                twin = tensor.detach().to("meta")
-                self.memo[id(tensor)] = nn.Parameter(twin, False) if isinstance(tensor, nn.Parameter) else twin
-            return copy.deepcopy(value, self.memo)
-        if isinstance(value, torch.device):
-            return torch.device("meta")
-        if isinstance(value, (tuple, list)):
-            return type(value)([self(item) for item in value])
-        if isinstance(value, dict):
-            return {key: self(item) for key, item in value.items()}
-        return value
-
-
-def _flat(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [tensor for item in value for tensor in _flat(item)] if isinstance(value, (tuple, list)) else []
+        if isinstance(value, torch.Tensor) and self.keeps_numbers and value.dim() == 0:
+            return value.detach().clone().cpu()
+        return super().__call__(value)
 
 
 def _by_counts(name: str, args: Any, kwargs: Any) -> int | None:

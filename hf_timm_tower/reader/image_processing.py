@@ -215,12 +215,17 @@ def in_channels(image: Image.Image, channels: int) -> Image.Image:
     if channels not in PIL_MODES:
         raise ArgumentError(f"a PIL image, but the tower takes {channels} channels: pass arrays or tensors")
     load_pixels(image)
-    if image.mode.startswith(("I", "F")):
-        extrema: Any = image.getextrema()
-        if not 0 <= extrema[0] <= extrema[1] <= 255 or (image.mode == "F" and extrema[1] <= 1):
-            found = f"an image of mode {image.mode} with values from {extrema[0]} to {extrema[1]}"
-            warnings.warn(f"{found}: PIL's convert clips what is not from 0 to 255; scale it to 8 bits", stacklevel=2)
-    return image if image.mode == PIL_MODES[channels] else image.convert(PIL_MODES[channels])
+    try:
+        if image.mode.startswith(("I", "F")):
+            extrema: Any = image.getextrema()
+            if not 0 <= extrema[0] <= extrema[1] <= 255 or (image.mode == "F" and extrema[1] <= 1):
+                found = f"an image of mode {image.mode} with values from {extrema[0]} to {extrema[1]}"
+                warnings.warn(
+                    f"{found}: PIL's convert clips what is not from 0 to 255; scale it to 8 bits", stacklevel=2
+                )
+        return image if image.mode == PIL_MODES[channels] else image.convert(PIL_MODES[channels])
+    except ValueError as error:  # 16 bits with the high byte first, as TIFF may have them
+        raise ArgumentError(f"an image of mode {image.mode}, which PIL cannot convert; scale it to 8 bits") from error
 
 
 def completed_preprocess(config: TimmTowerConfig) -> tuple[dict[str, Any], list[int]]:

@@ -92,7 +92,7 @@ def encode(value: Any, where: str, depth: int = 0) -> Any:
         return value
     if isinstance(value, int):
         if abs(value) >= MAX_INT:
-            raise ConfigError(f"{where}={value}: integers must stay below 2**31")
+            raise ConfigError(f"{where}={shown(value)}: integers must stay below 2**31")
         return value
     if isinstance(value, (list, tuple)):
         return [encode(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
@@ -102,7 +102,7 @@ def encode(value: Any, where: str, depth: int = 0) -> Any:
         for key in value:
             if not isinstance(key, str):
                 raise ConfigError(f"{where}: keys must be strings, found {key!r}")
-        return {key: encode(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
+        return {key: encode(item, inner(where, key), depth + 1) for key, item in value.items()}
     if isinstance(value, partial) and isinstance(value.func, type) and not value.args:
         encoded = encode(value.func, where, depth)
         encoded["kwargs"] = encode(dict(value.keywords), f"{where}.kwargs", depth + 1)
@@ -138,20 +138,27 @@ def decode(value: Any, where: str, depth: int = 0) -> Any:
             cls = _lookup(value, where)
             keywords = value.get("kwargs")
             if keywords:
-                return partial(cls, **{k: decode(v, f"{where}.kwargs.{k}", depth + 2) for k, v in keywords.items()})
+                place = f"{where}.kwargs"
+                return partial(cls, **{k: decode(v, inner(place, k), depth + 2) for k, v in keywords.items()})
             return cls
-        return {key: decode(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
+        return {key: decode(item, inner(where, key), depth + 1) for key, item in value.items()}
     return encode(value, where, depth)
+
+
+def inner(where: str, key: str) -> str:
+    """Where a value of a dict is, for messages."""
+    return f"{where}.{shown(key)[1:-1]}"
 
 
 def _lookup(value: dict[str, Any], where: str) -> type[nn.Module]:
     name = value[CLASS_KEY]
     extra = sorted(set(value) - {CLASS_KEY, "kwargs"})
     if extra or not isinstance(value.get("kwargs", {}), dict):
-        raise ConfigError(f"{where}: a class entry has 'class' and maybe 'kwargs' (a dict), found {sorted(value)}")
+        found = shown(sorted(value))
+        raise ConfigError(f"{where}: a class entry has 'class' and maybe 'kwargs' (a dict), found {found}")
     cls = allowed_classes().get(name) if isinstance(name, str) else None
     if cls is None:
-        raise ConfigError(f"{where}: class {name!r} is not a public module class of torch.nn or timm.layers")
+        raise ConfigError(f"{where}: class {shown(name)} is not a public module class of torch.nn or timm.layers")
     return cls
 
 

@@ -10,8 +10,9 @@ import torch
 import torch.nn as nn
 
 from .config import ATTENTION_POOLS, TimmTowerConfig
-from .errors import ConfigError, HeadError
+from .errors import ConfigError, HeadError, shown
 from .head import LIVE, SUBCLASS, builtin_head, rebuild_head
+from .image_processing import check_preprocess
 from .trunk import class_and_patch_tokens, create_trunk
 
 CLASSIFIER = "classifier"
@@ -116,16 +117,14 @@ def build_tower(
 
 
 def check_buildable(config: TimmTowerConfig) -> None:
-    """Refuse a config that no code but that of its own class can build.
-
-    Raises:
-        ConfigError, HeadError: says what is needed.
-    """
+    """Refuse a config that only its own class can build: `ConfigError`, `HeadError` say what is needed."""
     if config.tower_class is not None:
         raise ConfigError(
-            f"this tower was saved by {config.tower_class}, a subclass of TimmModel that changes how it is built or "
-            f"run; transformers' classes cannot build it. Load it with {config.tower_class}.from_pretrained(...)."
+            f"this tower was saved by {shown(config.tower_class)}, a subclass of TimmModel that changes how it is "
+            "built or run; transformers' classes cannot build it. Load it with that class's from_pretrained(...)."
         )
+    if config.preprocess is not None:
+        check_preprocess(config.preprocess, config.in_chans)  # timm is told it, and would raise what it likes
     if config.head is not None and config.head.get("form") in (LIVE, SUBCLASS):
         raise HeadError("the config says that there is a custom head, but not which: save the tower with its head")
 
@@ -151,8 +150,7 @@ def without_head(config: TimmTowerConfig) -> TimmTowerConfig:
 def make_classifier(config: TimmTowerConfig) -> nn.Module:
     """A fresh classifier `[B, embed_dim]` -> `[B, num_labels]`; nothing where the trunk's own gives the scores.
 
-    Raises:
-        ConfigError: the embedding has no width, or there are no labels.
+    `ConfigError` where the embedding has no width, or there are no labels.
     """
     if config.embed_dim is None:
         raise ConfigError(

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from .config import ATTENTION_POOLS, TimmTowerConfig, check_size
-from .errors import ArgumentError, ConfigError
+from .errors import ArgumentError, ConfigError, one_line, shown
 from .model_args import RECORDED, decode
 from .skip_init import skip_init
 
@@ -37,8 +37,7 @@ def split_tag(architecture: str) -> tuple[str, str]:
 def native_cfg(architecture: str) -> dict[str, Any]:
     """timm's `pretrained_cfg` of `arch` or `arch.tag`, with the defaults of timm where the registry has none.
 
-    Raises:
-        ConfigError: the tag is unknown to this timm.
+    `ConfigError` where this timm does not know the tag.
     """
     arch, tag = split_tag(architecture)
     try:
@@ -129,11 +128,7 @@ def _preprocess_overlay(config: TimmTowerConfig, tag: str) -> dict[str, Any]:
 
 
 def remove_classifier(trunk: nn.Module, config: TimmTowerConfig) -> None:
-    """Take the trunk's own classifier off and set its pool, by timm's `reset_classifier`.
-
-    Raises:
-        ConfigError: the trunk cannot do it.
-    """
+    """Take the trunk's own classifier off and set its pool by timm's `reset_classifier`, or raise `ConfigError`."""
     if config.classifier == "construct":
         return
     pool = trunk_pool(config.pool)
@@ -156,21 +151,21 @@ def remove_classifier(trunk: nn.Module, config: TimmTowerConfig) -> None:
         else:
             trunk.reset_classifier(0, global_pool=pool)  # type: ignore[operator]
     except BUILD_ERRORS as error:
-        raise UnsupportedPool(config, str(error)) from error
+        raise UnsupportedPool(config, one_line(error)) from error
 
 
 def _build_error(config: TimmTowerConfig, kwargs: dict[str, Any], error: BaseException) -> ConfigError | ArgumentError:
-    text = str(error) or type(error).__name__
+    text = one_line(str(error) or type(error).__name__)
     if isinstance(error, TypeError) and "unexpected keyword argument" in text:
         name = text.rsplit("'", 2)[-2]
         if name == "global_pool":
             return UnsupportedPool(config, text)
         if name in (config.model_args or {}) and name not in RECORDED:
-            return ArgumentError(f"model_kwargs[{name!r}]: {config.architecture} does not take it ({text})")
+            return ArgumentError(f"model_kwargs[{shown(name)}]: {config.architecture} does not take it ({text})")
     if kwargs.get("global_pool") and ("pool" in text.lower() or isinstance(error, AssertionError)):
         return UnsupportedPool(config, text)
     given = {key: value for key, value in kwargs.items() if key != "pretrained_cfg_overlay"}
-    return ConfigError(f"timm cannot build {config.architecture} with {given}: {text}")
+    return ConfigError(f"timm cannot build {config.architecture} with {shown(given, 300)}: {text}")
 
 
 def trunk_pool(pool: str | None) -> str | None:

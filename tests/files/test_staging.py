@@ -39,6 +39,8 @@ from hf_timm_tower.files.staging import read_folder, staged_folder
 from hf_timm_tower.files.weights import read_weights, write_weights
 from hf_timm_tower.reader.errors import FolderError
 
+from ..odd_places import mounted
+
 WEIGHTS = {CONFIG_NAME, INDEX_NAME, TRUNK_NAME, HEAD_NAME}
 
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="folders are exchanged on Linux only")
@@ -131,18 +133,6 @@ def test_a_name_as_long_as_names_may_be(tmp_path: Path) -> None:
     assert len(names(tmp_path)) == 2
 
 
-@contextmanager
-def mounted(folder: Path, *arguments: str) -> Iterator[None]:
-    """A mount for the time of the block; the test is skipped where this user may not mount."""
-    done = subprocess.run(["mount", *arguments, str(folder)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"cannot mount here: {done.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
 @linux_only
 @pytest.mark.parametrize("kind", ["tmpfs", "bind"])
 def test_a_mount_point_is_saved_into(tmp_path: Path, kind: str) -> None:
@@ -229,6 +219,12 @@ def test_other_files_survive_and_an_earlier_saves_own_do_not(tmp_path: Path, wit
     stale = {SINGLE_NAME, FINGERPRINT_NAME, "trunk-00001-of-00002.safetensors", "model-00001-of-00002.safetensors"}
     for name in stale:
         (target / name).write_bytes(b"stale")
+    index = json.loads((target / INDEX_NAME).read_text())
+    index["weight_map"].update({name: name for name in stale if name.endswith(".safetensors")})
+    (target / INDEX_NAME).write_text(json.dumps(index))
+    for name in ("classifier.safetensors", "trunk-00007-of-00009.safetensors"):  # no save here wrote these
+        (target / name).write_bytes(b"mine")
+        kept.add(name)
     if with_folder:
         (target / ".git").mkdir()
         (target / ".git" / "HEAD").write_text("ref")
@@ -237,7 +233,7 @@ def test_other_files_survive_and_an_earlier_saves_own_do_not(tmp_path: Path, wit
     assert names(target) == WEIGHTS | kept | {"link", "dangling"} | ({".git"} if with_folder else set())
     assert version_of(target) == version_for_others(target) == 2
     for name in kept:
-        assert (target / name).read_text() == f"content of {name}"
+        assert (target / name).read_text() in (f"content of {name}", "mine")
     assert (target / "optimizer.pt").stat().st_ino == inode
     assert (target / "link").is_symlink()
     if with_folder:
@@ -481,6 +477,20 @@ def test_an_interrupt_while_cleaning_up_leaves_no_staging_folder(
     assert version_of(target) == 3
     assert names(tmp_path) == {"tower"}
     assert (target / "optimizer.pt").read_text() == "mine"
+
+
+def test_an_interrupt_while_a_scratch_folder_goes_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, interrupts = os.unlink, iter([KeyboardInterrupt])
+
+    def interrupted(*arguments: Any, **keywords: Any) -> None:
+        for interrupt in interrupts:
+            raise interrupt
+        real(*arguments, **keywords)
+
+    monkeypatch.setattr(os, "unlink", interrupted)
+    with pytest.raises(KeyboardInterrupt), disk.scratch_folder("push_", tmp_path) as scratch:
+        (scratch / "trunk.safetensors").write_bytes(b"large")
+    assert not names(tmp_path)
 
 
 @linux_only

@@ -16,6 +16,7 @@ from torch import nn
 
 from hf_timm_tower.heads.to_graph import to_graph
 from hf_timm_tower.heads.verify import verify_head
+from hf_timm_tower.reader import graph_sizes
 from hf_timm_tower.reader.errors import GraphError, HeadError
 from hf_timm_tower.reader.graph_head import GraphHead, construct
 from hf_timm_tower.reader.skip_init import Budget
@@ -430,6 +431,16 @@ GROWTH: dict[str, Any] = {
         [{"op": "Tensor.expand", "in": ["x", 2**20, 2, 8]}, {"op": "Tensor.contiguous", "in": ["%0"]}] * 20,
         [],
     ),
+    "copies inside a product": (
+        [{"op": "Tensor.expand", "in": ["#0", 2**15, 2**15]}, {"op": "torch.mv", "in": ["%0", "#1"]}],
+        [torch.ones(1, 1), torch.ones(2**15)],
+    ),
+    "copies inside a median": (
+        [{"op": "Tensor.expand", "in": ["#0", 2**15, 2**15]}, {"op": "Tensor.median", "in": ["%0"]}], [torch.ones(1, 1)]
+    ),
+    "sizes told by a tensor": ([{"op": "torch.ones", "in": [["#0", "#0"]]}], [torch.tensor(2**17)]),
+    "repeats told by a number": ([{"op": "Tensor.repeat", "in": ["x", "#0", "#0"]}], [torch.tensor(2**17)]),
+    "an end told by a tensor": ([{"op": "torch.arange", "in": ["#0"]}], [torch.tensor(2.0**34)]),
 }  # fmt: skip
 
 
@@ -438,6 +449,29 @@ def test_a_forward_that_makes_too_much_is_refused_before_it_does(kind: str) -> N
     nodes, constants = GROWTH[kind]
     with pytest.raises(GraphError, match="intermediate tensors"):
         run_at_growth(*nodes, constants=constants)
+
+
+LARGE = [{"op": "Tensor.sum", "in": ["x"]}, {"op": "Tensor.repeat", "in": ["%0", 1, 5000, 5000]}]
+WORK: dict[str, list[dict[str, Any]]] = {
+    "a product of matrices": [*LARGE, {"op": "torch.matmul", "in": ["%1", "%1"]}],
+    "distances": [*LARGE, {"op": "torch.cdist", "in": ["%1", "%1", 0.5]}],
+    "a pool of a large window": [*LARGE, {"op": "F.max_pool2d", "in": ["%1", 1500, 1]}],
+    "a large tensor read again and again": LARGE + [{"op": "Tensor.sum", "in": ["%1"]}] * 9000,
+    "a convolution": [
+        *LARGE,
+        {"op": "Tensor.__getitem__", "in": ["%1", {"t": [{"slice": [None, None, None]}, {"slice": [0, 2000, None]}]}]},
+        {"op": "Tensor.unsqueeze", "in": ["%2", 0]},
+        {"op": "F.conv2d", "in": ["%3", "%3"], "kw": {"padding": 500}},
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", WORK)
+def test_a_forward_that_computes_too_much_is_refused_before_it_does(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_sizes, "_LEAST", 2**28)  # of bytes there are enough
+    monkeypatch.setattr(graph_sizes, "_LEAST_WORK", 2**30)
+    with pytest.raises(GraphError, match="computes more than"):
+        run_at_growth(*WORK[kind])
 
 
 def test_layers_count_by_what_they_make() -> None:

@@ -609,3 +609,18 @@ def test_a_card_cut_anywhere_is_left_or_renewed_once_and_for_all(data: st.DataOb
     else:
         ModelCard(renewed)
         assert make_card(config(embed_dim=64), FACTS, existing=renewed) == renewed
+
+
+@pytest.mark.parametrize(
+    "change", [{"image_size": 96}, {"pool": "max"}, {"preprocess": {**PREPROCESS, "crop_pct": 0.5}}]
+)
+def test_metrics_belong_to_the_form_too_where_the_weights_are_the_same(change: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match="another form or preprocessing"):
+        renewed = make_card(config(**change), FACTS, existing=measured(), weights=ONE)
+    assert ModelCard(renewed).data.eval_results is None
+
+
+def test_metrics_of_a_card_that_says_nothing_of_the_form_stay() -> None:
+    earlier = re.sub(r'"form":"\w+",', "", measured())
+    assert earlier != measured()
+    assert ModelCard(unwarned(earlier, weights=ONE)).data.eval_results is not None

@@ -354,7 +354,16 @@ def is_head_only(ann: HubWorker, repo: str) -> bool:
     return "head.safetensors" in names and not any(re.match(r"(trunk|model).*\.safetensors$", name) for name in names)
 
 
-@pytest.mark.parametrize("push_again", [calls.train_head_and_push, calls.train_and_push_face], ids=["timm", "face"])
+@pytest.mark.parametrize(
+    "push_again",
+    [
+        calls.train_head_and_push,
+        calls.train_and_push_face,
+        calls.train_head_and_save_with_push,
+        calls.train_face_and_save_with_push,
+    ],
+    ids=["timm", "face", "timm by a save", "face by a save"],
+)
 def test_head_only_repository_pushed_again_does_not_publish_its_trunk(ann: HubWorker, push_again: object) -> None:
     repo = f"ann/again-{push_again.__name__}"  # type: ignore[attr-defined]
     ann.call(calls.push, "ann/kept", 1)
@@ -384,7 +393,14 @@ def test_trunk_that_was_trained_is_not_published_unasked(hub: LocalHub, ann: Hub
     assert not is_head_only(ann, repo)
 
 
-# --- what a push takes from a folder
+# --- what a push takes from a folder, and leaves in a repository
+
+
+def test_code_in_the_repository_that_no_save_wrote_stays(ann: HubWorker) -> None:
+    mine = {f"core/{name}.py": b"# mine" for name in ("checkpoint", "modeling", "engine")} | {"head_code.py": b"# mine"}
+    ann.call(calls.push_files, "ann/engine", mine)
+    ann.call(calls.push, "ann/engine", 1)
+    assert ann.call(calls.read_files, "ann/engine", list(mine)) == mine
 
 
 def test_only_the_files_that_are_named_are_pushed_and_the_folder_stays_as_it_is(ann: HubWorker, tmp_path: Path) -> None:

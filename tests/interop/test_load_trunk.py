@@ -402,3 +402,12 @@ def test_a_loaded_trunk_is_saved_as_what_it_now_is(tmp_path: Path) -> None:
     again.save_pretrained(tmp_path / "t")
     last = TimmModel.from_pretrained(tmp_path / "t", verify=True)
     assert_holds(last, trunk_weights())
+
+
+def test_dictionaries_that_a_pickle_stores_once_and_names_often_are_counted(tmp_path: Path) -> None:
+    nested: dict[str, Any] = {"w": torch.zeros(1)}
+    for _ in range(14):
+        nested = {str(number): nested for number in range(10)}
+    torch.save(nested, tmp_path / "nested.pth")
+    with pytest.raises(FormatError, match="entries"):
+        load_trunk(tower(), tmp_path / "nested.pth", allow_pickle=True)

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel, VisionTextDualEncoderModel
 
 from hf_timm_tower import TimmModel
+from hf_timm_tower.hub.dual_encoder import make_self_contained
 from hf_timm_tower.interop.onnx import export_onnx
 from hf_timm_tower.interop.torch_export import export_torch
 
@@ -97,3 +99,16 @@ def test_the_search_finds_what_torch_s_own_export_leaves_in_its_file(tmp_path: P
         what for _, data in contents(tmp_path) for secret, what in secrets(tmp_path).items() if secret.encode() in data
     }
     assert "site-packages" in found
+
+
+def test_a_tower_inside_a_pair_of_models_does_not_say_where_it_was_loaded_from(tmp_path: Path) -> None:
+    own, given = tmp_path / "zaphod", tmp_path / "given"
+    TimmModel("test_vit", 16, pool="token").save_pretrained(own / "tower")
+    small = {"num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertModel(BertConfig(vocab_size=30, hidden_size=16, **small)).save_pretrained(own / "text")
+    pair = VisionTextDualEncoderModel.from_vision_text_pretrained(str(own / "tower"), str(own / "text"))
+    pair.save_pretrained(given)
+    assert "zaphod/tower" not in (given / "config.json").read_text()
+    make_self_contained(given)
+    assert "zaphod" not in (given / "config.json").read_text()
+    assert VisionTextDualEncoderModel.from_pretrained(given).config.vision_config.architecture == "test_vit"

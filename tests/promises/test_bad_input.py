@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from hf_timm_tower import (
     HeadError,
     TimmModel,
     TimmTowerConfig,
+    TimmTowerModel,
     TowerError,
     WeightsError,
 )
@@ -67,6 +69,96 @@ def edit(folder: Path, name: str = "config.json", **changes: Any) -> None:
     data = json.loads((folder / name).read_text())
     data.update(changes)
     (folder / name).write_text(json.dumps(data))
+
+
+LONG = "\nFORGED \x1b[31m" + "y" * 50_000
+STRANGE: dict[str, dict[str, Any]] = {
+    "key of an argument": {"model_args": {"a": {LONG: {"class": "zz"}}}},
+    "class": {"model_args": {"act_layer": {"class": LONG}}},
+    "argument of a class": {"model_args": {"act_layer": {"class": "torch.nn.SiLU", "kwargs": {LONG: {"class": "z"}}}}},
+    "entry of a class": {"model_args": {"act_layer": {"class": "torch.nn.SiLU", LONG: 1}}},
+    "argument that timm refuses": {"model_args": {"act_layer": LONG}},
+    "unknown argument": {"model_args": {"q" * 50_000: 1}},
+    "tag": {"architecture": f"test_resnet.{LONG}"},
+    "layout": {"layout": LONG},
+    "proj": {"proj": LONG},
+    "classifier": {"classifier": LONG},
+    "tower_class": {"tower_class": LONG},
+    "hidden_size": {"hidden_size": LONG},
+    "drop": {"drop": LONG},
+    "enormous drop": {"drop": 10**4000},
+    "format_version": {"format_version": 10**4000},
+    "feat_size": {"feat_size": [LONG]},
+    "dtype": {"dtype": LONG},
+    "dtype that is a function of torch": {"dtype": "load"},
+    "torch_dtype": {"torch_dtype": "int8"},
+    "problem_type": {"problem_type": LONG},
+    "architectures": {"architectures": {LONG: 1}},
+    "labels": {"id2label": {"0": {"a": LONG}}},
+    "hidden states": {"output_hidden_states": LONG},
+    "attention": {"attn_implementation": "eager"},
+    "attention, hidden": {"_attn_implementation": LONG},
+    "quantization": {"quantization_config": {"quant_method": LONG}},
+    "mean that is no list": {"preprocess": -1},
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_text_of_a_config_is_short_and_on_one_line_in_the_error_of_either_face(folder: Path, kind: str) -> None:
+    edit(folder, **STRANGE[kind])
+    for face in (TimmModel, TimmTowerModel):
+        with pytest.raises(TowerError) as caught:
+            face.from_pretrained(folder)
+        assert len(str(caught.value)) < 1500
+        assert "\nFORGED" not in str(caught.value)
+        assert "\x1b" not in str(caught.value)
+
+
+def test_no_error_is_a_book() -> None:
+    assert 4000 < len(str(TowerError("a" * 10**6 + "the end"))) < 10_000
+    assert str(TowerError("a" * 10**6 + "the end")).endswith("the end")
+
+
+def test_what_a_reader_chooses_is_not_stored(folder: Path, tmp_path: Path) -> None:
+    model = TimmTowerModel.from_pretrained(folder, attn_implementation="eager", dtype="bfloat16")
+    model.config.output_hidden_states = [0, 1]
+    model.save_pretrained(tmp_path / "again")
+    assert "attn_implementation" not in (tmp_path / "again" / "config.json").read_text()
+    assert TimmTowerModel.from_pretrained(tmp_path / "again").dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("quantization_config", {"quant_method": "none"}),
+        ("problem_type", "guess the species"),
+        ("output_hidden_states", "all"),
+        ("architectures", "ours"),
+    ],
+)
+def test_what_no_file_may_hold_costs_no_save(name: str, value: Any, tmp_path: Path) -> None:
+    tower = TimmModel("test_resnet", embed_dim=8)
+    setattr(tower.config, name, value)
+    with warnings.catch_warnings(record=True):
+        tower.save_pretrained(tmp_path / "tower")
+    assert TimmModel.from_pretrained(tmp_path / "tower").verify().status == "equal"
+    assert json.loads((tmp_path / "tower" / "config.json").read_text()).get(name) != value
+
+
+def test_preprocessing_that_timm_cannot_take_is_refused_by_either_face(folder: Path) -> None:
+    preprocess = json.loads((folder / "config.json").read_text())["preprocess"]
+    edit(folder, preprocess={**preprocess, "mean": -1})
+    for face in (TimmModel, TimmTowerModel):
+        with pytest.raises(ConfigError, match=r"preprocess\.mean=-1"):
+            face.from_pretrained(folder)
+
+
+def test_an_index_without_metadata_is_named_where_transformers_fails_on_it(folder: Path) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index["weight_map"]}))
+    assert TimmModel.from_pretrained(folder).verify().status == "equal"
+    with pytest.raises(FormatError, match="metadata"):
+        TimmTowerModel.from_pretrained(folder)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

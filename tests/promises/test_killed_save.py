@@ -1,8 +1,10 @@
 """`kill -9` at random moments of a save: the folder holds the old tower or the new one, whole, every time."""
 
 import contextlib
+import errno
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from hf_timm_tower import FolderError, TimmModel
 from hf_timm_tower.files.json import write_json
 from hf_timm_tower.files.names import CONFIG_NAME
 from hf_timm_tower.files.open_folder import OpenFolder
@@ -18,7 +21,10 @@ from hf_timm_tower.files.staging import read_folder, staged_folder
 from hf_timm_tower.files.weights import read_weights, write_weights
 from hf_timm_tower.reader.weights import assign_weights
 
-KILLS = 60
+from ..odd_places import mounted, refuse_exchange
+
+PLACES = {"exchanged": 30, "committed": 30, "current folder": 10, "mount point": 10, "link": 10, "no exchange": 10}
+"""Where it is saved -> how often it is killed there."""
 
 
 class Tower(nn.Module):
@@ -55,13 +61,35 @@ def load(folder: Path) -> int:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("how", ["exchanged", "committed"])
-def test_a_killed_save_leaves_the_old_or_the_new_tower(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_a_killed_save_leaves_the_old_or_the_new_tower(
+    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "tower"
-    save(target, 0)
-    (target / "optimizer.pt").write_text("mine")
-    if how == "committed":
-        (target / "runs").mkdir()  # a folder of the user's keeps folders from being exchanged
+    target.mkdir()
+    with contextlib.ExitStack() as stack:
+        if place == "mount point":
+            stack.enter_context(mounted(target, "-t", "tmpfs", "tmpfs"))
+        if place == "current folder":
+            monkeypatch.chdir(target)
+        refused = refuse_exchange(monkeypatch) if place == "no exchange" else None
+        save(target, 0)
+        (target / "optimizer.pt").write_text("mine")
+        if place == "committed":
+            (target / "runs").mkdir()  # a folder of the user's keeps folders from being exchanged
+        if place == "link":
+            (tmp_path / "link").symlink_to("tower")
+            target = tmp_path / "link"
+        kill_and_look(target, PLACES[place])
+        assert refused is None or refused, "it was asked to exchange the folders"
+        left = {name for name in [*os.listdir(target), *os.listdir(tmp_path)] if "tower-" in name}
+        assert left == set()
+        assert (tmp_path / "link").is_symlink() == (place == "link")
+        monkeypatch.undo()
+
+
+def kill_and_look(target: Path, kills: int) -> None:
+    """Kill savers to a folder again and again, and load what is there each time; at the end a save goes through."""
     began = time.monotonic()
     for version in (1, 2, 3):
         save(target, version)
@@ -69,7 +97,7 @@ def test_a_killed_save_leaves_the_old_or_the_new_tower(tmp_path: Path, how: str)
     version, killed_early, killed_late = 3, 0, 0
     moments = random.Random(20)
     saves, said = os.pipe()
-    for kill in range(KILLS // 2):
+    for kill in range(kills):
         child = os.fork()
         if not child:
             try:
@@ -97,5 +125,33 @@ def test_a_killed_save_leaves_the_old_or_the_new_tower(tmp_path: Path, how: str)
     assert killed_late, "no kill came after one"
     save(target, 10_000)
     assert load(target) == 10_000
-    left = {name for name in [*os.listdir(target), *os.listdir(tmp_path)] if "tower-" in name}
-    assert left == set()
+
+
+def test_a_disk_that_is_full_at_any_write_leaves_the_old_tower_and_nothing_else(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small = {"channels": (8, 8, 16, 16), "stem_width": 8}
+    old, new = (TimmModel("test_resnet", 8, 64, model_kwargs=small).eval() for _ in range(2))
+    disk, image = tmp_path / "disk", torch.rand(1, 3, 64, 64)
+    disk.mkdir()
+    old.save_pretrained(tmp_path / "measured")
+    size = sum(file.stat().st_size for file in (tmp_path / "measured").iterdir())
+    with mounted(disk, "-t", "tmpfs", "-o", f"size={3 * size + 2**18}", "tmpfs"):
+        target = disk / "tower"
+        old.save_pretrained(target)
+        names, fails = sorted(os.listdir(target)), 0
+        for left in range(0, 2 * size, 2**14):
+            ballast = max(shutil.disk_usage(disk).free - left, 0)
+            (disk / "ballast").write_bytes(bytes(ballast))
+            try:
+                new.save_pretrained(target)
+            except FolderError as error:
+                assert error.errno == errno.ENOSPC, error  # noqa: PT017
+                fails += 1
+            else:
+                break
+            (disk / "ballast").unlink()
+            assert sorted(os.listdir(target)) == names
+            assert os.listdir(disk) == ["tower"]
+            assert torch.equal(TimmModel.from_pretrained(target)(image), old(image))
+        assert fails > 10
+        assert torch.equal(TimmModel.from_pretrained(target)(image), new(image))

@@ -675,3 +675,12 @@ else:
 """
     (tmp_path / "hf_home").mkdir()
     fresh_process(code, tower_folder, env={"PYTHONPATH": None, "HF_HOME": str(tmp_path / "hf_home")})
+
+
+def test_an_image_that_pil_cannot_convert_is_named(tmp_path: Path) -> None:
+    deep = Image.frombytes("I;16B", (8, 8), np.arange(64, dtype=">u2").tobytes())
+    deep.save(tmp_path / "deep.tiff")
+    made = processor()
+    for image in (deep, tmp_path / "deep.tiff"):
+        with pytest.raises(ArgumentError, match="I;16B, which PIL cannot convert"):
+            made(image, return_tensors="pt")
