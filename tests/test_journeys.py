@@ -25,11 +25,11 @@ PACKAGE = Path(hf_timm_tower.__file__).parent
 
 # Journey -> (files, functions) of this package that run in it.
 JOURNEYS = {
-    "load a built-in head": (26, 126),
-    "load a graph head": (32, 167),
-    "load with dtype": (26, 126),
-    "save a custom head": (58, 424),
-    "save again after training": (45, 323),
+    "load a built-in head": (26, 130),
+    "load a graph head": (32, 171),
+    "load with dtype": (26, 130),
+    "save a custom head": (59, 431),
+    "save again after training": (47, 331),
     "build with a custom head": (15, 59),
 }
 
