@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-Format = Literal["onnx", "torch", "timm"]
+Format = Literal["onnx", "transformers.js", "torch", "timm"]
 
 
 def export(
