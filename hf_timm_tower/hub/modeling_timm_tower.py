@@ -2368,14 +2368,14 @@ class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _work_of(func: Any, args: Any, kwargs: Any, result: Any, given: list[Any], made: list[Any]) -> int:
     """Multiplications of a call, or as many as it has numbers to read and to write."""
-    name, work = func._schema.name, max(sum(each.numel() for each in tensors) for tensors in (given, made))
+    name, work = func._schema.name, 0
     if func._overloadpacket in flop_registry:
-        return max(work, flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result) // 2)
-    if "dist_forward" in name or name == "aten::addbmm":  # each row with each row
-        return max(work, given[-2].numel() * given[-1].shape[-2 if "cdist" in name else -1])
-    if "_pool" in name and "adaptive" not in name and len(args) > 1 and isinstance(args[1], (list, tuple)):
-        return max(work, sum(each.numel() for each in made) * math.prod(args[1] * (3 if len(args[1]) == 1 else 1)))
-    return work
+        work = flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result) // 2
+    elif "dist_forward" in name or name == "aten::addbmm":  # each row with each row
+        work = given[-2].numel() * given[-1].shape[-2 if "cdist" in name else -1]
+    elif "_pool" in name and "adaptive" not in name and len(args) > 1 and isinstance(args[1], (list, tuple)):
+        work = sum(each.numel() for each in made) * math.prod(args[1] * (3 if len(args[1]) == 1 else 1))
+    return max(int(work), *(sum(each.numel() for each in tensors) for tensors in (given, made)))
 
 
 class _Mover:
