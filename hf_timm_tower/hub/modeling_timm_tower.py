@@ -2375,7 +2375,7 @@ def _work_of(func: Any, args: Any, kwargs: Any, result: Any, given: list[Any], m
         work = given[-2].numel() * given[-1].shape[-2 if "cdist" in name else -1]
     elif "_pool" in name and "adaptive" not in name and len(args) > 1 and isinstance(args[1], (list, tuple)):
         work = sum(each.numel() for each in made) * math.prod(args[1] * (3 if len(args[1]) == 1 else 1))
-    return max(int(work), *(sum(each.numel() for each in tensors) for tensors in (given, made)))
+    return max(int(work), *(int(sum(each.numel() for each in tensors)) for tensors in (given, made)))
 
 
 class _Mover:
@@ -3972,7 +3972,7 @@ def read_index(path: Path) -> dict[str, Any]:
             raise FormatError(f"{path}: {shown(name)} is not the plain name of a .safetensors file")
     if not isinstance(index.get("metadata", {}), dict):
         raise FormatError(f"{path}: metadata must be an object, found {shown(index['metadata'])}")
-    return index  # type: ignore[no-any-return]
+    return index
 
 
 @dataclass(frozen=True)

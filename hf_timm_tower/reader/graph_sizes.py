@@ -177,7 +177,7 @@ def _work_of(func: Any, args: Any, kwargs: Any, result: Any, given: list[Any], m
         work = given[-2].numel() * given[-1].shape[-2 if "cdist" in name else -1]
     elif "_pool" in name and "adaptive" not in name and len(args) > 1 and isinstance(args[1], (list, tuple)):
         work = sum(each.numel() for each in made) * math.prod(args[1] * (3 if len(args[1]) == 1 else 1))
-    return max(int(work), *(sum(each.numel() for each in tensors) for tensors in (given, made)))
+    return max(int(work), *(int(sum(each.numel() for each in tensors)) for tensors in (given, made)))
 
 
 class _Mover:

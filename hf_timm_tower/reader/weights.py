@@ -113,7 +113,7 @@ def read_index(path: Path) -> dict[str, Any]:
             raise FormatError(f"{path}: {shown(name)} is not the plain name of a .safetensors file")
     if not isinstance(index.get("metadata", {}), dict):
         raise FormatError(f"{path}: metadata must be an object, found {shown(index['metadata'])}")
-    return index  # type: ignore[no-any-return]
+    return index
 
 
 @dataclass(frozen=True)
