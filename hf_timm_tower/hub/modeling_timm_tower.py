@@ -3970,8 +3970,6 @@ def read_index(path: Path) -> dict[str, Any]:
     for name in set(map(str, names.values())):
         if not _WEIGHT_NAME.fullmatch(name):
             raise FormatError(f"{path}: {shown(name)} is not the plain name of a .safetensors file")
-    if not isinstance(index.get("metadata", {}), dict):
-        raise FormatError(f"{path}: metadata must be an object, found {shown(index['metadata'])}")
     return index
 
 
