@@ -12,11 +12,15 @@ __version__ = "0.1.0.dev0"
 
 _HOME = {
     "TimmModel": ".timm_model",
+    "TimmTowerBackbone": ".backbone",
     "TimmTowerConfig": ".reader.config",
+    "TimmTowerEncoder": ".encoder",
+    "TimmTowerEncoderConfig": ".encoder_config",
     "TimmTowerForImageClassification": ".modeling",
     "TimmTowerImageProcessor": ".reader.image_processor",
     "TimmTowerModel": ".modeling",
     "Verification": ".files.fingerprint",
+    "align_weights": ".hub.dual_encoder",
     "make_self_contained": ".hub.dual_encoder",
     "register_head": ".heads.registry",
     "TowerError": ".reader.errors",
@@ -32,9 +36,12 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
+    from .backbone import TimmTowerBackbone
+    from .encoder import TimmTowerEncoder
+    from .encoder_config import TimmTowerEncoderConfig
     from .files.fingerprint import Verification
     from .heads.registry import register_head
-    from .hub.dual_encoder import make_self_contained
+    from .hub.dual_encoder import align_weights, make_self_contained
     from .modeling import TimmTowerForImageClassification, TimmTowerModel
     from .reader.config import TimmTowerConfig
     from .reader.errors import (
@@ -62,7 +69,10 @@ __all__ = [
     "HeadError",
     "HubError",
     "TimmModel",
+    "TimmTowerBackbone",
     "TimmTowerConfig",
+    "TimmTowerEncoder",
+    "TimmTowerEncoderConfig",
     "TimmTowerForImageClassification",
     "TimmTowerImageProcessor",
     "TimmTowerModel",
@@ -70,6 +80,7 @@ __all__ = [
     "Verification",
     "WeightsError",
     "__version__",
+    "align_weights",
     "make_self_contained",
     "register_head",
 ]

@@ -21,13 +21,19 @@ _READER = f"{__package__}.reader"
 def _register_config() -> None:
     auto, own = importlib.import_module(f"{_AUTO}.configuration_auto"), importlib.import_module(f"{_READER}.config")
     auto.AutoConfig.register(own.TimmTowerConfig.model_type, own.TimmTowerConfig)
+    encoder = importlib.import_module(f"{__package__}.encoder_config").TimmTowerEncoderConfig
+    auto.AutoConfig.register(encoder.model_type, encoder)
 
 
 def _register_models() -> None:
     auto, own = importlib.import_module(f"{_AUTO}.modeling_auto"), importlib.import_module(f"{__package__}.modeling")
     auto.AutoModel.register(own.TimmTowerModel.config_class, own.TimmTowerModel)
+    backbone = importlib.import_module(f"{__package__}.backbone").TimmTowerBackbone
+    auto.AutoBackbone.register(backbone.config_class, backbone)
     face = own.TimmTowerForImageClassification
     auto.AutoModelForImageClassification.register(face.config_class, face)
+    encoder = importlib.import_module(f"{__package__}.encoder").TimmTowerEncoder
+    auto.AutoModel.register(encoder.config_class, encoder)
 
 
 def _register_image_processor() -> None:
@@ -56,10 +62,13 @@ class _Registration:
 
 _PENDING = [
     _Registration(
-        f"{_AUTO}.configuration_auto", ("transformers.configuration_utils", f"{_READER}.config"), _register_config
+        f"{_AUTO}.configuration_auto",
+        ("transformers.configuration_utils", f"{_READER}.config", f"{__package__}.encoder_config"),
+        _register_config,
     ),
     _Registration(
-        f"{_AUTO}.modeling_auto", ("transformers.modeling_utils", f"{_READER}.config", f"{__package__}.modeling"),
+        f"{_AUTO}.modeling_auto",
+        ("transformers.modeling_utils", f"{_READER}.config", f"{__package__}.modeling", f"{__package__}.encoder"),
         _register_models,
     ),
     _Registration(

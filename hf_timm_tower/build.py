@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,6 +36,43 @@ def checked_arguments(model_kwargs: Any) -> dict[str, Any]:
     return dict(model_kwargs)
 
 
+@dataclass(frozen=True)
+class Rates:
+    """Regularisation that a stored tower is loaded with in place of its own; None keeps that.
+
+    Attributes:
+        drop: Dropout probability of the projection.
+        drop_path: Stochastic depth rate of the trunk.
+        patch_drop: Patch dropout rate of the trunk.
+    """
+
+    drop: float | None = None
+    drop_path: float | None = None
+    patch_drop: float | None = None
+
+    def put_into(self, config: TimmTowerConfig) -> TimmTowerConfig:
+        """The same config with these rates.
+
+        Raises:
+            ConfigError: not a rate.
+            ArgumentError: the tower has no projection of ours that `drop` could be for.
+        """
+        named = {"drop_path_rate": self.drop_path, "patch_drop_rate": self.patch_drop}
+        done = copy.deepcopy(config)
+        args = {name: value for name, value in (config.model_args or {}).items() if named.get(name) is None}
+        add_rates(args, self.drop_path, self.patch_drop)
+        done.model_args = dict(sorted(args.items()))
+        if self.drop is not None:
+            _check_rate("drop", self.drop)
+            if config.head is not None or config.proj not in ("linear", "mlp"):
+                raise ArgumentError(
+                    f"drop={self.drop} is for the built-in projection, which this tower does not have; drop_path and "
+                    "patch_drop are the trunk's"
+                )
+            done.drop = float(self.drop)
+        return done
+
+
 def add_rates(model_args: dict[str, Any], drop_path: float | None, patch_drop: float | None) -> None:
     """Put the constructor's `drop_path` and `patch_drop` among the arguments of `timm.create_model`.
 
@@ -45,10 +83,14 @@ def add_rates(model_args: dict[str, Any], drop_path: float | None, patch_drop: f
     for name, rate in (("drop_path_rate", drop_path), ("patch_drop_rate", patch_drop)):
         if rate is None:
             continue
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
-            raise ConfigError(f"{name}={rate!r}: expected a rate, 0 <= rate < 1")
+        _check_rate(name, rate)
         if model_args.setdefault(name, rate) != rate:
             raise ArgumentError(f"{name} is given twice, as {rate} and in model_kwargs as {model_args[name]}")
+
+
+def _check_rate(name: str, rate: Any) -> None:
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+        raise ConfigError(f"{name}={rate!r}: expected a rate, 0 <= rate < 1")
 
 
 def head_fields(
@@ -64,12 +106,7 @@ def head_fields(
 
     Args:
         own_head: The class of the tower makes a head of its own.
-        embed_dim: As in `TimmModel`, like all further arguments.
-        pool: As in `TimmModel`.
-        proj: As in `TimmModel`.
-        proj_bias: As in `TimmModel`.
-        drop: As in `TimmModel`.
-        custom_head: As in `TimmModel`.
+        embed_dim, pool, proj, proj_bias, drop, custom_head: As in `TimmModel`.
 
     Raises:
         ConfigError: the pool is not a name.

@@ -10,20 +10,20 @@ from typing import Any, Literal, Self
 
 import torch
 import torch.nn as nn
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 
+from .build import Rates
 from .files.disk import scratch_folder
-from .files.fingerprint import Verification, compare, run_probe
-from .hub.card import CardOptions, as_tags
+from .files.fingerprint import Verification, weight_digests
+from .hub.card import CardOptions, as_tags, tower_facts
 from .hub.download import Access
-from .hub.fetch import fetch_tower
+from .hub.fetch import commit_of, fetch_tower
 from .hub.push import COMMIT_MESSAGE, PushOptions, default_repo_id, push_folder
 from .hub.trunk_source import find_trunk, kept_trunk_source
-from .load import check_device, load_tower
+from .load import check_device, load_tower, verify
 from .reader.config import TimmTowerConfig
-from .reader.errors import ArgumentError, FolderError, TowerError
+from .reader.errors import ArgumentError, TowerError
 from .reader.head import CustomHead
-from .reader.tower import plain_defaults
 from .reader.weights import TrunkSource, floating_dtype
 from .save import Saved, SaveOptions, save_tower, storable_config, with_weights
 from .subclassing import OVERRIDABLE, added_arguments, overrides
@@ -42,6 +42,7 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
     trunk: nn.Module
     head: nn.Module
     _fingerprint: dict[str, Any] | None
+    _origin: dict[str, str | None] | None = None  # where it was loaded from, and which commit
 
     def set_input_size(self, image_size: int | Sequence[int]) -> None:
         """Change the input size, an int or (height, width), in pixels."""
@@ -80,8 +81,8 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             license: For the card; never guessed.
             metrics: Name -> figure, for the card's table and its `model-index`.
             evaluated_on: Id of the data set that they were measured on.
-            include_code: None: the folder carries this package's core, so that stock transformers can load it. True:
-                also the source of the head, where it cannot be stored in another form. False: no code at all.
+            include_code: None: the folder carries its reader, so that it loads where this package is not installed.
+                True: also the source of the head, where it cannot be stored in another form. False: no code at all.
             max_shard_size: Largest weight file, in bytes or as `"5GB"`.
             is_main_process: False saves nothing: another process does.
             state_dict: The weights, where they had to be gathered from several processes.
@@ -171,7 +172,8 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
 
         Args:
             repo_id: `name` or `org/name`; made where it does not exist.
-            config: As in `save_pretrained`.
+            config, model_card_kwargs, tags, license, metrics, evaluated_on, include_code, max_shard_size: As in
+                `save_pretrained`.
             commit_message: The commit's first line.
             private: Of the repository, where this call makes it.
             token: With the right to write; the one that is logged in by default.
@@ -180,16 +182,9 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             allow_patterns: Push only files that match.
             ignore_patterns: Do not push files that match.
             delete_patterns: Delete further files of the repository that match.
-            model_card_kwargs: As in `save_pretrained`.
-            tags: As in `save_pretrained`.
-            license: As in `save_pretrained`.
-            metrics: As in `save_pretrained`.
-            evaluated_on: As in `save_pretrained`.
-            include_code: As in `save_pretrained`.
             trunk: `org/name@revision` of a tower or timm repository that has this tower's trunk, bit for bit. Only the
                 head is pushed; loading fetches the trunk from there, at the commit that it has now. None: the trunk
                 that the tower was loaded with, where it has one elsewhere. False: the whole tower is pushed.
-            max_shard_size: Largest weight file.
 
         Returns:
             The commit's address (the pull request's with `create_pr`).
@@ -249,6 +244,9 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         image_size: int | Sequence[int] | None = None,
         frozen: bool = True,
         mmap: bool = True,
+        drop: float | None = None,
+        drop_path: float | None = None,
+        patch_drop: float | None = None,
     ) -> Self:
         """Load a tower from a folder or a repository, in eval mode. Reads JSON and safetensors, runs nobody's code.
 
@@ -273,6 +271,10 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             frozen: Freeze what was frozen when the tower was saved; False: everything trains.
             mmap: Map the weight files, so that they are not copied; False reads them into memory, for files that
                 somebody may overwrite in place (`cp`) while the tower is in use.
+            drop: Dropout of the projection for the next training, in place of the stored one; no weight changes, nor
+                what the tower gives in eval mode.
+            drop_path: The same for the trunk's stochastic depth.
+            patch_drop: The same for the trunk's patch dropout.
 
         Raises:
             FolderError, FormatError, WeightsError, ConfigError, HeadError: by what is wrong with the folder.
@@ -302,7 +304,10 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             access=replace(access, force_download=False),
             frozen=frozen,
             mmap=mmap,
+            rates=Rates(drop, drop_path, patch_drop),
         )
+        commit = None if Path(pretrained_model_name_or_path).is_dir() else commit_of(folder)
+        tower._origin = {"loaded_from": str(pretrained_model_name_or_path), "commit": commit}
         if verify:
             found = tower.verify()
             if found.status == "different":
@@ -313,15 +318,30 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             tower.set_input_size(image_size)
         return tower
 
-    @plain_defaults()
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The card that saving would write, with no earlier one to keep.
+
+        Args:
+            args: Of the mixin; refused.
+            kwargs: As `model_card_kwargs` of `save_pretrained`, and `repo_id`.
+
+        Raises:
+            ArgumentError: a keyword that no card has.
+            HeadError, ConfigError: the tower could not be saved.
+        """
+        if args:
+            raise ArgumentError("generate_model_card takes keywords: repo_id and metadata of the card")
+        repo_id = kwargs.pop("repo_id", None)
+        proven, _ = storable_config(self, own_trunk=overrides(type(self), "_create_trunk"),
+                                    own_head=overrides(type(self), "_create_head"))  # fmt: skip
+        return ModelCard(
+            CardOptions(more=kwargs, repo_id=repo_id).make(tower_facts(self), proven.stored, None, weight_digests(self))
+        )
+
     def verify(self) -> Verification:
         """Whether the tower gives the numbers that it was saved with, on this timm, torch and device.
 
         Raises:
             FolderError: it was neither saved nor loaded yet, or its folder has no fingerprint.
         """
-        if self._fingerprint is None:
-            raise FolderError("this tower has no fingerprint: it was neither saved nor loaded, or its folder has none")
-        size: list[int] = list(self.config.image_size)  # type: ignore[arg-type]
-        outputs = run_probe(self, self.config.in_chans, size)
-        return compare(self._fingerprint, self, outputs, self.config.in_chans, size)
+        return verify(self)

@@ -3,15 +3,17 @@
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn as nn
 from transformers.utils.hub import cached_file
 
-from .files.fingerprint import compare, run_probe
+from .build import Rates
+from .files.fingerprint import Verification, compare
 from .files.names import CONFIG_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME
 from .files.open_folder import OpenFolder
 from .files.same_save import check_processor, mismatch
@@ -19,27 +21,18 @@ from .files.staging import read_folder
 from .files.weights import read_weights
 from .heads.source_file import construct_code
 from .hub.download import Access
+from .hub.identify import identify
 from .hub.trunk_source import merged, read_trunk
 from .reader.config import TimmTowerConfig
-from .reader.errors import ArgumentError, ConfigError, HeadError, shown
+from .reader.errors import ArgumentError, ConfigError, FolderError, HeadError, shown
 from .reader.freezing import apply_frozen
-from .reader.head import CODE, CustomHead, check_stored, code_file, refuse_code
+from .reader.head import CODE, SUBCLASS, CustomHead, code_file, refuse_code
 from .reader.image_processing import check_preprocess
 from .reader.skip_init import Budget, skip_init
 from .reader.tower import CLASSIFIER, Tower, build_tower, has_classifier, plain_defaults
 from .reader.trunk import buffers_as_timm, float_dtype, native_size
 from .reader.weights import StoredTower, assign_weights, parse_trunk_source
 from .subclassing import rebuild
-
-
-class Loaded(Protocol):
-    """What `load_tower` makes: a tower that keeps its fingerprint."""
-
-    config: TimmTowerConfig
-    trunk: nn.Module
-    head: nn.Module
-    _fingerprint: dict[str, Any] | None
-
 
 T = TypeVar("T", bound=nn.Module)
 
@@ -62,11 +55,11 @@ def read_tower(folder: str | os.PathLike[str], access: Access | None = None, *, 
     if kind != TimmTowerConfig.model_type:
         raise ConfigError(
             f"{os.path.join(folder, CONFIG_NAME)}: model_type is {shown(kind)}, not {TimmTowerConfig.model_type!r}: "
-            "this is not a tower saved by hf_timm_tower."
+            f"this is not a tower saved by hf_timm_tower. {identify((), described, os.fspath(folder))}".rstrip()
         )
     described.pop("auto_map", None)  # of the files, not of the tower: every save decides on it anew
     config: TimmTowerConfig = TimmTowerConfig.from_dict(described)
-    check_stored(config.head, config.tower_class)
+    _check_stored_form(config.head, config.tower_class)
     if config.num_features is None or config.layout is None or config.image_size is None:
         raise ConfigError(f"{os.path.join(folder, CONFIG_NAME)}: num_features, layout and image_size must be there")
     check_preprocess(config.preprocess or {}, config.in_chans)
@@ -91,6 +84,18 @@ def _parse(
     digests: dict[str, str] = {}
     weights = read_weights(files, mmap=mmap, digests=digests)
     return config, weights, fingerprint, processor, digests
+
+
+def _check_stored_form(spec: Any, tower_class: str | None) -> None:
+    """Refuse `config.head` of a file that no save writes by a `HeadError` that names the form."""
+    if spec is None:
+        return
+    form = spec.get("form")
+    if form not in ("graph", "registered", CODE, SUBCLASS) or (form == SUBCLASS and tower_class is None):
+        raise HeadError(
+            f"config.head: form {shown(form)} is not one of a saved tower (graph, registered, code, or subclass with "
+            "tower_class)"
+        )
 
 
 def _check_against_fingerprint(config: TimmTowerConfig, fingerprint: dict[str, Any]) -> None:
@@ -124,6 +129,7 @@ def load_tower(
     origin: str | None = None,
     frozen: bool = True,
     mmap: bool = True,
+    rates: Rates | None = None,
 ) -> T:
     """A folder -> a tower of TimmModel or a subclass, in eval mode. Parameters are the mapped files themselves.
 
@@ -139,11 +145,14 @@ def load_tower(
         origin: Repository and revision that the folder comes from, for messages.
         frozen: Freeze what was frozen when the tower was saved.
         mmap: Map the weight files; False reads them into memory.
+        rates: Regularisation in place of the stored one.
 
     Raises:
         TowerError: by what is wrong with the folder.
     """
     stored = read_tower(folder, access, mmap=mmap)
+    if rates not in (None, Rates()):
+        stored = replace(stored, config=rates.put_into(stored.config))
     _check_class(cls, stored.config, folder)
     weights = _without_classifier(stored.weights, folder)
 
@@ -198,7 +207,7 @@ def _construct(
     strict: bool = True,
 ) -> T:
     """Build without initialisation and within the budget, put the weights in, eval mode."""
-    with skip_init(Budget.for_weights(stored.nbytes)):
+    with skip_init(Budget.for_weights(sum(tensor.nbytes for tensor in stored.weights.values()))):
         tower = make()
     if not strict:
         weights = _without_unexpected(weights, tower, where)
@@ -229,8 +238,20 @@ def make_code_head(spec: dict[str, Any], place: str, **download: Any) -> nn.Modu
     return _trusted_head(spec, path.parent, True, None)
 
 
-def check_given_head(tower: Loaded) -> None:
-    """A head of another class may have the same weights; the fingerprint tells them apart.
+@plain_defaults()
+def verify(tower: Any) -> Verification:
+    """Whether a tower gives the outputs that it was saved with, on this timm, torch and device.
+
+    Raises:
+        FolderError: it was neither saved nor loaded yet, or its folder has no fingerprint.
+    """
+    if tower._fingerprint is None:
+        raise FolderError("this tower has no fingerprint: it was neither saved nor loaded, or its folder has none")
+    return compare(tower._fingerprint, tower)
+
+
+def check_given_head(tower: Any) -> None:
+    """A head of another class may have the same weights; the fingerprint that the tower keeps tells them apart.
 
     Raises:
         HeadError: it gives other outputs than the head that was saved.
@@ -241,9 +262,7 @@ def check_given_head(tower: Loaded) -> None:
             f"custom_head={type(tower.head).__name__}: the folder has no fingerprint.json to check it against. Load "
             "the tower without it and set tower.head."
         )
-    size, module = native_size(tower.config), tower
-    outputs = run_probe(module, tower.config.in_chans, size)  # type: ignore[arg-type]
-    found = compare(tower._fingerprint, module, outputs, tower.config.in_chans, size)  # type: ignore[arg-type]
+    found = verify(tower)
     if found.status == "different":
         named = f"the head registered as {shown(spec.get('name'))}" if spec.get("form") == "registered" else "the head"
         raise HeadError(

@@ -8,23 +8,33 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
+import torch.nn as nn
 from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file
 
 from .build import build_for_transformers
+from .encoder_config import as_part
 from .files.disk import scratch_folder
+from .files.fingerprint import Verification
+from .files.json import parse_json
+from .files.names import CONFIG_NAME
 from .hub.card import CardOptions, as_tags
 from .hub.download import Access
 from .hub.push import COMMIT_MESSAGE, PushOptions, default_repo_id, push_folder
 from .hub.trunk_source import kept_trunk_source
+from .input_size import set_input_size
+from .interop.faces import Labels, parts_from_timm, parts_of
 from .interop.timm_face import TimmFace
-from .load import check_given_head, load_bare, make_code_head, read_tower
+from .load import check_given_head, load_bare, make_code_head, read_tower, verify
 from .reader import modeling as reader
-from .reader.config import TimmTowerConfig
-from .reader.errors import ArgumentError, WeightsError
-from .reader.modeling import MODEL_TAGS, TimmTowerModelOutput, TowerLoading
+from .reader.config import TimmTowerConfig, check_size
+from .reader.errors import ArgumentError, ConfigError, ExportError, WeightsError
+from .reader.forward import TimmTowerModelOutput
+from .reader.loading import TowerLoading
+from .reader.pretrained import DOWNLOAD, MODEL_TAGS, TimmTowerPreTrainedModel
 from .reader.tower import Tower
 from .reader.weights import StoredTower, TrunkSource
 from .save import Saved, SaveOptions, save_tower, storable_config, with_weights
@@ -46,12 +56,24 @@ _PUSH_OPTIONS = frozenset(
 )
 
 
-class SavesTower(TimmFace, reader.TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
+class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
     """What the two classes below have beside the reader's: strict reading, saving, pushing."""
 
-    def __init__(self, config: TimmTowerConfig, _loading: TowerLoading | None = None) -> None:
+    def __init__(
+        self, config: TimmTowerConfig, _loading: TowerLoading | None = None, _parts: Tower | None = None
+    ) -> None:
+        if _parts is not None:  # built already: see `from_tower`
+            vars(self)["_build"] = lambda *_: _parts
         super().__init__(config, _loading)
+        self._fingerprint: dict[str, Any] | None = None
+        vars(self).pop("_build", None)
         note_fixed(self)
+
+    @classmethod
+    def _on(cls, parts: Tower) -> Self:
+        model = cls(parts.config, _parts=parts)
+        model.training = parts.training
+        return model
 
     @staticmethod
     def _build(config: TimmTowerConfig, with_classifier: bool, make_head: Any) -> Tower:
@@ -59,17 +81,89 @@ class SavesTower(TimmFace, reader.TimmTowerPreTrainedModel):  # type: ignore[no-
 
     _make_code_head = staticmethod(make_code_head)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Asked by `torch.jit.script`.
+
+        Raises:
+            ExportError: always.
+        """
+        raise ExportError(
+            f"{type(self).__name__}: TorchScript, which torch deprecates, cannot read transformers' models: use "
+            "interop.torch_export or interop.onnx, torch.jit.trace, or script TimmModel.from_tower(model)"
+        )
+
     @staticmethod
     def _read(files: Sequence[str], loading: TowerLoading) -> StoredTower:
         return read_tower(Path(files[0]).parent, Access(**loading.access()))
 
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *,
+        config: Any = None,
+        image_size: int | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a tower from a folder or a repository, in eval mode; reads what `TimmModel.from_pretrained` reads.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or a repository's id.
+            config: A config that was loaded already, or where to load it from. With another `image_size` than the
+                stored one it asks for that size.
+            image_size: Change the input size after loading, as `set_input_size`; positions are resampled.
+            kwargs: As the reader's `TimmTowerPreTrainedModel.from_pretrained`: `dtype`, `frozen`,
+                `ignore_mismatched_sizes`, `output_loading_info`, and all that transformers takes.
+
+        Raises:
+            WeightsError: weights are missing, unexpected or of another shape.
+            ConfigError: the config that was given is not that of the folder, or the trunk cannot take the size.
+            TowerError: by what is wrong with the folder.
+        """
+        if isinstance(config, TimmTowerConfig) and pretrained_model_name_or_path is not None:
+            # `AutoModel` has put it there
+            image_size = config.image_size if image_size is None else image_size
+            config = _with_stored_size(config, pretrained_model_name_or_path, kwargs)
+        found = super().from_pretrained(pretrained_model_name_or_path, config=config, **kwargs)
+        model = found[0] if isinstance(found, tuple) else found
+        if image_size is not None:
+            model.set_input_size(image_size)
+        return found
+
     def _after_loading(self, loading: TowerLoading) -> None:
         if loading.stored is None or loading.stored.fingerprint is None:
             return
-        if (self.config.head or {}).get("form") == "registered":
-            bare: Any = Tower(self.config, self.trunk, self.head)
-            bare._fingerprint = loading.stored.fingerprint
-            check_given_head(bare)
+        self._fingerprint = loading.stored.fingerprint
+        if (self.config.head or {}).get("form") == "registered" and getattr(self, "hf_quantizer", None) is None:
+            check_given_head(self._bare())
+
+    def _bare(self) -> Any:
+        bare: Any = Tower(self.config, self.trunk, self.head)
+        bare._fingerprint = self._fingerprint
+        return bare
+
+    def verify(self) -> Verification:
+        """Whether the tower gives the embedding that it was saved with, on this timm, torch and device.
+
+        Raises:
+            FolderError: it was neither saved nor loaded yet, or its folder has no fingerprint.
+        """
+        return verify(self._bare())
+
+    def set_input_size(self, image_size: int | Sequence[int]) -> None:
+        """Change the input size as `TimmModel.set_input_size` does, an int or (height, width) in pixels.
+
+        Raises:
+            ConfigError: the trunk does not run at this size, or timm cannot build it for this size. The tower is as
+                before.
+        """
+        fixed = getattr(self, "hf_quantizer", None) is not None or any(each.is_meta for each in self.trunk.parameters())
+        if fixed and check_size("image_size", image_size) != self.config.image_size:
+            raise ConfigError(
+                f"image_size={image_size}: the trunk is quantized or offloaded: save the tower at this size first, and "
+                "quantize or offload when loading that"
+            )
+        set_input_size(self, image_size)
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -298,9 +392,103 @@ class SavesTower(TimmFace, reader.TimmTowerPreTrainedModel):  # type: ignore[no-
 class TimmTowerModel(SavesTower, reader.TimmTowerModel):  # type: ignore[no-untyped-call]
     __doc__ = reader.TimmTowerModel.__doc__
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "config" and "trunk" in self._modules:
+            value = as_part(value, int(self.trunk.num_features))  # type: ignore[arg-type]
+        super().__setattr__(name, value)
+
+    @classmethod
+    def from_tower(cls, tower: nn.Module) -> Self:
+        """A tower that is in memory as this class: on the very same trunk and head, with no files in between.
+
+        What is done to one's weights is done to the other's; `copy.deepcopy(tower)` first where they shall be apart.
+
+        Args:
+            tower: A `TimmModel`, or another of the transformers models. `TimmModel.from_tower` is the way back.
+
+        Raises:
+            ArgumentError: it is no tower.
+            ConfigError: its class makes or runs it by code of its own.
+        """
+        return cls._on(parts_of(tower))
+
+    @classmethod
+    def from_timm(cls, source: str | os.PathLike[str], **arguments: Any) -> Self:
+        """A timm repository or folder, or one of transformers' `TimmWrapperModel`, as a tower, in eval mode.
+
+        Args:
+            source: As in `TimmModel.from_timm`.
+            arguments: As in `TimmModel.from_timm`, but for `custom_head`: make a `TimmModel`, then `from_tower`.
+
+        Raises:
+            TowerError: as `TimmModel.from_timm`.
+        """
+        return cls._on(parts_from_timm(source, None, arguments))
+
 
 class TimmTowerForImageClassification(SavesTower, reader.TimmTowerForImageClassification):  # type: ignore[no-untyped-call]
     __doc__ = reader.TimmTowerForImageClassification.__doc__
+
+    @classmethod
+    def from_tower(
+        cls,
+        tower: nn.Module,
+        *,
+        num_labels: int | None = None,
+        id2label: Mapping[int, str] | None = None,
+        problem_type: str | None = None,
+    ) -> Self:
+        """A tower that is in memory, with a classifier on top: on the very same trunk and head.
+
+        Args:
+            tower: As `TimmTowerModel.from_tower`. Without labels, one that has a classifier keeps it.
+            num_labels: For a fresh classifier of so many classes.
+            id2label: Or of these.
+            problem_type: As in transformers.
+
+        Raises:
+            ArgumentError: no labels, and no classifier.
+            ConfigError: as `TimmTowerModel.from_tower`.
+        """
+        return cls._on(parts_of(tower, Labels(num_labels, id2label, problem_type)))
+
+    @classmethod
+    def from_timm(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        num_labels: int | None = None,
+        id2label: Mapping[int, str] | None = None,
+        problem_type: str | None = None,
+        **arguments: Any,
+    ) -> Self:
+        """A timm repository or folder with a classifier, in eval mode: timm's own, or a fresh one for other labels.
+
+        Args:
+            source: As in `TimmModel.from_timm`.
+            num_labels: For a fresh classifier of so many classes.
+            id2label: Or of these. With neither, timm's classifier gives the logits.
+            problem_type: As in transformers.
+            arguments: As in `TimmTowerModel.from_timm`.
+
+        Raises:
+            ConfigError: no labels, and the timm model has no classifier.
+            TowerError: as `TimmModel.from_timm`.
+        """
+        return cls._on(parts_from_timm(source, Labels(num_labels, id2label, problem_type), arguments))
+
+
+def _with_stored_size(config: TimmTowerConfig, place: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Any:
+    """A config with the size that is stored: a tower is loaded as it was saved, and resized then."""
+    found = {"_commit_hash": getattr(config, "_commit_hash", None), "_raise_exceptions_for_missing_entries": False}
+    path = cached_file(place, CONFIG_NAME, **found, **{key: kwargs[key] for key in DOWNLOAD if kwargs.get(key)})
+    described = {} if path is None else parse_json(Path(path).read_bytes(), path)
+    stored = described.get("image_size") if isinstance(described, dict) else None
+    if stored is None or stored == config.image_size:
+        return config
+    config = copy.deepcopy(config)
+    config.image_size = check_size("image_size", stored)
+    return config
 
 
 def _refuse_with_adapter(options: SaveOptions, *patterns: Any) -> None:

@@ -17,17 +17,17 @@ from .files.fingerprint import make_fingerprint
 from .files.json import write_json
 from .files.names import CARD_NAME, CONFIG_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME
 from .files.open_folder import read_text
-from .files.same_save import facts_in_tower, tie_digests
+from .files.same_save import facts_in_tower, processor_dict, tie_digests
 from .files.sentence_transformers import write_sentence_files
 from .files.staging import staged_folder
 from .files.ties import find_ties
 from .files.weights import write_weights
-from .heads.stored_form import store_any_head
+from .heads.stored_form import store_head
 from .hub.card import CardOptions, TowerFacts, tower_facts
 from .hub.reader_file import AUTO_MAP, write_reader
 from .hub.trunk_source import is_separable
 from .proof import bare_tower, form_of, prove, refuse_changing_hooks
-from .reader.config import TimmTowerConfig
+from .reader.config import FOR_TIMM, TimmTowerConfig
 from .reader.errors import WeightsError, shown
 from .reader.graph_head import GraphHead
 from .reader.head import LIVE, SUBCLASS, builtin_head
@@ -136,7 +136,7 @@ def storable_config(
             if own_head:
                 stored.head = {"form": SUBCLASS}
             else:
-                stored.head, sources = store_any_head(head, example, stored, include_code=bool(include_code))
+                stored.head, sources = store_head(head, example, code_for=stored if include_code else None)
         stored.head["class"] = name or type(live).__name__
     stored.frozen = describe_frozen(tower)
     return ProvenForm(form, key, stored, sources), False
@@ -180,7 +180,7 @@ def save_tower(
         facts = tower_facts(tower)
         with staged_folder(folder) as staging:
             write_json(staging / CONFIG_NAME, _written(config, with_reader))
-            write_json(staging / PREPROCESSOR_NAME, facts_in_tower(config))
+            write_json(staging / PREPROCESSOR_NAME, processor_dict(config) if with_reader else facts_in_tower(config))
             for name, source in sources.items():
                 (staging / name).write_bytes(source.encode("utf-8"))
             if with_reader:
@@ -220,6 +220,7 @@ def _written(config: TimmTowerConfig, include_code: bool) -> dict[str, Any]:
     written["architectures"] = written.get("architectures") or ["TimmTowerModel"]
     for name in ("auto_map", "custom_pipelines"):  # where code is found is decided by each save anew
         written.pop(name, None)
+    written[FOR_TIMM] = True
     return {**written, "auto_map": AUTO_MAP} if include_code else written
 
 

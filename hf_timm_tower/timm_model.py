@@ -1,8 +1,7 @@
 """`TimmModel`: any timm trunk plus any head, with open_clip's signature and weight keys."""
 
 import copy
-import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Self
 
 import timm
@@ -12,37 +11,37 @@ import torch.nn as nn
 from .build import (
     add_rates,
     build_parts,
-    check_embedding,
     checked_arguments,
-    example_input,
     head_fields,
-    resolve_config,
 )
+from .embedding.mixin import EmbeddingMixin
 from .heads.registry import make_custom_head
 from .hub_mixin import TowerHubMixin
+from .input_size import set_input_size
 from .interop.mixin import InterchangeMixin
+from .interop.open_clip_4 import check_checkpointing, counted, group_pairs
 from .interop.timm_face import TimmFace
 from .interop.timm_repo import is_timm_source, open_timm_source
 from .interop.timm_weights import fill_trunk
 from .interop.torchscript import ScriptableTower
-from .reader.config import TimmTowerConfig, check_size
+from .reader.config import TimmTowerConfig
 from .reader.errors import ConfigError, HeadError
 from .reader.freezing import keep_statistics
 from .reader.head import LIVE, SUBCLASS, CustomHead, builtin_head, rebuild_head
-from .reader.model_args import FROM_TRUNK
-from .reader.tower import HeadInput, run_head
-from .reader.trunk import BUILD_ERRORS, create_trunk, float_dtype, remove_classifier
+from .reader.tower import run_head
+from .reader.trunk import create_trunk, float_dtype, remove_classifier
 from .subclassing import REBUILDING, overrides, rebuild
-from .training.feature_cache import CachedFeatures, cache_features, forward_from_cache
-from .training.freezing import describe_frozen, frozen_context, note_fixed
-from .training.layer_groups import LayerGroup, layer_groups
+from .training.feature_cache import cache_features, forward_from_cache
+from .training.freezing import frozen_context, note_fixed
+from .training.layer_groups import layer_groups
 from .training.lock import Patterns, lock, unlock
+from .training.naflex import NaFlexProcessor
 from .training.param_groups import param_groups, summary_table
 from .training.transform import make_transform
-from .trunk_facts import check_rebuilt, copy_trunk, record_size, trunk_arguments
+from .trunk_facts import check_rebuilt, trunk_arguments
 
 
-class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
+class TimmModel(EmbeddingMixin, InterchangeMixin, TimmFace, TowerHubMixin):
     """A timm trunk and a head as one model: image `[B, in_chans, H, W]` in, embedding `[B, embed_dim]` out.
 
     Args:
@@ -116,25 +115,31 @@ class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
         )
         self._assemble(config, custom_head, pretrained=pretrained)
 
-    def _assemble(self, config: TimmTowerConfig, custom_head: CustomHead | None, pretrained: bool = False) -> None:
+    def _assemble(
+        self,
+        config: TimmTowerConfig,
+        custom_head: CustomHead | None,
+        *,
+        pretrained: bool = False,
+        trunk: nn.Module | None = None,
+    ) -> None:
+        fresh, given = config.num_features is None, trunk
+
         def make_trunk(settled: TimmTowerConfig) -> nn.Module:
             self.config = settled
-            return self._create_trunk(pretrained=pretrained)
+            if given is None:
+                return self._create_trunk(pretrained=pretrained)
+            remove_classifier(given, config)
+            return given
 
-        self.config = config
-        self._assemble_on(make_trunk, custom_head)
-
-    def _assemble_on(self, make_trunk: Callable[[TimmTowerConfig], nn.Module], custom_head: CustomHead | None) -> None:
-        fresh = self.config.num_features is None
-
-        def make_head(config: TimmTowerConfig) -> nn.Module:
-            self.config = config
+        def make_head(done: TimmTowerConfig) -> nn.Module:
+            self.config = done
             self._custom_head = custom_head  # for `_create_head`, whose signature is its users'
-            head = self._create_head(config.num_features, config.embed_dim)  # type: ignore[arg-type]
+            head = self._create_head(done.num_features, done.embed_dim)  # type: ignore[arg-type]
             del self._custom_head
             return head
 
-        self.config, trunk, head, self._head_input = build_parts(self.config, make_trunk, make_head)
+        self.config, trunk, head, self._head_input = build_parts(config, make_trunk, make_head)
         self.trunk, self.head = trunk, head
         if fresh and not isinstance(custom_head, nn.Module):
             anchor = next(trunk.parameters())
@@ -165,6 +170,21 @@ class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
         if self.config.head is not None and form != SUBCLASS:
             return rebuild_head(self.config.head)
         return builtin_head(self.config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the trunk is."""
+        return next(self.trunk.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the images that the tower takes: that of the trunk's first floating-point parameter."""
+        return float_dtype(self.trunk)
+
+    @property
+    def num_features(self) -> int:
+        """Width of what the pool leaves for the head, in channels."""
+        return self.config.num_features  # type: ignore[return-value]
 
     @classmethod
     def from_config(cls, config: TimmTowerConfig, custom_head: CustomHead | None = None) -> Self:
@@ -197,13 +217,8 @@ class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
 
         Args:
             trunk: From `timm.create_model`; its arguments, input size and changes since are read back from it.
-            embed_dim: As in the constructor, like all further arguments. With `proj=None` the model's own classifier
-                is kept as the projection.
-            pool: As in the constructor.
-            proj: As in the constructor.
-            proj_bias: As in the constructor.
-            drop: As in the constructor.
-            custom_head: As in the constructor.
+            embed_dim, pool, proj, proj_bias, drop, custom_head: As in the constructor. With `proj=None` the model's own
+                classifier is kept as the projection.
 
         Raises:
             ConfigError: timm cannot tell how the model was made, or building it again gives other weights.
@@ -214,19 +229,13 @@ class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
         check_rebuilt(trunk, config, with_classifier=True)
         tower = cls.__new__(cls)
         nn.Module.__init__(tower)
-        tower.config = config
-
-        def bared(settled: TimmTowerConfig) -> nn.Module:
-            remove_classifier(trunk, config)
-            return trunk
-
-        tower._assemble_on(bared, custom_head)
+        tower._assemble(config, custom_head, trunk=trunk)
         return tower
 
     # --- running
 
     def forward(self, x: torch.Tensor) -> Any:
-        """Images `[B, in_chans, H, W]` -> the embedding `[B, embed_dim]`, or whatever a custom head returns."""
+        """Images `[B, in_chans, H, W]`, or `naflex` patches -> the embedding `[B, embed_dim]`, or what a head gives."""
         with frozen_context(self.trunk, x):
             features = self.trunk(x)
         return run_head(self.head, self._head_input, features)
@@ -301,6 +310,17 @@ class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
         """timm's own transform for this tower: PIL image -> `[in_chans, H, W]`. See `training/transform.py`."""
         return make_transform(self.config, is_training, **kwargs)
 
+    def naflex(self, max_seq_len: int | None = None, is_training: bool = False, **kwargs: Any) -> NaFlexProcessor:
+        """Images of any aspect -> batches of patches with masks, of a tower on NaFlexVit. See `training/naflex.py`."""
+        return NaFlexProcessor(self.config, self.trunk, max_seq_len, is_training, **kwargs)
+
+    # --- training: each of these functions is a method as it is
+
+    unlock = unlock
+    param_groups = param_groups
+    cache_features = cache_features
+    forward_from_cache = forward_from_cache
+
     # --- changing
 
     def set_input_size(self, image_size: int | Sequence[int]) -> None:
@@ -313,43 +333,19 @@ class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
             ConfigError: the trunk does not run at this size, or timm cannot build it for this size. The tower is as
                 before.
         """
-        size = check_size("image_size", image_size)
-        # on a copy first: timm changes some trunks before it refuses a size
-        trial = copy_trunk(self.trunk)
-        config = self._resized(trial, size)
-        config = record_size(trial, config, own_trunk=overrides(type(self), "_create_trunk"))
-        self._resized(self.trunk, size)
-        self.config = config
-        self._head_input = HeadInput.of(self.config, self.trunk)
+        set_input_size(self, image_size, own_trunk=overrides(type(self), "_create_trunk"))
 
-    def _resized(self, trunk: nn.Module, size: list[int]) -> TimmTowerConfig:
-        """Resize a trunk and say what the config then is; the head must still fit."""
-        config = copy.deepcopy(self.config)
-        config.image_size = size
-        if hasattr(trunk, "set_input_size"):
-            try:
-                trunk.set_input_size(img_size=tuple(size))  # type: ignore[operator]
-            except BUILD_ERRORS as error:
-                raise ConfigError(f"{config.architecture} cannot take image_size={size}: {error}") from error
-            now = trunk_arguments(trunk)["model_args"]
-            kept = {key: now[key] for key in now if key not in FROM_TRUNK}
-            config.model_args = {**(config.model_args or {}), **kept}
-        config, output = resolve_config(config, trunk)
-        if config.pool == "abs_attn" and config.feat_size != self.config.feat_size:
-            raise ConfigError(
-                f"image_size={size}: pool='abs_attn' has a position for every place of a {self.config.feat_size} map, "
-                f"which would become {config.feat_size}; pool='rot_attn' takes any size"
-            )
-        if config.head is not None:
-            check_embedding(config, self.head, example_input(config, trunk, output))
-        return config
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
+    def set_grad_checkpointing(self, enable: bool = True, impl: str = "inline") -> None:
         """Recompute activations in the backward pass instead of keeping them.
+
+        Args:
+            enable: False: keep them again.
+            impl: Of open_clip 4: `inline`; for `composable` a warning says that it is inline too.
 
         Raises:
             ConfigError: the trunk does not support it.
         """
+        check_checkpointing(impl)
         try:
             self.trunk.set_grad_checkpointing(enable)  # type: ignore[operator]
         except (AttributeError, AssertionError) as error:
@@ -357,26 +353,36 @@ class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
                 f"{type(self.trunk).__name__} does not support gradient checkpointing: {error}"
             ) from error
 
-    def layer_groups(self) -> list[LayerGroup]:
-        """The layer groups from input to output, each parameter in one of them. See `training/layer_groups.py`."""
-        return layer_groups(self)
+    def layer_groups(self, pooler_in_head: bool | None = None) -> list[Any]:
+        """The layer groups from input to output, each parameter in one of them. See `training/layer_groups.py`.
+
+        Args:
+            pooler_in_head: Of open_clip 4, which passes it to every tower and takes `(name, parameters)` pairs: given,
+                that is what comes back. What it says is of text towers.
+
+        Returns:
+            `LayerGroup`s, or open_clip's pairs.
+        """
+        groups = layer_groups(self)
+        return groups if pooler_in_head is None else group_pairs(self, groups)
 
     def lock(
         self,
         unlocked_groups: int = 0,
         freeze_bn_stats: bool = False,
         *,
-        head: bool = False,
+        head: bool | None = None,
         until: str | None = None,
         only: Patterns | None = None,
         except_: Patterns | None = None,
     ) -> None:
-        """Freeze the trunk, or what the selectors name; all else trains. Depends on this call alone.
+        """Freeze the trunk, or what the selectors name; all else trains. See `training/lock.py`.
 
         Args:
             unlocked_groups: Layer groups of the trunk, counted from the output, that stay trainable.
             freeze_bn_stats: Keep the running statistics of the frozen part, also through later `.train()` calls.
-            head: Freeze the head as well.
+            head: Freeze the head as well. None is False, except inside of open_clip 4, where the head is the last of
+                the groups that are counted (`interop/open_clip_4.py`).
             until: Freeze from the input up to and including this group (or module), such as `blocks.9`.
             only: Freeze just what matches: patterns (fnmatch) for names of groups or parameters.
             except_: Patterns for what stays trainable of what the other arguments freeze.
@@ -384,83 +390,15 @@ class TimmModel(InterchangeMixin, TimmFace, TowerHubMixin):
         Raises:
             ArgumentError: a selector matches nothing, or there are fewer groups.
         """
-        lock(self, unlocked_groups, freeze_bn_stats, head=head, until=until, only=only, except_=except_)
-        self.config.frozen = describe_frozen(self)
-
-    def unlock(
-        self,
-        unlocked_groups: int | None = None,
-        freeze_bn_stats: bool = True,
-        *,
-        head: bool = True,
-        until: str | None = None,
-        only: Patterns | None = None,
-        except_: Patterns | None = None,
-    ) -> None:
-        """Open everything, or the head and what the selectors name; all else is frozen. Depends on this call alone.
-
-        Args:
-            unlocked_groups: Open this many layer groups of the trunk, counted from the output.
-            freeze_bn_stats: Keep the running statistics of what stays frozen.
-            head: Open the head as well.
-            until: Open from the output down to and including this group (or module), such as `blocks.9`.
-            only: Open, beside the head, just what matches: patterns (fnmatch) for names of groups or parameters.
-            except_: Patterns for what stays frozen of what the other arguments open.
-
-        Raises:
-            ArgumentError: as `lock`.
-        """
-        unlock(self, unlocked_groups, freeze_bn_stats, head=head, until=until, only=only, except_=except_)
-        self.config.frozen = describe_frozen(self)
+        if until is None and only is None:
+            unlocked_groups, head = counted(self, unlocked_groups, head)
+        lock(self, unlocked_groups, freeze_bn_stats, head=bool(head), until=until, only=only, except_=except_)
 
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`, except that modules with frozen statistics stay in eval mode."""
         super().train(mode)
         keep_statistics(self)
         return self
-
-    def param_groups(
-        self,
-        lr: float,
-        weight_decay: float = 0.05,
-        layer_decay: float | None = None,
-        *,
-        min_scale: float = 0.0,
-        no_decay: Collection[str] = (),
-    ) -> list[dict[str, Any]]:
-        """Parameter groups for any optimizer, on request with layer-wise rates. See `training.param_groups`."""
-        return param_groups(self, lr, weight_decay, layer_decay, min_scale=min_scale, no_decay=no_decay)
-
-    def cache_features(
-        self,
-        dataset: Any,
-        path: str | os.PathLike[str],
-        *,
-        batch_size: int = 64,
-        repeats: int = 1,
-        num_workers: int = 0,
-        transform: Callable[[Any], Any] | None = None,
-        dtype: torch.dtype | None = None,
-        columns: tuple[str, str] = ("image", "label"),
-        progress: bool = True,
-    ) -> CachedFeatures:
-        """Run every image once through the frozen trunk and keep what the head takes. See `feature_cache.py`."""
-        return cache_features(
-            self,
-            dataset,
-            path,
-            batch_size=batch_size,
-            repeats=repeats,
-            num_workers=num_workers,
-            transform=transform,
-            dtype=dtype,
-            columns=columns,
-            progress=progress,
-        )
-
-    def forward_from_cache(self, features: torch.Tensor) -> Any:
-        """Features `[B, ...]` of `cache_features`, on the head's device -> what `forward` gives, by the head alone."""
-        return forward_from_cache(self, features)
 
     def summary(self) -> str:
         """A table of the parts with their parameters; print it."""

@@ -15,19 +15,6 @@ _WRAPPERS = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
 _SHOWN = 3
 
 
-def training_attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
-    """The plain attributes of a module and of all inside it, among them every rate that acts in training alone.
-
-    Args:
-        module: A trunk; it is not changed.
-
-    Returns:
-        Name of the module inside (`""` for itself) -> public attribute -> value: None, bool, int, float or str.
-        Left out is how it runs at the moment: mode, checkpointing, choice of kernels.
-    """
-    return {name: _plain_attributes(part) for name, part in _named(module)}
-
-
 def compare_training(trunk: nn.Module, again: nn.Module) -> list[str]:
     """What a trunk has otherwise than the trunk that was built from its config, though outputs need not show it.
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from timm.data.config import resolve_data_config
 
+from .heads.isolation import copy_module
 from .reader.config import ATTENTION_POOLS, TimmTowerConfig, check_size
 from .reader.errors import ConfigError, TowerError
 from .reader.model_args import FROM_TRUNK, encode
@@ -77,7 +78,7 @@ def trunk_output(trunk: nn.Module, in_chans: int, image_size: list[int]) -> Trun
     if isinstance(grid, tuple) and 0 in grid:
         # older torch runs this on meta without a word
         raise ConfigError(f"image_size={image_size}: smaller than one patch of {type(trunk).__name__}")
-    twin = copy_trunk(trunk, device="meta").eval()  # a copy, for models that cache by input size
+    twin = copy_module(trunk, device="meta").eval()  # a copy, for models that cache by input size
     try:
         with torch.no_grad():
             features = twin(torch.empty(shape, device="meta", dtype=float_dtype(trunk)))
@@ -104,24 +105,6 @@ def infer_output(trunk: nn.Module, shape: torch.Size | tuple[int, ...]) -> Trunk
             return TrunkOutput("NHWC", rest[2], (rest[0], rest[1]))
         return TrunkOutput("NCHW", rest[0], (rest[1], rest[2]))
     raise ConfigError(f"{type(trunk).__name__} gives features of shape {tuple(shape)}: a tower takes rank 2 to 4")
-
-
-def copy_trunk(trunk: nn.Module, device: torch.device | str | None = None) -> nn.Module:
-    """A deep copy, on request on another device.
-
-    Tensors that carry a graph (attention biases that LeViT, TinyViT and EfficientFormer keep after a forward in eval
-    mode) are copied without it, which `copy.deepcopy` alone refuses to do.
-    """
-    memo: dict[int, Any] = {}
-    for tensor in (*trunk.parameters(), *trunk.buffers()) if device is not None else ():
-        moved = tensor.detach().to(device)
-        memo[id(tensor)] = nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
-    for part in trunk.modules():
-        for kept in vars(part).values():
-            for item in (kept, *(kept.values() if isinstance(kept, dict) else ())):
-                if isinstance(item, torch.Tensor) and not item.is_leaf:
-                    memo.setdefault(id(item), item.detach().clone())
-    return copy.deepcopy(trunk, memo)
 
 
 def _run_for_real(trunk: nn.Module, shape: tuple[int, ...]) -> Any:
@@ -308,9 +291,14 @@ def check_rebuilt(trunk: nn.Module, config: TimmTowerConfig, *, with_classifier:
     if with_classifier:
         config = copy.deepcopy(config)
         config.proj, config.head, config.pool = None, None, "default"
-    again = create_trunk(config, initialise=False)
-    if shapes(trunk) != shapes(again):
+    if (again := _otherwise(trunk, config)) is not None:
         raise _changed(config, trunk, again)
+
+
+def _otherwise(trunk: nn.Module, config: TimmTowerConfig) -> nn.Module | None:
+    """The trunk that a config makes, where its weights have other names or shapes than those of this one."""
+    again = create_trunk(config, initialise=False)
+    return None if shapes(trunk) == shapes(again) else again
 
 
 def record_size(trunk: nn.Module, config: TimmTowerConfig, *, own_trunk: bool = False) -> TimmTowerConfig:
@@ -324,7 +312,7 @@ def record_size(trunk: nn.Module, config: TimmTowerConfig, *, own_trunk: bool = 
     Raises:
         ConfigError: timm builds another trunk for this size (CrossViT, SAM).
     """
-    if not own_trunk and shapes(trunk) != shapes(create_trunk(config, initialise=False)):
+    if not own_trunk and _otherwise(trunk, config) is not None:
         raise ConfigError(
             f"{config.architecture} cannot take image_size={config.image_size}: timm makes other weights for this "
             "size, so that the tower could not be built again. Build a new tower with image_size=..."
@@ -348,13 +336,13 @@ def record_changes(trunk: nn.Module, config: TimmTowerConfig) -> TimmTowerConfig
     Raises:
         ConfigError: the trunk was changed in a way that no config says; the message says how.
     """
-    again = create_trunk(config, initialise=False)
-    if shapes(trunk) == shapes(again):
+    again = _otherwise(trunk, config)
+    if again is None:
         return config
     fused = copy.deepcopy(config)
     fused.model_args = {**(config.model_args or {}), "inference_mode": True}
     try:
-        if shapes(trunk) == shapes(create_trunk(fused, initialise=False)):
+        if _otherwise(trunk, fused) is None:
             return fused
     except TowerError:
         pass  # this architecture cannot be told

@@ -11,7 +11,6 @@ name; `--no-check` leaves that out for ONNX and torch.export.
 
 import argparse
 import sys
-from typing import Any
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -33,36 +32,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def export(arguments: argparse.Namespace, tower: Any) -> str:
-    """Write it, and say what was written."""
-    if arguments.format == "timm":
-        from hf_timm_tower.interop.timm_export import export_timm
-
-        done = export_timm(tower, arguments.out, head=arguments.head, preprocess=arguments.preprocess)
-        lost = f"; left out: {', '.join(done.left_out)}" if done.left_out else ""
-        return f"{done.folder}: {done.architecture}, {done.num_classes or 'no'} classifier outputs{lost}"
-    if arguments.format == "onnx":
-        try:
-            from hf_timm_tower.interop.onnx import export_onnx as write
-        except ImportError as error:
-            raise SystemExit(f'{error}: pip install "hf_timm_tower[onnx]"') from error
-    else:
-        from hf_timm_tower.interop.torch_export import export_torch as write
-    written = write(tower, arguments.out, check=arguments.check)
-    if written.difference is None:
-        return f"{written.path}: not checked"
-    return f"{written.path}: differs from the tower by at most {written.difference:.1e} of the largest value"
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 1 with the reason on stderr."""
     parsed = parse(arguments)
 
     # torch takes seconds to import: not before the command line is known to be right
     from hf_timm_tower import TimmModel, TowerError
+    from hf_timm_tower.cli.exporting import export
 
     try:
-        print(export(parsed, TimmModel.from_pretrained(parsed.tower, revision=parsed.revision)))
+        tower = TimmModel.from_pretrained(parsed.tower, revision=parsed.revision)
+        how = {"check": parsed.check, "head": parsed.head, "preprocess": parsed.preprocess}
+        print(export(tower, parsed.out, parsed.format, **how))
+    except ImportError as error:
+        raise SystemExit(f'{error}: pip install "hf_timm_tower[onnx]"') from error
     except TowerError as error:
         print(f"export: {error}", file=sys.stderr)
         return 1

@@ -622,3 +622,44 @@ def test_transform_is_for_this_tower(photograph: Image.Image) -> None:
     assert x.shape == (1, 3, 96, 96)
     assert run(tower, x).shape == (1, 8)
     assert tower.transform(is_training=True)(photograph).shape == (3, 96, 96)
+
+
+# --- regularisation for the next fine-tune
+
+
+def test_rates_given_at_loading_replace_the_stored_ones_and_change_no_weight(tmp_path: Path) -> None:
+    made = TimmModel("test_vit", 16, image_size=64, pool="token", drop_path=0.1, patch_drop=0.2)
+    made.save_pretrained(tmp_path / "made")
+    tower = TimmModel.from_pretrained(tmp_path / "made", drop=0.3, drop_path=0.4)
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(tower(images), made.eval()(images))
+    assert tower.head.drop.p == 0.3
+    rates = [part.drop_prob for part in tower.trunk.modules() if type(part).__name__ == "DropPath"]
+    assert max(rates) == pytest.approx(0.4)
+    assert tower.trunk.patch_drop.prob == 0.2
+    tower.save_pretrained(tmp_path / "again")
+    for name in ("trunk.safetensors", "head.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "made" / name).read_bytes()
+    stored = TimmModel.from_pretrained(tmp_path / "again").config
+    assert (stored.drop, stored.model_args) == (0.3, {"drop_path_rate": 0.4, "patch_drop_rate": 0.2})
+    off = TimmModel.from_pretrained(tmp_path / "again", patch_drop=0.0)
+    assert not hasattr(off.trunk.patch_drop, "prob") or off.trunk.patch_drop.prob == 0.0
+
+
+def test_a_rate_that_nothing_takes_is_refused(tmp_path: Path) -> None:
+    TimmModel("test_vit", image_size=64, proj="none").save_pretrained(tmp_path / "bare")
+    with pytest.raises(ArgumentError, match="projection, which this tower does not have"):
+        TimmModel.from_pretrained(tmp_path / "bare", drop=0.1)
+    with pytest.raises(ConfigError, match="drop_path_rate=1"):
+        TimmModel.from_pretrained(tmp_path / "bare", drop_path=1)
+    TimmModel("efficientnet_b0", 4, image_size=32).save_pretrained(tmp_path / "convolutions")
+    with pytest.raises(ArgumentError, match="patch_drop_rate"):
+        TimmModel.from_pretrained(tmp_path / "convolutions", patch_drop=0.1)
+
+
+def test_the_mixin_s_card_is_the_card_that_saving_writes(tmp_path: Path) -> None:
+    tower = TimmModel("test_vit", 16, image_size=64)
+    tower.save_pretrained(tmp_path / "tower", repo_id="me/tower", license="mit")
+    card = tower.generate_model_card(repo_id="me/tower", license="mit")
+    assert (card.data.license, card.data.library_name) == ("mit", "transformers")
+    assert str(card) == (tmp_path / "tower" / "README.md").read_text()

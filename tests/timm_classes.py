@@ -1,7 +1,7 @@
 """The smallest architecture of every model class of timm, and those that a run of the tests takes.
 
-Finding them means building all 1,371 architectures on the meta device, minutes of work, so the list for one version of
-timm is kept beside this file. `python -m tests.timm_classes` writes it anew.
+Finding them means building all 1,371 architectures, a minute and a half of work, so the list for one version of timm is
+kept beside this file. `python -m tests.timm_classes` writes it anew.
 
 A run takes a sixth of the classes, which one by the hash of the commit: a person waits for minutes, and every class has
 its turn within a few commits. TOWER_CLASSES says otherwise: `all`, or the number of a sixth. The quick six are
@@ -15,7 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import timm
-import torch
+
+from hf_timm_tower.reader.skip_init import skip_init
 
 LIST = Path(__file__).with_name("timm_classes.json")
 
@@ -25,14 +26,19 @@ QUICK = ("test_resnet", "test_vit", "test_mambaout", "test_coatnet", "mobilenetv
 PARTS = 6
 
 
+def class_and_size(architecture: str) -> tuple[str, int]:
+    """The class (`module.Class`) of an architecture, and its number of parameters."""
+    with skip_init():  # several times quicker than the meta device
+        model = timm.create_model(architecture)
+    key = f"{type(model).__module__.removeprefix('timm.models.')}.{type(model).__name__}"
+    return key, sum(parameter.numel() for parameter in model.parameters())
+
+
 def find_smallest() -> dict[str, str]:
     """Class (`module.Class`) -> architecture with the fewest parameters, smallest first."""
     found: dict[str, tuple[int, str]] = {}
     for name in timm.list_models():
-        with torch.device("meta"):
-            model = timm.create_model(name)
-        size = sum(parameter.numel() for parameter in model.parameters())
-        key = f"{type(model).__module__.removeprefix('timm.models.')}.{type(model).__name__}"
+        key, size = class_and_size(name)
         found[key] = min(found.get(key, (size, name)), (size, name))
     return {key: name for key, (_, name) in sorted(found.items(), key=lambda item: item[1])}
 
@@ -72,6 +78,12 @@ def chosen_classes() -> frozenset[str]:
         for number, (key, architecture) in enumerate(smallest_of_each_class().items())
         if part is None or number % PARTS == part or architecture in QUICK
     )
+
+
+def chosen_architectures() -> list[str]:
+    """The part of timm's registry that this run takes."""
+    part, _ = _part()
+    return list(timm.list_models() if part is None else timm.list_models()[part::PARTS])
 
 
 def describe_choice() -> str:

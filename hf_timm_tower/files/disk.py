@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from ..reader.errors import FolderError
 
@@ -188,6 +189,31 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to be written, which takes the place of `path` at once when the block ends, fsynced.
+
+    Its mode follows the umask. Nothing is left of it if the block raises. Who has the earlier file mapped keeps that; a
+    link is replaced and not followed.
+
+    Raises:
+        FolderError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.urandom(8).hex()}.part")
+    try:
+        try:
+            with open(partial, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise folder_error(f"{path}: cannot be written", error) from error
 
 
 def make_parents(target: Path) -> list[Path]:

@@ -21,8 +21,9 @@ import torch.nn as nn
 import transformers
 
 from ..reader.errors import FormatError, TowerError, shown
-from ..reader.trunk import eval_mode
+from ..reader.trunk import eval_mode, native_size
 from .private_draws import private_draws
+from .safetensors_layout import bytes_of
 
 FINGERPRINT_VERSION = 1
 MAX_VALUES = 1024
@@ -138,7 +139,7 @@ def _describe(tensor: torch.Tensor) -> dict[str, Any]:
     return {
         "shape": list(tensor.shape),
         "dtype": str(tensor.dtype),
-        "sha256": hashlib.sha256(_raw(tensor)).hexdigest(),
+        "sha256": hashlib.sha256(bytes_of(tensor)).hexdigest(),
         "values": [_plain(value) for value in _sample(tensor).tolist()],
     }
 
@@ -155,10 +156,6 @@ def _plain(value: float) -> float | str:
     return value if value == value and abs(value) != float("inf") else repr(value)
 
 
-def _raw(tensor: torch.Tensor) -> memoryview:
-    return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
 def weight_digests(tower: nn.Module) -> dict[str, str]:
     """SHA-256 over names, shapes and bytes of the trunk's and the head's tensors."""
     digests = {"trunk": hashlib.sha256(), "head": hashlib.sha256()}
@@ -167,8 +164,7 @@ def weight_digests(tower: nn.Module) -> dict[str, str]:
             continue  # a classifier on top
         digest = digests["head" if key.startswith("head.") else "trunk"]
         digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        if tensor.numel():
-            digest.update(_raw(tensor))
+        digest.update(bytes_of(tensor))
     return {part: digest.hexdigest() for part, digest in digests.items()}
 
 
@@ -188,21 +184,19 @@ def surroundings(tower: nn.Module) -> dict[str, str]:
     }
 
 
-def compare(
-    saved: Mapping[str, Any], tower: nn.Module, outputs: dict[str, torch.Tensor], in_chans: int, image_size: list[int]
-) -> Verification:
-    """A saved fingerprint against the outputs of now.
+def compare(saved: Mapping[str, Any], tower: Any) -> Verification:
+    """A saved fingerprint against what a tower gives now.
 
     Args:
         saved: The JSON of `fingerprint.json`.
-        tower: For its weights and device.
-        outputs: From `run_probe`.
-        in_chans: Of the probe that made the outputs.
-        image_size: Of the probe that made the outputs.
+        tower: With its `config`.
 
     Raises:
+        TowerError: as from `run_probe`.
         FormatError: the fingerprint is malformed or of an unknown version.
     """
+    in_chans, image_size = tower.config.in_chans, native_size(tower.config)
+    outputs = run_probe(tower, in_chans, image_size)
     try:
         version, then = saved["fingerprint_version"], saved["outputs"]
         changed = _changes(saved, tower)
@@ -212,10 +206,10 @@ def compare(
         if version != FINGERPRINT_VERSION:
             raise FormatError(f"fingerprint.json: version {shown(version)}, this package reads {FINGERPRINT_VERSION}")
         shapes = {path: (entry["shape"], entry["dtype"]) for path, entry in then.items()}
-        if shapes != {path: (list(tensor.shape), str(tensor.dtype)) for path, tensor in outputs.items()}:
-            now = {path: (list(tensor.shape), str(tensor.dtype)) for path, tensor in outputs.items()}
+        now = {path: (list(tensor.shape), str(tensor.dtype)) for path, tensor in outputs.items()}
+        if shapes != now:
             return Verification("different", float("inf"), float("inf"), 0.0, {**changed, "outputs": (shapes, now)})
-        if all(entry["sha256"] == hashlib.sha256(_raw(outputs[path])).hexdigest() for path, entry in then.items()):
+        if all(entry["sha256"] == hashlib.sha256(bytes_of(outputs[path])).hexdigest() for path, entry in then.items()):
             return Verification("equal", 0.0, 0.0, 0.0, changed)
         return _distance(then, outputs, changed)
     except FormatError:

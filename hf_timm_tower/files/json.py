@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..reader.errors import FormatError, shown
-from .disk import folder_error
+from .disk import replaced_file
 
 MAX_JSON_BYTES = 4 * 1024**2
 """Ten times the largest honest file: an index of 3,000 keys has 0.3 MB. Empty objects cost 30 bytes of memory each."""
@@ -96,16 +96,5 @@ def write_json(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
         raise FormatError(f"{path}: cannot be written as JSON: {error}") from error
     if len(encoded) > MAX_JSON_BYTES:
         raise FormatError(f"{path}: would have {len(encoded)} bytes, at most {MAX_JSON_BYTES} are read")
-    partial = path.with_name(f".{path.name}.{os.urandom(8).hex()}.part")
-    try:
-        try:
-            with open(partial, "xb") as file:
-                file.write(encoded)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise folder_error(f"{path}: cannot be written", error) from error
+    with replaced_file(path) as file:
+        file.write(encoded)

@@ -7,7 +7,8 @@ opened is remembered, so that `staging.read_folder` sees whether another save ca
 import errno
 import os
 import stat
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,16 +31,6 @@ _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
-@dataclass(frozen=True)
-class _Identity:
-    """Two equal identities: the same file with the same contents."""
-
-    device: int
-    inode: int
-    size: int
-    modified_ns: int
-
-
 class OpenFolder:
     """A tower's folder, opened once; all files are read from that one directory. A context manager.
 
@@ -53,7 +44,7 @@ class OpenFolder:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._handle: int | None = None
-        self._seen: dict[str, _Identity | None] = {}
+        self._seen: dict[str, tuple[int, ...] | None] = {}
         self._json: dict[str, bytes] = {}
         try:
             status = os.stat(self.path)
@@ -85,12 +76,16 @@ class OpenFolder:
             self._handle = None
 
     def has(self, name: str) -> bool:
-        """Whether there is something called `name` in the folder."""
-        descriptor = self._open(name)
-        if descriptor is None:
-            return False
-        os.close(descriptor)
-        return True
+        """Whether there is something called `name` in the folder; it is not opened."""
+        require_plain_name(name, f"{self.path}")
+        try:
+            status = self._status(name)
+        except FolderError:
+            raise
+        except OSError as error:
+            raise folder_error(f"{self.path / name}: cannot be looked up", error) from error
+        self._seen[name] = None if status is None else _identity(status)
+        return status is not None
 
     def read_bytes(self, name: str, max_bytes: int = MAX_JSON_BYTES) -> bytes:
         """The whole file; refused by its size, before reading, where it is larger than `max_bytes`.
@@ -99,11 +94,8 @@ class OpenFolder:
             FolderError: it is missing or cannot be read.
             FormatError: too large, or not a regular file.
         """
-        descriptor = self._open_present(name)
-        try:
+        with self._present(name) as descriptor:
             return read_bounded(descriptor, f"{self.path / name}", max_bytes)
-        finally:
-            os.close(descriptor)
 
     def read_text(self, name: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
         """The whole file as text; see `read_bytes`.
@@ -137,14 +129,16 @@ class OpenFolder:
             mmap: False reads into memory of its own.
             digests: Takes the `file_digest` of the file under its name.
         """
-        descriptor = self._open_present(name)
-        try:
-            where = f"{self.path / name}"
+        where = f"{self.path / name}"
+        with self._present(name) as descriptor:
             if digests is not None:
                 digests[name] = file_digest(descriptor, where)
             return read_aligned_descriptor(descriptor, where, mmap)
-        finally:
-            os.close(descriptor)
+
+    def digest(self, name: str) -> str:
+        """The `safetensors_read.file_digest` of a file."""
+        with self._present(name) as descriptor:
+            return file_digest(descriptor, f"{self.path / name}")
 
     def has_changed(self, *, also_vanished: bool) -> bool:
         """Whether a file that was asked for is now another one.
@@ -155,57 +149,68 @@ class OpenFolder:
         """
         if also_vanished:
             try:
-                status = os.stat(self.path)
+                here = os.stat(self.path)
             except OSError:
                 return True
-            if (status.st_dev, status.st_ino) != self._folder:
+            if (here.st_dev, here.st_ino) != self._folder:
                 return True
         for name, before in self._seen.items():
             try:
-                descriptor = self._find(name)
+                status = self._status(name)
             except OSError:
                 return True  # it could be looked up before
-            now = None
-            if descriptor is not None:
-                now = _identity(descriptor)
-                os.close(descriptor)
+            now = None if status is None else _identity(status)
             if now != before and (now is not None or also_vanished):
                 return True
         return False
 
-    def _open_present(self, name: str) -> int:
+    @contextmanager
+    def _present(self, name: str) -> Iterator[int]:
         descriptor = self._open(name)
         if descriptor is None:
             raise FolderError(
                 f"{self.path / name} is missing; the folder is incomplete or not a tower: download or save it again"
             )
-        return descriptor
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def _open(self, name: str) -> int | None:
         """Open `name` and remember which file it was; None where there is none."""
         require_plain_name(name, f"{self.path}")
         try:
             descriptor = self._find(name)
+        except FolderError:
+            raise
         except OSError as error:
-            if isinstance(error, FolderError):
-                raise
             raise folder_error(f"{self.path / name}: cannot be opened", error) from error
-        self._seen[name] = None if descriptor is None else _identity(descriptor)
+        self._seen[name] = None if descriptor is None else _identity(os.fstat(descriptor))
         return descriptor
 
     def _find(self, name: str) -> int | None:
         try:
-            if self._handle is None:
-                return self._open_link(name) if (self.path / name).is_symlink() else os.open(self.path / name, _READ)
-            return os.open(name, _READ | _NOFOLLOW, dir_fd=self._handle)
+            if self._handle is not None:
+                return os.open(name, _READ | _NOFOLLOW, dir_fd=self._handle)
+            if not (self.path / name).is_symlink():
+                return os.open(self.path / name, _READ)
         except FileNotFoundError:
             return None
         except OSError as error:
-            if error.errno == errno.ELOOP:
-                return self._open_link(name)
-            raise
+            if error.errno != errno.ELOOP:
+                raise
+        return os.open(self._goal(name), _READ | _NOFOLLOW)
 
-    def _open_link(self, name: str) -> int:
+    def _status(self, name: str) -> os.stat_result | None:
+        place = self.path / name if self._handle is None else name
+        try:
+            status = os.stat(place, dir_fd=self._handle, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        return os.stat(self._goal(name), follow_symlinks=False) if stat.S_ISLNK(status.st_mode) else status
+
+    def _goal(self, name: str) -> Path:
+        """Where a link of this name leads, which must be inside the folder or the repository's part of the cache."""
         here = Path(os.path.realpath(self.path))
         goal = Path(os.path.realpath(self.path / name))
         # models--org--name/snapshots/<commit>[/subfolder]/file -> models--org--name/blobs/<hash>
@@ -220,7 +225,7 @@ class OpenFolder:
             raise FolderError(
                 f"{self.path / name} is a link to {shown(str(goal))}, which is missing; download the tower again"
             )
-        return os.open(goal, _READ | _NOFOLLOW)
+        return goal
 
 
 def read_json(
@@ -269,6 +274,6 @@ def require_plain_name(name: str, where: str) -> None:
         raise FormatError(f"{where}: {shown(name)} is not a plain file name; files of a tower are in its own folder")
 
 
-def _identity(descriptor: int) -> _Identity:
-    status = os.fstat(descriptor)
-    return _Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """Two equal ones: the same file with the same contents."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..reader.errors import FolderError, FormatError, WeightsError, shown
-from .disk import folder_error
+from .disk import replaced_file
 from .json import parse_json
 
 ALIGNMENT = 64
@@ -32,27 +32,14 @@ MAX_HEADER_BYTES = 8 * 1024**2
 _MAX_RANK = 64
 _MAX_BYTES = 2**63 - 1
 # safetensors' name -> torch's; some of torch's types are missing in older versions.
-_TORCH_NAMES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "U16": "uint16",
-    "I16": "int16",
-    "U32": "uint32",
-    "I32": "int32",
-    "U64": "uint64",
-    "I64": "int64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E8M0": "float8_e8m0fnu",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-    "C64": "complex64",
-}
+_TORCH_NAMES = dict(
+    pair.split(":")
+    for pair in """
+    BOOL:bool U8:uint8 I8:int8 U16:uint16 I16:int16 U32:uint32 I32:int32 U64:uint64 I64:int64 F16:float16 BF16:bfloat16
+    F32:float32 F64:float64 C64:complex64 F8_E4M3:float8_e4m3fn F8_E5M2:float8_e5m2 F8_E4M3FNUZ:float8_e4m3fnuz
+    F8_E5M2FNUZ:float8_e5m2fnuz F8_E8M0:float8_e8m0fnu
+    """.split()
+)
 _DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, torch_name) for name, torch_name in _TORCH_NAMES.items() if hasattr(torch, torch_name)
 }
@@ -161,37 +148,19 @@ def write_aligned(
     path = Path(path)
     require_little_endian()
     layout = _lay_out(tensors, {"format": "pt"} if metadata is None else metadata, f"{path}")
-    partial = path.with_name(f".{path.name}.{os.urandom(8).hex()}.part")
-    try:
-        # os.open applies the umask to 0666; tempfile and the reference writer would leave 0600.
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-        try:
-            with open(descriptor, "wb", buffering=0) as file:
-                _write_all(descriptor, memoryview(layout.head))
-                for key in layout.order:
-                    _write_all(descriptor, _bytes_of(tensors[key]))
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise folder_error(f"{path}: cannot be written", error) from error
+    with replaced_file(path) as file:
+        file.write(layout.head)
+        for key in layout.order:
+            file.write(bytes_of(tensors[key]))
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The tensor's bytes in C order: its own memory where it is contiguous on the CPU, else a copy."""
     if tensor.numel() == 0:
         return memoryview(b"")
     plain = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
     # uint8 is what numpy can show of bfloat16 and float8 too.
     return plain.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while data:
-        # One write takes at most 2 GiB on Linux, less where a signal comes in.
-        data = data[os.write(descriptor, data[: 2**30]) :]
 
 
 def require_little_endian() -> None:

@@ -10,7 +10,7 @@ import stat
 import torch
 from torch import Tensor
 
-from ..reader.errors import FolderError, FormatError
+from ..reader.errors import FolderError, FormatError, shown
 from .disk import folder_error
 from .safetensors_layout import ALIGNMENT, MAX_HEADER_BYTES, Entry, parse_header, require_little_endian
 
@@ -39,7 +39,10 @@ def read_aligned(path: str | os.PathLike[str], mmap: bool = True) -> dict[str, T
         FormatError: it is not a well-formed safetensors file (the message names file and key).
     """
     where = os.fspath(path)
-    descriptor = _open(path)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        raise folder_error(f"{where}: cannot be opened", error) from error
     try:
         return read_aligned_descriptor(descriptor, where, mmap)
     finally:
@@ -59,15 +62,6 @@ def read_aligned_descriptor(descriptor: int, where: str, mmap: bool = True) -> d
         raise folder_error(f"{where}: cannot be read", error) from error
 
 
-def digest_of_file(path: str | os.PathLike[str]) -> str:
-    """`file_digest` of a file by its path."""
-    descriptor = _open(path)
-    try:
-        return file_digest(descriptor, os.fspath(path))
-    finally:
-        os.close(descriptor)
-
-
 def file_digest(descriptor: int, where: str) -> str:
     """SHA-256 of a file's size and of a sample of its bytes: all of a file up to 256 KiB, 64 blocks of a larger one.
 
@@ -79,20 +73,13 @@ def file_digest(descriptor: int, where: str) -> str:
         digest = hashlib.sha256(size.to_bytes(8, "little"))
         last = max(size - _BLOCK_BYTES, 0)
         if size <= _BLOCKS * _BLOCK_BYTES:
-            digest.update(_read_exactly(descriptor, size, 0))
+            digest.update(_read_at(descriptor, size, 0))
         else:
             for block in range(_BLOCKS):
-                digest.update(_read_exactly(descriptor, _BLOCK_BYTES, last * block // (_BLOCKS - 1)))
+                digest.update(_read_at(descriptor, _BLOCK_BYTES, last * block // (_BLOCKS - 1)))
     except OSError as error:
         raise folder_error(f"{where}: cannot be read", error) from error
     return digest.hexdigest()
-
-
-def _open(path: str | os.PathLike[str]) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    except OSError as error:
-        raise folder_error(f"{os.fspath(path)}: cannot be opened", error) from error
 
 
 def _size_of(descriptor: int, where: str) -> int:
@@ -104,7 +91,7 @@ def _size_of(descriptor: int, where: str) -> int:
 
 def _read_header(descriptor: int, file_size: int, where: str) -> tuple[list[Entry], int]:
     """The entries in order of their data, and the offset where the data starts."""
-    prefix = _read_exactly(descriptor, min(8, file_size), 0)
+    prefix = _read_at(descriptor, min(8, file_size), 0)
     if len(prefix) != 8:
         raise FormatError(f"{where}: {file_size} bytes are too few for a safetensors file; it was cut off")
     if _LFS_POINTER.startswith(prefix):
@@ -119,7 +106,7 @@ def _read_header(descriptor: int, file_size: int, where: str) -> tuple[list[Entr
             f"{where}: the header claims {length} bytes but the file has {file_size}; it was cut off (download or "
             "save it again) or is not a safetensors file"
         )
-    return parse_header(_read_exactly(descriptor, length, 8), file_size - 8 - length, where), 8 + length
+    return parse_header(_read_at(descriptor, length, 8), file_size - 8 - length, where), 8 + length
 
 
 def _tensors(
@@ -139,7 +126,8 @@ def _tensors(
             tensor = torch.frombuffer(pages, dtype=entry.dtype, count=count, offset=offset).view(entry.shape)
         else:
             raw = _aligned_bytes(entry.end - entry.begin)
-            _read_into(descriptor, raw.numpy().data, offset, where)
+            if _read(descriptor, raw.numpy().data, offset) < raw.numel():
+                raise FormatError(f"{where}: ends within {shown(entry.key)}; it was cut off while it was read")
             tensor = raw.view(entry.dtype).view(entry.shape)
         tensors[entry.key] = tensor
     return tensors
@@ -175,29 +163,25 @@ def _aligned_bytes(size: int) -> Tensor:
     return raw[skip : skip + size]
 
 
-def _read_into(descriptor: int, target: memoryview, offset: int, where: str) -> None:
-    while target:
-        got = _pread(descriptor, target[: 2**30], offset)
-        if got == 0:
-            raise FormatError(f"{where}: ends at byte {offset}; it was cut off while it was read")
-        target, offset = target[got:], offset + got
-
-
-def _read_exactly(descriptor: int, size: int, offset: int) -> bytes:
+def _read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """So many bytes, fewer at the file's end."""
     data = bytearray(size)
-    view, done = memoryview(data), 0
-    while done < size:
-        got = _pread(descriptor, view[done:], offset + done)
+    return bytes(data[: _read(descriptor, memoryview(data), offset)])
+
+
+def _read(descriptor: int, target: memoryview, offset: int) -> int:
+    """Fill the target from an offset on; how many bytes there were."""
+    done = 0
+    while done < len(target):
+        part = target[done : done + 2**30]
+        if hasattr(os, "preadv"):
+            got = os.preadv(descriptor, [part], offset + done)
+        else:
+            os.lseek(descriptor, offset + done, os.SEEK_SET)
+            data = os.read(descriptor, len(part))
+            part[: len(data)] = data
+            got = len(data)
         if got == 0:
             break
         done += got
-    return bytes(data[:done])
-
-
-def _pread(descriptor: int, target: memoryview, offset: int) -> int:
-    if hasattr(os, "preadv"):
-        return os.preadv(descriptor, [target], offset)
-    os.lseek(descriptor, offset, os.SEEK_SET)
-    data = os.read(descriptor, len(target))
-    target[: len(data)] = data
-    return len(data)
+    return done

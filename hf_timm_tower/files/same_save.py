@@ -28,36 +28,23 @@ from ..reader.image_processing import (
     standard_keys,
 )
 from .names import CONFIG_NAME, FINGERPRINT_NAME, INDEX_NAME
-from .open_folder import read_json
-from .safetensors_read import digest_of_file
+from .open_folder import OpenFolder
 
 _KEY = "digests"
 # What decides which outputs the weights give. Labels, names, versions, what is frozen and how images are prepared may
 # be edited; of the trunk's files in another repository trunk_source has digests of its own.
-_FIELDS = (
-    "architecture",
-    "model_args",
-    "image_size",
-    "in_chans",
-    "pool",
-    "proj",
-    "proj_bias",
-    "embed_dim",
-    "head",
-    "classifier",
-    "num_features",
-    "layout",
-    "feat_size",
-    "tower_class",
-    "tower_kwargs",
+_FIELDS = tuple(
+    "architecture model_args image_size in_chans pool proj proj_bias embed_dim head classifier num_features layout "
+    "feat_size tower_class tower_kwargs".split()
 )
 
 
 def tie_digests(folder: Path) -> dict[str, Any]:
     """What `fingerprint.json` says of the other files of a save, which are written already."""
-    index = read_json(folder / INDEX_NAME)
-    files = {name: digest_of_file(folder / name) for name in sorted(set(index["weight_map"].values()))}
-    return {_KEY: {"config": _of_config(read_json(folder / CONFIG_NAME)), "files": files}}
+    with OpenFolder(folder) as opened:
+        names = sorted(set(opened.read_json(INDEX_NAME)["weight_map"].values()))
+        files = {name: opened.digest(name) for name in names}
+        return {_KEY: {"config": _of_config(opened.read_json(CONFIG_NAME)), "files": files}}
 
 
 def mismatch(
@@ -120,10 +107,11 @@ def _digest(value: Any) -> str:
 
 
 def processor_dict(config: TimmTowerConfig) -> dict[str, Any]:
-    """What the file holds where a processor is stored alone, from the tower's config.
+    """What the file holds where the processor's code is beside it, or the processor is stored alone.
 
     Written with `json.dumps(..., indent=2, sort_keys=True)` and a newline it is, byte for byte, what
-    `TimmTowerImageProcessor.save_pretrained` writes.
+    `TimmTowerImageProcessor.save_pretrained` writes. That it names the class makes transformers, where this package is
+    absent, ask for `trust_remote_code=True` instead of not recognising it; where the class is registered, it is taken.
 
     Raises:
         ConfigError: the config is not completed, or its preprocess block cannot be used.
@@ -132,10 +120,7 @@ def processor_dict(config: TimmTowerConfig) -> dict[str, Any]:
 
 
 def facts_in_tower(config: TimmTowerConfig) -> dict[str, Any]:
-    """What it holds beside a tower's `config.json`, which names the class.
-
-    Here the class's name and `auto_map` would make transformers look for a video processor too, and ask every user of a
-    pipeline whether to trust the code, although the class is registered.
+    """What it holds beside a tower's `config.json` where there is no code.
 
     Raises:
         ConfigError: the config is not completed, or its preprocess block cannot be used.

@@ -9,18 +9,18 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from ..reader.errors import ConfigError, FolderError, FormatError, WeightsError, shown
+from ..reader.weights import check_index, share_ties
 from .disk import folder_error
 from .json import write_json
 from .names import CLASSIFIER_NAME, HEAD_NAME, INDEX_NAME, SINGLE_NAME, TRUNK_NAME, is_weight_file
-from .open_folder import OpenFolder, require_plain_name
+from .open_folder import OpenFolder
 from .safetensors_layout import write_aligned
 from .staging import read_folder
-from .ties import find_ties, same_bits
+from .ties import find_ties
 
 # Prefix of keys -> their file; all others are the trunk's.
 _PARTS = {"head.": HEAD_NAME, "classifier.": CLASSIFIER_NAME}
@@ -123,11 +123,8 @@ def write_weights(
     plan = plan_weights(state, max_shard_size)
     for name, keys in plan.files.items():
         write_aligned(folder / name, {key: state[key] for key in keys})
-    metadata: dict[str, Any] = {"format": "pt", "total_size": plan.total_bytes}
-    if ties.tied:
-        metadata["tied"] = [list(group) for group in ties.tied]
-    if ties.shared:
-        metadata["shared"] = [list(group) for group in ties.shared]
+    groups = {kind: list(map(list, found)) for kind, found in (("tied", ties.tied), ("shared", ties.shared)) if found}
+    metadata = {"format": "pt", "total_size": plan.total_bytes, **groups}
     write_json(folder / INDEX_NAME, {"metadata": metadata, "weight_map": plan.weight_map})
     try:
         for entry in os.listdir(folder):
@@ -171,12 +168,7 @@ def _read_weights(folder: OpenFolder, mmap: bool, digests: dict[str, str] | None
             "tower: download or save it again"
         )
     where = f"{folder.path / INDEX_NAME}"
-    index = folder.read_json(INDEX_NAME)
-    weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise FormatError(f"{where}: weight_map must be an object that maps each key to a file name")
-    if not isinstance(metadata, dict):
-        raise FormatError(f"{where}: metadata must be an object, found {shown(metadata)}")
+    weight_map, metadata = check_index(folder.read_json(INDEX_NAME), where)
     if has_single and SINGLE_NAME not in weight_map.values():
         raise FormatError(
             f"{folder.path}: holds both {SINGLE_NAME} and an index of other files; transformers would load the first, "
@@ -185,10 +177,6 @@ def _read_weights(folder: OpenFolder, mmap: bool, digests: dict[str, str] | None
     listed: dict[str, set[str]] = {}
     for key, name in weight_map.items():
         listed.setdefault(name, set()).add(key)
-    for name in listed:
-        require_plain_name(name, where)
-        if not name.endswith(".safetensors"):
-            raise FormatError(f"{where}: names {shown(name)}; only .safetensors files are read")
     tensors: dict[str, Tensor] = {}
     for name in sorted(listed):
         if not folder.has(name):
@@ -204,30 +192,8 @@ def _read_weights(folder: OpenFolder, mmap: bool, digests: dict[str, str] | None
             what = "the index puts into another file" if elsewhere else "the index does not list"
             raise FormatError(f"{folder.path / name}: holds {_count(elsewhere or unlisted)} that {what}")
         tensors.update(found)
-    for kind in ("tied", "shared"):
-        for group in _groups(metadata.get(kind, []), kind, tensors, where):
-            first = tensors[group[0]]
-            for key in group[1:]:
-                if not same_bits(first, tensors[key]):
-                    raise FormatError(f"{where}: {shown(group[0])} and {shown(key)} are {kind} but differ")
-                tensors[key] = first if kind == "tied" else first.view(first.shape)
+    share_ties(tensors, metadata, where)
     return tensors
-
-
-def _groups(value: Any, kind: str, tensors: Mapping[str, Tensor], where: str) -> list[list[str]]:
-    """The groups of keys in the index's metadata, checked: lists of two or more known keys, none twice."""
-    if not isinstance(value, list):
-        raise FormatError(f"{where}: metadata.{kind} must be a list of lists of keys, found {shown(value)}")
-    seen: set[str] = set()
-    for group in value:
-        if not isinstance(group, list) or len(group) < 2 or not all(isinstance(key, str) for key in group):
-            raise FormatError(f"{where}: metadata.{kind} must hold lists of two or more keys, found {shown(group)}")
-        for key in group:
-            if key not in tensors or key in seen:
-                what = "unknown" if key not in tensors else "named twice"
-                raise FormatError(f"{where}: metadata.{kind} names {shown(key)}, which is {what}")
-            seen.add(key)
-    return value
 
 
 def _count(keys: Iterable[str], limit: int = 5) -> str:

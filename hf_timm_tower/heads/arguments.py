@@ -75,7 +75,8 @@ def encode(value: Any, tensor_ref: Encoder) -> Any:
     if isinstance(value, str):
         return _encode_text(value)
     if isinstance(value, (tuple, list, range)):
-        return _encode_sequence(value, tensor_ref)
+        items = [encode(item, tensor_ref) for item in value]
+        return {"t": items} if isinstance(value, tuple) else items
     if isinstance(value, dict):
         return {"d": [[encode(key, tensor_ref), encode(item, tensor_ref)] for key, item in value.items()]}
     if isinstance(value, slice):
@@ -89,11 +90,6 @@ def _encode_text(value: str) -> Any:
     if value.split(":")[0] in ("cpu", "cuda", "mps", "xpu"):
         return {"device": "input"}
     return {"s": value}
-
-
-def _encode_sequence(value: Any, tensor_ref: Encoder) -> Any:
-    items = [encode(item, tensor_ref) for item in value]
-    return {"t": items} if isinstance(value, tuple) else items
 
 
 def _encode_torch(value: Any) -> Any:

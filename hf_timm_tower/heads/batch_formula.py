@@ -6,7 +6,7 @@ seen in every run. The formulas are JSON: ``"B"``, a number, or ``[operator, lef
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..reader.errors import GraphError
+from ..reader.errors import GraphError, shown
 from ..reader.graph_program import evaluate
 from .trace import Trace
 
@@ -95,7 +95,8 @@ def _candidates(batches: Sequence[int], values: Sequence[Number]) -> Iterator[Js
             yield ["/", "B", float(round(1 / factor))]
             yield ["/", "B", round(1 / factor)]
     if all(value != 0 for value in values):
-        for scale in _scales(value * batch for value, batch in zip(values, batches, strict=True)):
+        products = {value * batch for value, batch in zip(values, batches, strict=True)}
+        for scale in (1.0, 1, *sorted(products)):
             inverse = _line(batches, [scale / value for value in values])
             if inverse is not None:
                 yield ["/", scale, inverse]
@@ -110,10 +111,6 @@ def _candidates(batches: Sequence[int], values: Sequence[Number]) -> Iterator[Js
         inside = _line(batches, [math.exp(value) for value in values])
         if inside is not None:
             yield ["log", inside, 1.0]
-
-
-def _scales(products: Iterable[Number]) -> list[Number]:
-    return [1.0, 1, *sorted(set(products))]
 
 
 @dataclass(frozen=True)
@@ -193,12 +190,9 @@ def _merge_json(batches: Sequence[int], values: Sequence[Json], where: str) -> J
             for batch, value in zip(batches, values, strict=True)
         )
         raise GraphError(f"which calls are made depends on the batch size or on chance: {calls} ({where})")
-    shown = ", ".join(f"{_short(value)} for a batch of {batch}" for batch, value in zip(batches, values, strict=True))
-    raise GraphError(
-        f"what is computed depends on the batch size or on chance in a way that is not data: {shown} ({where})"
+    found = ", ".join(
+        f"{shown(value, 60)} for a batch of {batch}" for batch, value in zip(batches, values, strict=True)
     )
-
-
-def _short(value: Json) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    raise GraphError(
+        f"what is computed depends on the batch size or on chance in a way that is not data: {found} ({where})"
+    )

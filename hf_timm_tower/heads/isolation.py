@@ -33,16 +33,27 @@ def copy_head(head: nn.Module, weights: Mapping[str, torch.Tensor] | None = None
         ) from error
 
 
-def copy_module(module: nn.Module, weights: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
+def copy_module(
+    module: nn.Module, weights: Mapping[str, torch.Tensor] | None = None, device: str | None = None
+) -> nn.Module:
     """A deep copy; tensors that hold a graph are copied without it, which `copy.deepcopy` alone refuses to do.
 
-    Such are the cached weight of the old-style ``weight_norm``, and what a head remembers of a training step.
+    Such are the cached weight of the old-style ``weight_norm``, what a head remembers of a training step, and attention
+    biases that LeViT, TinyViT and EfficientFormer keep after a forward in eval mode.
+
+    Args:
+        module: It stays as it is.
+        weights: Keys of the module -> what the copy holds in place of the module's own tensors.
+        device: Where parameters and buffers of the copy are.
     """
     memo: dict[int, object] = {}
-    for key, tensor in module.state_dict(keep_vars=True).items() if weights else ():
-        if weights is not None and key in weights:
-            new = weights[key].detach()
-            memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+    own = module.state_dict(keep_vars=True) if weights else {}
+    replaced = [(own[key], new) for key, new in (weights or {}).items() if key in own]
+    if device is not None:
+        replaced += [(tensor, tensor.detach().to(device)) for tensor in (*module.parameters(), *module.buffers())]
+    for tensor, new in replaced:
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(new.detach(), tensor.requires_grad) if is_parameter else new.detach()
     for part in module.modules():
         for tensor in _tensors_held(list(vars(part).values())):
             if not tensor.is_leaf and id(tensor) not in memo:

@@ -4,7 +4,7 @@ It is if it is of that very class, carries no hooks, and a fresh one built from 
 in every attribute and tensor shape.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,12 +74,7 @@ def _readers() -> dict[str, dict[str, Reader]]:
 _READERS = _readers()
 _NAMES = {cls: name for name, (cls, _) in LAYERS.items()}
 
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_hooks",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-)
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _IGNORED = frozenset(
     {
         *("training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"),
@@ -128,16 +123,11 @@ def _to_json(value: Any) -> Any:
     raise AttributeError(f"argument {value!r} is not plain data")
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
-    for kind in (module._parameters, module._buffers):
-        yield from kind.items()
-
-
 def _same_layer(module: nn.Module, fresh: nn.Module) -> bool:
     """Whether `module` behaves like `fresh`: class, attributes, tensor names and shapes, children; and no hooks."""
     if type(module) is not type(fresh) or has_hooks(module):
         return False
-    ours, theirs = dict(_tensors(module)), dict(_tensors(fresh))
+    ours, theirs = ({**each._parameters, **each._buffers} for each in (module, fresh))
     if list(ours) != list(theirs) or module._non_persistent_buffers_set or fresh._non_persistent_buffers_set:
         return False
     for name, tensor in ours.items():

@@ -35,18 +35,18 @@ def register_head(name: str) -> Callable[[F], F]:
         raise ArgumentError(f"register_head({name!r}): expected a name of letters, digits, '_', '-', '.' and '/'")
 
     def register(factory: F) -> F:
+        stamp: Any = _stamp_class if isinstance(factory, type) else _stamp_function
         if factory.__module__.startswith(STORED_MODULE):
             # code of a tower's own: the class is found by its file, and takes no name from one that is imported here
-            return _stamp_class(name, factory) if isinstance(factory, type) else _stamp_function(name, factory)  # type: ignore[return-value]
+            return stamp(name, factory)  # type: ignore[no-any-return]
         taken = HEAD_FACTORIES.get(name)
         if taken is not None and (taken.__module__, taken.__qualname__) != (factory.__module__, factory.__qualname__):
             raise ArgumentError(
                 f"register_head({name!r}): the name belongs to {taken.__module__}.{taken.__qualname__}, "
                 f"it cannot be given to {factory.__module__}.{factory.__qualname__} too"
             )
-        made = _stamp_class(name, factory) if isinstance(factory, type) else _stamp_function(name, factory)
-        HEAD_FACTORIES[name] = made
-        return made  # type: ignore[return-value]
+        HEAD_FACTORIES[name] = stamp(name, factory)
+        return HEAD_FACTORIES[name]  # type: ignore[return-value]
 
     return register
 

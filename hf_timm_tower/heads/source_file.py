@@ -12,9 +12,9 @@ import hashlib
 import inspect
 import json
 import linecache
-import math
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..reader.errors import HeadError, shown
 from ..reader.head import check_code_spec, head_of_class
 from ..reader.skip_init import Budget, skip_init
 from .isolation import isolated
-from .registry import STORED_MODULE
+from .registry import STORED_MODULE, known_arguments
 from .verify import verify_head
 
 CODE_FILE = "head_code.py"
@@ -46,12 +46,7 @@ _RUNNING = threading.RLock()
 
 
 def store_source(
-    head: nn.Module,
-    example: torch.Tensor,
-    *,
-    in_features: int,
-    embed_dim: int | None,
-    arguments: Mapping[str, Any] | None = None,
+    head: nn.Module, example: torch.Tensor, *, in_features: int, embed_dim: int | None
 ) -> tuple[dict[str, Any], str]:
     """The file of a head's class and the arguments that make this head from it, verified.
 
@@ -60,7 +55,6 @@ def store_source(
         example: Its input `[2, ...]`, float.
         in_features: Channels of what the pool leaves: the first argument, where no attribute says otherwise.
         embed_dim: Width of the embedding: the second one likewise; None where there is none.
-        arguments: Keyword arguments that the head is known to have been made with.
 
     Returns:
         JSON for `config.head`, and the text of the file `head_code.py`.
@@ -70,8 +64,8 @@ def store_source(
     """
     cls = type(head)
     source = _source_of(cls)
-    if arguments is None:
-        arguments = vars(head).get(_MADE_WITH)
+    known = known_arguments(head)
+    arguments = vars(head).get(_MADE_WITH) if known is None else known
     kwargs = _arguments_of(cls, head, (in_features, embed_dim)) if arguments is None else _as_json(dict(arguments))
     if kwargs is _MISSING:
         raise HeadError(f"{cls.__name__} was made with arguments that are not JSON")
@@ -117,9 +111,11 @@ def construct_code(spec: Mapping[str, Any], source: str, *, where: str) -> nn.Mo
     if not isinstance(cls, type) or not issubclass(cls, nn.Module):
         raise HeadError(f"{where}: defines no nn.Module of the name {shown(spec['class'])}")
     try:
-        return _make(cls, spec)
+        head = head_of_class(cls, spec)
     except Exception as error:  # a constructor may raise anything
         raise HeadError(f"{where}: {_call(cls, spec['kwargs'])} fails: {_at(error, str(module.__file__))}") from error
+    object.__setattr__(head, _MADE_WITH, dict(spec["kwargs"]))
+    return head
 
 
 # --- the file
@@ -193,8 +189,6 @@ def _arguments_of(cls: type[nn.Module], head: nn.Module, likely: tuple[int | Non
 
 def _as_json(value: Any) -> Any:
     """The value as JSON gives it back, `_MISSING` where it is not JSON."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return _MISSING
     if not isinstance(value, (bool, int, float, str, list, tuple, dict, type(None))):
         return _MISSING
     try:
@@ -294,18 +288,8 @@ def _content(code: CodeType) -> tuple[Any, ...]:
 
 def _at(error: BaseException, where: str) -> str:
     """What an error says, and the last line of the file that it passed."""
-    line, trace = None, error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == where:
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return f"{type(error).__name__}: {error}" + (f" (line {line})" if line is not None else "")
-
-
-def _make(cls: type[nn.Module], spec: Mapping[str, Any]) -> nn.Module:
-    head = head_of_class(cls, spec)
-    object.__setattr__(head, _MADE_WITH, dict(spec["kwargs"]))
-    return head
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == where]
+    return f"{type(error).__name__}: {error}" + (f" (line {lines[-1]})" if lines else "")
 
 
 # --- comparing

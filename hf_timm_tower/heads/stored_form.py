@@ -1,6 +1,7 @@
 """The form in which a custom head is stored, with the reason against each form that does not do."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,50 +9,56 @@ from torch import nn
 
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import HeadError
-from ..reader.graph_head import construct
 from ..reader.head import rebuild_head
 from ..reader.skip_init import skip_init
-from .registry import known_arguments, registered_spec
+from .registry import registered_spec
 from .source_file import CODE_FILE, store_source
 from .to_graph import to_graph
 from .verify import verify_head
 
 
-def store_head(head: nn.Module, example: torch.Tensor) -> dict[str, Any]:
+def store_head(
+    head: nn.Module, example: torch.Tensor, *, code_for: TimmTowerConfig | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
     """The form in which a custom head comes back, verified.
 
     Args:
         head: The head, on the CPU; its weights, modes and the random state stay as they are.
         example: The head's input `[2, ...]`, float.
+        code_for: The completed config, where the file of the head's class may be stored if no other form works.
 
     Returns:
-        JSON for `config.head`: `{"form": "graph" | "registered", ...}`.
+        JSON for `config.head`, `{"form": "graph" | "registered" | "code", ...}`; and file name -> text of what the head
+        needs beside it.
 
     Raises:
         HeadError: no form works, with the reason against each and the remedies.
     """
+    forms: dict[str, Callable[[], dict[str, Any]]] = {
+        "as data": lambda: {"form": "graph", "graph": json.loads(json.dumps(to_graph(head, example)))},
+        "by registered name": lambda: registered_spec(head),
+    }
     reasons = []
-    try:
-        graph = json.loads(json.dumps(to_graph(head, example)))
-        with skip_init():
-            rebuilt = construct(graph)
-        _copy_weights(head, rebuilt)
-        verify_head(head, rebuilt, example)
-    except HeadError as error:
-        reasons.append(f"as data: {error}")
+    for form, make_spec in forms.items():
+        try:
+            spec = make_spec()
+            with skip_init():
+                rebuilt = rebuild_head(spec)
+            _copy_weights(head, rebuilt)
+            verify_head(head, rebuilt, example)
+        except HeadError as error:
+            reasons.append(f"{form}: {error}")
+        else:
+            return spec, {}
+    if code_for is None:
+        reasons.append("as code in the repository: only with include_code=True, and loading then needs trust")
     else:
-        return {"form": "graph", "graph": graph}
-    try:
-        spec = registered_spec(head)
-        with skip_init():
-            rebuilt = rebuild_head(spec)
-        _copy_weights(head, rebuilt)
-        verify_head(head, rebuilt, example)
-    except HeadError as error:
-        reasons.append(f"by registered name: {error}")
-    else:
-        return spec
-    reasons.append("as code in the repository: only with include_code=True, and loading then needs trust")
+        assert code_for.num_features is not None
+        try:
+            spec, source = store_source(head, example, in_features=code_for.num_features, embed_dim=code_for.embed_dim)
+            return spec, {CODE_FILE: source}
+        except HeadError as error:
+            reasons.append(f"as code in the repository: {error}")
     raise HeadError(
         f"the head {type(head).__name__} cannot be stored so that it comes back. Nothing was written.\n"
         + "\n".join(f"  - {reason}" for reason in reasons)
@@ -60,44 +67,7 @@ def store_head(head: nn.Module, example: torch.Tensor) -> dict[str, Any]:
     )
 
 
-def store_any_head(
-    head: nn.Module, example: torch.Tensor, config: TimmTowerConfig, *, include_code: bool
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """`store_head`, and where no form works and that is wanted, the head's code.
-
-    Args:
-        head: As in `store_head`.
-        example: As in `store_head`.
-        config: Completed, for the arguments that a head is usually made with.
-        include_code: The file of the head's class may be stored.
-
-    Returns:
-        JSON for `config.head`, and file name -> text of what it needs beside it.
-
-    Raises:
-        HeadError: no form works.
-    """
-    try:
-        return store_head(head, example), {}
-    except HeadError as refused:
-        if not include_code:
-            raise
-        assert config.num_features is not None
-        try:
-            spec, source = store_source(
-                head,
-                example,
-                in_features=config.num_features,
-                embed_dim=config.embed_dim,
-                arguments=known_arguments(head),
-            )
-        except HeadError as error:
-            raise HeadError(f"{refused}\nNeither as code: {error}") from error
-        return spec, {CODE_FILE: source}
-
-
 def _copy_weights(source: nn.Module, target: nn.Module) -> None:
-    missing, unexpected = [], []
     theirs, ours = source.state_dict(), target.state_dict()
     missing, unexpected = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
     if missing or unexpected:

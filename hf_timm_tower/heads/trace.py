@@ -23,6 +23,7 @@ from ..reader.errors import GraphError
 from ..reader.graph_head import submodule
 from ..reader.graph_ops import OPS
 from ..reader.graph_sizes import RECORDING
+from ..reader.skip_init import tensors_in
 from .arguments import encode, encode_output
 from .layers import read_layer
 from .operations import (
@@ -113,7 +114,7 @@ class _Recorder(TorchFunctionMode):
             node = {"op": op, **self._arguments(args, kwargs)}
         except GraphError as error:
             raise self.refuse(f"{op}: {error}") from None
-        known = list(_tensors_in((args, kwargs)))
+        known = tensors_in((args, kwargs))
         varying = is_random(op) or any(_storage(tensor) in self._varying for tensor in known)
         in_place = writes_in_place(op, kwargs)
         self.suspended += 1
@@ -132,7 +133,7 @@ class _Recorder(TorchFunctionMode):
         if name == "_assert" and args and not isinstance(args[0], torch.Tensor):
             return func(*args, **kwargs)  # about sizes, which the head knows
         if name in VALUE_READERS:
-            if not any(_storage(tensor) in self._varying for tensor in _tensors_in((args, kwargs))):
+            if not any(_storage(tensor) in self._varying for tensor in tensors_in((args, kwargs))):
                 return func(*args, **kwargs)  # made of constants alone: the same in every run
             raise self.refuse(
                 f"{name} takes the value of a tensor into Python, so what the head does depends on values"
@@ -153,7 +154,7 @@ class _Recorder(TorchFunctionMode):
             result = forward(*args, **kwargs)
         finally:
             self.suspended -= 1
-        return self._record(node, result, list(_tensors_in((args, kwargs))), True, alias=True)
+        return self._record(node, result, tensors_in((args, kwargs)), True, alias=True)
 
     def call_function(
         self, cls: type, native: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -219,17 +220,6 @@ def _storage(tensor: torch.Tensor) -> int:
             return int(tensor.untyped_storage()._cdata)
         except (NotImplementedError, RuntimeError) as error:
             raise GraphError(f"a tensor without memory of its own (vmap, sparse...) is not data: {error}") from None
-
-
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors_in(item)
 
 
 def _user_line() -> str:

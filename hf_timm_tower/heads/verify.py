@@ -15,6 +15,7 @@ from torch import nn
 
 from ..reader.errors import HeadError
 from ..reader.graph_head import GraphHead
+from ..reader.skip_init import tensors_in
 from .batch_formula import same_bytes
 from .isolation import copy_head, isolated
 
@@ -58,8 +59,9 @@ def _compare_keys(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 def _compare_sharing(ours: nn.Module, theirs: nn.Module) -> None:
-    for what, names in (("parameters", _parameter_names), ("buffers", _buffer_names)):
-        if (expected := names(ours)) != (found := names(theirs)):
+    for what in ("parameters", "buffers"):
+        expected, found = (_groups(getattr(head, f"named_{what}")(remove_duplicate=False)) for head in (ours, theirs))
+        if expected != found:
             raise HeadError(
                 f"{what} that are one tensor differ: {found} in the rebuilt head, {expected} in the original"
             )
@@ -68,14 +70,6 @@ def _compare_sharing(ours: nn.Module, theirs: nn.Module) -> None:
     ]
     if frozen[0] != frozen[1]:
         raise HeadError(f"frozen parameters differ: {sorted(frozen[0] ^ frozen[1])[:5]}")
-
-
-def _parameter_names(head: nn.Module) -> list[list[str]]:
-    return _groups(head.named_parameters(remove_duplicate=False))
-
-
-def _buffer_names(head: nn.Module) -> list[list[str]]:
-    return _groups(head.named_buffers(remove_duplicate=False))
 
 
 def _groups(named: Iterator[tuple[str, torch.Tensor]]) -> list[list[str]]:
@@ -151,7 +145,7 @@ def _train_step(values: torch.Tensor, head: nn.Module) -> tuple[Any, torch.Tenso
     leaf = values.clone().requires_grad_()
     output = head(leaf.clone())  # a trunk's output is no leaf, so writing into it is allowed
     loss = torch.zeros((), dtype=torch.float64)
-    for index, tensor in enumerate(_tensors(output)):
+    for index, tensor in enumerate(tensors_in(output)):
         if tensor.requires_grad:
             generator = torch.Generator().manual_seed(300 + index)
             real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
@@ -183,17 +177,6 @@ def _both(ours: nn.Module, theirs: nn.Module, run: Callable[[nn.Module], Any], s
 def _probe(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, device="cpu").to(dtype)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
 
 
 def _compare_outputs(expected: Any, found: Any, when: str, where: str = "output") -> None:

@@ -6,8 +6,8 @@ card afterwards.
 
 import inspect
 import json
-import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from ..files.fingerprint import weight_digests
 from ..files.same_save import form_digest
 from ..reader.config import TimmTowerConfig
-from ..reader.errors import ArgumentError
+from ..reader.errors import ArgumentError, shown
 from ..reader.tower import CLASSIFIER
 from .card_merge import MODEL_INDEX, Record, merge_card
 from .reader_file import READER_NAME
@@ -230,13 +230,9 @@ def _words(name: str, values: Any) -> list[str]:
 
 
 def _number(name: str, value: Any) -> float | int:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        try:
-            if math.isfinite(value):
-                return float(value) if isinstance(value, float) else int(value)
-        except OverflowError:  # a whole number beyond every float
-            raise ArgumentError(f"metrics[{name!r}]: a number of {value.bit_length()} bits is no metric") from None  # type: ignore[union-attr]
-    raise ArgumentError(f"metrics[{name!r}]={value!r}: expected a finite Python number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+        raise ArgumentError(f"metrics[{name!r}]={shown(value)}: expected a finite Python number")
+    return float(value) if isinstance(value, float) else int(value)
 
 
 def _link(key: str, target: Any) -> str:

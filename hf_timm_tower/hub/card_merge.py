@@ -32,6 +32,8 @@ MODEL_INDEX = "model-index"
 _LISTS = ("tags", "datasets", "metrics")
 _FIGURES = ("metrics", MODEL_INDEX)
 _ABSENT = object()
+# What taking metadata of another form apart raises: dates that do not exist and nesting without end among it.
+_ODD = (ValueError, TypeError, AttributeError, KeyError, RecursionError)
 
 # No mark can reach beyond the next `<`, so that looking for all of them takes one pass.
 _OPENING = "<!-- hf_timm_tower: "
@@ -68,7 +70,7 @@ class Record:
             names = isinstance(stored.sections, list) and isinstance(stored.repo_id, (str, type(None)))
             _check_metadata({**stored.own})
             _check_metadata({**stored.given})
-        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        except _ODD:
             return cls()
         return stored if names else cls()
 
@@ -213,20 +215,16 @@ def _read_metadata(source: str) -> dict[str, Any]:
         node = loader.get_single_node()
         if _count(node, {}) > _MAX_METADATA_NODES:
             raise FormatError(f"{where} says more than {_MAX_METADATA_NODES} things, aliases written out")
-        data = None if node is None else loader.construct_document(node)
+        data = {} if node is None else loader.construct_document(node)
         yaml_dump(data)
-    except yaml.YAMLError as error:
-        raise FormatError(f"{where} is not YAML ({shown(' '.join(str(error).split()), 200)})") from error
-    except (ValueError, RecursionError) as error:  # dates that do not exist, nesting without end
-        if isinstance(error, FormatError):
-            raise
-        raise FormatError(f"{where} cannot be read ({shown(str(error), 200)})") from error
-    if data is None:
-        return {}
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise FormatError(f"{where} is not a list of keys and values")
-    _check_metadata(data)
-    return data
+        if data is not None:
+            _check_metadata(data)
+    except FormatError:
+        raise
+    except (yaml.YAMLError, *_ODD) as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise FormatError(f"{where} is not that of a model card ({shown(what, 200)})") from error
+    return data or {}
 
 
 def _count(node: Any, seen: dict[int, int]) -> int:
@@ -240,20 +238,15 @@ def _count(node: Any, seen: dict[int, int]) -> int:
 
 
 def _check_metadata(data: dict[str, Any]) -> None:
-    try:
-        ModelCardData(**copy.deepcopy(data))
-    except (ValueError, TypeError, AttributeError) as error:
-        what = shown(str(error), 200)
-        raise FormatError(f"huggingface_hub refuses the metadata at its top ({what})") from error
+    """Let huggingface_hub and what is below take the metadata apart; one of `_ODD` where they cannot."""
+    if not all(isinstance(key, str) for key in data):
+        raise TypeError("keys that are no words")
+    ModelCardData(**copy.deepcopy(data))
     for key in _LISTS:
         value = data.get(key) or []
         if not isinstance(value, (str, list)) or any(isinstance(item, (dict, list)) for item in value):
-            raise FormatError(f"{key} in the metadata at its top is not a list of words")
-    try:
-        _pieces(data)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        what = shown(str(error))
-        raise FormatError(f"the {MODEL_INDEX} at its top has not the form that the Hub gives it ({what})") from error
+            raise TypeError(f"{key} is not a list of words")
+    _pieces(data)
 
 
 def _merge(

@@ -33,7 +33,6 @@ from ..reader.errors import ArgumentError, HubError, TowerError, shown
 _HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 
 _SHA256, _GIT_SHA1 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
-_CHUNK = 2**22
 
 # What must not stand in a message: a token, as such or in a header, and the user of an address.
 _SECRET = re.compile(r"hf_\w+|(?<=Bearer )[^\s'\"]+|(?<=//)[^/\s@]+(?=@)")
@@ -154,11 +153,8 @@ def _is_damaged(blob: Path) -> bool:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _at(revision: str | None) -> str:

@@ -54,13 +54,31 @@ def make_self_contained(folder: Any) -> None:
             f"model, found model_type {shown(config.get('model_type'))}; a tower by itself carries its code already"
         )
     write_reader(folder)
-    with OpenFolder(folder) as opened:
-        index = opened.read_json(INDEX_NAME).get("weight_map") if opened.has(INDEX_NAME) else {"": SINGLE_NAME}
-        for name in sorted(set(index.values()) if isinstance(index, dict) else ()):
-            write_aligned(folder / name, opened.read_tensors(name))
+    align_weights(folder)
     for part in ("vision_config", "text_config"):  # transformers stores where each was loaded from, a folder too
         inner = config.get(part)
         if isinstance(inner, dict) and not _REPOSITORY.fullmatch(str(inner.get("_name_or_path"))):
             inner.pop("_name_or_path", None)
     names = {"architectures": [VisionTextDualEncoderModel.__name__], "auto_map": PAIR_AUTO_MAP}
     write_json(folder / CONFIG_NAME, {**config, **names})
+
+
+def align_weights(folder: Any) -> None:
+    """Write the weights of a model as transformers saves it anew, in the layout in which mapped tensors are aligned.
+
+    transformers maps a file and uses its tensors where they lie, and kernels may give other last bits at odd addresses:
+    a UperNet or a language model with a tower inside then comes back with the tower's bits, and almost with its own.
+    After this it comes back bit for bit. The tensors and the names stay as they are.
+
+    Args:
+        folder: What `save_pretrained` of any model wrote, as safetensors.
+
+    Raises:
+        FolderError: it cannot be read or written, or holds no safetensors.
+        FormatError: a file is damaged.
+    """
+    folder = Path(folder)
+    with OpenFolder(folder) as opened:
+        index = opened.read_json(INDEX_NAME).get("weight_map") if opened.has(INDEX_NAME) else {"": SINGLE_NAME}
+        for name in sorted(set(index.values()) if isinstance(index, dict) else ()):
+            write_aligned(folder / name, opened.read_tensors(name))

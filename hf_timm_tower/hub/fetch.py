@@ -11,10 +11,11 @@ from typing import Any
 from huggingface_hub import HfApi, constants
 
 from ..files.names import CONFIG_NAME, FINGERPRINT_NAME, INDEX_NAME, PREPROCESSOR_NAME, SINGLE_NAME
-from ..files.open_folder import read_json, require_plain_name
+from ..files.open_folder import read_json
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ConfigError, FolderError, FormatError, HubError, shown
 from ..reader.head import code_file
+from ..reader.weights import check_index
 from .download import MAX_WEIGHT_FILES, Access, download_files, hub_errors
 from .identify import identify
 
@@ -28,6 +29,7 @@ def fetch_tower(
     access: Access | None = None,
     subfolder: str | None = None,
     trust_remote_code: bool = False,
+    with_weights: bool = True,
 ) -> Path:
     """Where a tower's files are on this machine.
 
@@ -37,6 +39,7 @@ def fetch_tower(
         access: Token, cache and so on.
         subfolder: Folder inside the folder or repository.
         trust_remote_code: Also fetch the source of a head that is stored as code.
+        with_weights: False fetches the JSON files only.
 
     Raises:
         FolderError: there is no such folder, or it holds no tower (a HubError where it is a repository).
@@ -69,6 +72,8 @@ def fetch_tower(
             f"{repo_id} at commit {commit} holds no tower of hf_timm_tower: model_type of {prefix}{CONFIG_NAME} is "
             f"{shown(config.get('model_type'))}. {identify(names, config, repo_id)}".rstrip()
         )
+    if not with_weights:
+        return folder
     needed = _weight_files(folder, config)
     if trust_remote_code and (code := code_file(config)):
         needed.append(code)
@@ -77,20 +82,19 @@ def fetch_tower(
     return folder
 
 
+def commit_of(folder: Path) -> str:
+    """The commit of a folder that `fetch_tower` gave for a repository: the Hub's cache has one folder for each."""
+    return next(child.name for child in (folder, *folder.parents) if child.parent.name == "snapshots")
+
+
 def _weight_files(folder: Path, config: dict[str, Any]) -> list[str]:
     if not (folder / INDEX_NAME).exists():
         return [SINGLE_NAME]
     where = folder / INDEX_NAME
-    found = read_json(where).get("weight_map")
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise FormatError(f"{where}: weight_map must be an object that maps each key to a file name")
-    names = sorted(set(found.values()))
+    weight_map, _ = check_index(read_json(where), f"{where}")
+    names = sorted(set(weight_map.values()))
     if len(names) > MAX_WEIGHT_FILES:
         raise FormatError(f"{where}: names {len(names)} weight files, at most {MAX_WEIGHT_FILES} are read")
-    for name in names:
-        require_plain_name(name, f"{where}")
-        if not name.endswith(".safetensors"):
-            raise FormatError(f"{where}: names {shown(name)}; only .safetensors files are read")
     return names
 
 

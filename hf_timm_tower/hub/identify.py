@@ -28,8 +28,11 @@ def identify(names: Collection[str], config: Mapping[str, Any] | None, place: st
         return f"It seems to be a peft adapter: peft.PeftModel.from_pretrained(base_model, '{place}') loads it."
     if "modules.json" in names and "config_sentence_transformers.json" in names:
         return f"It seems to be a sentence-transformers model: SentenceTransformer('{place}') loads it."
-    if "architecture" in config and ("pretrained_cfg" in config or "num_classes" in config):
-        return f"It seems to be a timm model: timm.create_model('hf-hub:{place}', pretrained=True) loads it."
+    if kind == "timm_wrapper" or ("architecture" in config and ("pretrained_cfg" in config or "num_classes" in config)):
+        return (
+            f"It seems to be a timm model: TimmModel.from_timm('{place}') makes a tower of it, and so do the "
+            "transformers models' from_timm."
+        )
     if isinstance(kind, str):
         return (
             f"It seems to be a transformers checkpoint of model_type {shown(kind)}: "

@@ -9,10 +9,10 @@ import base64
 import binascii
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 import copy
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 import difflib
 from functools import lru_cache, partial
 import hashlib
@@ -22,16 +22,19 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 import inspect
 from io import BytesIO
+from itertools import groupby
 import itertools
 import json
 import math
 import numpy as np
+from operator import attrgetter
 import os
 from pathlib import Path
 import re
 import reprlib
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from threading import get_ident
 import timm
 from timm.data.transforms import CenterCropOrPad, MaybeToTensor, ResizeKeepRatio
 from timm.data.transforms_factory import create_transform
@@ -41,6 +44,8 @@ from timm.layers.attention_pool2d import AttentionPool2d, RotAttentionPool2d
 from timm.layers.drop import DropPath
 from timm.layers.layer_scale import LayerScale
 from timm.layers.mlp import Mlp
+from timm.layers.norm_act import BatchNormAct2d
+from timm.utils.attention_extract import AttentionExtract
 from torch import nn
 import torch
 from torch.distributions.dirichlet import _Dirichlet
@@ -62,10 +67,11 @@ from transformers import (
     VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
 )
+from transformers.backbone_utils import BackboneMixin
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.generic import ModelOutput
 from transformers.utils.hub import cached_file
@@ -412,11 +418,7 @@ def keep_statistics(tower: nn.Module) -> None:
 
 
 def check_frozen(frozen: dict[str, Any] | None) -> None:
-    """Refuse what is not a frozen state: `parameters` and `statistics`, each a list of names.
-
-    Raises:
-        ConfigError: with what was found.
-    """
+    """Refuse, by `ConfigError`, what is not a frozen state: `parameters` and `statistics`, each a list of names."""
     for key, names in (frozen or {}).items():
         if key not in _FROZEN_KEYS:
             raise ConfigError(f"frozen: unknown key {shown(key)}; expected {' and '.join(_FROZEN_KEYS)}")
@@ -429,8 +431,7 @@ def check_frozen(frozen: dict[str, Any] | None) -> None:
 def frozen_names(tower: nn.Module, frozen: dict[str, Any]) -> tuple[set[str], set[str]]:
     """The parameters, and the modules with statistics, that a frozen state names by themselves or by a module above.
 
-    Raises:
-        ConfigError: not a frozen state, or it names what the tower does not have.
+    `ConfigError` where it is none, or names what the tower does not have.
     """
     check_frozen(frozen)
     first_names = {id(parameter): name for name, parameter in tower.named_parameters()}
@@ -444,8 +445,7 @@ def frozen_names(tower: nn.Module, frozen: dict[str, Any]) -> tuple[set[str], se
 def apply_frozen(tower: nn.Module, frozen: dict[str, Any] | None) -> None:
     """Freeze what a config says was frozen, in a tower that was just built from it; None leaves it as it was built.
 
-    Raises:
-        ConfigError: not a frozen state, or it names what the tower does not have.
+    `ConfigError` as from `frozen_names`.
     """
     if frozen is None:
         return
@@ -486,8 +486,8 @@ def _names_under(entries: Sequence[str], names: Iterable[str], key: str) -> set[
 """`TimmTowerConfig`: everything that rebuilds a tower with no network.
 
 The config is validated once, when it is made: types by huggingface_hub's `@strict` (as transformers' own configs),
-meaning by the checks below. `tower.complete` fills in what only the trunk can tell (its width, its layout, its own
-pool), after which the config is a full description.
+meaning by the checks below. `build.resolve_config` fills in what only the trunk can tell (its width, its layout, its
+own pool), after which the config is a full description.
 """
 
 
@@ -498,7 +498,11 @@ MAX_IMAGE_SIZE = 2**14
 MAX_IN_CHANS = 2**12
 MAX_LABELS = 2**20
 
+# The first key of a config.json: timm.create_model names the first one that it does not know, and stops there.
+FOR_TIMM = "_not a timm checkpoint, load it with hf_timm_tower.TimmModel.from_pretrained"
+
 _LABELS = ("num_labels", "id2label", "label2id")
+_OUTPUTS = ("out_indices", "out_features")
 _OF_TRANSFORMERS = {"id2label", "label2id", "dtype", "problem_type", "architectures", "output_hidden_states"}
 
 ATTENTION_POOLS = ("abs_attn", "rot_attn")
@@ -506,39 +510,19 @@ OUR_POOLS = ("token_avg", "default", "none")
 PROJECTIONS = ("linear", "mlp", "none")
 
 # Keys that transformers itself writes into or expects of any config; everything else that is not a field is refused
-# when a config is read, and dropped with a warning when a tower is saved. `custom_pipelines` names code: never written.
+# when a config is read, and dropped with a warning when a tower is saved. `custom_pipelines` names code: never written;
+# `use_cache` is set by Trainer where gradients are checkpointed.
 _TRANSFORMERS_KEYS = frozenset(
-    {
-        "model_type",
-        "transformers_version",
-        "architectures",
-        "auto_map",
-        "custom_pipelines",
-        "dtype",
-        "torch_dtype",
-        "quantization_config",
-        "name_or_path",
-        "_name_or_path",
-        "_commit_hash",
-        "num_labels",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "output_hidden_states",
-        "output_attentions",
-        "return_dict",
-        "use_return_dict",
-        "attn_implementation",
-        "_attn_implementation",
-        "experts_implementation",
-        "_experts_implementation",
-        "chunk_size_feed_forward",
-        "is_encoder_decoder",
-        "per_layer_config",
-        "tie_last_hidden_states",
-        "use_cache",  # Trainer sets it where gradients are checkpointed
-        "hidden_size",
-    }
+    (
+        *"""
+        model_type transformers_version architectures auto_map custom_pipelines dtype torch_dtype quantization_config
+        name_or_path _name_or_path _commit_hash num_labels id2label label2id problem_type output_hidden_states
+        output_attentions return_dict use_return_dict attn_implementation _attn_implementation experts_implementation
+        _experts_implementation chunk_size_feed_forward is_encoder_decoder per_layer_config tie_last_hidden_states
+        use_cache hidden_size
+        """.split(),
+        *_OUTPUTS,
+    )
 )
 
 
@@ -576,6 +560,8 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         trunk_source: Where the trunk's weights are stored, if not beside the head: repository, commit and digests.
         timm_version: The timm that the tower was built with.
         format_version: Version of this format.
+        out_indices: Of a backbone: which of timm's feature maps it gives (`reader/backbone.py`).
+        out_features: The same by timm's names. Whichever is set last holds.
 
     Raises:
         ConfigError: with the field's name and value.
@@ -606,8 +592,15 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     trunk_source: dict[str, Any] | None = None
     timm_version: str | None = None
     format_version: int = FORMAT_VERSION
+    out_indices: list[int] | tuple[int, ...] | None = None
+    out_features: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop(FOR_TIMM, None)
+        kind = kwargs.pop("model_type", self.model_type)
+        if kind != self.model_type:
+            hint = ": load it with TimmModel.from_timm, or from_timm of this class" if kind == "timm_wrapper" else ""
+            raise ConfigError(f"model_type is {shown(kind)}, not {self.model_type!r}{hint}")
         unknown = {key: kwargs[key] for key in kwargs if key not in _TRANSFORMERS_KEYS}
         if unknown:
             raise ConfigError(_unknown_keys(unknown))
@@ -616,7 +609,6 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             if self.embed_dim is not None and hidden_size != self.embed_dim:
                 raise ConfigError(f"hidden_size={shown(hidden_size)} is another name of embed_dim={self.embed_dim}")
             self.embed_dim = hidden_size
-        kwargs.pop("model_type", None)
         _check(self)
         of_transformers = {name: getattr(self, name) for name in _OF_TRANSFORMERS if name in vars(self)}
         _check_of_transformers({**kwargs, **of_transformers})
@@ -640,9 +632,13 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         return super().from_dict(config_dict, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "image_size" and isinstance(value, int):
+            value = check_size(name, value)
         super().__setattr__(name, value)  # type: ignore[no-untyped-call]
         if name in _LABELS:
             self.__dict__["_labels_given"] = True
+        if name in _OUTPUTS and value is not None:
+            self.__dict__[_OUTPUTS[name == "out_indices"]] = None
 
     @property
     def is_classifier(self) -> bool:
@@ -656,11 +652,10 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             d["dtype"] = str(d["dtype"]).removeprefix("torch.")
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers', without what only this object knows, or this machine."""
-        left_out = (
-            "_labels_given",
-            "_name_or_path",
-        )  # the latter says where it was loaded from: a folder of somebody's
+        """As transformers', without what only this object knows, or this machine, or a backbone alone has."""
+        # `_name_or_path` says where it was loaded from: a folder of somebody's
+        left_out = {"_labels_given", "_name_or_path", "attribute_map", "hidden_size"}
+        left_out |= {name for name in _OUTPUTS if getattr(self, name) is None}
         return {name: value for name, value in super().to_dict().items() if name not in left_out}
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -685,7 +680,7 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         return {name: value for name, value in written.items() if name not in dropped}
 
 
-OUR_FIELDS = tuple(name for name in TimmTowerConfig.__annotations__ if name != "attribute_map")
+OUR_FIELDS = tuple(name for name in TimmTowerConfig.__annotations__ if name not in ("attribute_map", *_OUTPUTS))
 
 
 def _catch_strict_errors() -> None:
@@ -733,8 +728,7 @@ def _check_of_transformers(values: dict[str, Any]) -> None:
     """Before transformers writes a name for each label, and looks up a dtype in torch by its name."""
     count, dtype, problem = (values.get(name) for name in ("num_labels", "dtype", "problem_type"))
     if count is not None:
-        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_LABELS:
-            raise ConfigError(f"num_labels={shown(count)}: expected a whole number from 0 to {MAX_LABELS}")
+        _check_int("num_labels", count, MAX_LABELS, least=0)
     for name in ("id2label", "label2id"):
         labels = values.get(name)
         if labels is not None and not (
@@ -760,10 +754,9 @@ def _check_of_transformers(values: dict[str, Any]) -> None:
 def _check(config: TimmTowerConfig) -> None:
     check_architecture(config.architecture, config.timm_version)
     _check_int("in_chans", config.in_chans, MAX_IN_CHANS)
-    if config.embed_dim is not None:
-        _check_int("embed_dim", config.embed_dim, MAX_EMBED_DIM)
-    if config.num_features is not None:
-        _check_int("num_features", config.num_features, MAX_EMBED_DIM)
+    for name in ("embed_dim", "num_features"):
+        if getattr(config, name) is not None:
+            _check_int(name, getattr(config, name), MAX_EMBED_DIM)
     for name in ("image_size", "feat_size"):
         if getattr(config, name) is not None:
             setattr(config, name, check_size(name, getattr(config, name)))
@@ -794,17 +787,13 @@ def _check(config: TimmTowerConfig) -> None:
         raise ConfigError(f"tower_kwargs={shown(config.tower_kwargs)}: only a subclass (tower_class) has any")
 
 
-def _check_int(name: str, value: Any, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ConfigError(f"{name}={shown(value)}: expected a whole number from 1 to {most}")
+def _check_int(name: str, value: Any, most: int, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ConfigError(f"{name}={shown(value)}: expected a whole number from {least} to {most}")
 
 
 def check_size(name: str, value: Any) -> list[int]:
-    """An image size as `[height, width]` in pixels.
-
-    Raises:
-        ConfigError: not one or two whole numbers from 1 to 16384.
-    """
+    """An image size as `[height, width]` in pixels; `ConfigError` unless it is one or two whole numbers to 16384."""
     pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else []
     if len(pair) != 2 or any(
         isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= MAX_IMAGE_SIZE for side in pair
@@ -816,14 +805,9 @@ def check_size(name: str, value: Any) -> list[int]:
 
 
 def check_architecture(name: str, saved_with: str | None = None) -> None:
-    """Refuse what this timm's registry does not have.
+    """Refuse `arch` or `arch.tag` that this timm's registry does not have, by a `ConfigError` with near names.
 
-    Args:
-        name: `arch` or `arch.tag`.
-        saved_with: The timm version a config was saved with, to say which timm has the architecture.
-
-    Raises:
-        ConfigError: with near names, and the timm version that is known to have it.
+    It names the timm version that a config was saved with, which has the architecture.
     """
     if ":" in name or "/" in name or len(name) > 200 or not name.isprintable():
         raise ConfigError(
@@ -893,11 +877,7 @@ class Budget:
         return budget
 
     def charge(self, kind: str, amount: int) -> None:
-        """Count `amount` of one of `limits`; bytes are also counted together.
-
-        Raises:
-            ConfigError: a limit is exceeded.
-        """
+        """Count `amount` of one of `limits`, bytes together too; `ConfigError` where a limit is exceeded."""
         self.spent[kind] += amount
         if kind in ("reserved", "kept"):
             self.spent["bytes"] += amount
@@ -977,7 +957,7 @@ class _Construction(TorchFunctionMode):
         self, budget: Budget, func: Any, name: str, written: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Call a function; what it makes is charged before it takes memory."""
-        inputs = list(_tensors_of((args, kwargs)))
+        inputs = tensors_in((args, kwargs))
         if written is not None:
             if self.skip:
                 budget.charge("computed", written.nbytes)
@@ -989,7 +969,8 @@ class _Construction(TorchFunctionMode):
                 return func(*args, **kwargs)
             budget.charge_made(made)
             return _released(budget, func(*args, **kwargs), made)
-        most = math.prod(max(tensor.numel(), 1) for tensor in inputs) * math.prod(_numbers_in((args, kwargs)))
+        numbers = [max(abs(leaf), 1) for leaf in _leaves((args, kwargs)) if type(leaf) is int]
+        most = math.prod(max(tensor.numel(), 1) for tensor in inputs) * math.prod(numbers)
         if most * max(len(inputs), 1) > _SMALL:
             try:
                 made = _bytes_on_meta(func, args, kwargs)
@@ -1039,26 +1020,18 @@ def _takes_generator(func: Any) -> bool:
         return False
 
 
-def _tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
+def _leaves(value: Any) -> Iterator[Any]:
+    """What is in tuples, lists and dicts, however deep."""
+    if isinstance(value, (tuple, list, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _leaves(item)
+    else:
         yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors_of(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors_of(item)
 
 
-def _numbers_in(value: Any) -> Iterator[int]:
-    if type(value) is int:
-        yield max(abs(value), 1)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _numbers_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _numbers_in(item)
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """The tensors in arguments or a result: one, or tuples, lists and dicts of them, however deep."""
+    return [leaf for leaf in _leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def _size_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -1075,27 +1048,43 @@ def _size_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 def _bytes_on_meta(func: Any, args: Any, kwargs: Any) -> int:
     """Bytes that a call would make, found without making them."""
-    known: set[int] = set()
-
-    def move(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-            known.add(twin.untyped_storage()._cdata)
-            twins.append(twin)
-            return twin
-        if isinstance(value, (tuple, list)):
-            return type(value)(*map(move, value)) if hasattr(value, "_fields") else type(value)(map(move, value))
-        return None if isinstance(value, torch.Generator) else value
-
-    twins: list[torch.Tensor] = []
-    kwargs = {key: move(value) for key, value in kwargs.items() if key != "device"}
+    move = MetaTwins()
+    args, kwargs = move(tuple(args)), {key: move(value) for key, value in kwargs.items() if key != "device"}
     with torch.device("meta"):
-        return _fresh(func(*move(tuple(args)), **kwargs), known)
+        made = func(*args, **kwargs)
+    return _fresh(made, {twin.untyped_storage()._cdata for twin in move.memo.values()})
+
+
+class MetaTwins:
+    """Values as they are, but for tensors and modules, which become twins without memory; one twin for one tensor."""
+
+    def __init__(self) -> None:
+        self.memo: dict[int, Any] = {}
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            if id(value) not in self.memo:
+                # with the strides of an expanded tensor, so that copying it counts
+                twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+                self.memo[id(value)] = twin
+            return self.memo[id(value)]
+        if isinstance(value, nn.Module):
+            for tensor in (*value.parameters(), *value.buffers()):
+                twin = tensor.detach().to("meta")
+                self.memo[id(tensor)] = nn.Parameter(twin, False) if isinstance(tensor, nn.Parameter) else twin
+            return copy.deepcopy(value, self.memo)
+        if isinstance(value, torch.device):
+            return torch.device("meta")
+        if isinstance(value, (tuple, list)):
+            return type(value)(*map(self, value)) if hasattr(value, "_fields") else type(value)(map(self, value))
+        if isinstance(value, dict):
+            return {key: self(item) for key, item in value.items()}
+        return None if isinstance(value, torch.Generator) else value
 
 
 def _fresh(made: Any, known: set[int]) -> int:
     """Bytes of the tensors of a result that are not on the memory of an argument."""
-    return sum(tensor.nbytes for tensor in _tensors_of(made) if tensor.untyped_storage()._cdata not in known)
+    return sum(tensor.nbytes for tensor in tensors_in(made) if tensor.untyped_storage()._cdata not in known)
 
 
 _COUNTS_MODULES = [False]
@@ -1125,11 +1114,7 @@ def _construction(budget: Budget | None, *, skip: bool) -> Iterator[None]:
 def skip_init(budget: Budget | None = None) -> Iterator[None]:
     """Leave out every in-place write into a parameter; torch's global random generators are not used.
 
-    Args:
-        budget: What may be built, None for no limit (a model of the caller's own).
-
-    Raises:
-        ConfigError: the budget is exceeded.
+    `ConfigError` where more is built than the budget allows; None is no limit (for a model of the caller's own).
     """
     with _construction(budget, skip=True):
         yield
@@ -1137,11 +1122,7 @@ def skip_init(budget: Budget | None = None) -> Iterator[None]:
 
 @contextmanager
 def within_budget(budget: Budget) -> Iterator[None]:
-    """Initialise as usual, but count; nothing where a `skip_init` around it counts already.
-
-    Raises:
-        ConfigError: the budget is exceeded.
-    """
+    """Initialise as usual, but count, as in `skip_init`; nothing where one around it counts already."""
     if _ACTIVE.get() is not None:
         yield
         return
@@ -1177,8 +1158,7 @@ def split_tag(architecture: str) -> tuple[str, str]:
 def native_cfg(architecture: str) -> dict[str, Any]:
     """timm's `pretrained_cfg` of `arch` or `arch.tag`, with the defaults of timm where the registry has none.
 
-    Raises:
-        ConfigError: the tag is unknown to this timm.
+    `ConfigError` where this timm does not know the tag.
     """
     arch, tag = split_tag(architecture)
     try:
@@ -1269,11 +1249,7 @@ def _preprocess_overlay(config: TimmTowerConfig, tag: str) -> dict[str, Any]:
 
 
 def remove_classifier(trunk: nn.Module, config: TimmTowerConfig) -> None:
-    """Take the trunk's own classifier off and set its pool, by timm's `reset_classifier`.
-
-    Raises:
-        ConfigError: the trunk cannot do it.
-    """
+    """Take the trunk's own classifier off and set its pool by timm's `reset_classifier`, or raise `ConfigError`."""
     if config.classifier == "construct":
         return
     pool = trunk_pool(config.pool)
@@ -1399,74 +1375,59 @@ uninitialised: ``torch.empty`` and its kin are recorded as zeros, which is one o
 """
 
 
+# Both functions of torch and methods of a tensor.
+_BOTH = """
+abs absolute acos acosh add addbmm addcdiv addcmul addmm addmv addr adjoint all amax amin aminmax angle any arccos
+arccosh arcsin arcsinh arctan arctan2 arctanh argmax argmin argsort argwhere asin asinh atan atan2 atanh baddbmm
+bernoulli bincount bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor bmm
+broadcast_to ceil cholesky_inverse chunk clamp clamp_ clamp_max clamp_min clip clone conj conj_physical copysign
+corrcoef cos cosh count_nonzero cov cross cummax cummin cumprod cumsum deg2rad det detach detach_ diag diag_embed
+diagflat diagonal diagonal_scatter diff digamma dist div divide dot dsplit eq erf erfc erfinv exp exp_ exp2 expm1 fix
+flatten flip fliplr flipud float_power floor floor_divide fmax fmin fmod frac frexp gather ge greater greater_equal gt
+hardshrink heaviside histc hsplit hypot i0 index_add index_copy index_fill index_put index_reduce index_select inner
+inverse isclose isfinite isinf isnan isneginf isposinf isreal kron kthvalue ldexp le lerp less less_equal lgamma log
+log10 log1p log2 log_softmax logaddexp logaddexp2 logcumsumexp logdet logical_and logical_not logical_or logical_xor
+logit logsumexp lt masked_fill masked_scatter masked_select matmul matrix_exp matrix_power max maximum mean median min
+minimum mm mode moveaxis movedim msort mul multinomial multiply mv mvlgamma nan_to_num nanmean nanmedian nanquantile
+nansum narrow ne neg negative nextafter nonzero norm not_equal outer permute pinverse polygamma positive pow prelu prod
+quantile rad2deg ravel reciprocal relu relu_ remainder renorm repeat_interleave reshape resolve_conj resolve_neg roll
+rot90 round rsqrt scatter scatter_add scatter_reduce select select_scatter sgn sigmoid sigmoid_ sign signbit sin sinc
+sinh slice_scatter slogdet softmax sort split split_with_sizes sqrt square squeeze std sub subtract sum svd swapaxes
+swapdims t take take_along_dim tan tanh tanh_ tensor_split tile topk trace transpose tril triu true_divide trunc unbind
+unflatten unique_consecutive unsqueeze var vdot vsplit where xlogy
+"""
+
 _TORCH = """
-abs absolute acos acosh adaptive_avg_pool1d adaptive_max_pool1d add addbmm addcdiv addcmul addmm addmv addr adjoint
-affine_grid_generator all alpha_dropout amax amin aminmax angle any arccos arccosh arcsin arcsinh arctan arctan2
-arctanh argmax argmin argsort argwhere asin asinh atan atan2 atanh atleast_1d atleast_2d atleast_3d avg_pool1d baddbmm
-batch_norm bernoulli bilinear binary_cross_entropy_with_logits bincount bitwise_and bitwise_left_shift bitwise_not
-bitwise_or bitwise_right_shift bitwise_xor block_diag bmm broadcast_tensors broadcast_to bucketize cartesian_prod cat
-cdist ceil celu celu_ chain_matmul channel_shuffle cholesky_inverse cholesky_solve chunk clamp clamp_ clamp_max
-clamp_min clip clone column_stack combinations complex concat concatenate conj conj_physical constant_pad_nd conv1d
-conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d copysign corrcoef cos cosh cosine_embedding_loss
-cosine_similarity count_nonzero cov cross cummax cummin cumprod cumsum cumulative_trapezoid deg2rad det detach detach_
-diag diag_embed diagflat diagonal diagonal_scatter diff digamma dist div divide dot dropout dropout_ dsplit dstack
-einsum embedding embedding_bag eq erf erfc erfinv exp exp_ exp2 expm1 feature_alpha_dropout feature_dropout fix
-flatten flip fliplr flipud float_power floor floor_divide fmax fmin fmod frac frexp frobenius_norm full_like gather ge
-geqrf greater greater_equal grid_sampler grid_sampler_2d group_norm gru gru_cell gt hardshrink heaviside
-hinge_embedding_loss histc hsplit hstack hypot i0 imag index_add index_copy index_fill index_put index_reduce
-index_select inner instance_norm inverse isclose isfinite isin isinf isnan isneginf isposinf isreal kl_div kron
-kthvalue layer_norm ldexp le lerp less less_equal lgamma log log10 log1p log2 log_softmax logaddexp logaddexp2
-logcumsumexp logdet logical_and logical_not logical_or logical_xor logit logsumexp lstm lstm_cell lt
-margin_ranking_loss masked_fill masked_scatter masked_select matmul matrix_exp matrix_power max max_pool1d max_pool2d
-max_pool3d maximum mean median meshgrid min minimum mm mode moveaxis movedim msort mul multinomial multiply mv
-mvlgamma nan_to_num nanmean nanmedian nanquantile nansum narrow native_group_norm native_layer_norm ne neg negative
-nextafter nonzero norm norm_except_dim not_equal nuclear_norm ones_like orgqr ormqr outer pairwise_distance pdist
-permute pinverse pixel_shuffle pixel_unshuffle poisson poisson_nll_loss polar polygamma positive pow prelu prod
-quantile rad2deg rand_like randint_like randn_like ravel real reciprocal relu relu_ remainder renorm repeat_interleave
-reshape resolve_conj resolve_neg rms_norm rnn_relu rnn_relu_cell rnn_tanh rnn_tanh_cell roll rot90 round rrelu rsqrt
-rsub scatter scatter_add scatter_reduce searchsorted select select_scatter selu sgn sigmoid sigmoid_ sign signbit sin
-sinc sinh slice_scatter slogdet softmax sort split split_with_sizes sqrt square squeeze stack std std_mean sub
-subtract sum svd swapaxes swapdims t take take_along_dim tan tanh tanh_ tensor_split tensordot threshold tile topk
-trace transpose trapezoid trapz tril triplet_margin_loss triu true_divide trunc unbind unflatten unique_consecutive
-unsqueeze var var_mean vdot view_as_complex view_as_real vsplit vstack where xlogy zeros_like _weight_norm arange
-as_tensor asarray bartlett_window blackman_window eye full hamming_window hann_window linspace logspace normal ones
-rand randint randn randperm scalar_tensor tensor tril_indices triu_indices zeros _standard_gamma _sample_dirichlet
-binomial
+adaptive_avg_pool1d adaptive_max_pool1d affine_grid_generator alpha_dropout atleast_1d atleast_2d atleast_3d avg_pool1d
+batch_norm bilinear binary_cross_entropy_with_logits block_diag broadcast_tensors bucketize cartesian_prod cat cdist
+celu celu_ chain_matmul channel_shuffle cholesky_solve column_stack combinations complex concat concatenate
+constant_pad_nd conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d cosine_embedding_loss
+cosine_similarity cumulative_trapezoid dropout dropout_ dstack einsum embedding embedding_bag feature_alpha_dropout
+feature_dropout frobenius_norm full_like geqrf grid_sampler grid_sampler_2d group_norm gru gru_cell hinge_embedding_loss
+hstack imag instance_norm isin kl_div layer_norm lstm lstm_cell margin_ranking_loss max_pool1d max_pool2d max_pool3d
+meshgrid native_group_norm native_layer_norm norm_except_dim nuclear_norm ones_like orgqr ormqr pairwise_distance pdist
+pixel_shuffle pixel_unshuffle poisson poisson_nll_loss polar rand_like randint_like randn_like real rms_norm rnn_relu
+rnn_relu_cell rnn_tanh rnn_tanh_cell rrelu rsub searchsorted selu stack std_mean tensordot threshold trapezoid trapz
+triplet_margin_loss var_mean view_as_complex view_as_real vstack zeros_like _weight_norm arange as_tensor asarray
+bartlett_window blackman_window eye full hamming_window hann_window linspace logspace normal ones rand randint randn
+randperm scalar_tensor tensor tril_indices triu_indices zeros _standard_gamma _sample_dirichlet binomial
 """
 
 _TENSOR = """
-__add__ __and__ __eq__ __floordiv__ __ge__ __getitem__ __gt__ __iadd__ __iand__ __idiv__ __ifloordiv__ __imod__
-__imul__ __invert__ __ior__ __ipow__ __isub__ __itruediv__ __ixor__ __le__ __lt__ __matmul__ __mod__ __mul__ __ne__
-__neg__ __or__ __pow__ __radd__ __rand__ __rdiv__ __reversed__ __rfloordiv__ __rmatmul__ __rmod__ __rmul__ __ror__
-__rpow__ __rsub__ __rtruediv__ __rxor__ __setitem__ __sub__ __truediv__ __xor__ abs abs_ absolute absolute_ acos acos_
-acosh acosh_ add add_ addbmm addbmm_ addcdiv addcdiv_ addcmul addcmul_ addmm addmm_ addmv addmv_ addr addr_ adjoint
-all amax amin aminmax angle any arccos arccosh arcsin arcsinh arctan arctan2 arctanh argmax argmin argsort argwhere
-asin asin_ asinh asinh_ atan atan2 atan2_ atan_ atanh atanh_ baddbmm baddbmm_ bernoulli bernoulli_ bfloat16 bincount
-bitwise_and bitwise_and_ bitwise_left_shift bitwise_not bitwise_not_ bitwise_or bitwise_or_ bitwise_right_shift
-bitwise_xor bitwise_xor_ bmm bool broadcast_to byte cauchy_ cdouble ceil ceil_ cfloat char cholesky_inverse chunk
-clamp clamp_ clamp_max clamp_max_ clamp_min clamp_min_ clip clip_ clone conj conj_physical contiguous copy_ copysign
-copysign_ corrcoef cos cos_ cosh cosh_ count_nonzero cov cross cummax cummin cumprod cumprod_ cumsum cumsum_ deg2rad
-deg2rad_ det detach detach_ diag diag_embed diagflat diagonal diagonal_scatter diff digamma digamma_ dist div div_
-divide divide_ dot double dsplit eq eq_ erf erf_ erfc erfc_ erfinv erfinv_ exp exp2 exp2_ exp_ expand expand_as expm1
-expm1_ exponential_ fill_ fill_diagonal_ fix flatten flip fliplr flipud float float_power floor floor_ floor_divide
-floor_divide_ fmax fmin fmod fmod_ frac frac_ frexp gather ge ge_ geometric_ ger greater greater_equal gt gt_ half
-hardshrink heaviside histc hsplit hypot i0 index_add index_add_ index_copy index_copy_ index_fill index_fill_
-index_put index_put_ index_reduce index_select inner int inverse isclose isfinite isinf isnan isneginf isposinf isreal
-kron kthvalue ldexp le le_ lerp lerp_ less less_equal lgamma lgamma_ log log10 log10_ log1p log1p_ log2 log2_ log_
-log_normal_ log_softmax logaddexp logaddexp2 logcumsumexp logdet logical_and logical_and_ logical_not logical_not_
-logical_or logical_or_ logical_xor logit logit_ logsumexp long lt lt_ masked_fill masked_fill_ masked_scatter
-masked_scatter_ masked_select matmul matrix_exp matrix_power max maximum mean median min minimum mm mode moveaxis
-movedim msort mul mul_ multinomial multiply multiply_ mv mvlgamma nan_to_num nan_to_num_ nanmean nanmedian nanquantile
-nansum narrow ne ne_ neg neg_ negative negative_ new_full new_ones new_tensor new_zeros nextafter nonzero norm normal_
-not_equal outer permute pinverse polygamma positive pow pow_ prelu prod quantile rad2deg random_ ravel reciprocal
-reciprocal_ relu relu_ remainder remainder_ renorm renorm_ repeat repeat_interleave requires_grad_ reshape reshape_as
-resolve_conj resolve_neg roll rot90 round round_ rsqrt rsqrt_ scatter scatter_ scatter_add scatter_add_ scatter_reduce
-scatter_reduce_ select select_scatter sgn sgn_ short sigmoid sigmoid_ sign sign_ signbit sin sin_ sinc sinc_ sinh
-sinh_ slice_scatter slogdet softmax sort split split_with_sizes sqrt sqrt_ square square_ squeeze squeeze_ std sub
-sub_ subtract subtract_ sum sum_to_size svd swapaxes swapdims t t_ take take_along_dim tan tan_ tanh tanh_
-tensor_split tile to topk trace transpose transpose_ tril tril_ triu triu_ true_divide true_divide_ trunc trunc_ type
-type_as unbind unflatten unfold uniform_ unique unique_consecutive unsqueeze unsqueeze_ var vdot view view_as vsplit
-where xlogy xlogy_ zero_ cpu cuda
+__add__ __and__ __eq__ __floordiv__ __ge__ __getitem__ __gt__ __iadd__ __iand__ __idiv__ __ifloordiv__ __imod__ __imul__
+__invert__ __ior__ __ipow__ __isub__ __itruediv__ __ixor__ __le__ __lt__ __matmul__ __mod__ __mul__ __ne__ __neg__
+__or__ __pow__ __radd__ __rand__ __rdiv__ __reversed__ __rfloordiv__ __rmatmul__ __rmod__ __rmul__ __ror__ __rpow__
+__rsub__ __rtruediv__ __rxor__ __setitem__ __sub__ __truediv__ __xor__ abs_ absolute_ acos_ acosh_ add_ addbmm_ addcdiv_
+addcmul_ addmm_ addmv_ addr_ asin_ asinh_ atan2_ atan_ atanh_ baddbmm_ bernoulli_ bfloat16 bitwise_and_ bitwise_not_
+bitwise_or_ bitwise_xor_ bool byte cauchy_ cdouble ceil_ cfloat char clamp_max_ clamp_min_ clip_ contiguous copy_
+copysign_ cos_ cosh_ cumprod_ cumsum_ deg2rad_ digamma_ div_ divide_ double eq_ erf_ erfc_ erfinv_ exp2_ expand
+expand_as expm1_ exponential_ fill_ fill_diagonal_ float floor_ floor_divide_ fmod_ frac_ ge_ geometric_ ger gt_ half
+index_add_ index_copy_ index_fill_ index_put_ int le_ lerp_ lgamma_ log10_ log1p_ log2_ log_ log_normal_ logical_and_
+logical_not_ logical_or_ logit_ long lt_ masked_fill_ masked_scatter_ mul_ multiply_ nan_to_num_ ne_ neg_ negative_
+new_full new_ones new_tensor new_zeros normal_ pow_ random_ reciprocal_ remainder_ renorm_ repeat requires_grad_
+reshape_as round_ rsqrt_ scatter_ scatter_add_ scatter_reduce_ sgn_ short sign_ sin_ sinc_ sinh_ sqrt_ square_ squeeze_
+sub_ subtract_ sum_to_size t_ tan_ to transpose_ tril_ triu_ true_divide_ trunc_ type type_as unfold uniform_ unique
+unsqueeze_ view view_as xlogy_ zero_ cpu cuda
 """
 
 _FUNCTIONAL = """
@@ -1502,16 +1463,6 @@ _FFT = "fft ifft fft2 ifft2 fftn ifftn rfft irfft rfft2 irfft2 rfftn irfftn ffts
 TENSOR_PROPERTIES = ("T", "mT", "H", "mH", "real", "imag", "data")
 
 
-def _property_reader(name: str) -> Callable[[torch.Tensor], Any]:
-    getter = getattr(torch.Tensor, name).__get__
-
-    def read(tensor: torch.Tensor) -> Any:
-        return getter(tensor)
-
-    read.__name__ = name
-    return read
-
-
 def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """`tensor.data = value`, as momentum encoders write it; only with a tensor of the same shape, dtype and device."""
     if (tensor.shape, tensor.dtype, tensor.device) != (value.shape, value.dtype, value.device):
@@ -1532,15 +1483,15 @@ def _build_table() -> dict[str, Callable[..., Any]]:
             if function is not None:
                 table[f"{prefix}.{name}"] = function
     for name in TENSOR_PROPERTIES:
-        table[f"Tensor.{name}"] = _property_reader(name)
+        table[f"Tensor.{name}"] = attrgetter(name)
     table["Tensor.set_data_"] = _set_data
     table["torch.draw_dirichlet"] = _draw_dirichlet
     return table
 
 
 OP_SPACES: tuple[tuple[str, Any, str], ...] = (
-    ("torch", torch, _TORCH),
-    ("Tensor", torch.Tensor, _TENSOR),
+    ("torch", torch, _BOTH + _TORCH),
+    ("Tensor", torch.Tensor, _TENSOR + _BOTH),
     ("F", functional, _FUNCTIONAL),
     ("linalg", torch.linalg, _LINALG),
     ("special", torch.special, _SPECIAL),
@@ -1608,7 +1559,7 @@ _SIZED_BY_NUMBERS = frozenset(
     """.split()
 )
 """Operations whose numbers alone say how large the result is. What sizes and numbers do together is counted when the
-graph runs (`graph_head.Sizes`)."""
+graph runs (`graph_sizes.Sizes`)."""
 
 
 @dataclass(frozen=True)
@@ -1673,10 +1624,11 @@ class Node:
 
 @dataclass(frozen=True)
 class Program:
-    """The forward of one mode."""
+    """The forward of one mode; `tensors` are the parameters and buffers that it names."""
 
     nodes: tuple[Node, ...]
     output: Any
+    tensors: frozenset[str]
 
 
 # --- small pieces: each takes a value and where it stands, and gives it back checked
@@ -1732,11 +1684,13 @@ def read_program(value: Json, where: str, modules: set[str], constants: int) -> 
         raise GraphError(f"{where}: expected an object with nodes and output")
     only(value, {"nodes", "output"}, where)
     nodes: list[Node] = []
+    names: set[str] = set()
     for index, item in enumerate(read_list(value.get("nodes"), f"{where}.nodes", MAX_NODES)):
-        nodes.append(_node(item, _ValueReader(nodes, constants, f"{where}.nodes[{index}]"), modules))
+        nodes.append(_node(item, _ValueReader(nodes, constants, names, f"{where}.nodes[{index}]"), modules))
     if "output" not in value:
         raise GraphError(f"{where}: has no output")
-    return Program(tuple(nodes), _ValueReader(nodes, constants, f"{where}.output").read(value["output"]))
+    output = _ValueReader(nodes, constants, names, f"{where}.output").read(value["output"])
+    return Program(tuple(nodes), output, frozenset(names))
 
 
 def _node(value: Json, reader: "_ValueReader", modules: set[str]) -> Node:
@@ -1779,10 +1733,10 @@ def _autocast(value: dict[str, Json], where: str) -> tuple[tuple[str, bool, str 
 
 
 class _ValueReader:
-    """Reads the arguments of one node; references may only point to nodes before it."""
+    """Reads the arguments of one node; references may only point to nodes before it. `names` takes those of tensors."""
 
-    def __init__(self, nodes: Sequence[Node], constants: int, where: str) -> None:
-        self.nodes, self.constants, self.where = nodes, constants, where
+    def __init__(self, nodes: Sequence[Node], constants: int, names: set[str], where: str) -> None:
+        self.nodes, self.constants, self.names, self.where = nodes, constants, names, where
         self.op = ""
         self.product = 1.0
 
@@ -1855,6 +1809,7 @@ class _ValueReader:
         if value == "x":
             return Reference("input")
         if value.startswith("$"):
+            self.names.add(value[1:])
             return Reference("tensor", name=value[1:])
         if (constant := _CONSTANT.fullmatch(value)) and int(constant[1]) < self.constants:
             return Reference("constant", index=int(constant[1]))
@@ -1995,11 +1950,7 @@ def parse_graph(graph: Json) -> Graph:
 
 
 def check_extent(graph: Json) -> None:
-    """Bound nesting, the number of values and the length of texts, without recursion and before anything else.
-
-    Raises:
-        GraphError: a limit is exceeded.
-    """
+    """Bound nesting, the number of values and the length of texts, without recursion and before anything else."""
     level, values, letters = [graph], 1, 0
     for _ in range(MAX_GRAPH_DEPTH):
         deeper: list[Json] = []
@@ -2036,19 +1987,11 @@ def _callable_names(modules: Sequence[ModuleSpec]) -> set[str]:
 
 
 def _programs(graph: dict[str, Json], names: set[str], constants: int) -> dict[bool, Program]:
-    if "forward" in graph:
-        if "train" in graph or "eval" in graph:
-            raise GraphError("the stored head has both `forward` and one per mode")
-        program = read_program(graph["forward"], "forward", names, constants)
-        return {True: program, False: program}
-    if "train" in graph or "eval" in graph:
-        if "train" not in graph or "eval" not in graph:
-            raise GraphError("the stored head has a forward for one mode only; `train` and `eval` belong together")
-        return {
-            True: read_program(graph["train"], "train", names, constants),
-            False: read_program(graph["eval"], "eval", names, constants),
-        }
-    return {}
+    keys = [key for key in ("forward", "train", "eval") if key in graph]
+    if keys not in ([], ["forward"], ["train", "eval"]):
+        raise GraphError(f"the stored head has {' and '.join(keys)}; expected `forward`, or both `train` and `eval`")
+    read = [read_program(graph[key], key, names, constants) for key in keys]
+    return {True: read[0], False: read[-1]} if read else {}
 
 
 # --- small pieces: each takes a value and where it stands, and gives it back checked
@@ -2236,7 +2179,7 @@ _DECOMPOSITIONS = frozenset(
     "lu_factor cholesky geqrf".split()
 )
 """Work grows with the cube of a matrix's width, its bytes with the square."""
-_OF_NUMBERS = frozenset(
+_SIZED_BY_VALUE = frozenset(
     "torch.zeros torch.ones torch.full torch.rand torch.randn torch.randint torch.arange torch.eye torch.linspace "
     "torch.logspace torch.randperm torch.tril_indices torch.triu_indices".split()
 )
@@ -2275,7 +2218,7 @@ class _Counted:
 
     def check(self, index: int, name: str, function: Any, args: Any, kwargs: Any) -> None:
         """Count a call that is about to be made. Raises GraphError if the forward makes too much with it."""
-        tensors = _flat((args, kwargs))
+        tensors = tensors_in((args, kwargs))
         key = (*self.key, index, *((tensor.shape, tensor.dtype) for tensor in tensors))
         found = self.known.get(key)
         if found is None:
@@ -2306,9 +2249,9 @@ class _Counted:
             factor = max([1, *(max(tensor.shape[-2:], default=1) // 64 for tensor in tensors)])
         failed: Exception | None = None
         for by_numbers in (False, True):  # a tensor of one number may say how large the result is
-            count, move = _Count(self.limit), _Mover()
+            count, move = _Count(self.limit), _Twins()
             first, move.keeps_numbers = move(args[:1]), by_numbers
-            first = move(args[:1]) if name in _OF_NUMBERS else first
+            first = move(args[:1]) if name in _SIZED_BY_VALUE else first
             try:
                 with torch.no_grad(), torch.device("meta"), count:
                     move(function)(*first, *move(args[1:]), **move(kwargs))
@@ -2347,10 +2290,10 @@ class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
             dim = args[1] if name == "aten::unbind" and len(args) > 1 else args[2] if len(args) > 2 else 0
             size = 1 if name == "aten::unbind" else max(args[1], 1) if isinstance(args[1], int) else 1
             self._add(0, args[0].shape[dim] // size)
-        given = _flat((args, kwargs))
+        given = tensors_in((args, kwargs))
         known = {tensor.untyped_storage()._cdata for tensor in given}
         result = func(*args, **(kwargs or {}))
-        made = _flat(result)
+        made = tensors_in(result)
         memory = [tensor.untyped_storage() for tensor in made]
         fresh = [each.nbytes() for each in memory if each._cdata not in known]
         if fresh or not made:  # no view: what is expanded is written out by many kernels
@@ -2366,54 +2309,29 @@ class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise GraphError("too much")
 
 
-def _work_of(func: Any, args: Any, kwargs: Any, result: Any, given: list[Any], made: list[Any]) -> int:
+def _work_of(
+    func: Any, args: Any, kwargs: Any, result: Any, given: list[torch.Tensor], made: list[torch.Tensor]
+) -> int:
     """Multiplications of a call, or as many as it has numbers to read and to write."""
-    name, work = func._schema.name, 0
+    name, work = func._schema.name, max(sum(each.numel() for each in tensors) for tensors in (given, made))
     if func._overloadpacket in flop_registry:
-        work = flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result) // 2
-    elif "dist_forward" in name or name == "aten::addbmm":  # each row with each row
-        work = given[-2].numel() * given[-1].shape[-2 if "cdist" in name else -1]
-    elif "_pool" in name and "adaptive" not in name and len(args) > 1 and isinstance(args[1], (list, tuple)):
-        work = sum(each.numel() for each in made) * math.prod(args[1] * (3 if len(args[1]) == 1 else 1))
-    return max(int(work), *(int(sum(each.numel() for each in tensors)) for tensors in (given, made)))
+        return max(work, int(flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)) // 2)
+    if "dist_forward" in name or name == "aten::addbmm":  # each row with each row
+        return max(work, given[-2].numel() * given[-1].shape[-2 if "cdist" in name else -1])
+    if "_pool" in name and "adaptive" not in name and len(args) > 1 and isinstance(args[1], (list, tuple)):
+        return max(work, sum(each.numel() for each in made) * math.prod(args[1] * (3 if len(args[1]) == 1 else 1)))
+    return work
 
 
-class _Mover:
-    """Values as they are, but for tensors and modules, which become twins without memory; one twin for one tensor."""
+class _Twins(MetaTwins):
+    """On request tensors of one number stay what they are."""
 
-    def __init__(self) -> None:
-        self.memo: dict[int, Any] = {}
-        self.keeps_numbers = False
+    keeps_numbers = False
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor) and self.keeps_numbers and value.dim() == 0:
             return value.detach().clone().cpu()
-        if isinstance(value, torch.Tensor):
-            if id(value) not in self.memo:
-                self.memo[id(value)] = torch.empty_strided(
-                    value.shape, value.stride(), dtype=value.dtype, device="meta"
-                )  # with the strides of an expanded tensor, so that copying it counts
-            return self.memo[id(value)]
-        if isinstance(value, nn.Module):
-            for tensor in (*value.parameters(), *value.buffers()):
-                twin = tensor.detach().to("meta")
-                self.memo[id(tensor)] = nn.Parameter(twin, False) if isinstance(tensor, nn.Parameter) else twin
-            return copy.deepcopy(value, self.memo)
-        if isinstance(value, torch.device):
-            return torch.device("meta")
-        if isinstance(value, (tuple, list)):
-            return type(value)([self(item) for item in value])
-        if isinstance(value, dict):
-            return {key: self(item) for key, item in value.items()}
-        return value
-
-
-def _flat(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [tensor for item in value for tensor in _flat(item)] if isinstance(value, (tuple, list)) else []
+        return super().__call__(value)
 
 
 def _by_counts(name: str, args: Any, kwargs: Any) -> int | None:
@@ -2639,10 +2557,14 @@ class GraphHead(nn.Module):
         self.__check_input(x)
         program = self.__graph.programs[self.training]
         run = _Run(self, x, self.__constants, self.__sizes)
-        for region in _regions(program):
+        for (no_grad, autocast), nodes in groupby(program.nodes, key=lambda node: (node.no_grad, node.autocast)):
             with ExitStack() as stack:
-                _enter(stack, region[0], x)
-                for node in region:
+                if no_grad:
+                    stack.enter_context(torch.no_grad())
+                for device, enabled, dtype in autocast:
+                    kind = x.device.type if device == "input" else device
+                    stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=DTYPES[dtype] if dtype else None))
+                for node in nodes:
                     run.step(node)
         return run.resolve(program.output)
 
@@ -2670,19 +2592,11 @@ class GraphHead(nn.Module):
         who puts tensors in by other means makes it afterwards.
         """
         for alias, first in self.__graph.ties:
-            owner, key = _owner(self, first)
-            shared = owner._parameters[key] if key in owner._parameters else owner._buffers[key]
-            assert shared is not None
-            _replace(self, alias, shared)
+            _replace(self, alias, _tensor_of(self, first))
         for name, order in self.__graph.layouts:
-            owner, key = _owner(self, name)
-            tensor = owner._parameters.get(key)
-            if tensor is not None:
-                tensor.data = _lay_out(tensor.data, order)
-            else:
-                buffer = owner._buffers[key]
-                assert buffer is not None
-                owner._buffers[key] = _lay_out(buffer, order)
+            tensor = _tensor_of(self, name)
+            back = [order.index(dim) for dim in range(len(order))]
+            tensor.data = tensor.data.permute(order).contiguous().permute(back)
 
     def train(self, mode: bool = True) -> "GraphHead":
         """Switch modes; modules that the original kept in one mode (frozen BatchNorm) stay in it."""
@@ -2705,31 +2619,6 @@ class GraphHead(nn.Module):
 def _settle_after_load(module: nn.Module, incompatible_keys: Any) -> None:
     if isinstance(module, GraphHead):
         module.settle()
-
-
-def _lay_out(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
-    """The same values, contiguous in memory when the dimensions are taken in `order`."""
-    back = [order.index(dim) for dim in range(len(order))]
-    return tensor.permute(order).contiguous().permute(back)
-
-
-def _regions(program: Program) -> Iterator[list[Node]]:
-    region: list[Node] = []
-    for node in program.nodes:
-        if region and (node.no_grad, node.autocast) != (region[0].no_grad, region[0].autocast):
-            yield region
-            region = []
-        region.append(node)
-    if region:
-        yield region
-
-
-def _enter(stack: ExitStack, node: Node, x: torch.Tensor) -> None:
-    if node.no_grad:
-        stack.enter_context(torch.no_grad())
-    for device, enabled, dtype in node.autocast:
-        kind = x.device.type if device == "input" else device
-        stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=DTYPES[dtype] if dtype else None))
 
 
 class _Run:
@@ -2787,12 +2676,7 @@ class _Run:
         if reference.kind == "constant":
             return self.constants[reference.index]
         if reference.kind == "tensor":
-            owner, key = _owner(self.head, reference.name)
-            for held in (owner._parameters, owner._buffers):
-                found = held.get(key)
-                if found is not None:
-                    return found
-            return getattr(owner, key)  # declared by the graph; somebody parametrized it since
+            return _tensor_of(self.head, reference.name)
         result = self.results[reference.index]
         for step in reference.path:
             result = result[step]
@@ -2802,6 +2686,14 @@ class _Run:
 def _owner(head: nn.Module, name: str) -> tuple[nn.Module, str]:
     parent, _, key = name.rpartition(".")
     return submodule(head, parent), key
+
+
+def _tensor_of(head: nn.Module, name: str) -> Any:
+    owner, key = _owner(head, name)
+    for table in (owner._parameters, owner._buffers):
+        if (found := table.get(key)) is not None:
+            return found
+    return getattr(owner, key)  # declared by the graph; somebody parametrized it since
 
 
 def submodule(head: nn.Module, name: str) -> nn.Module:
@@ -2909,12 +2801,8 @@ def _finish(graph: Graph, root: nn.Module) -> None:
         raise GraphError("ties and layouts need a head with a forward of its own")
     for alias, first in graph.ties:
         _all_known([alias, first], tensors, "ties")
-        owner, key = _owner(root, first)
-        target = owner._parameters.get(key)
-        shared = target if target is not None else owner._buffers[key]
-        if shared is None or shared.shape != tensors[alias].shape or (alias in parameters) != (first in parameters):
+        if tensors[alias].shape != tensors[first].shape or (alias in parameters) != (first in parameters):
             raise GraphError(f"ties: {shown(alias)} and {shown(first)} are not alike")
-        _replace(root, alias, shared)
     if isinstance(root, GraphHead):
         root.settle()
     parameters = dict(root.named_parameters(remove_duplicate=False))
@@ -2923,32 +2811,10 @@ def _finish(graph: Graph, root: nn.Module) -> None:
         parameters[name].requires_grad_(False)
     modules = dict(root.named_modules(remove_duplicate=False))
     _all_known([name for name, _, _ in graph.held], modules, "held")
-    _check_references(graph, tensors, root)
-
-
-def _check_references(graph: Graph, tensors: dict[str, torch.Tensor], root: nn.Module) -> None:
     buffers = dict(root.named_buffers(remove_duplicate=False))
-
-    def check(value: Any) -> None:
-        if isinstance(value, Reference) and value.kind == "tensor" and value.name not in tensors:
-            raise GraphError(f"the forward uses a tensor {shown(value.name)} that the head does not have")
-        if isinstance(value, DtypeOf):
-            check(value.tensor)
-        if isinstance(value, Pairs):
-            value = [item for _, item in value.items]
-        if isinstance(value, Slice):
-            value = [value.start, value.stop, value.step]
-        if isinstance(value, (tuple, list)):
-            for item in value:
-                check(item)
-
-    for program in {id(program): program for program in graph.programs.values()}.values():
-        for node in program.nodes:
-            check(node.args)
-            check([item for _, item in node.kwargs])
-            if node.kind == "write" and node.target not in buffers:
-                raise GraphError(f"the forward writes a buffer {shown(node.target)} that the head does not have")
-        check(program.output)
+    for program in graph.programs.values():
+        _all_known(program.tensors, tensors, "a call of the forward")
+        _all_known([node.target for node in program.nodes if node.kind == "write"], buffers, "a write of the forward")
 
 
 def _all_known(names: Any, known: dict[str, Any], where: str) -> None:
@@ -3017,7 +2883,9 @@ def builtin_head(config: TimmTowerConfig) -> nn.Sequential:
             f"embed_dim=None: pool={config.pool!r} with proj={config.proj!r} needs a width of the embedding"
         )
     if config.pool == "abs_attn":
-        layers["pool"] = AttentionPool2d(width, feat_size=_pair(config.feat_size), out_features=embed_dim)
+        if config.feat_size is None:
+            raise ConfigError("feat_size=None: pool='abs_attn' needs the height and width of the feature map")
+        layers["pool"] = AttentionPool2d(width, feat_size=tuple(config.feat_size), out_features=embed_dim)  # type: ignore[arg-type]
         width = embed_dim
     elif config.pool == "rot_attn":
         layers["pool"] = RotAttentionPool2d(width, out_features=embed_dim)
@@ -3031,18 +2899,8 @@ def builtin_head(config: TimmTowerConfig) -> nn.Sequential:
     return nn.Sequential(layers)
 
 
-def _pair(size: Any) -> tuple[int, int]:
-    if size is None:
-        raise ConfigError("feat_size=None: pool='abs_attn' needs the height and width of the feature map")
-    return size[0], size[1]
-
-
 def registered_factory(name: str) -> HeadFactory:
-    """The class or function registered under a name.
-
-    Raises:
-        HeadError: nothing is; says what to do.
-    """
+    """The class or function registered under a name; `HeadError` says what to do where none is."""
     factory = HEAD_FACTORIES.get(name)
     if factory is None:
         known = ", ".join(sorted(HEAD_FACTORIES)) or "none"
@@ -3077,32 +2935,8 @@ def rebuild_head(spec: dict[str, Any]) -> nn.Module:
     raise HeadError(f"config.head: unknown form {shown(form)}; this version reads 'graph', 'registered' and 'code'")
 
 
-def check_stored(spec: Any, tower_class: str | None) -> None:
-    """Refuse a `head` entry of a file that no save writes.
-
-    Args:
-        spec: `config.head`.
-        tower_class: `config.tower_class`.
-
-    Raises:
-        HeadError: names the form.
-    """
-    if spec is None:
-        return
-    form = spec.get("form")
-    if form not in ("graph", "registered", CODE, SUBCLASS) or (form == SUBCLASS and tower_class is None):
-        raise HeadError(
-            f"config.head: form {shown(form)} is not one of a saved tower (graph, registered, code, or subclass with "
-            "tower_class)"
-        )
-
-
 def code_file(config: dict[str, Any]) -> str | None:
-    """Name of the source file of a head that is stored as code, None for every other head.
-
-    Raises:
-        FormatError: it has another name than such files have.
-    """
+    """Name of the source file of a head that is stored as code, None for every other; `FormatError` for other names."""
     head = config.get("head")
     if not isinstance(head, dict) or head.get("form") != CODE:
         return None
@@ -3118,13 +2952,7 @@ _CODE_DTYPES = {each: getattr(torch, each) for each in ("float16", "bfloat16", "
 
 
 def refuse_code(spec: dict[str, Any], *, repo: str, revision: str | None) -> HeadError:
-    """The error for a head of code that is not trusted.
-
-    Args:
-        spec: `config.head`.
-        repo: The repository or folder.
-        revision: Its commit, None for a folder.
-    """
+    """The error for a head of code that is not trusted: `config.head` of a repository, or of a folder (no revision)."""
     file = code_file({"head": spec})
     at = f" at revision {shown(revision)[1:-1]}" if revision else ""
     again = f'"{shown(repo)[1:-1]}"' + (f', revision="{shown(revision)[1:-1]}"' if revision else "")
@@ -3137,11 +2965,7 @@ def refuse_code(spec: dict[str, Any], *, repo: str, revision: str | None) -> Hea
 
 
 def check_code_spec(spec: Any) -> None:
-    """Refuse a `config.head` that is none of a head of code.
-
-    Raises:
-        HeadError: says what it must have.
-    """
+    """Refuse a `config.head` that is none of a head of code by a `HeadError` that says what it must have."""
     fits = (
         spec.get("file") == HEAD_CODE_FILE
         and isinstance(spec.get("class"), str)
@@ -3536,10 +3360,11 @@ class TimmTowerImageProcessor(BaseImageProcessor):
         return {**facts_of(block, size), **standard_keys(block), **named}
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
-        """Write `preprocessor_config.json`; beside a tower without the class, so that no pipeline asks to trust it."""
+        """Write `preprocessor_config.json`; it names the class, except beside a tower that has no code."""
         path, content = Path(json_file_path), self.to_dict()
         with suppress(OSError, ValueError, RecursionError, TypeError, LookupError):  # no config, or not a tower's
-            if json.loads(path.with_name("config.json").read_bytes())["model_type"] == TimmTowerConfig.model_type:
+            beside = json.loads(path.with_name("config.json").read_bytes())
+            if beside["model_type"] == TimmTowerConfig.model_type and "auto_map" not in beside:
                 del content["image_processor_type"], content["auto_map"]
         path.unlink(missing_ok=True)  # a link is replaced, what it points to stays
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -3813,11 +3638,7 @@ def build_tower(
 
 
 def check_buildable(config: TimmTowerConfig) -> None:
-    """Refuse a config that no code but that of its own class can build.
-
-    Raises:
-        ConfigError, HeadError: says what is needed.
-    """
+    """Refuse a config that only its own class can build: `ConfigError`, `HeadError` say what is needed."""
     if config.tower_class is not None:
         raise ConfigError(
             f"this tower was saved by {shown(config.tower_class)}, a subclass of TimmModel that changes how it is "
@@ -3829,11 +3650,28 @@ def check_buildable(config: TimmTowerConfig) -> None:
         raise HeadError("the config says that there is a custom head, but not which: save the tower with its head")
 
 
+def without_head(config: TimmTowerConfig) -> TimmTowerConfig:
+    """The same trunk without a head: the config of a tower that gives what its trunk pools."""
+    bare = copy.deepcopy(config)
+    if config.frozen is not None:
+        bare.frozen = {
+            key: [name for name in names if f"{name}.".startswith("trunk.")] for key, names in config.frozen.items()
+        }
+    if config.proj is None and config.head is None and config.pool not in ATTENTION_POOLS:
+        return bare  # the head is the trunk's own classifier
+    bare.head, bare.proj, bare.proj_bias, bare.drop = None, "none", False, 0.0
+    if config.pool in (*ATTENTION_POOLS, "token_avg"):
+        bare.pool = "none"
+        if config.pool == "token_avg" and config.num_features is not None:
+            bare.num_features = config.num_features // 2
+    bare.embed_dim = bare.num_features
+    return bare
+
+
 def make_classifier(config: TimmTowerConfig) -> nn.Module:
     """A fresh classifier `[B, embed_dim]` -> `[B, num_labels]`; nothing where the trunk's own gives the scores.
 
-    Raises:
-        ConfigError: the embedding has no width, or there are no labels.
+    `ConfigError` where the embedding has no width, or there are no labels.
     """
     if config.embed_dim is None:
         raise ConfigError(
@@ -3904,11 +3742,6 @@ class StoredTower:
     weights: Mapping[str, torch.Tensor]
     fingerprint: dict[str, Any] | None = None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all weights."""
-        return sum(tensor.nbytes for tensor in self.weights.values())
-
 
 def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
     """Key -> tensor of a tower's weight files, which lie in one folder with their index.
@@ -3919,58 +3752,70 @@ def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
     Raises:
         FormatError: a file is damaged, or the index does not fit the files.
     """
-    index = read_index(files[0].with_name(INDEX_FILE))
-    weight_map = index.get("weight_map")
+    where = files[0].with_name(INDEX_FILE)
+    weight_map, metadata = read_index(where) if where.is_file() else (None, {})
     found: dict[str, torch.Tensor] = {}
     for file in files:
         try:
             tensors = load_file(file)
         except (SafetensorError, OSError, ValueError) as error:
             raise FormatError(f"{file}: not a safetensors file that can be read: {error}") from error
-        if isinstance(weight_map, dict):
+        if weight_map is not None:
             listed = {key for key, name in weight_map.items() if name == file.name}
             if odd := sorted(listed ^ tensors.keys()):
                 raise FormatError(f"{file}: {len(odd)} keys are not where the index puts them, such as {shown(odd[0])}")
         found.update(tensors)
-    found = {key: tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone() for key, tensor in found.items()}
-    metadata = index.get("metadata")
-    for kind in ("tied", "shared"):
-        groups = metadata.get(kind, []) if isinstance(metadata, dict) else []
-        for group in groups if isinstance(groups, list) else []:
-            if not isinstance(group, list) or any(key not in found for key in group):
-                raise FormatError(f"{files[0].parent / INDEX_FILE}: metadata.{kind} names unknown keys: {shown(group)}")
-            first = found[group[0]]
-            if odd := [key for key in group if not same_bytes_of(found[key], first)]:
-                raise FormatError(
-                    f"{files[0].parent / INDEX_FILE}: {shown(odd[0])} is {kind} with another key but differs"
-                )
-            found.update((key, first if kind == "tied" else first.view(first.shape)) for key in group[1:])
+    found = _aligned(found)
+    share_ties(found, metadata, str(where))
     return found
 
 
-def read_index(path: Path) -> dict[str, Any]:
-    """The JSON of an index, `{}` where there is none.
+def share_ties(tensors: dict[str, torch.Tensor], metadata: Mapping[str, Any], where: str) -> None:
+    """Let keys that an index calls tied (one parameter) or shared (one memory) hold one tensor.
 
-    Raises:
-        FormatError: it is too large, no JSON, or does not map keys to file names.
+    `FormatError` where it has something else than groups of known keys, or what they hold differs.
     """
-    if not path.is_file():
-        return {}
+    for kind in ("tied", "shared"):
+        groups = metadata.get(kind, [])
+        if not isinstance(groups, list) or not all(
+            isinstance(group, list) and len(group) > 1 and all(isinstance(key, str) for key in group)
+            for group in groups
+        ):
+            raise FormatError(f"{where}: metadata.{kind} must hold lists of two or more keys, found {shown(groups)}")
+        keys = [key for group in groups for key in group]
+        if odd := [key for key in keys if key not in tensors or keys.count(key) > 1]:
+            raise FormatError(f"{where}: metadata.{kind} names {shown(odd[0])}, which is unknown or named twice")
+        for first, *others in groups:
+            for key in others:
+                if not same_bits(tensors[first], tensors[key]):
+                    raise FormatError(f"{where}: {shown(first)} and {shown(key)} are {kind} but differ")
+                tensors[key] = tensors[first] if kind == "tied" else tensors[first].view(tensors[first].shape)
+
+
+def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """`check_index` of a file, which must be a small one."""
     if path.stat().st_size > _MAX_INDEX_BYTES:
         raise FormatError(f"{path}: {path.stat().st_size} bytes, at most {_MAX_INDEX_BYTES} are read")
     try:
         index = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not JSON: {error}") from error
-    names = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(index, dict) or not isinstance(index.get("metadata"), dict):
-        raise FormatError(f"{path}: expected an object with metadata, an object, which transformers asks for")
+    if isinstance(index, dict) and not isinstance(index.get("metadata"), dict):
+        raise FormatError(f"{path}: has no metadata, an object, which transformers asks for")
+    return check_index(index, str(path))
+
+
+def check_index(index: Any, where: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """`weight_map` and `metadata` of an index; `FormatError` where it does not map keys to plain file names."""
+    names, metadata = (index.get("weight_map"), index.get("metadata", {})) if isinstance(index, dict) else (None, None)
     if not isinstance(names, dict) or not names:
-        raise FormatError(f"{path}: weight_map must be an object that maps each key to a file name")
+        raise FormatError(f"{where}: weight_map must be an object that maps each key to a file name")
     for name in set(map(str, names.values())):
         if not _WEIGHT_NAME.fullmatch(name):
-            raise FormatError(f"{path}: {shown(name)} is not the plain name of a .safetensors file")
-    return index
+            raise FormatError(f"{where}: {shown(name)} is not the plain name of a .safetensors file")
+    if not isinstance(metadata, dict):
+        raise FormatError(f"{where}: metadata must be an object, found {shown(metadata)}")
+    return names, metadata
 
 
 @dataclass(frozen=True)
@@ -3995,13 +3840,15 @@ class TrunkSource:
         """What `config.trunk_source` holds."""
         return {**asdict(self), "unused": list(self.unused)}
 
+    def named(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the files hold -> `trunk.*` -> tensor."""
+        if self.layout == "tower":
+            return {key: tensor for key, tensor in tensors.items() if key.startswith("trunk.")}
+        return {f"trunk.{key}": tensor for key, tensor in tensors.items() if key not in self.unused}
+
 
 def parse_trunk_source(spec: Any) -> TrunkSource:
-    """`config.trunk_source` of an untrusted file.
-
-    Raises:
-        ConfigError: names what is wrong with it.
-    """
+    """`config.trunk_source` of an untrusted file; `ConfigError` names what is wrong with it."""
     if not isinstance(spec, dict) or set(spec) != _PINNED_FIELDS:
         raise ConfigError(f"trunk_source: expected {', '.join(sorted(_PINNED_FIELDS))}, found {shown(spec, 200)}")
     repo_id, commit, layout, files, unused = (spec[name] for name in ("repo_id", "commit", "layout", "files", "unused"))
@@ -4054,13 +3901,14 @@ def fetch_pinned_trunk(source: TrunkSource, **access: Any) -> dict[str, torch.Te
                 f"{digest}: it is another trunk, and the embedding would be another one"
             )
         found.update(load_file(path))
-    aligned = {key: tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone() for key, tensor in found.items()}
-    if source.layout == "tower":
-        return {key: tensor for key, tensor in aligned.items() if key.startswith("trunk.")}
-    return {f"trunk.{key}": tensor for key, tensor in aligned.items() if key not in source.unused}
+    return source.named(_aligned(found))
 
 
-def same_bytes_of(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _aligned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone() for key, tensor in tensors.items()}
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors have one dtype, one shape and the same bytes (NaN equals the same NaN; -0.0 is not 0.0)."""
     if a is b:
         return True
@@ -4102,7 +3950,7 @@ def assign_weights(
     full, differing = dict(tensors), list[str]()
     for keys in own_ties.values():
         if len(keys) > 1 and (given := [key for key in keys if key in full]):
-            odd = [key for key in given[1:] if not same_bytes_of(full[key], full[given[0]])]
+            odd = [key for key in given[1:] if not same_bits(full[key], full[given[0]])]
             differing += [f"{key} and {given[0]}" for key in odd]
             full.update((key, full[given[0]]) for key in keys)
     if problems := _misfits(state, full, allow_missing, differing):
@@ -4183,39 +4031,222 @@ def _listed(keys: Iterable[str], limit: int = 5) -> str:
 
 
 def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A floating-point dtype, given as such or by name.
-
-    Raises:
-        ArgumentError: not one.
-    """
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if found is None and dtype is None:
+    """A floating-point dtype, given as such or by name; `ArgumentError` where it is none."""
+    if dtype is None:
         return None
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ArgumentError(f"dtype={dtype!r} is not a floating-point dtype of torch or the name of one")
     return found
 
-# --- modeling.py
+# --- computed_buffers.py
 
-"""Towers as transformers models: `TimmTowerModel`, and `TimmTowerForImageClassification` with a classifier on top.
+"""Buffers that no checkpoint holds, and memory, where transformers builds on the meta device."""
 
-`from_pretrained` is transformers' own, with all it takes (revisions, device maps, quantization, adapters). Two steps of
-it are ours. *Building*: transformers builds on the meta device and fills what the checkpoint holds. Buffers outside the
-state dict (relative positions, rotary tables, attention biases) are in no checkpoint and would come back as
-uninitialised memory. So trunk and head are always built for real, with initialisation left out, their computed buffers
-set aside, and then moved to meta; `_initialize_weights` puts the buffers back. transformers calls it on every model
-inside a model, so that it works nested in another model's `from_pretrained` too. *Tensors*: they are checked against
-the index and the folder's config, and put in strictly.
-"""
+
+def computed_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> buffer, of those that are not in the state dict."""
+    found: dict[str, torch.Tensor] = {}
+    for prefix, part in module.named_modules():
+        for name in part._non_persistent_buffers_set:
+            buffer = part._buffers.get(name)
+            if buffer is not None:
+                found[f"{prefix}.{name}"] = buffer
+    return found
+
+
+def put_buffers(module: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
+    """Put buffers into the places of uninitialised ones, on the device of those."""
+    moved: dict[int, torch.Tensor] = {}
+    for name, buffer in buffers.items():
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        device = owner._buffers[leaf].device  # type: ignore[union-attr]
+        # One buffer that several modules hold stays one.
+        owner._buffers[leaf] = moved.setdefault(id(buffer), buffer.to(device=device))
+
+
+def align(module: nn.Module) -> None:
+    """Copy what begins at odd places in memory to places that are multiples of 64 bytes.
+
+    Another model's checkpoint is mapped by transformers as it is; kernels may give other last bits for such tensors.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        plain = type(tensor) in (nn.Parameter, torch.Tensor) and tensor.device.type == "cpu"
+        if plain and tensor.layout == torch.strided and tensor.data_ptr() % 64:
+            tensor.data = tensor.detach().clone()
+
+
+def move_to_meta(module: nn.Module, dtype: torch.dtype) -> None:
+    """As `module.to("meta", dtype)`, except that tied parameters stay tied."""
+    moved: dict[int, torch.Tensor] = {}
+    for part in module.modules():
+        for table in (part._parameters, part._buffers):
+            for name, tensor in list(table.items()):
+                if tensor is None:
+                    continue
+                if id(tensor) not in moved:
+                    twin = tensor.detach().to("meta", dtype if tensor.is_floating_point() else None)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    moved[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if is_parameter else twin
+                setattr(part, name, moved[id(tensor)])
+
+# --- hidden_states.py
+
+"""What a trunk's inner layers give, in the form that transformers has for it: hidden states and attention maps."""
 
 
 HiddenStates = bool | int | Sequence[int] | None
 
-MODEL_TAGS = ("timm",)
-"""Tags of every tower, as transformers' `model_tags`."""
+# Classes of timm that compute softmax(q k) as a matrix and hand it to `attn_drop`, where they do not run fused.
+_ATTENTION = {"Attention", "AttentionRope", "EvaAttention", "RelPosAttention", "WindowAttention"}
+# Trunks that give `[B, C, H, W]` or tokens, and run their blocks on `[B, H, W, C]`.
+_NHWC_INSIDE = {"PyramidVisionTransformerV2", "VisionTransformerSAM", "VOLO"}
 
-# Keywords of `from_pretrained` that say how files are found.
-_DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
+
+def forward_hidden(
+    trunk: nn.Module, images: torch.Tensor, wanted: bool | int | Sequence[int]
+) -> tuple[Any, tuple[torch.Tensor | None, ...]]:
+    """Run a trunk and keep what its layers give.
+
+    Args:
+        trunk: The trunk.
+        images: `[B, in_chans, H, W]`.
+        wanted: True for all; an index, or several: all other places of the tuple are None.
+
+    Returns:
+        The trunk's features, and a tuple: what its stem gives, then each block or stage as timm's
+        `forward_intermediates` has it. Tokens `[B, N, C]`, prefix tokens first, where the features are tokens; maps
+        `[B, C, H, W]` elsewhere.
+
+    Raises:
+        ConfigError: timm has no intermediates of this trunk.
+        ArgumentError: there is no such index.
+    """
+    if not hasattr(trunk, "forward_intermediates"):
+        raise ConfigError(f"{type(trunk).__name__} has no forward_intermediates in timm {timm.__version__}")
+    layers: Any = trunk.feature_info
+    first, thread, taken = _first_block(trunk), get_ident(), list[torch.Tensor]()
+    length = len(layers) + (first is not None)
+    places = _chosen(wanted, length)
+    stems = length - len(layers)
+
+    def take(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if not taken and get_ident() == thread:
+            taken.extend(_tensors((*args, *kwargs.values())))
+
+    run: Any = trunk.forward_intermediates
+    has_prefix = bool(getattr(trunk, "num_prefix_tokens", 0))
+    has_prefix = has_prefix and "return_prefix_tokens" in inspect.signature(run).parameters
+    extra = {"return_prefix_tokens": True} if has_prefix else {}
+    hook = None if first is None else first.register_forward_pre_hook(take, with_kwargs=True)
+    try:
+        indices = sorted({max(place - stems, 0) for place in places})
+        features, found = run(images, indices=indices, **extra)
+    finally:
+        if hook is not None:
+            hook.remove()
+    as_tokens = isinstance(features, torch.Tensor) and features.ndim == 3
+    states = dict(zip((index + stems for index in indices), found, strict=True))
+    if stems and 0 in places:
+        nearest = states[1][0] if has_prefix else states[1]
+        states[0] = _stem_output(trunk, taken, layers[0]["num_chs"], None if as_tokens else nearest.shape[2:])
+    return features, tuple(_in_form(states[n], as_tokens) if n in places else None for n in range(length))
+
+
+def _chosen(wanted: Any, length: int) -> set[int]:
+    if wanted is True:
+        return set(range(length))
+    indices = list(wanted) if isinstance(wanted, Sequence) else [wanted]
+    if any(isinstance(i, bool) or not isinstance(i, int) or not -length <= i < length for i in indices):
+        raise ArgumentError(
+            f"output_hidden_states={shown(wanted)}: expected True, or indices of the {length} hidden states of this "
+            f"trunk, from {-length} to {length - 1}"
+        )
+    return {index % length for index in indices}
+
+
+def _first_block(trunk: nn.Module) -> nn.Module | None:
+    """The module that takes what the trunk's stem gives; None where timm's first intermediate is the stem's own."""
+    layers: Any = trunk.feature_info
+    # blocks.0, blocks.1, ... and stage1, stage2, ... are of one kind; a stem is named otherwise: stem, stages.0, ...
+    names = [layer["module"] for layer in layers[:2]]
+    if len({name.rstrip("0123456789") for name in names}) > 1:
+        return None
+    modules = dict(trunk.named_modules())
+    name = names[0]
+    if name not in modules:  # some lists of timm name a module otherwise than the model does
+        name = next(each for each in modules if each.endswith(("blocks.0", "stages.0")))
+    # The list may name the last block of each stage.
+    block = next(modules[name.rpartition(".")[0]].children()) if "." in name else modules[name]
+    while isinstance(block, nn.ModuleList):
+        block = block[0]
+    # A sequence that begins with the stem takes the image.
+    own = next(trunk.parameters())
+    return None if any(parameter is own for parameter in block.parameters()) else block
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _stem_output(trunk: nn.Module, taken: list[torch.Tensor], width: int, grid: Sequence[int] | None) -> torch.Tensor:
+    """Of what the first block took, the features; as a map where there is a `grid` of the first layer's."""
+    state = next((each for each in taken if each.ndim > 2 and width in (each.shape[1], each.shape[-1])), taken[0])
+    if state.ndim == 4:
+        inside = getattr(trunk, "output_fmt", None) == "NHWC" or type(trunk).__name__ in _NHWC_INSIDE
+        return state.permute(0, 3, 1, 2) if inside else state
+    if grid is not None:
+        patches = state[:, state.shape[1] - grid[0] * grid[1] :]
+        return patches.transpose(1, 2).reshape(*patches.shape[::2], *grid)
+    return state
+
+
+def _in_form(state: Any, as_tokens: bool) -> torch.Tensor:
+    patches, prefix = state if isinstance(state, tuple) else (state, None)
+    if as_tokens and patches.ndim == 4:
+        patches = patches.flatten(2).transpose(1, 2)
+    return patches if prefix is None else torch.cat([prefix, patches], dim=1)
+
+
+@contextmanager
+def attention_maps(trunk: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collect what the attention layers of a trunk compute in a forward inside: `[B, heads, N, N]` each, after softmax.
+
+    The list is filled when the block is left.
+
+    Raises:
+        ConfigError: it has none of timm's attention layers, or they run fused.
+    """
+    layers = {
+        name: part
+        for name, part in trunk.named_modules()
+        if type(part).__name__ in _ATTENTION and hasattr(part, "attn_drop")
+    }
+    if not layers:
+        raise ConfigError(f"output_attentions: {type(trunk).__name__} has no attention layers whose maps timm can give")
+    if any(getattr(part, "fused_attn", False) for part in layers.values()):
+        raise ConfigError(
+            "output_attentions: fused attention computes no maps. Load with attn_implementation='eager', or call "
+            "set_attn_implementation('eager')"
+        )
+    with eval_mode(trunk):  # it sets a mode and leaves it so
+        hooks: Any = AttentionExtract(trunk, [f"{name}.attn_drop" for name in layers], method="hook").hooks
+    maps = list[torch.Tensor]()
+    try:
+        yield maps
+        maps += hooks.get_output(next(trunk.parameters()).device).values()
+    finally:
+        for handle in hooks._handles:
+            handle.remove()
+
+# --- forward.py
+
+"""One forward of a tower as transformers asks for it: features, embedding, inner layers."""
 
 
 @dataclass
@@ -4226,12 +4257,111 @@ class TimmTowerModelOutput(ModelOutput):
         last_hidden_state: The trunk's unpooled features, as timm's `forward_features` gives them: tokens
             `[B, N, C]` or a map in the trunk's own order; a list for CoaT, CrossViT and EfficientViM.
         pooler_output: The embedding `[B, embed_dim]`; the whole tuple or dict where a custom head gives one.
-        hidden_states: Features of inner layers, as timm's `forward_intermediates` gives them: `[B, C, H, W]` each.
+        hidden_states: What the stem gives, then each block or stage as timm's `forward_intermediates` has it: tokens
+            `[B, N, C]`, prefix tokens first, where `last_hidden_state` is tokens, maps `[B, C, H, W]` elsewhere. None
+            in the place of a layer that was not asked for.
+        attentions: Attention maps after softmax, `[B, heads, N, N]` of each attention layer.
     """
 
     last_hidden_state: Any = None
     pooler_output: Any = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+def run_tower(
+    model: Any,
+    images: torch.Tensor,
+    hidden: HiddenStates,
+    attentions: bool | None,
+    other_size: bool | None,
+    pools: bool | None = True,
+) -> tuple[Any, Any, Any, Any]:
+    """The trunk's features, the embedding, and hidden states and attention maps where asked for."""
+    trunk, images = model.trunk, prepared(model, images, other_size)
+    hidden = model.config.output_hidden_states if hidden is None else hidden
+    attentions = model.config.output_attentions if attentions is None else attentions
+    states = None
+    with attention_maps(trunk) if attentions else nullcontext() as maps:
+        # As in transformers an empty list or 0 asks for none.
+        if hidden:
+            features, states = forward_hidden(trunk, images, hidden)
+        else:
+            features = trunk.forward_features(images)
+    embedding = None
+    if pools or pools is None:
+        if model.steps == "features":
+            pooled = features
+        else:
+            # Where the trunk's forward is more than these two steps, it runs whole: the embedding is what it gives.
+            pooled = trunk.forward_head(features) if model.steps == "features, head" else trunk(images)
+        embedding = run_head(model.head, model._head_input, pooled)
+    return features, embedding, states, None if maps is None else tuple(maps)
+
+
+def prepared(model: Any, images: torch.Tensor, other_size: bool | None = None) -> torch.Tensor:
+    """The images as the trunk takes them.
+
+    Raises:
+        ArgumentError: whole numbers, or another size than that of a trunk which takes one only.
+    """
+    model.follow_attn_implementation()
+    if not images.is_floating_point():
+        raise ArgumentError(
+            f"pixel_values are {images.dtype}: expected floats as the image processor gives them, scaled and normalised"
+        )
+    found, own = list(images.shape[-2:]), model.config.image_size
+    traits_of = getattr(timm.models, "get_model_traits", None)  # from timm 1.0.31 on
+    if found != own and traits_of is not None and traits_of(model.trunk).get("fixed_input_size"):
+        asked = "interpolate_pos_encoding=True: " if other_size else ""
+        raise ArgumentError(
+            f"{asked}pixel_values are {found[0]} x {found[1]}, but {type(model.trunk).__name__} takes images of "
+            f"{own[0]} x {own[1]} pixels only. Load model and image processor with the same image_size=..., or build "
+            "the tower with model_kwargs={'dynamic_img_size': True} where timm's trunk has that"
+        )
+    return images.to(model.dtype)
+
+
+def wants_dict(model: PreTrainedModel, return_dict: bool | None) -> bool:
+    return bool(model.config.return_dict if return_dict is None else return_dict)
+
+
+def steps_of(trunk: nn.Module) -> str:
+    """What the trunk's forward is made of, for a tensor x: `forward_head(forward_features(x))` and nothing else
+    (`features, head`), `forward_features(x)` alone (`features`), or something that is not known (`whole`).
+
+    Told from the names that the code of its class uses: one that this does not know is not taken for steps.
+    """
+    code = getattr(type(trunk).forward, "__code__", None)
+    names = set(code.co_names) if code is not None else set()
+    if names == {"forward_features"}:
+        return "features"
+    more = tuple(sorted(names - {"forward_features", "forward_head"}))
+    known = not more or (type(trunk).__name__, *more) in _STEPS_WITH_SWITCHES
+    return "features, head" if known and {"forward_features", "forward_head"} <= names else "whole"
+
+
+# Classes of timm whose forward has switches that a tower never turns: features of inner layers (CoaT, FastViT), a
+# second classifier for training (Inception), packed patches of several sizes (NaFlexVit).
+_STEPS_WITH_SWITCHES = {
+    ("CoaT", "is_scripting", "jit", "return_interm_layers", "torch"),
+    ("FastVit", "fork_feat"),
+    ("InceptionV3", "aux_logits"),
+    ("NaFlexVit", "_assert", "dict", "get", "isinstance"),
+}
+
+
+def can_checkpoint(trunk: nn.Module) -> bool:
+    try:
+        trunk.set_grad_checkpointing(True)  # type: ignore[operator]
+        trunk.set_grad_checkpointing(False)  # type: ignore[operator]
+    except (AttributeError, AssertionError):
+        return False
+    return True
+
+# --- loading.py
+
+"""What a `from_pretrained` of a tower knows while it runs, refuses, and says."""
 
 
 @dataclass
@@ -4308,6 +4438,81 @@ class TowerLoading:
             )
 
 
+def refuse_changed(stored: TimmTowerConfig, given: TimmTowerConfig, folder: Path) -> None:
+    """Refuse a config that is not the folder's own; only what was frozen may be left out of it.
+
+    Raises:
+        ConfigError: names the fields.
+    """
+    opened = {"frozen"} if given.frozen is None else set()
+    odd = [name for name in OUR_FIELDS if getattr(stored, name) != getattr(given, name) and name not in opened]
+    if odd:
+        changes = ", ".join(
+            f"{name}={shown(getattr(given, name))} (stored {shown(getattr(stored, name))})" for name in odd[:4]
+        )
+        raise ConfigError(
+            f"{folder}: a tower is loaded as it was saved; {changes} would make another one of the same weights. Load "
+            "it without, change it, and save it. With hf_timm_tower installed from_pretrained takes image_size=..."
+        )
+
+
+def refuse_misfits(name: str, info: Mapping[str, Any], allowed: list[str]) -> None:
+    """Refuse a model whose weights did not all come from the files, and the other way round.
+
+    Raises:
+        WeightsError: lists the keys.
+    """
+    misfits = {
+        "missing": sorted(set(info["missing_keys"]) - set(allowed)),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "of another shape": sorted(key[0] for key in info["mismatched_keys"]),
+    }
+    lines = [f"{len(keys)} {what}: {', '.join(map(shown, keys[:5]))}" for what, keys in misfits.items() if keys]
+    if lines:
+        raise WeightsError(
+            f"{name}: the weights do not fit, the model is not returned: {'; '.join(lines)}. Where that is wanted, "
+            "pass ignore_mismatched_sizes=True"
+        )
+
+
+def warn_of_changes(loading: TowerLoading, info: Mapping[str, Any]) -> None:
+    """List fresh weights, and those in the files that the model leaves out."""
+    fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+    left_out = sorted({*loading.left_out, *info["unexpected_keys"]})
+    found = {"fresh random weights, to be trained": fresh, "weights that this model leaves out": left_out}
+    for what, keys in found.items():
+        if keys:
+            warnings.warn(f"{loading.place}: {what}: {', '.join(shown(key)[1:-1] for key in keys)}", stacklevel=4)
+
+
+def loading_report(missing_keys: set[str]) -> LoadStateDictInfo:
+    """transformers' record of a loading without other events; its fields differ between versions."""
+    empty: dict[str, Any] = {"error_msgs": [], "conversion_errors": {}}
+    info = LoadStateDictInfo(**{each.name: empty.get(each.name, set()) for each in fields(LoadStateDictInfo)})
+    info.missing_keys = missing_keys
+    return info
+
+# --- pretrained.py
+
+"""The transformers model that every face of a tower is: how transformers builds, fills and saves it.
+
+`from_pretrained` is transformers' own, with all it takes (revisions, device maps, quantization, adapters). Two steps of
+it are ours. *Building*: transformers builds on the meta device and fills what the checkpoint holds. Buffers outside the
+state dict (relative positions, rotary tables, attention biases) are in no checkpoint and would come back as
+uninitialised memory. So trunk and head are always built for real, with initialisation left out, their computed buffers
+set aside, and then moved to meta; `_initialize_weights` puts the buffers back. transformers calls it on every model
+inside a model, so that it works nested in another model's `from_pretrained` too. *Tensors*: they are checked against
+the index and the folder's config, and put in strictly.
+"""
+
+
+MODEL_TAGS = ("timm",)
+"""Tags of every tower, as transformers' `model_tags`."""
+
+# Keywords of `from_pretrained` that say how files are found.
+DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
+
+
 class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     """What the transformers models of a tower share.
 
@@ -4351,17 +4556,19 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         # Buffers that no checkpoint holds, until they are back in their places; None where they never left.
         self._computed: dict[str, torch.Tensor] | None = None
         self._buffers_to: torch.dtype | None = wanted if on_meta else None
+        self._keys = set(self.state_dict())  # quantized layers have others
         if on_meta:
-            self._computed = _computed_buffers(self)
-            _move_to_meta(self, wanted)
-        self.steps = _steps_of(self.trunk)
+            self._computed = computed_buffers(self)
+            move_to_meta(self, wanted)
+        self.steps = steps_of(self.trunk)
         self._no_split_modules = [type(self.trunk).__name__]
         self._checkpoints = False
-        self.supports_gradient_checkpointing = _can_checkpoint(self.trunk)
-        if self.config._attn_implementation == "eager":
-            for module in self.trunk.modules():
-                if hasattr(module, "fused_attn"):
-                    module.fused_attn = False  # type: ignore[assignment]
+        self.supports_gradient_checkpointing = can_checkpoint(self.trunk)
+        self._runs_fused, self._fused = (
+            True,
+            [module for module in self.trunk.modules() if getattr(module, "fused_attn", False)],
+        )
+        self.follow_attn_implementation()
         self.post_init()  # type: ignore[no-untyped-call]
 
     # --- steps that hf_timm_tower's own classes replace
@@ -4398,6 +4605,18 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         """Refused, see `get_input_embeddings`."""
         raise ArgumentError(f"{type(self).__name__} takes images and has no input embeddings to set")
 
+    def follow_attn_implementation(self) -> None:
+        """Let timm's layers run fused or not as `config._attn_implementation` says, which others set too."""
+        fused = self.config._attn_implementation != "eager"
+        for module in self._fused if fused != self._runs_fused else ():
+            module.fused_attn = fused
+        self._runs_fused = fused
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.set_attn_implementation`: "sdpa", where timm runs attention fused, or "eager"."""
+        super().set_attn_implementation(*args, **kwargs)
+        self.follow_attn_implementation()
+
     @property
     def gradient_checkpointing(self) -> bool:
         """Whether the trunk recomputes activations in the backward pass. Setting it passes it on to timm."""
@@ -4416,10 +4635,15 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
     ) -> None:
         how = getattr(gradient_checkpointing_func, "keywords", {})
         plain = getattr(gradient_checkpointing_func, "func", gradient_checkpointing_func) is checkpoint
-        if enable and (every_n_layers != 1 or not plain or how.get("use_reentrant")):
+        if enable and (every_n_layers != 1 or not plain):
             raise ArgumentError(
-                "gradient checkpointing: timm checkpoints every block of the trunk, not reentrant and without "
-                f"offloading; every_n_layers={every_n_layers} and {how or 'another function'} cannot be honoured"
+                "gradient checkpointing: timm checkpoints every block of the trunk, without offloading; "
+                f"every_n_layers={every_n_layers} and {how or 'another function'} cannot be honoured"
+            )
+        if enable and how.get("use_reentrant"):
+            warnings.warn(
+                "gradient checkpointing: use_reentrant=True: timm checkpoints without it; the gradients are the same",
+                stacklevel=2,
             )
         self.gradient_checkpointing = enable
 
@@ -4438,17 +4662,18 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             return
         if any(self.get_buffer(name).is_meta for name in self._computed):
             return  # nothing is loaded yet
-        _put_buffers(self, self._computed)
+        put_buffers(self, self._computed)
         self._computed = None
         if self._buffers_to is not None:
             buffers_as_timm(self, self._buffers_to)
         else:
             buffers_as_timm(self.trunk, float_dtype(self.trunk))
         # What is on meta is on the disk: transformers loads it when it runs.
-        state = {key: tensor for key, tensor in self.state_dict(keep_vars=True).items() if not tensor.is_meta}
+        state = self.state_dict(keep_vars=True)
+        state = {key: tensor for key, tensor in state.items() if key in self._keys and not tensor.is_meta}
         if fresh := [key for key, tensor in state.items() if not getattr(tensor, "_is_hf_initialized", False)]:
             self._fill(fresh)
-        _align(self)
+        align(self)
         if self._loading is None:
             apply_frozen(self, self.config.frozen)  # nested: nobody else does
 
@@ -4456,7 +4681,13 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
     def _fill(self, keys: list[str]) -> None:
         """Give fresh values to what a checkpoint did not hold, those that a new model has."""
         if all(key.startswith(f"{CLASSIFIER}.") for key in keys):
-            init_classifier(self.get_submodule(CLASSIFIER))  # type: ignore[arg-type]
+            layer: Any = self.get_submodule(CLASSIFIER)
+            if type(layer) is not nn.Linear:
+                raise ConfigError(
+                    f"a fresh classifier cannot be a quantized {type(layer).__name__}: leave it out of quantization, "
+                    f"by modules_to_not_convert=[{CLASSIFIER!r}] (llm_int8_skip_modules for bitsandbytes)"
+                )
+            init_classifier(layer)
             return
         with plain_defaults():
             twin = self._build(self.config, self._has_classifier, None).state_dict()
@@ -4472,6 +4703,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *,
         config: Any = None,
+        image_size: int | Sequence[int] | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         ignore_mismatched_sizes: bool = False,
@@ -4484,6 +4716,8 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         Args:
             pretrained_model_name_or_path: A folder, or a repository's id.
             config: A config that was loaded already, or where to load it from.
+            image_size: Change the input size after loading, an int or (height, width) in pixels: positions are
+                resampled. By hf_timm_tower only.
             dtype: Cast floating-point weights; None and `"auto"` keep every tensor's own, whatever `dtype` of the
                 config says.
             torch_dtype: The old name of `dtype`.
@@ -4500,10 +4734,15 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             ConfigError: the config that was given is not that of the folder.
             TowerError: by what is wrong with the folder.
         """
+        if image_size is not None and isinstance(config, TimmTowerConfig):
+            config = copy.deepcopy(config)
+            config.image_size = image_size  # which must be the stored one
+        elif image_size is not None:
+            kwargs["image_size"] = image_size  # of the config, as `AutoModel` has it
         wanted = torch_dtype if dtype is None else dtype
         loading = TowerLoading(
             place=str(pretrained_model_name_or_path),
-            download={key: kwargs[key] for key in _DOWNLOAD if kwargs.get(key) is not None},
+            download={key: kwargs[key] for key in DOWNLOAD if kwargs.get(key) is not None},
             trusts=bool(kwargs.get("trust_remote_code")),
             keeps_dtypes=wanted in (None, "auto"),
             run_code=cls._make_code_head,
@@ -4524,8 +4763,8 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         model, info = found
         model._loading = None
         if not ignore_mismatched_sizes:
-            _refuse_misfits(loading.place, info, allowed=loading.fresh)
-        _warn_of_changes(loading, info)
+            refuse_misfits(loading.place, info, allowed=loading.fresh)
+        warn_of_changes(loading, info)
         if frozen:
             apply_frozen(model, model.config.frozen)
         else:
@@ -4550,7 +4789,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             return stock(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         stored = loading.stored = model._read(checkpoint_files, loading)
         folder = Path(checkpoint_files[0]).parent
-        _refuse_changed(stored.config, model.config, folder)
+        refuse_changed(stored.config, model.config, folder)
         weights = dict(stored.weights)
         saved_with_one = type(model).__name__.removeprefix("FSDP") in (stored.config.architectures or ())
         if model._has_classifier and not has_classifier(weights) and not saved_with_one:
@@ -4571,7 +4810,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         )
         for key, tensor in model.state_dict(keep_vars=True).items():
             tensor._is_hf_initialized = key in weights
-        return _loading_report(missing_keys=set(loading.fresh)), None
+        return loading_report(missing_keys=set(loading.fresh)), None
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save as transformers does: this class has no card, no fingerprint and no proof (hf_timm_tower has).
@@ -4593,6 +4832,125 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             raise FolderError(f"{here}: holds a tower saved by hf_timm_tower; save into another folder, or install it")
         super().save_pretrained(save_directory, *args, **kwargs)
 
+# --- backbone.py
+
+"""A tower's trunk as a transformers backbone: the feature maps of its stages, for models of dense prediction."""
+
+
+class TimmTowerBackbone(BackboneMixin, TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
+    """The trunk of a tower as transformers' `AutoBackbone` gives it, for UperNet, DETR, Mask2Former and their kin.
+
+    Stages are those of timm's `forward_intermediates`, under the names of its `feature_info`. Of a tower with a head
+    the head is left out, and a warning lists the weights that are.
+
+    Args:
+        config: A tower's config; `out_indices` or `out_features` say which feature maps are given, the last one where
+            both are None. The model's own `config` is a copy of it without the head.
+
+    Raises:
+        ConfigError: timm gives no feature maps of this trunk, or has none of these names or indices.
+    """
+
+    has_attentions = False
+
+    def _init_transformers_backbone(self) -> None:
+        if TimmTowerConfig.model_type not in CONFIG_MAPPING:
+            # Where this package is absent: now a model with this backbone inside can be loaded in this process.
+            AutoConfig.register(TimmTowerConfig.model_type, TimmTowerConfig)
+        stages: Any = getattr(self.trunk, "feature_info", None)
+        if not stages or not hasattr(self.trunk, "forward_intermediates"):
+            raise ConfigError(f"{type(self.trunk).__name__} gives no feature maps in timm {timm.__version__}")
+        self.stage_names = [stage["module"] for stage in stages]
+        self.num_features = [stage["num_chs"] for stage in stages]
+        self._activated = [name for name, part in self.trunk.named_modules() if isinstance(part, BatchNormAct2d)]
+        if self.config.out_features is not None:
+            self.out_features = self.config.out_features
+        else:
+            self.out_indices = [-1] if self.config.out_indices is None else self.config.out_indices
+
+    @property
+    def out_indices(self) -> list[int]:
+        """Which of the stages the model gives."""
+        return list(self.config.out_indices or ())
+
+    @out_indices.setter
+    def out_indices(self, indices: Sequence[int]) -> None:
+        count = len(self.stage_names)
+        found = [index % count for index in indices if -count <= index < count]
+        if not found or len(found) < len(indices) or found != sorted(set(found)):
+            raise ConfigError(
+                f"out_indices={shown(indices)}: {self.config.architecture} has stages 0 to {count - 1}; expected some "
+                "of them, each once and in this order"
+            )
+        self.config.out_indices = found
+
+    @property
+    def out_features(self) -> list[str]:
+        """The same by timm's names."""
+        return [self.stage_names[index] for index in self.out_indices]
+
+    @out_features.setter
+    def out_features(self, names: Sequence[str]) -> None:
+        if unknown := [name for name in names if self.stage_names.count(name) != 1]:
+            raise ConfigError(f"out_features: no stage {shown(unknown[0])}; there are {', '.join(self.stage_names)}")
+        self.out_indices = [self.stage_names.index(name) for name in names]
+
+    @property
+    def channels(self) -> list[int]:
+        """Channels of each feature map that the model gives."""
+        return [self.num_features[index] for index in self.out_indices]
+
+    def _build(self, config: TimmTowerConfig, with_classifier: bool, make_head: Any) -> Tower:  # type: ignore[override]
+        return super()._build(without_head(config), False, None)
+
+    def _read(self, files: Sequence[str], loading: TowerLoading) -> StoredTower:  # type: ignore[override]
+        stored = super()._read(files, loading)
+        trunk = {key: tensor for key, tensor in stored.weights.items() if key.startswith("trunk.")}
+        loading.left_out += sorted(set(stored.weights) - set(trunk))
+        return replace(stored, config=without_head(stored.config), weights=trunk)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: HiddenStates = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BackboneOutput | tuple[Any, ...]:
+        """The feature maps of `out_indices`, `[B, C, H, W]` each, without class token and registers.
+
+        Args:
+            pixel_values: `[B, in_chans, H, W]`, floating; cast to the model's dtype.
+            output_hidden_states: Give the maps of all stages as well.
+            output_attentions: Refused.
+            return_dict: False gives a tuple of the fields that are there.
+
+        Raises:
+            ConfigError: attentions were asked for, or the trunk lost its activations.
+            ArgumentError: whole numbers, or images of a size that the trunk does not take.
+        """
+        if bare := [name for name in self._activated if not hasattr(self.trunk.get_submodule(name), "act")]:
+            raise ConfigError(
+                f"the activation of trunk.{bare[0]} is gone with the norm that it is part of, as where DETR freezes "
+                "norms; take a trunk that has the two apart (ResNet, ConvNeXt), or convert with timm.layers"
+            )
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ConfigError("output_attentions: a backbone gives feature maps; TimmTowerModel gives attentions")
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        maps = self.trunk.forward_intermediates(  # type: ignore[operator]
+            prepared(self, pixel_values),
+            indices=None if wanted else self.out_indices,
+            output_fmt="NCHW",
+            intermediates_only=True,
+            stop_early=True,
+        )
+        chosen = tuple(maps[index] for index in self.out_indices) if wanted else tuple(maps)
+        output = BackboneOutput(feature_maps=chosen, hidden_states=tuple(maps) if wanted else None)
+        return output if wants_dict(self, return_dict) else output.to_tuple()
+
+# --- modeling.py
+
+"""Towers as transformers models: `TimmTowerModel`, and `TimmTowerForImageClassification` with a classifier on top."""
+
 
 class TimmTowerModel(TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
     """A tower as a transformers model: images in, features and embedding out.
@@ -4612,21 +4970,27 @@ class TimmTowerModel(TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
         output_hidden_states: HiddenStates = None,
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        do_pooling: bool | None = None,
     ) -> TimmTowerModelOutput | tuple[Any, ...]:
         """Run the tower.
 
         Args:
             pixel_values: `[B, in_chans, H, W]`, floating; cast to the model's dtype.
-            output_hidden_states: True for all inner layers, a list of indices for those, an int for the last n.
+            output_hidden_states: True for all; an index or a list of them for those, None in all other places.
             return_dict: False gives a tuple of the fields that are there.
-            output_attentions: Refused: timm gives none.
+            output_attentions: Of a trunk with timm's attention layers that runs with `attn_implementation="eager"`.
+            interpolate_pos_encoding: True says that the images may have another size than `config.image_size`, which
+                the trunk must be able to take.
+            do_pooling: False leaves the embedding out.
 
         Raises:
-            ConfigError: inner layers or attentions were asked for and timm does not give them.
+            ConfigError: hidden states or attentions were asked for and timm does not give them.
+            ArgumentError: an index of no hidden state, or images of a size that the trunk does not take.
         """
-        features, embedding, inner = _run(self, pixel_values, output_hidden_states, output_attentions)
-        output = TimmTowerModelOutput(features, embedding, inner)
-        return output if _wants_dict(self, return_dict) else output.to_tuple()
+        wanted = (output_hidden_states, output_attentions, interpolate_pos_encoding, do_pooling)
+        output = TimmTowerModelOutput(*run_tower(self, pixel_values, *wanted))
+        return output if wants_dict(self, return_dict) else output.to_tuple()
 
 
 class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
@@ -4667,6 +5031,7 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
         output_hidden_states: HiddenStates = None,
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
     ) -> ImageClassifierOutput | tuple[Any, ...]:
         """Run tower and classifier.
 
@@ -4676,201 +5041,22 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
                 the loss follows `config.problem_type`.
             output_hidden_states: As `TimmTowerModel.forward`.
             return_dict: As `TimmTowerModel.forward`.
-            output_attentions: Refused: timm gives none.
+            output_attentions: As `TimmTowerModel.forward`.
+            interpolate_pos_encoding: As `TimmTowerModel.forward`.
 
         Raises:
             HeadError: the embedding is not `[B, embed_dim]`.
-            ConfigError: inner layers or attentions were asked for and timm does not give them.
+            ConfigError, ArgumentError: as `TimmTowerModel.forward`.
         """
-        _, embedding, inner = _run(self, pixel_values, output_hidden_states, output_attentions)
+        wanted = (output_hidden_states, output_attentions, interpolate_pos_encoding)
+        _, embedding, states, maps = run_tower(self, pixel_values, *wanted)
         if not isinstance(embedding, torch.Tensor) or embedding.ndim != 2:
             found = tuple(embedding.shape) if isinstance(embedding, torch.Tensor) else type(embedding).__name__
             raise HeadError(f"a classifier needs an embedding [B, embed_dim], this tower gives {found}; choose a pool")
         logits = self.classifier(embedding)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
-        output = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=inner)
-        return output if _wants_dict(self, return_dict) else output.to_tuple()
-
-
-def _run(
-    model: Any, images: torch.Tensor, wanted: HiddenStates, attentions: bool | None
-) -> tuple[Any, Any, tuple[torch.Tensor, ...] | None]:
-    """The trunk's features, the embedding, and features of inner layers where asked for."""
-    trunk = model.trunk
-    if model.config.output_attentions if attentions is None else attentions:
-        raise ConfigError("output_attentions: timm's models do not give their attentions")
-    if not images.is_floating_point():
-        raise ArgumentError(
-            f"pixel_values are {images.dtype}: expected floats as the image processor gives them, scaled and normalised"
-        )
-    images = images.to(model.dtype)
-    wanted = model.config.output_hidden_states if wanted is None else wanted
-    inner = None
-    # An empty list or 0 asks for none; True, and no number, for all.
-    if wanted:
-        if not hasattr(trunk, "forward_intermediates"):
-            raise ConfigError(f"{type(trunk).__name__} has no forward_intermediates in timm {timm.__version__}")
-        indices = None if wanted is True else wanted if isinstance(wanted, int) else list(wanted)
-        features, found = trunk.forward_intermediates(images, indices=indices)
-        inner = tuple(found)
-    else:
-        features = trunk.forward_features(images)
-    if model.steps == "features":
-        pooled = features
-    else:
-        # Where the trunk's forward is more than these two steps, it runs whole: the embedding is what it gives.
-        pooled = trunk.forward_head(features) if model.steps == "features, head" else trunk(images)
-    return features, run_head(model.head, model._head_input, pooled), inner
-
-
-def _wants_dict(model: PreTrainedModel, return_dict: bool | None) -> bool:
-    return bool(model.config.return_dict if return_dict is None else return_dict)
-
-
-# --- how the trunk runs
-
-
-def _steps_of(trunk: nn.Module) -> str:
-    """What the trunk's forward is made of, for a tensor x: `forward_head(forward_features(x))` and nothing else
-    (`features, head`), `forward_features(x)` alone (`features`), or something that is not known (`whole`).
-
-    Told from the names that the code of its class uses: one that this does not know is not taken for steps.
-    """
-    code = getattr(type(trunk).forward, "__code__", None)
-    names = set(code.co_names) if code is not None else set()
-    if names == {"forward_features"}:
-        return "features"
-    more = tuple(sorted(names - {"forward_features", "forward_head"}))
-    known = not more or (type(trunk).__name__, *more) in _STEPS_WITH_SWITCHES
-    return "features, head" if known and {"forward_features", "forward_head"} <= names else "whole"
-
-
-# Classes of timm whose forward has switches that a tower never turns: features of inner layers (CoaT, FastViT), a
-# second classifier for training (Inception), packed patches of several sizes (NaFlexVit).
-_STEPS_WITH_SWITCHES = {
-    ("CoaT", "is_scripting", "jit", "return_interm_layers", "torch"),
-    ("FastVit", "fork_feat"),
-    ("InceptionV3", "aux_logits"),
-    ("NaFlexVit", "_assert", "dict", "get", "isinstance"),
-}
-
-
-def _can_checkpoint(trunk: nn.Module) -> bool:
-    try:
-        trunk.set_grad_checkpointing(True)  # type: ignore[operator]
-        trunk.set_grad_checkpointing(False)  # type: ignore[operator]
-    except (AttributeError, AssertionError):
-        return False
-    return True
-
-
-# --- building as transformers builds
-
-
-def _computed_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> buffer, of those that are not in the state dict."""
-    found: dict[str, torch.Tensor] = {}
-    for prefix, part in module.named_modules():
-        for name in part._non_persistent_buffers_set:
-            buffer = part._buffers.get(name)
-            if buffer is not None:
-                found[f"{prefix}.{name}"] = buffer
-    return found
-
-
-def _put_buffers(module: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
-    """Put buffers into the places of uninitialised ones, on the device of those."""
-    moved: dict[int, torch.Tensor] = {}
-    for name, buffer in buffers.items():
-        path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(path)
-        device = owner._buffers[leaf].device  # type: ignore[union-attr]
-        # One buffer that several modules hold stays one.
-        owner._buffers[leaf] = moved.setdefault(id(buffer), buffer.to(device=device))
-
-
-def _align(module: nn.Module) -> None:
-    """Copy what begins at odd places in memory to places that are multiples of 64 bytes.
-
-    Another model's checkpoint is mapped by transformers as it is; kernels may give other last bits for such tensors.
-    """
-    for tensor in (*module.parameters(), *module.buffers()):
-        plain = type(tensor) in (nn.Parameter, torch.Tensor) and tensor.device.type == "cpu"
-        if plain and tensor.layout == torch.strided and tensor.data_ptr() % 64:
-            tensor.data = tensor.detach().clone()
-
-
-def _move_to_meta(module: nn.Module, dtype: torch.dtype) -> None:
-    """As `module.to("meta", dtype)`, except that tied parameters stay tied."""
-    moved: dict[int, torch.Tensor] = {}
-    for part in module.modules():
-        for table in (part._parameters, part._buffers):
-            for name, tensor in list(table.items()):
-                if tensor is None:
-                    continue
-                if id(tensor) not in moved:
-                    twin = tensor.detach().to("meta", dtype if tensor.is_floating_point() else None)
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    moved[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if is_parameter else twin
-                setattr(part, name, moved[id(tensor)])
-
-
-# --- what loading refuses or says
-
-
-def _refuse_changed(stored: TimmTowerConfig, given: TimmTowerConfig, folder: Path) -> None:
-    """Refuse a config that is not the folder's own; only what was frozen may be left out of it.
-
-    Raises:
-        ConfigError: names the fields.
-    """
-    opened = {"frozen"} if given.frozen is None else set()
-    odd = [name for name in OUR_FIELDS if getattr(stored, name) != getattr(given, name) and name not in opened]
-    if odd:
-        changes = ", ".join(
-            f"{name}={shown(getattr(given, name))} (stored {shown(getattr(stored, name))})" for name in odd[:4]
-        )
-        raise ConfigError(
-            f"{folder}: a tower is loaded as it was saved; {changes} would make another one of the same weights. Load "
-            "it without, change it (TimmModel.from_pretrained takes image_size=...), and save it."
-        )
-
-
-def _refuse_misfits(name: str, info: Mapping[str, Any], allowed: list[str]) -> None:
-    """Refuse a model whose weights did not all come from the files, and the other way round.
-
-    Raises:
-        WeightsError: lists the keys.
-    """
-    misfits = {
-        "missing": sorted(set(info["missing_keys"]) - set(allowed)),
-        "unexpected": sorted(info["unexpected_keys"]),
-        "of another shape": sorted(key[0] for key in info["mismatched_keys"]),
-    }
-    lines = [f"{len(keys)} {what}: {', '.join(map(shown, keys[:5]))}" for what, keys in misfits.items() if keys]
-    if lines:
-        raise WeightsError(
-            f"{name}: the weights do not fit, the model is not returned: {'; '.join(lines)}. Where that is wanted, "
-            "pass ignore_mismatched_sizes=True"
-        )
-
-
-def _warn_of_changes(loading: TowerLoading, info: Mapping[str, Any]) -> None:
-    """List fresh weights, and those in the files that the model leaves out."""
-    fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
-    left_out = sorted({*loading.left_out, *info["unexpected_keys"]})
-    found = {"fresh random weights, to be trained": fresh, "weights that this model leaves out": left_out}
-    for what, keys in found.items():
-        if keys:
-            warnings.warn(f"{loading.place}: {what}: {', '.join(shown(key)[1:-1] for key in keys)}", stacklevel=4)
-
-
-def _loading_report(missing_keys: set[str]) -> LoadStateDictInfo:
-    """transformers' record of a loading without other events; its fields differ between versions."""
-    empty: dict[str, Any] = {"error_msgs": [], "conversion_errors": {}}
-    info = LoadStateDictInfo(**{each.name: empty.get(each.name, set()) for each in fields(LoadStateDictInfo)})
-    info.missing_keys = missing_keys
-    return info
+        output = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=states, attentions=maps)
+        return output if wants_dict(self, return_dict) else output.to_tuple()
 
 # --- dual_encoder.py
 

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
 from ..files.names import CARD_NAME, CODE_NAME, CONFIG_NAME, HEAD_CODE_NAME, is_own_file, is_replaced
-from ..files.open_folder import OpenFolder
+from ..files.open_folder import read_text
 from ..files.sentence_transformers import MODULES_NAME, SENTENCE_NAME, are_edited
 from ..reader.errors import FormatError, HubError
 from .card_merge import MAX_CARD_BYTES
@@ -58,11 +58,6 @@ class PushOptions:
 
     def __post_init__(self) -> None:
         check_token(self.token)
-
-
-def files_of(folder: Path) -> list[str]:
-    """All files of a folder that nobody but one save wrote into, for `push_folder`."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def push_folder(
@@ -148,14 +143,9 @@ def _card(repo_id: str, commit: str | None, remote: list[str], token: str | bool
         return None
     root = download_files(repo_id, [CARD_NAME], commit, Access(token=token), whole=True)
     try:
-        with OpenFolder(root) as folder:
-            return folder.read_bytes(CARD_NAME, MAX_CARD_BYTES).decode("utf-8")
+        return read_text(root / CARD_NAME, MAX_CARD_BYTES)
     except FormatError as error:
-        raise HubError(f"{repo_id} cannot be pushed to: {error}") from error
-    except UnicodeDecodeError as error:
-        raise HubError(
-            f"{repo_id} cannot be pushed to: its {CARD_NAME} is not UTF-8 text ({error}); mend it on the Hub first"
-        ) from error
+        raise HubError(f"{repo_id} cannot be pushed to: {error}. Mend it on the Hub first") from error
 
 
 def _kept(repo_id: str, commit: str | None, remote: list[str], token: str | bool | None) -> frozenset[str]:

@@ -8,10 +8,9 @@ whoever wants to trust it can read it from top to bottom and compare it with the
 """
 
 import ast
-import os
 from pathlib import Path
 
-from ..files.disk import folder_error
+from ..files.disk import replaced_file
 
 READER_NAME = "modeling_timm_tower.py"
 """The file, at the top of a tower's folder; the name under which people know such files from the Hub."""
@@ -34,6 +33,12 @@ READER_MODULES = (
     "image_processor",
     "tower",
     "weights",
+    "computed_buffers",
+    "hidden_states",
+    "forward",
+    "loading",
+    "pretrained",
+    "backbone",
     "modeling",
     "dual_encoder",
 )
@@ -41,6 +46,7 @@ READER_MODULES = (
 
 _MODULE = READER_NAME.removesuffix(".py")
 AUTO_MAP = {
+    "AutoBackbone": f"{_MODULE}.TimmTowerBackbone",
     "AutoConfig": f"{_MODULE}.TimmTowerConfig",
     "AutoImageProcessor": f"{_MODULE}.TimmTowerImageProcessor",
     "AutoModel": f"{_MODULE}.TimmTowerModel",
@@ -92,20 +98,13 @@ def _import_lines(imports: dict[str, set[str]]) -> str:
 
 
 def write_reader(folder: Path) -> None:
-    """Write the file into a folder at once, the same bytes every time; a link of its name is replaced, not followed.
+    """Write the file into a folder, the same bytes every time.
 
     Raises:
         FolderError: it cannot be written.
     """
-    partial = folder / f".{READER_NAME}.{os.getpid()}-{os.urandom(4).hex()}.part"
-    try:
-        try:
-            partial.write_bytes(_COPY.read_bytes())
-            os.replace(partial, folder / READER_NAME)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise folder_error(f"{folder / READER_NAME}: cannot be written", error) from error
+    with replaced_file(folder / READER_NAME) as file:
+        file.write(_COPY.read_bytes())
 
 
 if __name__ == "__main__":

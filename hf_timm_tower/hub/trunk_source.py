@@ -18,11 +18,11 @@ from typing import Literal
 from torch import Tensor
 
 from ..files.names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
-from ..files.open_folder import OpenFolder, read_json, require_plain_name
+from ..files.open_folder import OpenFolder, read_json
 from ..files.ties import same_bits
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ConfigError, FolderError, FormatError, HubError, WeightsError, shown
-from ..reader.weights import TrunkSource, parse_trunk_source
+from ..reader.weights import TrunkSource, check_index, parse_trunk_source
 from .download import Access, download_files, file_sha256
 from .identify import identify
 
@@ -62,9 +62,7 @@ def _read(root: Path, source: TrunkSource) -> dict[str, Tensor]:
                     "another trunk, and the embedding would be another one"
                 )
             tensors.update(folder.read_tensors(name))
-    if source.layout == "tower":
-        return {key: tensor for key, tensor in tensors.items() if key.startswith(_PREFIX)}
-    return {_PREFIX + key: tensor for key, tensor in tensors.items() if key not in source.unused}
+    return source.named(tensors)
 
 
 def _digest(path: Path) -> str:
@@ -105,17 +103,14 @@ def find_trunk(place: str, state: Mapping[str, Tensor], access: Access) -> Trunk
             raise ConfigError(f"trunk={place!r}: holds a head only; name the repository that its trunk is stored in")
         layout = "tower"
         if (root / INDEX_NAME).exists():
-            index = read_json(root / INDEX_NAME).get("weight_map")
-            mapped = index if isinstance(index, dict) else {}
-            names = sorted({str(name) for key, name in mapped.items() if key.startswith(_PREFIX)})
+            weight_map, _ = check_index(read_json(root / INDEX_NAME), f"{repo_id}: {INDEX_NAME}")
+            names = sorted({name for key, name in weight_map.items() if key.startswith(_PREFIX)})
     elif "architecture" in config:
         layout = "timm"
     else:
         raise ConfigError(
             f"trunk={place!r}: holds neither a tower nor a timm model. {identify((), config, repo_id)}".rstrip()
         )
-    for name in names:
-        require_plain_name(name, f"{repo_id}: {INDEX_NAME}")
     commit = root.name
     root = download_files(repo_id, names, commit, access)
     if lacking := [name for name in names if not (root / name).exists()]:

@@ -12,8 +12,10 @@ from ..hub.download import Access
 from ..load import check_device
 from ..reader.config import TimmTowerConfig
 from ..reader.head import CustomHead
+from ..reader.trunk import float_dtype
 from ..reader.weights import floating_dtype
 from .checkpoints import TrunkReport, load_trunk
+from .faces import tower_of_parts
 from .open_clip import tower_from_open_clip
 from .open_clip_config import preprocess_entries
 from .timm_export import TimmExport, export_timm
@@ -28,6 +30,7 @@ class InterchangeMixin(nn.Module):
     """What a tower can do with other libraries' models. `TimmModel` is the only class to inherit from it."""
 
     config: TimmTowerConfig
+    trunk: nn.Module
 
     @classmethod
     def from_open_clip(
@@ -127,6 +130,14 @@ class InterchangeMixin(nn.Module):
         )
         return cast("Self", tower)
 
+    @classmethod
+    def from_tower(cls, tower: nn.Module) -> Self:
+        """A transformers model of a tower as a `TimmModel`: on the very same trunk and head, without its classifier.
+
+        See `interop.faces.tower_of_parts` for errors; `TimmTowerModel.from_tower` is the way back.
+        """
+        return tower_of_parts(cls, tower)
+
     def export_timm(
         self,
         folder: str | os.PathLike[str],
@@ -169,6 +180,23 @@ class InterchangeMixin(nn.Module):
             timm_filter=timm_filter,
             allow_pickle=allow_pickle,
         )
+
+    # --- as transformers' models and sentence-transformers name them
+
+    @property
+    def device(self) -> torch.device:
+        """Where the trunk is."""
+        return next(self.trunk.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the trunk's floating parameters."""
+        return float_dtype(self.trunk)
+
+    @property
+    def num_features(self) -> int:
+        """Width of what the trunk hands to the head, as timm names it; the embedding's is `config.embed_dim`."""
+        return self.config.num_features  # type: ignore[return-value]
 
     # --- inside open_clip, which reads and sets these
 

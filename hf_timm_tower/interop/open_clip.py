@@ -259,6 +259,7 @@ def _from_model(cls: type[T], model: nn.Module, preprocess_cfg: Mapping[str, Any
         if not isinstance(visual, cls):
             raise ConfigError(f"the vision tower is a {type(visual).__name__} already, which is no {cls.__name__}")
         tower = copy.deepcopy(visual)  # ours, standing in for open_clip's
+        vars(tower).pop("_preprocess_cfg", None)  # outside of it from here on
         _set_preprocess(tower, entries)
         return tower
     state = {f"{VISION_PREFIX}{key}": tensor for key, tensor in visual.state_dict().items()}

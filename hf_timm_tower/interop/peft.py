@@ -9,18 +9,30 @@ then do nothing. And it saves no running statistics of the layers that it freeze
 import os
 import re
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
+from transformers.utils.hub import cached_file
 
+from ..files.json import write_json
+from ..files.open_folder import read_json
 from ..reader.errors import ArgumentError, ConfigError, WeightsError
 from ..reader.freezing import hold, keeps_statistics
 from ..reader.trunk import native_size
 from ..training.freezing import freeze, restore_frozen
+
+TOWER_NAME = "adapter_tower.json"
+"""File beside an adapter's own: of which tower it is, by a few of the trunk's weights."""
+
+_SAMPLED_TENSORS, _SAMPLED_VALUES = 24, 16
+# Of the sampled values' norm. A cast to bfloat16 moves each by 2**-9 of itself at most; other weights, all of it.
+_SAME_WEIGHTS = 0.01
 
 _MISSING = "Found missing adapter keys"
 # What peft puts into the names of parameters of a module that it copies.
@@ -99,7 +111,11 @@ def add_lora(tower: nn.Module, config: LoraConfig | None = None, *, adapter_name
         peft's model: `save_pretrained` saves adapters and head, `load_lora` puts them onto the tower again, and
         `merge_lora` gives a tower.
     """
-    model: Any = get_peft_model(tower, config or lora_config(tower), adapter_name=adapter_name)
+    config = config or lora_config(tower)
+    if type(config) is LoraConfig:
+        config = _TowerLoraConfig(**{each.name: getattr(config, each.name) for each in fields(config) if each.init})
+        config.of_tower = _sample(tower)
+    model: Any = get_peft_model(tower, config, adapter_name=adapter_name)
     _settle(tower)
     return model  # type: ignore[no-any-return]
 
@@ -116,8 +132,10 @@ def load_lora(
         options: Further arguments of `PeftModel.from_pretrained`.
 
     Raises:
-        WeightsError: the adapter does not have all the weights that its config asks for.
+        WeightsError: the adapter does not have all the weights that its config asks for, or it was trained on a tower
+            of other weights, as far as a few of them tell. peft itself puts it onto any tower of the same shapes.
     """
+    _refuse_other_tower(tower, adapter, options)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=_MISSING)
         try:
@@ -148,6 +166,45 @@ def merge_lora(model: PeftModel) -> Any:
     else:
         restore_frozen(tower, tower.config.frozen)
     return tower
+
+
+class _TowerLoraConfig(LoraConfig):
+    """peft's config, which writes beside its own file of which tower the adapter is."""
+
+    of_tower: Mapping[str, Any]
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        write_json(Path(save_directory, TOWER_NAME), self.of_tower)
+
+
+def _sample(tower: nn.Module) -> dict[str, Any]:
+    """A few weights of the trunk, name -> values, spread over its depth; quantised ones are left out."""
+    trunk: Any = tower.trunk
+    named = [(name, each) for name, each in trunk.named_parameters() if each.ndim > 1 and each.is_floating_point()]
+    taken = named[:: max(1, len(named) // _SAMPLED_TENSORS)]
+    values = {name: each.detach().flatten()[:_SAMPLED_VALUES].float().cpu().tolist() for name, each in taken}
+    return {"architecture": tower.config.architecture, "trunk": values}  # type: ignore[union-attr]
+
+
+def _refuse_other_tower(tower: nn.Module, adapter: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
+    access = {key: options[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in options}
+    found = cached_file(os.fspath(adapter), TOWER_NAME, _raise_exceptions_for_missing_entries=False, **access)
+    if found is None:
+        return  # saved by peft alone, which does not say
+    said = read_json(found)
+    own, weights = _sample(tower), said.get("trunk")
+    differ = [] if said.get("architecture") == own["architecture"] else [f"architecture {own['architecture']}"]
+    for name in own["trunk"].keys() & (weights if isinstance(weights, dict) else {}).keys():
+        ours, theirs = torch.tensor(own["trunk"][name]), torch.tensor(weights[name])
+        if ours.shape != theirs.shape or not (ours - theirs).norm() <= _SAME_WEIGHTS * theirs.norm():
+            differ.append(name)
+    if differ:
+        raise WeightsError(
+            f"{adapter}: was trained on another tower ({said.get('architecture')}): {', '.join(sorted(differ)[:3])} "
+            f"differ{'s' if len(differ) == 1 else ''} here. Load it onto the tower that it was trained on; where the "
+            f"other one is meant, remove its {TOWER_NAME}."
+        )
 
 
 def _targets(tower: nn.Module, called: set[str], config: LoraConfig) -> list[str]:

@@ -1,8 +1,8 @@
 """`TimmTowerConfig`: everything that rebuilds a tower with no network.
 
 The config is validated once, when it is made: types by huggingface_hub's `@strict` (as transformers' own configs),
-meaning by the checks below. `tower.complete` fills in what only the trunk can tell (its width, its layout, its own
-pool), after which the config is a full description.
+meaning by the checks below. `build.resolve_config` fills in what only the trunk can tell (its width, its layout, its
+own pool), after which the config is a full description.
 """
 
 import difflib
@@ -26,7 +26,11 @@ MAX_IMAGE_SIZE = 2**14
 MAX_IN_CHANS = 2**12
 MAX_LABELS = 2**20
 
+# The first key of a config.json: timm.create_model names the first one that it does not know, and stops there.
+FOR_TIMM = "_not a timm checkpoint, load it with hf_timm_tower.TimmModel.from_pretrained"
+
 _LABELS = ("num_labels", "id2label", "label2id")
+_OUTPUTS = ("out_indices", "out_features")
 _OF_TRANSFORMERS = {"id2label", "label2id", "dtype", "problem_type", "architectures", "output_hidden_states"}
 
 ATTENTION_POOLS = ("abs_attn", "rot_attn")
@@ -34,39 +38,19 @@ OUR_POOLS = ("token_avg", "default", "none")
 PROJECTIONS = ("linear", "mlp", "none")
 
 # Keys that transformers itself writes into or expects of any config; everything else that is not a field is refused
-# when a config is read, and dropped with a warning when a tower is saved. `custom_pipelines` names code: never written.
+# when a config is read, and dropped with a warning when a tower is saved. `custom_pipelines` names code: never written;
+# `use_cache` is set by Trainer where gradients are checkpointed.
 _TRANSFORMERS_KEYS = frozenset(
-    {
-        "model_type",
-        "transformers_version",
-        "architectures",
-        "auto_map",
-        "custom_pipelines",
-        "dtype",
-        "torch_dtype",
-        "quantization_config",
-        "name_or_path",
-        "_name_or_path",
-        "_commit_hash",
-        "num_labels",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "output_hidden_states",
-        "output_attentions",
-        "return_dict",
-        "use_return_dict",
-        "attn_implementation",
-        "_attn_implementation",
-        "experts_implementation",
-        "_experts_implementation",
-        "chunk_size_feed_forward",
-        "is_encoder_decoder",
-        "per_layer_config",
-        "tie_last_hidden_states",
-        "use_cache",  # Trainer sets it where gradients are checkpointed
-        "hidden_size",
-    }
+    (
+        *"""
+        model_type transformers_version architectures auto_map custom_pipelines dtype torch_dtype quantization_config
+        name_or_path _name_or_path _commit_hash num_labels id2label label2id problem_type output_hidden_states
+        output_attentions return_dict use_return_dict attn_implementation _attn_implementation experts_implementation
+        _experts_implementation chunk_size_feed_forward is_encoder_decoder per_layer_config tie_last_hidden_states
+        use_cache hidden_size
+        """.split(),
+        *_OUTPUTS,
+    )
 )
 
 
@@ -104,6 +88,8 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         trunk_source: Where the trunk's weights are stored, if not beside the head: repository, commit and digests.
         timm_version: The timm that the tower was built with.
         format_version: Version of this format.
+        out_indices: Of a backbone: which of timm's feature maps it gives (`reader/backbone.py`).
+        out_features: The same by timm's names. Whichever is set last holds.
 
     Raises:
         ConfigError: with the field's name and value.
@@ -134,8 +120,15 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     trunk_source: dict[str, Any] | None = None
     timm_version: str | None = None
     format_version: int = FORMAT_VERSION
+    out_indices: list[int] | tuple[int, ...] | None = None
+    out_features: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop(FOR_TIMM, None)
+        kind = kwargs.pop("model_type", self.model_type)
+        if kind != self.model_type:
+            hint = ": load it with TimmModel.from_timm, or from_timm of this class" if kind == "timm_wrapper" else ""
+            raise ConfigError(f"model_type is {shown(kind)}, not {self.model_type!r}{hint}")
         unknown = {key: kwargs[key] for key in kwargs if key not in _TRANSFORMERS_KEYS}
         if unknown:
             raise ConfigError(_unknown_keys(unknown))
@@ -144,7 +137,6 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             if self.embed_dim is not None and hidden_size != self.embed_dim:
                 raise ConfigError(f"hidden_size={shown(hidden_size)} is another name of embed_dim={self.embed_dim}")
             self.embed_dim = hidden_size
-        kwargs.pop("model_type", None)
         _check(self)
         of_transformers = {name: getattr(self, name) for name in _OF_TRANSFORMERS if name in vars(self)}
         _check_of_transformers({**kwargs, **of_transformers})
@@ -168,9 +160,13 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         return super().from_dict(config_dict, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "image_size" and isinstance(value, int):
+            value = check_size(name, value)
         super().__setattr__(name, value)  # type: ignore[no-untyped-call]
         if name in _LABELS:
             self.__dict__["_labels_given"] = True
+        if name in _OUTPUTS and value is not None:
+            self.__dict__[_OUTPUTS[name == "out_indices"]] = None
 
     @property
     def is_classifier(self) -> bool:
@@ -184,11 +180,10 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             d["dtype"] = str(d["dtype"]).removeprefix("torch.")
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers', without what only this object knows, or this machine."""
-        left_out = (
-            "_labels_given",
-            "_name_or_path",
-        )  # the latter says where it was loaded from: a folder of somebody's
+        """As transformers', without what only this object knows, or this machine, or a backbone alone has."""
+        # `_name_or_path` says where it was loaded from: a folder of somebody's
+        left_out = {"_labels_given", "_name_or_path", "attribute_map", "hidden_size"}
+        left_out |= {name for name in _OUTPUTS if getattr(self, name) is None}
         return {name: value for name, value in super().to_dict().items() if name not in left_out}
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -213,7 +208,7 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         return {name: value for name, value in written.items() if name not in dropped}
 
 
-OUR_FIELDS = tuple(name for name in TimmTowerConfig.__annotations__ if name != "attribute_map")
+OUR_FIELDS = tuple(name for name in TimmTowerConfig.__annotations__ if name not in ("attribute_map", *_OUTPUTS))
 
 
 def _catch_strict_errors() -> None:
@@ -261,8 +256,7 @@ def _check_of_transformers(values: dict[str, Any]) -> None:
     """Before transformers writes a name for each label, and looks up a dtype in torch by its name."""
     count, dtype, problem = (values.get(name) for name in ("num_labels", "dtype", "problem_type"))
     if count is not None:
-        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_LABELS:
-            raise ConfigError(f"num_labels={shown(count)}: expected a whole number from 0 to {MAX_LABELS}")
+        _check_int("num_labels", count, MAX_LABELS, least=0)
     for name in ("id2label", "label2id"):
         labels = values.get(name)
         if labels is not None and not (
@@ -288,10 +282,9 @@ def _check_of_transformers(values: dict[str, Any]) -> None:
 def _check(config: TimmTowerConfig) -> None:
     check_architecture(config.architecture, config.timm_version)
     _check_int("in_chans", config.in_chans, MAX_IN_CHANS)
-    if config.embed_dim is not None:
-        _check_int("embed_dim", config.embed_dim, MAX_EMBED_DIM)
-    if config.num_features is not None:
-        _check_int("num_features", config.num_features, MAX_EMBED_DIM)
+    for name in ("embed_dim", "num_features"):
+        if getattr(config, name) is not None:
+            _check_int(name, getattr(config, name), MAX_EMBED_DIM)
     for name in ("image_size", "feat_size"):
         if getattr(config, name) is not None:
             setattr(config, name, check_size(name, getattr(config, name)))
@@ -322,17 +315,13 @@ def _check(config: TimmTowerConfig) -> None:
         raise ConfigError(f"tower_kwargs={shown(config.tower_kwargs)}: only a subclass (tower_class) has any")
 
 
-def _check_int(name: str, value: Any, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ConfigError(f"{name}={shown(value)}: expected a whole number from 1 to {most}")
+def _check_int(name: str, value: Any, most: int, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ConfigError(f"{name}={shown(value)}: expected a whole number from {least} to {most}")
 
 
 def check_size(name: str, value: Any) -> list[int]:
-    """An image size as `[height, width]` in pixels.
-
-    Raises:
-        ConfigError: not one or two whole numbers from 1 to 16384.
-    """
+    """An image size as `[height, width]` in pixels; `ConfigError` unless it is one or two whole numbers to 16384."""
     pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else []
     if len(pair) != 2 or any(
         isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= MAX_IMAGE_SIZE for side in pair
@@ -344,14 +333,9 @@ def check_size(name: str, value: Any) -> list[int]:
 
 
 def check_architecture(name: str, saved_with: str | None = None) -> None:
-    """Refuse what this timm's registry does not have.
+    """Refuse `arch` or `arch.tag` that this timm's registry does not have, by a `ConfigError` with near names.
 
-    Args:
-        name: `arch` or `arch.tag`.
-        saved_with: The timm version a config was saved with, to say which timm has the architecture.
-
-    Raises:
-        ConfigError: with near names, and the timm version that is known to have it.
+    It names the timm version that a config was saved with, which has the architecture.
     """
     if ":" in name or "/" in name or len(name) > 200 or not name.isprintable():
         raise ConfigError(

@@ -65,11 +65,7 @@ def keep_statistics(tower: nn.Module) -> None:
 
 
 def check_frozen(frozen: dict[str, Any] | None) -> None:
-    """Refuse what is not a frozen state: `parameters` and `statistics`, each a list of names.
-
-    Raises:
-        ConfigError: with what was found.
-    """
+    """Refuse, by `ConfigError`, what is not a frozen state: `parameters` and `statistics`, each a list of names."""
     for key, names in (frozen or {}).items():
         if key not in _FROZEN_KEYS:
             raise ConfigError(f"frozen: unknown key {shown(key)}; expected {' and '.join(_FROZEN_KEYS)}")
@@ -82,8 +78,7 @@ def check_frozen(frozen: dict[str, Any] | None) -> None:
 def frozen_names(tower: nn.Module, frozen: dict[str, Any]) -> tuple[set[str], set[str]]:
     """The parameters, and the modules with statistics, that a frozen state names by themselves or by a module above.
 
-    Raises:
-        ConfigError: not a frozen state, or it names what the tower does not have.
+    `ConfigError` where it is none, or names what the tower does not have.
     """
     check_frozen(frozen)
     first_names = {id(parameter): name for name, parameter in tower.named_parameters()}
@@ -97,8 +92,7 @@ def frozen_names(tower: nn.Module, frozen: dict[str, Any]) -> tuple[set[str], se
 def apply_frozen(tower: nn.Module, frozen: dict[str, Any] | None) -> None:
     """Freeze what a config says was frozen, in a tower that was just built from it; None leaves it as it was built.
 
-    Raises:
-        ConfigError: not a frozen state, or it names what the tower does not have.
+    `ConfigError` as from `frozen_names`.
     """
     if frozen is None:
         return

@@ -6,8 +6,9 @@ over the audited nodes; no text is ever turned into code.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,18 +17,7 @@ from torch import nn
 from .errors import ConfigError, GraphError, HeadError, shown
 from .graph_layers import build_layer
 from .graph_ops import OPS
-from .graph_program import (
-    DTYPES,
-    DtypeOf,
-    Formula,
-    FromInput,
-    Node,
-    Pairs,
-    Program,
-    Reference,
-    Slice,
-    evaluate,
-)
+from .graph_program import DTYPES, DtypeOf, Formula, FromInput, Node, Pairs, Reference, Slice, evaluate
 from .graph_schema import Graph, ModuleSpec, TensorSpec, parse_graph
 from .graph_sizes import Sizes
 from .skip_init import Budget, within_budget
@@ -64,10 +54,14 @@ class GraphHead(nn.Module):
         self.__check_input(x)
         program = self.__graph.programs[self.training]
         run = _Run(self, x, self.__constants, self.__sizes)
-        for region in _regions(program):
+        for (no_grad, autocast), nodes in groupby(program.nodes, key=lambda node: (node.no_grad, node.autocast)):
             with ExitStack() as stack:
-                _enter(stack, region[0], x)
-                for node in region:
+                if no_grad:
+                    stack.enter_context(torch.no_grad())
+                for device, enabled, dtype in autocast:
+                    kind = x.device.type if device == "input" else device
+                    stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=DTYPES[dtype] if dtype else None))
+                for node in nodes:
                     run.step(node)
         return run.resolve(program.output)
 
@@ -95,19 +89,11 @@ class GraphHead(nn.Module):
         who puts tensors in by other means makes it afterwards.
         """
         for alias, first in self.__graph.ties:
-            owner, key = _owner(self, first)
-            shared = owner._parameters[key] if key in owner._parameters else owner._buffers[key]
-            assert shared is not None
-            _replace(self, alias, shared)
+            _replace(self, alias, _tensor_of(self, first))
         for name, order in self.__graph.layouts:
-            owner, key = _owner(self, name)
-            tensor = owner._parameters.get(key)
-            if tensor is not None:
-                tensor.data = _lay_out(tensor.data, order)
-            else:
-                buffer = owner._buffers[key]
-                assert buffer is not None
-                owner._buffers[key] = _lay_out(buffer, order)
+            tensor = _tensor_of(self, name)
+            back = [order.index(dim) for dim in range(len(order))]
+            tensor.data = tensor.data.permute(order).contiguous().permute(back)
 
     def train(self, mode: bool = True) -> "GraphHead":
         """Switch modes; modules that the original kept in one mode (frozen BatchNorm) stay in it."""
@@ -130,31 +116,6 @@ class GraphHead(nn.Module):
 def _settle_after_load(module: nn.Module, incompatible_keys: Any) -> None:
     if isinstance(module, GraphHead):
         module.settle()
-
-
-def _lay_out(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
-    """The same values, contiguous in memory when the dimensions are taken in `order`."""
-    back = [order.index(dim) for dim in range(len(order))]
-    return tensor.permute(order).contiguous().permute(back)
-
-
-def _regions(program: Program) -> Iterator[list[Node]]:
-    region: list[Node] = []
-    for node in program.nodes:
-        if region and (node.no_grad, node.autocast) != (region[0].no_grad, region[0].autocast):
-            yield region
-            region = []
-        region.append(node)
-    if region:
-        yield region
-
-
-def _enter(stack: ExitStack, node: Node, x: torch.Tensor) -> None:
-    if node.no_grad:
-        stack.enter_context(torch.no_grad())
-    for device, enabled, dtype in node.autocast:
-        kind = x.device.type if device == "input" else device
-        stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=DTYPES[dtype] if dtype else None))
 
 
 class _Run:
@@ -212,12 +173,7 @@ class _Run:
         if reference.kind == "constant":
             return self.constants[reference.index]
         if reference.kind == "tensor":
-            owner, key = _owner(self.head, reference.name)
-            for held in (owner._parameters, owner._buffers):
-                found = held.get(key)
-                if found is not None:
-                    return found
-            return getattr(owner, key)  # declared by the graph; somebody parametrized it since
+            return _tensor_of(self.head, reference.name)
         result = self.results[reference.index]
         for step in reference.path:
             result = result[step]
@@ -227,6 +183,14 @@ class _Run:
 def _owner(head: nn.Module, name: str) -> tuple[nn.Module, str]:
     parent, _, key = name.rpartition(".")
     return submodule(head, parent), key
+
+
+def _tensor_of(head: nn.Module, name: str) -> Any:
+    owner, key = _owner(head, name)
+    for table in (owner._parameters, owner._buffers):
+        if (found := table.get(key)) is not None:
+            return found
+    return getattr(owner, key)  # declared by the graph; somebody parametrized it since
 
 
 def submodule(head: nn.Module, name: str) -> nn.Module:
@@ -334,12 +298,8 @@ def _finish(graph: Graph, root: nn.Module) -> None:
         raise GraphError("ties and layouts need a head with a forward of its own")
     for alias, first in graph.ties:
         _all_known([alias, first], tensors, "ties")
-        owner, key = _owner(root, first)
-        target = owner._parameters.get(key)
-        shared = target if target is not None else owner._buffers[key]
-        if shared is None or shared.shape != tensors[alias].shape or (alias in parameters) != (first in parameters):
+        if tensors[alias].shape != tensors[first].shape or (alias in parameters) != (first in parameters):
             raise GraphError(f"ties: {shown(alias)} and {shown(first)} are not alike")
-        _replace(root, alias, shared)
     if isinstance(root, GraphHead):
         root.settle()
     parameters = dict(root.named_parameters(remove_duplicate=False))
@@ -348,32 +308,10 @@ def _finish(graph: Graph, root: nn.Module) -> None:
         parameters[name].requires_grad_(False)
     modules = dict(root.named_modules(remove_duplicate=False))
     _all_known([name for name, _, _ in graph.held], modules, "held")
-    _check_references(graph, tensors, root)
-
-
-def _check_references(graph: Graph, tensors: dict[str, torch.Tensor], root: nn.Module) -> None:
     buffers = dict(root.named_buffers(remove_duplicate=False))
-
-    def check(value: Any) -> None:
-        if isinstance(value, Reference) and value.kind == "tensor" and value.name not in tensors:
-            raise GraphError(f"the forward uses a tensor {shown(value.name)} that the head does not have")
-        if isinstance(value, DtypeOf):
-            check(value.tensor)
-        if isinstance(value, Pairs):
-            value = [item for _, item in value.items]
-        if isinstance(value, Slice):
-            value = [value.start, value.stop, value.step]
-        if isinstance(value, (tuple, list)):
-            for item in value:
-                check(item)
-
-    for program in {id(program): program for program in graph.programs.values()}.values():
-        for node in program.nodes:
-            check(node.args)
-            check([item for _, item in node.kwargs])
-            if node.kind == "write" and node.target not in buffers:
-                raise GraphError(f"the forward writes a buffer {shown(node.target)} that the head does not have")
-        check(program.output)
+    for program in graph.programs.values():
+        _all_known(program.tensors, tensors, "a call of the forward")
+        _all_known([node.target for node in program.nodes if node.kind == "write"], buffers, "a write of the forward")
 
 
 def _all_known(names: Any, known: dict[str, Any], where: str) -> None:

@@ -66,7 +66,7 @@ _SIZED_BY_NUMBERS = frozenset(
     """.split()
 )
 """Operations whose numbers alone say how large the result is. What sizes and numbers do together is counted when the
-graph runs (`graph_head.Sizes`)."""
+graph runs (`graph_sizes.Sizes`)."""
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,11 @@ class Node:
 
 @dataclass(frozen=True)
 class Program:
-    """The forward of one mode."""
+    """The forward of one mode; `tensors` are the parameters and buffers that it names."""
 
     nodes: tuple[Node, ...]
     output: Any
+    tensors: frozenset[str]
 
 
 # --- small pieces: each takes a value and where it stands, and gives it back checked
@@ -190,11 +191,13 @@ def read_program(value: Json, where: str, modules: set[str], constants: int) -> 
         raise GraphError(f"{where}: expected an object with nodes and output")
     only(value, {"nodes", "output"}, where)
     nodes: list[Node] = []
+    names: set[str] = set()
     for index, item in enumerate(read_list(value.get("nodes"), f"{where}.nodes", MAX_NODES)):
-        nodes.append(_node(item, _ValueReader(nodes, constants, f"{where}.nodes[{index}]"), modules))
+        nodes.append(_node(item, _ValueReader(nodes, constants, names, f"{where}.nodes[{index}]"), modules))
     if "output" not in value:
         raise GraphError(f"{where}: has no output")
-    return Program(tuple(nodes), _ValueReader(nodes, constants, f"{where}.output").read(value["output"]))
+    output = _ValueReader(nodes, constants, names, f"{where}.output").read(value["output"])
+    return Program(tuple(nodes), output, frozenset(names))
 
 
 def _node(value: Json, reader: "_ValueReader", modules: set[str]) -> Node:
@@ -237,10 +240,10 @@ def _autocast(value: dict[str, Json], where: str) -> tuple[tuple[str, bool, str 
 
 
 class _ValueReader:
-    """Reads the arguments of one node; references may only point to nodes before it."""
+    """Reads the arguments of one node; references may only point to nodes before it. `names` takes those of tensors."""
 
-    def __init__(self, nodes: Sequence[Node], constants: int, where: str) -> None:
-        self.nodes, self.constants, self.where = nodes, constants, where
+    def __init__(self, nodes: Sequence[Node], constants: int, names: set[str], where: str) -> None:
+        self.nodes, self.constants, self.names, self.where = nodes, constants, names, where
         self.op = ""
         self.product = 1.0
 
@@ -313,6 +316,7 @@ class _ValueReader:
         if value == "x":
             return Reference("input")
         if value.startswith("$"):
+            self.names.add(value[1:])
             return Reference("tensor", name=value[1:])
         if (constant := _CONSTANT.fullmatch(value)) and int(constant[1]) < self.constants:
             return Reference("constant", index=int(constant[1]))

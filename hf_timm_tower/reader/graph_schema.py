@@ -126,11 +126,7 @@ def parse_graph(graph: Json) -> Graph:
 
 
 def check_extent(graph: Json) -> None:
-    """Bound nesting, the number of values and the length of texts, without recursion and before anything else.
-
-    Raises:
-        GraphError: a limit is exceeded.
-    """
+    """Bound nesting, the number of values and the length of texts, without recursion and before anything else."""
     level, values, letters = [graph], 1, 0
     for _ in range(MAX_GRAPH_DEPTH):
         deeper: list[Json] = []
@@ -167,19 +163,11 @@ def _callable_names(modules: Sequence[ModuleSpec]) -> set[str]:
 
 
 def _programs(graph: dict[str, Json], names: set[str], constants: int) -> dict[bool, Program]:
-    if "forward" in graph:
-        if "train" in graph or "eval" in graph:
-            raise GraphError("the stored head has both `forward` and one per mode")
-        program = read_program(graph["forward"], "forward", names, constants)
-        return {True: program, False: program}
-    if "train" in graph or "eval" in graph:
-        if "train" not in graph or "eval" not in graph:
-            raise GraphError("the stored head has a forward for one mode only; `train` and `eval` belong together")
-        return {
-            True: read_program(graph["train"], "train", names, constants),
-            False: read_program(graph["eval"], "eval", names, constants),
-        }
-    return {}
+    keys = [key for key in ("forward", "train", "eval") if key in graph]
+    if keys not in ([], ["forward"], ["train", "eval"]):
+        raise GraphError(f"the stored head has {' and '.join(keys)}; expected `forward`, or both `train` and `eval`")
+    read = [read_program(graph[key], key, names, constants) for key in keys]
+    return {True: read[0], False: read[-1]} if read else {}
 
 
 # --- small pieces: each takes a value and where it stands, and gives it back checked

@@ -6,7 +6,6 @@ each call is made on the meta device before it is made for real, and the bytes a
 bounded. The same call on the same shapes is not looked at again.
 """
 
-import copy
 import math
 from contextvars import ContextVar
 from typing import Any
@@ -17,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .errors import GraphError, shown
+from .skip_init import MetaTwins, tensors_in
 
 # What all calls of one forward may make together: 128 MiB, and 1024 times the input and 64 times the weights. Attention
 # written by hand over 1,370 tokens of width 1024 and 16 heads makes 220 times its input; a margin loss over 100,000
@@ -38,7 +38,7 @@ _DECOMPOSITIONS = frozenset(
     "lu_factor cholesky geqrf".split()
 )
 """Work grows with the cube of a matrix's width, its bytes with the square."""
-_OF_NUMBERS = frozenset(
+_SIZED_BY_VALUE = frozenset(
     "torch.zeros torch.ones torch.full torch.rand torch.randn torch.randint torch.arange torch.eye torch.linspace "
     "torch.logspace torch.randperm torch.tril_indices torch.triu_indices".split()
 )
@@ -77,7 +77,7 @@ class _Counted:
 
     def check(self, index: int, name: str, function: Any, args: Any, kwargs: Any) -> None:
         """Count a call that is about to be made. Raises GraphError if the forward makes too much with it."""
-        tensors = _flat((args, kwargs))
+        tensors = tensors_in((args, kwargs))
         key = (*self.key, index, *((tensor.shape, tensor.dtype) for tensor in tensors))
         found = self.known.get(key)
         if found is None:
@@ -108,9 +108,9 @@ class _Counted:
             factor = max([1, *(max(tensor.shape[-2:], default=1) // 64 for tensor in tensors)])
         failed: Exception | None = None
         for by_numbers in (False, True):  # a tensor of one number may say how large the result is
-            count, move = _Count(self.limit), _Mover()
+            count, move = _Count(self.limit), _Twins()
             first, move.keeps_numbers = move(args[:1]), by_numbers
-            first = move(args[:1]) if name in _OF_NUMBERS else first
+            first = move(args[:1]) if name in _SIZED_BY_VALUE else first
             try:
                 with torch.no_grad(), torch.device("meta"), count:
                     move(function)(*first, *move(args[1:]), **move(kwargs))
@@ -149,10 +149,10 @@ class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
             dim = args[1] if name == "aten::unbind" and len(args) > 1 else args[2] if len(args) > 2 else 0
             size = 1 if name == "aten::unbind" else max(args[1], 1) if isinstance(args[1], int) else 1
             self._add(0, args[0].shape[dim] // size)
-        given = _flat((args, kwargs))
+        given = tensors_in((args, kwargs))
         known = {tensor.untyped_storage()._cdata for tensor in given}
         result = func(*args, **(kwargs or {}))
-        made = _flat(result)
+        made = tensors_in(result)
         memory = [tensor.untyped_storage() for tensor in made]
         fresh = [each.nbytes() for each in memory if each._cdata not in known]
         if fresh or not made:  # no view: what is expanded is written out by many kernels
@@ -168,54 +168,29 @@ class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise GraphError("too much")
 
 
-def _work_of(func: Any, args: Any, kwargs: Any, result: Any, given: list[Any], made: list[Any]) -> int:
+def _work_of(
+    func: Any, args: Any, kwargs: Any, result: Any, given: list[torch.Tensor], made: list[torch.Tensor]
+) -> int:
     """Multiplications of a call, or as many as it has numbers to read and to write."""
-    name, work = func._schema.name, 0
+    name, work = func._schema.name, max(sum(each.numel() for each in tensors) for tensors in (given, made))
     if func._overloadpacket in flop_registry:
-        work = flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result) // 2
-    elif "dist_forward" in name or name == "aten::addbmm":  # each row with each row
-        work = given[-2].numel() * given[-1].shape[-2 if "cdist" in name else -1]
-    elif "_pool" in name and "adaptive" not in name and len(args) > 1 and isinstance(args[1], (list, tuple)):
-        work = sum(each.numel() for each in made) * math.prod(args[1] * (3 if len(args[1]) == 1 else 1))
-    return max(int(work), *(int(sum(each.numel() for each in tensors)) for tensors in (given, made)))
+        return max(work, int(flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)) // 2)
+    if "dist_forward" in name or name == "aten::addbmm":  # each row with each row
+        return max(work, given[-2].numel() * given[-1].shape[-2 if "cdist" in name else -1])
+    if "_pool" in name and "adaptive" not in name and len(args) > 1 and isinstance(args[1], (list, tuple)):
+        return max(work, sum(each.numel() for each in made) * math.prod(args[1] * (3 if len(args[1]) == 1 else 1)))
+    return work
 
 
-class _Mover:
-    """Values as they are, but for tensors and modules, which become twins without memory; one twin for one tensor."""
+class _Twins(MetaTwins):
+    """On request tensors of one number stay what they are."""
 
-    def __init__(self) -> None:
-        self.memo: dict[int, Any] = {}
-        self.keeps_numbers = False
+    keeps_numbers = False
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor) and self.keeps_numbers and value.dim() == 0:
             return value.detach().clone().cpu()
-        if isinstance(value, torch.Tensor):
-            if id(value) not in self.memo:
-                self.memo[id(value)] = torch.empty_strided(
-                    value.shape, value.stride(), dtype=value.dtype, device="meta"
-                )  # with the strides of an expanded tensor, so that copying it counts
-            return self.memo[id(value)]
-        if isinstance(value, nn.Module):
-            for tensor in (*value.parameters(), *value.buffers()):
-                twin = tensor.detach().to("meta")
-                self.memo[id(tensor)] = nn.Parameter(twin, False) if isinstance(tensor, nn.Parameter) else twin
-            return copy.deepcopy(value, self.memo)
-        if isinstance(value, torch.device):
-            return torch.device("meta")
-        if isinstance(value, (tuple, list)):
-            return type(value)([self(item) for item in value])
-        if isinstance(value, dict):
-            return {key: self(item) for key, item in value.items()}
-        return value
-
-
-def _flat(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [tensor for item in value for tensor in _flat(item)] if isinstance(value, (tuple, list)) else []
+        return super().__call__(value)
 
 
 def _by_counts(name: str, args: Any, kwargs: Any) -> int | None:

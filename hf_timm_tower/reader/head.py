@@ -58,7 +58,9 @@ def builtin_head(config: TimmTowerConfig) -> nn.Sequential:
             f"embed_dim=None: pool={config.pool!r} with proj={config.proj!r} needs a width of the embedding"
         )
     if config.pool == "abs_attn":
-        layers["pool"] = AttentionPool2d(width, feat_size=_pair(config.feat_size), out_features=embed_dim)
+        if config.feat_size is None:
+            raise ConfigError("feat_size=None: pool='abs_attn' needs the height and width of the feature map")
+        layers["pool"] = AttentionPool2d(width, feat_size=tuple(config.feat_size), out_features=embed_dim)  # type: ignore[arg-type]
         width = embed_dim
     elif config.pool == "rot_attn":
         layers["pool"] = RotAttentionPool2d(width, out_features=embed_dim)
@@ -72,18 +74,8 @@ def builtin_head(config: TimmTowerConfig) -> nn.Sequential:
     return nn.Sequential(layers)
 
 
-def _pair(size: Any) -> tuple[int, int]:
-    if size is None:
-        raise ConfigError("feat_size=None: pool='abs_attn' needs the height and width of the feature map")
-    return size[0], size[1]
-
-
 def registered_factory(name: str) -> HeadFactory:
-    """The class or function registered under a name.
-
-    Raises:
-        HeadError: nothing is; says what to do.
-    """
+    """The class or function registered under a name; `HeadError` says what to do where none is."""
     factory = HEAD_FACTORIES.get(name)
     if factory is None:
         known = ", ".join(sorted(HEAD_FACTORIES)) or "none"
@@ -118,32 +110,8 @@ def rebuild_head(spec: dict[str, Any]) -> nn.Module:
     raise HeadError(f"config.head: unknown form {shown(form)}; this version reads 'graph', 'registered' and 'code'")
 
 
-def check_stored(spec: Any, tower_class: str | None) -> None:
-    """Refuse a `head` entry of a file that no save writes.
-
-    Args:
-        spec: `config.head`.
-        tower_class: `config.tower_class`.
-
-    Raises:
-        HeadError: names the form.
-    """
-    if spec is None:
-        return
-    form = spec.get("form")
-    if form not in ("graph", "registered", CODE, SUBCLASS) or (form == SUBCLASS and tower_class is None):
-        raise HeadError(
-            f"config.head: form {shown(form)} is not one of a saved tower (graph, registered, code, or subclass with "
-            "tower_class)"
-        )
-
-
 def code_file(config: dict[str, Any]) -> str | None:
-    """Name of the source file of a head that is stored as code, None for every other head.
-
-    Raises:
-        FormatError: it has another name than such files have.
-    """
+    """Name of the source file of a head that is stored as code, None for every other; `FormatError` for other names."""
     head = config.get("head")
     if not isinstance(head, dict) or head.get("form") != CODE:
         return None
@@ -159,13 +127,7 @@ _CODE_DTYPES = {each: getattr(torch, each) for each in ("float16", "bfloat16", "
 
 
 def refuse_code(spec: dict[str, Any], *, repo: str, revision: str | None) -> HeadError:
-    """The error for a head of code that is not trusted.
-
-    Args:
-        spec: `config.head`.
-        repo: The repository or folder.
-        revision: Its commit, None for a folder.
-    """
+    """The error for a head of code that is not trusted: `config.head` of a repository, or of a folder (no revision)."""
     file = code_file({"head": spec})
     at = f" at revision {shown(revision)[1:-1]}" if revision else ""
     again = f'"{shown(repo)[1:-1]}"' + (f', revision="{shown(revision)[1:-1]}"' if revision else "")
@@ -178,11 +140,7 @@ def refuse_code(spec: dict[str, Any], *, repo: str, revision: str | None) -> Hea
 
 
 def check_code_spec(spec: Any) -> None:
-    """Refuse a `config.head` that is none of a head of code.
-
-    Raises:
-        HeadError: says what it must have.
-    """
+    """Refuse a `config.head` that is none of a head of code by a `HeadError` that says what it must have."""
     fits = (
         spec.get("file") == HEAD_CODE_FILE
         and isinstance(spec.get("class"), str)

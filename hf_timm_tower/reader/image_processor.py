@@ -115,10 +115,11 @@ class TimmTowerImageProcessor(BaseImageProcessor):
         return {**facts_of(block, size), **standard_keys(block), **named}
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
-        """Write `preprocessor_config.json`; beside a tower without the class, so that no pipeline asks to trust it."""
+        """Write `preprocessor_config.json`; it names the class, except beside a tower that has no code."""
         path, content = Path(json_file_path), self.to_dict()
         with suppress(OSError, ValueError, RecursionError, TypeError, LookupError):  # no config, or not a tower's
-            if json.loads(path.with_name("config.json").read_bytes())["model_type"] == TimmTowerConfig.model_type:
+            beside = json.loads(path.with_name("config.json").read_bytes())
+            if beside["model_type"] == TimmTowerConfig.model_type and "auto_map" not in beside:
                 del content["image_processor_type"], content["auto_map"]
         path.unlink(missing_ok=True)  # a link is replaced, what it points to stays
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

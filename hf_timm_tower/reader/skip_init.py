@@ -9,10 +9,11 @@ a generator of its own, so that torch's global one is neither read nor set back.
 A config may come from anybody, so what it costs to build is counted while it is built: a `Budget`.
 """
 
+import copy
 import inspect
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -66,11 +67,7 @@ class Budget:
         return budget
 
     def charge(self, kind: str, amount: int) -> None:
-        """Count `amount` of one of `limits`; bytes are also counted together.
-
-        Raises:
-            ConfigError: a limit is exceeded.
-        """
+        """Count `amount` of one of `limits`, bytes together too; `ConfigError` where a limit is exceeded."""
         self.spent[kind] += amount
         if kind in ("reserved", "kept"):
             self.spent["bytes"] += amount
@@ -150,7 +147,7 @@ class _Construction(TorchFunctionMode):
         self, budget: Budget, func: Any, name: str, written: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Call a function; what it makes is charged before it takes memory."""
-        inputs = list(_tensors_of((args, kwargs)))
+        inputs = tensors_in((args, kwargs))
         if written is not None:
             if self.skip:
                 budget.charge("computed", written.nbytes)
@@ -162,7 +159,8 @@ class _Construction(TorchFunctionMode):
                 return func(*args, **kwargs)
             budget.charge_made(made)
             return _released(budget, func(*args, **kwargs), made)
-        most = math.prod(max(tensor.numel(), 1) for tensor in inputs) * math.prod(_numbers_in((args, kwargs)))
+        numbers = [max(abs(leaf), 1) for leaf in _leaves((args, kwargs)) if type(leaf) is int]
+        most = math.prod(max(tensor.numel(), 1) for tensor in inputs) * math.prod(numbers)
         if most * max(len(inputs), 1) > _SMALL:
             try:
                 made = _bytes_on_meta(func, args, kwargs)
@@ -212,26 +210,18 @@ def _takes_generator(func: Any) -> bool:
         return False
 
 
-def _tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
+def _leaves(value: Any) -> Iterator[Any]:
+    """What is in tuples, lists and dicts, however deep."""
+    if isinstance(value, (tuple, list, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _leaves(item)
+    else:
         yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors_of(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors_of(item)
 
 
-def _numbers_in(value: Any) -> Iterator[int]:
-    if type(value) is int:
-        yield max(abs(value), 1)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _numbers_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _numbers_in(item)
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """The tensors in arguments or a result: one, or tuples, lists and dicts of them, however deep."""
+    return [leaf for leaf in _leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def _size_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -248,27 +238,43 @@ def _size_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 def _bytes_on_meta(func: Any, args: Any, kwargs: Any) -> int:
     """Bytes that a call would make, found without making them."""
-    known: set[int] = set()
-
-    def move(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-            known.add(twin.untyped_storage()._cdata)
-            twins.append(twin)
-            return twin
-        if isinstance(value, (tuple, list)):
-            return type(value)(*map(move, value)) if hasattr(value, "_fields") else type(value)(map(move, value))
-        return None if isinstance(value, torch.Generator) else value
-
-    twins: list[torch.Tensor] = []
-    kwargs = {key: move(value) for key, value in kwargs.items() if key != "device"}
+    move = MetaTwins()
+    args, kwargs = move(tuple(args)), {key: move(value) for key, value in kwargs.items() if key != "device"}
     with torch.device("meta"):
-        return _fresh(func(*move(tuple(args)), **kwargs), known)
+        made = func(*args, **kwargs)
+    return _fresh(made, {twin.untyped_storage()._cdata for twin in move.memo.values()})
+
+
+class MetaTwins:
+    """Values as they are, but for tensors and modules, which become twins without memory; one twin for one tensor."""
+
+    def __init__(self) -> None:
+        self.memo: dict[int, Any] = {}
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            if id(value) not in self.memo:
+                # with the strides of an expanded tensor, so that copying it counts
+                twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+                self.memo[id(value)] = twin
+            return self.memo[id(value)]
+        if isinstance(value, nn.Module):
+            for tensor in (*value.parameters(), *value.buffers()):
+                twin = tensor.detach().to("meta")
+                self.memo[id(tensor)] = nn.Parameter(twin, False) if isinstance(tensor, nn.Parameter) else twin
+            return copy.deepcopy(value, self.memo)
+        if isinstance(value, torch.device):
+            return torch.device("meta")
+        if isinstance(value, (tuple, list)):
+            return type(value)(*map(self, value)) if hasattr(value, "_fields") else type(value)(map(self, value))
+        if isinstance(value, dict):
+            return {key: self(item) for key, item in value.items()}
+        return None if isinstance(value, torch.Generator) else value
 
 
 def _fresh(made: Any, known: set[int]) -> int:
     """Bytes of the tensors of a result that are not on the memory of an argument."""
-    return sum(tensor.nbytes for tensor in _tensors_of(made) if tensor.untyped_storage()._cdata not in known)
+    return sum(tensor.nbytes for tensor in tensors_in(made) if tensor.untyped_storage()._cdata not in known)
 
 
 _COUNTS_MODULES = [False]
@@ -298,11 +304,7 @@ def _construction(budget: Budget | None, *, skip: bool) -> Iterator[None]:
 def skip_init(budget: Budget | None = None) -> Iterator[None]:
     """Leave out every in-place write into a parameter; torch's global random generators are not used.
 
-    Args:
-        budget: What may be built, None for no limit (a model of the caller's own).
-
-    Raises:
-        ConfigError: the budget is exceeded.
+    `ConfigError` where more is built than the budget allows; None is no limit (for a model of the caller's own).
     """
     with _construction(budget, skip=True):
         yield
@@ -310,11 +312,7 @@ def skip_init(budget: Budget | None = None) -> Iterator[None]:
 
 @contextmanager
 def within_budget(budget: Budget) -> Iterator[None]:
-    """Initialise as usual, but count; nothing where a `skip_init` around it counts already.
-
-    Raises:
-        ConfigError: the budget is exceeded.
-    """
+    """Initialise as usual, but count, as in `skip_init`; nothing where one around it counts already."""
     if _ACTIVE.get() is not None:
         yield
         return

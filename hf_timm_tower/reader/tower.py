@@ -117,11 +117,7 @@ def build_tower(
 
 
 def check_buildable(config: TimmTowerConfig) -> None:
-    """Refuse a config that no code but that of its own class can build.
-
-    Raises:
-        ConfigError, HeadError: says what is needed.
-    """
+    """Refuse a config that only its own class can build: `ConfigError`, `HeadError` say what is needed."""
     if config.tower_class is not None:
         raise ConfigError(
             f"this tower was saved by {shown(config.tower_class)}, a subclass of TimmModel that changes how it is "
@@ -133,11 +129,28 @@ def check_buildable(config: TimmTowerConfig) -> None:
         raise HeadError("the config says that there is a custom head, but not which: save the tower with its head")
 
 
+def without_head(config: TimmTowerConfig) -> TimmTowerConfig:
+    """The same trunk without a head: the config of a tower that gives what its trunk pools."""
+    bare = copy.deepcopy(config)
+    if config.frozen is not None:
+        bare.frozen = {
+            key: [name for name in names if f"{name}.".startswith("trunk.")] for key, names in config.frozen.items()
+        }
+    if config.proj is None and config.head is None and config.pool not in ATTENTION_POOLS:
+        return bare  # the head is the trunk's own classifier
+    bare.head, bare.proj, bare.proj_bias, bare.drop = None, "none", False, 0.0
+    if config.pool in (*ATTENTION_POOLS, "token_avg"):
+        bare.pool = "none"
+        if config.pool == "token_avg" and config.num_features is not None:
+            bare.num_features = config.num_features // 2
+    bare.embed_dim = bare.num_features
+    return bare
+
+
 def make_classifier(config: TimmTowerConfig) -> nn.Module:
     """A fresh classifier `[B, embed_dim]` -> `[B, num_labels]`; nothing where the trunk's own gives the scores.
 
-    Raises:
-        ConfigError: the embedding has no width, or there are no labels.
+    `ConfigError` where the embedding has no width, or there are no labels.
     """
     if config.embed_dim is None:
         raise ConfigError(

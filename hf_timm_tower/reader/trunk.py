@@ -37,8 +37,7 @@ def split_tag(architecture: str) -> tuple[str, str]:
 def native_cfg(architecture: str) -> dict[str, Any]:
     """timm's `pretrained_cfg` of `arch` or `arch.tag`, with the defaults of timm where the registry has none.
 
-    Raises:
-        ConfigError: the tag is unknown to this timm.
+    `ConfigError` where this timm does not know the tag.
     """
     arch, tag = split_tag(architecture)
     try:
@@ -129,11 +128,7 @@ def _preprocess_overlay(config: TimmTowerConfig, tag: str) -> dict[str, Any]:
 
 
 def remove_classifier(trunk: nn.Module, config: TimmTowerConfig) -> None:
-    """Take the trunk's own classifier off and set its pool, by timm's `reset_classifier`.
-
-    Raises:
-        ConfigError: the trunk cannot do it.
-    """
+    """Take the trunk's own classifier off and set its pool by timm's `reset_classifier`, or raise `ConfigError`."""
     if config.classifier == "construct":
         return
     pool = trunk_pool(config.pool)

@@ -45,11 +45,6 @@ class StoredTower:
     weights: Mapping[str, torch.Tensor]
     fingerprint: dict[str, Any] | None = None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all weights."""
-        return sum(tensor.nbytes for tensor in self.weights.values())
-
 
 def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
     """Key -> tensor of a tower's weight files, which lie in one folder with their index.
@@ -60,58 +55,70 @@ def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
     Raises:
         FormatError: a file is damaged, or the index does not fit the files.
     """
-    index = read_index(files[0].with_name(INDEX_FILE))
-    weight_map = index.get("weight_map")
+    where = files[0].with_name(INDEX_FILE)
+    weight_map, metadata = read_index(where) if where.is_file() else (None, {})
     found: dict[str, torch.Tensor] = {}
     for file in files:
         try:
             tensors = load_file(file)
         except (SafetensorError, OSError, ValueError) as error:
             raise FormatError(f"{file}: not a safetensors file that can be read: {error}") from error
-        if isinstance(weight_map, dict):
+        if weight_map is not None:
             listed = {key for key, name in weight_map.items() if name == file.name}
             if odd := sorted(listed ^ tensors.keys()):
                 raise FormatError(f"{file}: {len(odd)} keys are not where the index puts them, such as {shown(odd[0])}")
         found.update(tensors)
-    found = {key: tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone() for key, tensor in found.items()}
-    metadata = index.get("metadata")
-    for kind in ("tied", "shared"):
-        groups = metadata.get(kind, []) if isinstance(metadata, dict) else []
-        for group in groups if isinstance(groups, list) else []:
-            if not isinstance(group, list) or any(key not in found for key in group):
-                raise FormatError(f"{files[0].parent / INDEX_FILE}: metadata.{kind} names unknown keys: {shown(group)}")
-            first = found[group[0]]
-            if odd := [key for key in group if not same_bytes_of(found[key], first)]:
-                raise FormatError(
-                    f"{files[0].parent / INDEX_FILE}: {shown(odd[0])} is {kind} with another key but differs"
-                )
-            found.update((key, first if kind == "tied" else first.view(first.shape)) for key in group[1:])
+    found = _aligned(found)
+    share_ties(found, metadata, str(where))
     return found
 
 
-def read_index(path: Path) -> dict[str, Any]:
-    """The JSON of an index, `{}` where there is none.
+def share_ties(tensors: dict[str, torch.Tensor], metadata: Mapping[str, Any], where: str) -> None:
+    """Let keys that an index calls tied (one parameter) or shared (one memory) hold one tensor.
 
-    Raises:
-        FormatError: it is too large, no JSON, or does not map keys to file names.
+    `FormatError` where it has something else than groups of known keys, or what they hold differs.
     """
-    if not path.is_file():
-        return {}
+    for kind in ("tied", "shared"):
+        groups = metadata.get(kind, [])
+        if not isinstance(groups, list) or not all(
+            isinstance(group, list) and len(group) > 1 and all(isinstance(key, str) for key in group)
+            for group in groups
+        ):
+            raise FormatError(f"{where}: metadata.{kind} must hold lists of two or more keys, found {shown(groups)}")
+        keys = [key for group in groups for key in group]
+        if odd := [key for key in keys if key not in tensors or keys.count(key) > 1]:
+            raise FormatError(f"{where}: metadata.{kind} names {shown(odd[0])}, which is unknown or named twice")
+        for first, *others in groups:
+            for key in others:
+                if not same_bits(tensors[first], tensors[key]):
+                    raise FormatError(f"{where}: {shown(first)} and {shown(key)} are {kind} but differ")
+                tensors[key] = tensors[first] if kind == "tied" else tensors[first].view(tensors[first].shape)
+
+
+def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """`check_index` of a file, which must be a small one."""
     if path.stat().st_size > _MAX_INDEX_BYTES:
         raise FormatError(f"{path}: {path.stat().st_size} bytes, at most {_MAX_INDEX_BYTES} are read")
     try:
         index = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not JSON: {error}") from error
-    names = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(index, dict) or not isinstance(index.get("metadata"), dict):
-        raise FormatError(f"{path}: expected an object with metadata, an object, which transformers asks for")
+    if isinstance(index, dict) and not isinstance(index.get("metadata"), dict):
+        raise FormatError(f"{path}: has no metadata, an object, which transformers asks for")
+    return check_index(index, str(path))
+
+
+def check_index(index: Any, where: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """`weight_map` and `metadata` of an index; `FormatError` where it does not map keys to plain file names."""
+    names, metadata = (index.get("weight_map"), index.get("metadata", {})) if isinstance(index, dict) else (None, None)
     if not isinstance(names, dict) or not names:
-        raise FormatError(f"{path}: weight_map must be an object that maps each key to a file name")
+        raise FormatError(f"{where}: weight_map must be an object that maps each key to a file name")
     for name in set(map(str, names.values())):
         if not _WEIGHT_NAME.fullmatch(name):
-            raise FormatError(f"{path}: {shown(name)} is not the plain name of a .safetensors file")
-    return index
+            raise FormatError(f"{where}: {shown(name)} is not the plain name of a .safetensors file")
+    if not isinstance(metadata, dict):
+        raise FormatError(f"{where}: metadata must be an object, found {shown(metadata)}")
+    return names, metadata
 
 
 @dataclass(frozen=True)
@@ -136,13 +143,15 @@ class TrunkSource:
         """What `config.trunk_source` holds."""
         return {**asdict(self), "unused": list(self.unused)}
 
+    def named(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the files hold -> `trunk.*` -> tensor."""
+        if self.layout == "tower":
+            return {key: tensor for key, tensor in tensors.items() if key.startswith("trunk.")}
+        return {f"trunk.{key}": tensor for key, tensor in tensors.items() if key not in self.unused}
+
 
 def parse_trunk_source(spec: Any) -> TrunkSource:
-    """`config.trunk_source` of an untrusted file.
-
-    Raises:
-        ConfigError: names what is wrong with it.
-    """
+    """`config.trunk_source` of an untrusted file; `ConfigError` names what is wrong with it."""
     if not isinstance(spec, dict) or set(spec) != _PINNED_FIELDS:
         raise ConfigError(f"trunk_source: expected {', '.join(sorted(_PINNED_FIELDS))}, found {shown(spec, 200)}")
     repo_id, commit, layout, files, unused = (spec[name] for name in ("repo_id", "commit", "layout", "files", "unused"))
@@ -195,13 +204,14 @@ def fetch_pinned_trunk(source: TrunkSource, **access: Any) -> dict[str, torch.Te
                 f"{digest}: it is another trunk, and the embedding would be another one"
             )
         found.update(load_file(path))
-    aligned = {key: tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone() for key, tensor in found.items()}
-    if source.layout == "tower":
-        return {key: tensor for key, tensor in aligned.items() if key.startswith("trunk.")}
-    return {f"trunk.{key}": tensor for key, tensor in aligned.items() if key not in source.unused}
+    return source.named(_aligned(found))
 
 
-def same_bytes_of(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _aligned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone() for key, tensor in tensors.items()}
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors have one dtype, one shape and the same bytes (NaN equals the same NaN; -0.0 is not 0.0)."""
     if a is b:
         return True
@@ -243,7 +253,7 @@ def assign_weights(
     full, differing = dict(tensors), list[str]()
     for keys in own_ties.values():
         if len(keys) > 1 and (given := [key for key in keys if key in full]):
-            odd = [key for key in given[1:] if not same_bytes_of(full[key], full[given[0]])]
+            odd = [key for key in given[1:] if not same_bits(full[key], full[given[0]])]
             differing += [f"{key} and {given[0]}" for key in odd]
             full.update((key, full[given[0]]) for key in keys)
     if problems := _misfits(state, full, allow_missing, differing):
@@ -324,14 +334,10 @@ def _listed(keys: Iterable[str], limit: int = 5) -> str:
 
 
 def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A floating-point dtype, given as such or by name.
-
-    Raises:
-        ArgumentError: not one.
-    """
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if found is None and dtype is None:
+    """A floating-point dtype, given as such or by name; `ArgumentError` where it is none."""
+    if dtype is None:
         return None
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ArgumentError(f"dtype={dtype!r} is not a floating-point dtype of torch or the name of one")
     return found

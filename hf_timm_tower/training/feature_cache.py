@@ -13,9 +13,9 @@ train mode, it does not here.
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
@@ -27,13 +27,11 @@ from ..files.private_draws import private_draws
 from ..heads.batch_formula import same_bytes
 from ..reader.errors import ArgumentError, ConfigError, FolderError, FormatError
 from ..reader.freezing import is_held, keeps_statistics
+from ..reader.skip_init import tensors_in
 from ..reader.tower import HeadInput, run_head
 from ..reader.trunk import eval_mode, float_dtype
 from .feature_rows import ImageRows, Sample, take_sample
 from .feature_store import DTYPES, Column, Plan, prepare_folder, read_plan, read_table, rows_written, write_rows
-
-if TYPE_CHECKING:
-    from ..timm_model import TimmModel
 
 _STORED = (None, torch.float32, torch.float16, torch.bfloat16)
 
@@ -120,24 +118,15 @@ class CachedFeatures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
             ArgumentError: a number is out of range.
         """
         _check_whole("batch_size", batch_size, 1)
+        if version is not None and not 0 <= version < self.repeats:
+            raise ArgumentError(f"version={version}: the cache has {self.repeats}, counted from 0")
         rows = len(self) if version is None else self.images
-        first = 0
-        if version is not None:
-            if not 0 <= version < self.repeats:
-                raise ArgumentError(f"version={version}: the cache has {self.repeats}, counted from 0")
-            first = version * self.images
-        return self._batches(rows, first, batch_size, shuffle, drop_last, generator)
-
-    def _batches(
-        self, rows: int, first: int, size: int, shuffle: bool, drop_last: bool, generator: torch.Generator | None
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         order = torch.randperm(rows, generator=generator) if shuffle else torch.arange(rows)
-        for batch in torch.split(order + first, size):
-            if len(batch) == size or not drop_last:
-                yield self.take(batch)
+        batches = torch.split(order + (version or 0) * self.images, batch_size)
+        return (self.take(batch) for batch in batches if len(batch) == batch_size or not drop_last)
 
 
-def forward_from_cache(tower: "TimmModel", features: torch.Tensor) -> Any:
+def forward_from_cache(tower: Any, features: torch.Tensor) -> Any:
     """Stored features `[B, ...]`, on the head's device -> what `tower(images)` gives, by the head alone.
 
     The trunk is not looked at: it must be as it was when the features were made.
@@ -146,7 +135,7 @@ def forward_from_cache(tower: "TimmModel", features: torch.Tensor) -> Any:
 
 
 def cache_features(
-    tower: "TimmModel",
+    tower: Any,
     dataset: Any,
     path: str | os.PathLike[str],
     *,
@@ -217,7 +206,7 @@ def cache_features(
 
 
 def _fill(
-    tower: "TimmModel", rows: ImageRows, folder: Path, plan: Plan, batch_size: int, num_workers: int, progress: bool
+    tower: Any, rows: ImageRows, folder: Path, plan: Plan, batch_size: int, num_workers: int, progress: bool
 ) -> None:
     with write_rows(folder, plan) as writer:
         if writer.rows == plan.rows:
@@ -240,14 +229,17 @@ def _fill(
                 bar.update(len(images))
 
 
-def _features_of(tower: "TimmModel", images: torch.Tensor) -> torch.Tensor:
+def _features_of(tower: Any, images: torch.Tensor) -> torch.Tensor:
     """Images on the CPU -> the head's input, on the trunk's device."""
-    device = next(tower.trunk.parameters()).device
     with torch.no_grad():
-        return tower._head_input(tower.trunk(images.to(device, float_dtype(tower.trunk))))
+        return tower._head_input(tower.trunk(_on_trunk(tower, images)))  # type: ignore[no-any-return]
 
 
-def _check_trunk_frozen(tower: "TimmModel") -> None:
+def _on_trunk(tower: Any, images: torch.Tensor) -> torch.Tensor:
+    return images.to(next(tower.trunk.parameters()).device, float_dtype(tower.trunk))
+
+
+def _check_trunk_frozen(tower: Any) -> None:
     trains = [name for name, parameter in tower.trunk.named_parameters() if parameter.requires_grad]
     if trains:
         raise ConfigError(
@@ -266,7 +258,7 @@ def _check_trunk_frozen(tower: "TimmModel") -> None:
         )
 
 
-def _proven_features(tower: "TimmModel", inputs: torch.Tensor) -> torch.Tensor:
+def _proven_features(tower: Any, inputs: torch.Tensor) -> torch.Tensor:
     """The head's input for some images, if trunk and head are all there is of the tower's forward.
 
     Raises:
@@ -275,8 +267,7 @@ def _proven_features(tower: "TimmModel", inputs: torch.Tensor) -> torch.Tensor:
     """
     with eval_mode(tower):
         with torch.enable_grad():
-            device = next(tower.trunk.parameters()).device
-            if tower.trunk(inputs.to(device, float_dtype(tower.trunk))).requires_grad:
+            if tower.trunk(_on_trunk(tower, inputs)).requires_grad:
                 raise ConfigError(
                     "the trunk's parameters are frozen, but something else in it trains (a hook, a replaced forward): "
                     "cached features would not follow it"
@@ -284,9 +275,9 @@ def _proven_features(tower: "TimmModel", inputs: torch.Tensor) -> torch.Tensor:
         features = _features_of(tower, inputs)
         with torch.no_grad():
             with private_draws(0):
-                whole = _tensors(tower(inputs.to(device, float_dtype(tower.trunk))))
+                whole = tensors_in(tower(_on_trunk(tower, inputs)))
             with private_draws(0):
-                by_head = _tensors(forward_from_cache(tower, features))
+                by_head = tensors_in(forward_from_cache(tower, features))
     if len(whole) != len(by_head) or not all(map(same_bytes, whole, by_head)):
         raise ConfigError(
             f"the forward of {type(tower).__name__} is more than its head on what its trunk gives, so that cached "
@@ -295,14 +286,7 @@ def _proven_features(tower: "TimmModel", inputs: torch.Tensor) -> torch.Tensor:
     return features
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, Sequence) else ()
-    return [] if isinstance(value, str) else [tensor for item in items for tensor in _tensors(item)]
-
-
-def _made_of(tower: "TimmModel", rows: ImageRows, sample: Sample, dtype: torch.dtype) -> dict[str, Any]:
+def _made_of(tower: Any, rows: ImageRows, sample: Sample, dtype: torch.dtype) -> dict[str, Any]:
     """All that the stored rows depend on, as JSON gives it back."""
     config = tower.config
     device = next(tower.trunk.parameters()).device.type

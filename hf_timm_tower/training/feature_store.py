@@ -2,13 +2,12 @@
 
 - `manifest.json`: what the rows are and what they were made of;
 - `features.npy`, `labels.npy`: numpy's own format, in full size from the start;
-- `progress.txt`: how many rows are there, one number a line, the last whole line counts. A line is written only when
-  the rows that it counts have reached the disk, so a process may be killed at any moment.
+- `progress.json`: how many rows are there. It is replaced only when the rows that it counts have reached the disk, so a
+  process may be killed at any moment.
 
 numpy has no bfloat16: such rows are stored as int16 of the same bits.
 """
 
-import json
 import math
 import os
 import shutil
@@ -24,16 +23,16 @@ import numpy as np
 import torch
 
 from ..files.disk import sync
-from ..files.json import parse_json
+from ..files.json import write_json
+from ..files.open_folder import OpenFolder
 from ..reader.errors import FolderError, FormatError, shown
 
-STORE_VERSION = 1
-MANIFEST, PROGRESS = "manifest.json", "progress.txt"
+STORE_VERSION = 2
+MANIFEST, PROGRESS = "manifest.json", "progress.json"
 COLUMNS = ("features", "labels")
 # A killed run loses at most the rows of this many seconds.
 SECONDS_BETWEEN_SYNCS = 1.0
-# A manifest has a few KB; progress has a line for each second of the run.
-MAX_MANIFEST_BYTES, MAX_PROGRESS_BYTES = 2**20, 2**24
+MAX_MANIFEST_BYTES = 2**20  # it has a few KB
 MAX_NUMBER = 2**48
 
 DTYPES = {
@@ -127,11 +126,9 @@ def read_plan(folder: Path) -> Plan | None:
     Raises:
         FormatError: the manifest is damaged or of another version.
     """
-    place = folder / MANIFEST
-    data = _read_small(place, MAX_MANIFEST_BYTES)
-    if data is None:
+    place, found = folder / MANIFEST, _read_json(folder, MANIFEST)
+    if found is None:
         return None
-    found = parse_json(data, str(place))
     try:
         if found["store_version"] != STORE_VERSION:
             raise FormatError(
@@ -156,21 +153,11 @@ def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_NUMBER
 
 
-def _read_small(place: Path, limit: int) -> bytes | None:
-    """The bytes of a file, None where there is none.
-
-    Raises:
-        FormatError: it is no regular file, or larger than `limit` bytes.
-    """
-    if not os.path.lexists(place):
+def _read_json(folder: Path, name: str) -> dict[str, Any] | None:
+    if not folder.is_dir():
         return None
-    if not place.is_file():
-        raise FormatError(f"{place}: not a file")
-    with open(place, "rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise FormatError(f"{place}: more than {limit} bytes, this is not of a feature cache")
-    return data
+    with OpenFolder(folder) as opened:
+        return opened.read_json(name, MAX_MANIFEST_BYTES) if opened.has(name) else None
 
 
 def prepare_folder(folder: Path, plan: Plan) -> None:
@@ -182,9 +169,12 @@ def prepare_folder(folder: Path, plan: Plan) -> None:
     """
     then = read_plan(folder)
     if then is None:
-        _refuse_strangers(folder)
+        _refuse_other_files(folder)
         _check_space(folder, plan)
-        _write_manifest(folder, plan)
+        columns = {name: getattr(plan, name).to_json() for name in COLUMNS}
+        content = {"store_version": STORE_VERSION, "rows": plan.rows, **columns, "made_of": plan.made_of}
+        write_json(folder / MANIFEST, content)
+        sync(folder)
     else:
         refuse_stale(folder, then, plan)
     if rows_written(folder) is None:
@@ -195,7 +185,7 @@ def prepare_folder(folder: Path, plan: Plan) -> None:
                 folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(plan.rows, *column.shape_on_disk)
             ).flush()
             sync(folder / f"{name}.npy")
-        _append_progress(folder, 0)
+        write_json(folder / PROGRESS, {"rows": 0})
         sync(folder)
 
 
@@ -225,16 +215,12 @@ def rows_written(folder: Path) -> int | None:
     Raises:
         FormatError: the file of progress is damaged.
     """
-    place = folder / PROGRESS
-    data = _read_small(place, MAX_PROGRESS_BYTES)
-    lines = (data or b"").split(b"\n")[:-1]  # a line that was cut short has no end
-    if not lines:
+    found = _read_json(folder, PROGRESS)
+    if found is None:
         return None
-    if not lines[-1].isdigit() or len(lines[-1]) > len(str(MAX_NUMBER)):
-        raise FormatError(
-            f"{place}: expected a number in the last line, found {shown(repr(lines[-1][:80]))}; delete the folder"
-        )
-    return int(lines[-1])
+    if not _is_whole(found.get("rows"), 0):
+        raise FormatError(f"{folder / PROGRESS}: expected a number of rows, found {shown(found)}; delete the folder")
+    return int(found["rows"])
 
 
 def read_table(folder: Path, name: str, plan: Plan) -> torch.Tensor:
@@ -243,8 +229,7 @@ def read_table(folder: Path, name: str, plan: Plan) -> torch.Tensor:
     Raises:
         FormatError: the file is missing, too short, or not what the manifest says.
     """
-    table = torch.from_numpy(_mapped(folder, name, plan))
-    return table.view(getattr(plan, name).dtype)
+    return torch.from_numpy(_mapped(folder, name, plan)).view(getattr(plan, name).dtype)
 
 
 def _mapped(folder: Path, name: str, plan: Plan) -> np.memmap[Any, Any]:
@@ -257,11 +242,11 @@ def _mapped(folder: Path, name: str, plan: Plan) -> np.memmap[Any, Any]:
         reason = shown(str(error), 200)  # numpy parses the header as Python text and passes on what that raises
         raise FormatError(f"{place}: cannot be mapped ({reason}); delete the folder to cache anew") from error
     expected = torch.empty(0, dtype=column.dtype_on_disk).numpy().dtype
-    if array.shape != (plan.rows, *column.shape_on_disk) or array.dtype != expected or not array.flags.c_contiguous:
+    shape = (plan.rows, *column.shape_on_disk)
+    if array.shape != shape or array.dtype != expected or not array.flags.c_contiguous:
         raise FormatError(
-            f"{place}: {list(array.shape)} of {array.dtype}, but {MANIFEST} says "
-            f"{[plan.rows, *column.shape_on_disk]} of "
-            f"{expected}; delete the folder to cache anew"
+            f"{place}: {list(array.shape)} of {array.dtype}, but {MANIFEST} says {list(shape)} of {expected}; delete "
+            "the folder to cache anew"
         )
     return array
 
@@ -296,7 +281,7 @@ class RowWriter:
             for file in self._files.values():
                 file.flush()
                 os.fsync(file.fileno())
-            _append_progress(self._folder, self.rows)
+            write_json(self._folder / PROGRESS, {"rows": self.rows})
         self._synced, self._time = self.rows, time.monotonic()
 
 
@@ -316,36 +301,12 @@ def write_rows(folder: Path, plan: Plan) -> Iterator[RowWriter]:
             writer.sync()
 
 
-def _append_progress(folder: Path, rows: int) -> None:
-    place = folder / PROGRESS
-    # behind a line that was cut short, a new one begins
-    cut = place.exists() and not place.read_bytes().endswith(b"\n") and place.stat().st_size > 0
-    with open(place, "ab") as file:
-        file.write(b"\n" * cut + f"{rows}\n".encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_manifest(folder: Path, plan: Plan) -> None:
-    content = {
-        "store_version": STORE_VERSION,
-        "rows": plan.rows,
-        **{name: getattr(plan, name).to_json() for name in COLUMNS},
-        "made_of": plan.made_of,
-    }
-    partial = folder / f"{MANIFEST}.partial"
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    sync(partial)
-    os.replace(partial, folder / MANIFEST)
-    sync(folder)
-
-
-def _refuse_strangers(folder: Path) -> None:
-    strangers = sorted(set(os.listdir(folder)) - {f"{MANIFEST}.partial"})
-    if strangers:
+def _refuse_other_files(folder: Path) -> None:
+    # what a kill left of a manifest that was being written is ours
+    others = sorted(name for name in os.listdir(folder) if not name.startswith(f".{MANIFEST}."))
+    if others:
         raise FolderError(
-            f"{folder}: no feature cache, but not empty either ({', '.join(strangers[:3])}, ...); give a folder of its "
-            "own"
+            f"{folder}: no feature cache, but not empty either ({', '.join(others[:3])}, ...); give a folder of its own"
         )
 
 

@@ -5,7 +5,6 @@ have parameters that it was made with as not trainable, and timm itself freezes 
 (EfficientViM's `weights`); they are part of head and trunk, not of the frozen state: no lock or unlock touches them.
 """
 
-import copy
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from ..heads.isolation import copy_module
 from ..reader.freezing import frozen_names, hold, hold_all, hold_at_call, is_held, keeps_statistics
 from .layer_groups import smallest_cover
 
@@ -148,8 +148,7 @@ def _shut_by_timm(trunk: nn.Module) -> list[str]:
     if all(parameter.requires_grad for parameter in trunk.parameters()) or not hasattr(trunk, "reset_classifier"):
         return []
     # timm shuts them in `reset_classifier`, so ask a copy, of no memory, that is open
-    memo: dict[int, Any] = {id(each): nn.Parameter(each.to("meta"), each.requires_grad) for each in trunk.parameters()}
-    twin: Any = copy.deepcopy(trunk, memo | {id(each): each.to("meta") for each in trunk.buffers()})
+    twin: Any = copy_module(trunk, device="meta")
     for parameter in twin.parameters():
         _set_grad(parameter, True)
     twin.reset_classifier(twin.num_classes)

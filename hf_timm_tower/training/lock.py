@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import torch.nn as nn
 
 from ..reader.errors import ArgumentError
-from .freezing import freeze
+from .freezing import describe_frozen, freeze
 from .layer_groups import LayerGroup, layer_groups
 
 Patterns = str | Sequence[str]
@@ -26,12 +26,12 @@ def lock(
     only: Patterns | None = None,
     except_: Patterns | None = None,
 ) -> None:
-    """Freeze the trunk, or the part of the tower that the selectors name; all else trains.
+    """Freeze the trunk, or the part of the tower that the selectors name; all else trains. Depends on this call alone.
 
     Args:
         tower: A module with a `trunk` and a `head`.
         unlocked_groups: Layer groups of the trunk, counted from the output, that stay trainable.
-        freeze_bn_stats: Freeze the running statistics of the frozen part as well.
+        freeze_bn_stats: Freeze the running statistics of the frozen part, also through later `.train()` calls.
         head: Freeze the head as well.
         until: Freeze from the input up to and including this group, module or parameter, such as `blocks.9`.
         only: Freeze just what matches: patterns (fnmatch) for names of groups or parameters.
@@ -66,7 +66,9 @@ def unlock(
     only: Patterns | None = None,
     except_: Patterns | None = None,
 ) -> None:
-    """Open the whole tower, or the head and the part of the trunk that the selectors name; all else is frozen.
+    """Open the whole tower, or the head and what the selectors name of the trunk; all else is frozen.
+
+    Depends on this call alone.
 
     Args:
         tower: A module with a `trunk` and a `head`.
@@ -108,6 +110,8 @@ def _freeze(tower: nn.Module, groups: list[LayerGroup], frozen: set[str], statis
             if own <= frozen:
                 frozen_statistics.add(name)
     freeze(tower, frozen, frozen_statistics)
+    if hasattr(type(tower), "_is_tower_base"):  # a TimmModel; a transformers model says it when it is saved
+        tower.config.frozen = describe_frozen(tower)  # type: ignore[union-attr]
 
 
 def _members(groups: Iterable[LayerGroup]) -> set[str]:

@@ -137,46 +137,24 @@ class UnfreezeSchedule(TrainerCallback):
 
     # --- what `Trainer` calls
 
-    def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Before the optimizer is made and the model is wrapped."""
-        assert model is not None
         _check_wrapping(args)
-        self.prepare(model)
+        self.prepare(kwargs["model"])
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """A checkpoint, if there is one, has been loaded by now."""
-        assert model is not None
-        assert optimizer is not None
-        self.prepare(model)
-        _check_optimizer(model, optimizer)
-        self._enter(model, state)
+        self.prepare(kwargs["model"])
+        _check_optimizer(kwargs["model"], kwargs["optimizer"])
+        self._enter(kwargs["model"], state)
 
     def on_epoch_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Also called when a run goes on in the middle of an epoch."""
-        assert model is not None
-        self._enter(model, state)
+        self._enter(kwargs["model"], state)
 
     def _enter(self, model: nn.Module, state: TrainerState) -> None:
         epoch = int(state.epoch or 0)

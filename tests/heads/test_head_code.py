@@ -21,7 +21,6 @@ from torch import nn
 import heads_in_the_wild
 from heads_in_the_wild import HEADS, DomainAdversarialHead, GreedyHashHead, Head
 from hf_timm_tower import HeadError, register_head
-from hf_timm_tower.heads.registry import known_arguments
 from hf_timm_tower.heads.source_file import construct_code, store_source
 from hf_timm_tower.reader.head import refuse_code
 from hf_timm_tower.reader.skip_init import skip_init
@@ -230,7 +229,7 @@ def test_the_file_is_stored_as_it_is_and_comes_back_where_it_is_unknown(
     expected = observe(Apart(copy.deepcopy(head)), (96,))
     stored = tmp_path / "stored"
     stored.mkdir()
-    source = write(stored, "mine", head, (96,), arguments=known_arguments(head))
+    source = write(stored, "mine", head, (96,))
     assert source == Path(str(module.__file__)).read_text()
     written = "".join(path.read_text() for path in stored.glob("*.[pj]*"))
     assert not [secret for secret in ("sk-live", str(Path.home()) + "/clients", str(tmp_path)) if secret in written]
@@ -243,7 +242,7 @@ def test_the_file_is_stored_as_it_is_and_comes_back_where_it_is_unknown(
 def test_a_registered_class_keeps_its_name_when_its_file_runs_again(users_module: Callable[..., ModuleType]) -> None:
     module = users_module(acme_again=USERS_HEAD.replace("a-users-head", "another-users-head"))
     head = module.Mine(96)
-    store(head, (96,), arguments=known_arguments(head))
+    store(head, (96,))
     assert register_head("another-users-head")(module.Mine) is module.Mine
 
 
@@ -284,8 +283,8 @@ def test_an_argument_that_is_kept_nowhere_is_asked_for(users_module: Callable[..
     head = module.Head(96, 1, 0.25)
     with pytest.raises(HeadError, match=r"'embed' .*kept nowhere.*@register_head"):
         store(head, (96,))
-    known = {"dim": 96, "embed": 1, "share": 0.25}
-    assert store(head, (96,), arguments=known)[0]["kwargs"] == known
+    head = register_head("tests/kept-nowhere")(module.Head)(96, 1, 0.25)
+    assert store(head, (96,))[0]["kwargs"] == {"dim": 96, "embed": 1, "share": 0.25}
 
 
 def test_a_head_that_was_loaded_is_stored_again_byte_for_byte() -> None:

@@ -47,7 +47,7 @@ def fresh(cls: type) -> Any:
 def test_head_that_no_graph_holds_is_stored_by_name_with_its_arguments() -> None:
     cls = register_head("tests/by-value")(fresh(ByValue))
     head = cls(6, embed_dim=3, scale=2.5, names=("a",))
-    spec = store_head(head, torch.randn(2, 6))
+    spec, _ = store_head(head, torch.randn(2, 6))
     assert spec == {
         "form": "registered",
         "name": "tests/by-value",
@@ -62,7 +62,7 @@ def test_head_that_no_graph_holds_is_stored_by_name_with_its_arguments() -> None
 
 def test_head_that_a_graph_holds_is_data_although_it_is_registered() -> None:
     cls = register_head("tests/traceable")(fresh(Traceable))
-    assert store_head(cls(6, 3), torch.randn(2, 6))["form"] == "graph"
+    assert store_head(cls(6, 3), torch.randn(2, 6))[0]["form"] == "graph"
 
 
 def test_name_that_is_not_registered_at_load_says_what_to_import(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_registered_function_is_stored_by_name() -> None:
     def make(in_features: int, embed_dim: int) -> nn.Module:
         return ByValue(in_features, embed_dim, scale=4.0)
 
-    assert store_head(make(6, 3), torch.randn(2, 6))["kwargs"] == {"in_features": 6, "embed_dim": 3}
+    assert store_head(make(6, 3), torch.randn(2, 6))[0]["kwargs"] == {"in_features": 6, "embed_dim": 3}
 
 
 def test_name_belongs_to_one_class() -> None:

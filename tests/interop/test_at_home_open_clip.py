@@ -1,12 +1,16 @@
 """At home in open_clip: the same weight keys, the same bits, over trunks, pools and projections."""
 
 import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import open_clip.timm_model
 import pytest
 import torch
 
-from hf_timm_tower import TimmModel
+from hf_timm_tower import ArgumentError, TimmModel
 
 # trunk -> arguments that keep it small, in the order in which a failure is easiest to read
 TRUNKS = {
@@ -49,6 +53,81 @@ def works(tower: torch.nn.Module | Exception) -> bool:
 def cells(name: str) -> list[tuple[str, str | None]]:
     pools = POOLS if name != "vit_base_patch16_siglip_224" else ("", "map", "avg")
     return list(itertools.product(pools, PROJECTIONS))
+
+
+# --- what open_clip 4 asks, with the callers of 3.3: they are the same lines
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear", "image_size": 160},
+    "text_cfg": {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 1, "layers": 1},
+    "custom_text": True,
+}
+
+
+@pytest.fixture
+def inside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    """`inside(version, **vision)`: open_clip of that version makes a model with our tower in it."""
+
+    def make(version: str, embed_dim: int = 16, **vision: Any) -> Any:
+        monkeypatch.setattr(open_clip, "__version__", version)
+        monkeypatch.setattr(open_clip.model, "TimmModel", TimmModel)
+        config = {**TINY, "embed_dim": embed_dim, "vision_cfg": {**TINY["vision_cfg"], **vision}}
+        (tmp_path / "tiny-tower.json").write_text(json.dumps(config))
+        open_clip.add_model_config(tmp_path / "tiny-tower.json")
+        return open_clip.create_model("tiny-tower")
+
+    return make
+
+
+def open_parts(tower: TimmModel) -> tuple[int, bool]:
+    """How many groups of the trunk train, and whether the head does."""
+    trains = {name for name, parameter in tower.named_parameters() if parameter.requires_grad}
+    groups = [group for group in tower.layer_groups() if trains & set(group.parameters)]
+    return sum(group.part == "trunk" for group in groups), any(group.part == "head" for group in groups)
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [("3.3.0", [(0, True), (1, True), (2, True)]), ("4.2.0.dev0", [(0, False), (0, True), (1, True)])],
+)
+def test_lock_counts_the_head_where_the_open_clip_that_made_the_tower_does(
+    version: str, expected: list[tuple[int, bool]], inside: Callable[..., Any]
+) -> None:
+    model = inside(version)
+    for count, parts in enumerate(expected):
+        model.lock_image_tower(unlocked_groups=count, freeze_bn_stats=False)
+        assert open_parts(model.visual) == parts
+    model.visual.lock(1, head=False)
+    assert open_parts(model.visual) == (1, True), "what is said holds"
+    outside = TimmModel.from_open_clip(model)
+    outside.lock()
+    assert open_parts(outside) == (0, True), "outside of open_clip nothing changed"
+
+
+def test_a_tower_without_a_head_of_its_own_counts_the_trunk_in_open_clip_4_too(inside: Callable[..., Any]) -> None:
+    model = inside("4.2.0", embed_dim=64, timm_proj="none")
+    model.lock_image_tower(unlocked_groups=1)
+    assert open_parts(model.visual) == (1, False)
+
+
+def test_layer_groups_are_pairs_for_open_clip_4() -> None:
+    tower = TimmModel("test_vit", 16, image_size=64)
+    pairs, groups = tower.layer_groups(True), tower.layer_groups()
+    assert [name for name, _ in pairs] == [group.name for group in groups]
+    held = [parameter for _, members in pairs for parameter in members]
+    assert {id(parameter) for parameter in held} == {id(parameter) for parameter in tower.parameters()}
+    assert len(held) == len(list(tower.parameters()))
+
+
+def test_checkpointing_takes_open_clip_4_s_kinds() -> None:
+    tower = TimmModel("test_vit", 16, image_size=64)
+    tower.set_grad_checkpointing(impl="inline")
+    with pytest.warns(UserWarning, match="inline"):
+        tower.set_grad_checkpointing(impl="composable")
+    assert tower.trunk.grad_checkpointing
+    with pytest.raises(ArgumentError, match="impl='other'"):
+        tower.set_grad_checkpointing(impl="other")
 
 
 @pytest.mark.slow

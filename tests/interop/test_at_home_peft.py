@@ -219,6 +219,20 @@ def test_layers_that_the_trunk_never_calls_are_not_adapted() -> None:
     train(add_lora(tower), torch.randn(2, 3, 256, 256))
 
 
+def test_an_adapter_goes_onto_the_tower_of_its_training_cast_or_not_and_onto_no_other(
+    folder: Path, tmp_path: Path
+) -> None:
+    config = LoraConfig(target_modules=NAMES[folder.name])
+    add_lora(TimmModel.from_pretrained(folder), config).save_pretrained(tmp_path / "adapter")
+    for dtype in (None, torch.bfloat16, torch.float16):
+        load_lora(TimmModel.from_pretrained(folder, dtype=dtype), tmp_path / "adapter")
+    other = TimmModel(folder.name, 8, proj="mlp")
+    with pytest.raises(WeightsError, match=r"another tower.*weight.*differ"):
+        load_lora(other, tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_tower.json").unlink()
+    load_lora(other, tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("missing", ["head", "lora_B"])
 def test_an_incomplete_adapter_is_an_error(missing: str, folder: Path, tmp_path: Path) -> None:
     add_lora(TimmModel.from_pretrained(folder)).save_pretrained(tmp_path)

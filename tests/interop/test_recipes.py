@@ -1,4 +1,4 @@
-"""Every recipe of docs/recipes.md against the code that the model's users are told to write.
+"""Every recipe of docs/recipes.md against the code that the model's users are told to write; those inside others run.
 
 At full size keys and shapes are compared (the meta device: some have a billion parameters), on a narrow model of the
 same arguments the bits. Their code is written here from the facts of the public sources that the document names.
@@ -22,7 +22,11 @@ from torchvision import transforms as T
 
 from hf_timm_tower import TimmModel, TimmTowerConfig
 
-DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+DOCUMENT, _, INSIDE = (
+    (Path(__file__).resolve().parents[2] / "docs" / "recipes.md")
+    .read_text(encoding="utf-8")
+    .partition("# Inside trans")
+)
 BICUBIC = T.InterpolationMode.BICUBIC
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OPTIMUS = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
@@ -31,9 +35,9 @@ NARROW = {"embed_dim": 96, "num_heads": 4}
 VLM = "The tower of a vision-language model"
 
 
-def recipes() -> dict[str, str]:
+def recipes(document: str = DOCUMENT) -> dict[str, str]:
     """Heading -> its Python."""
-    parts = re.split(r"^## (.+)$", DOCUMENT, flags=re.MULTILINE)
+    parts = re.split(r"^## (.+)$", document, flags=re.MULTILINE)
     found = dict(zip(parts[1::2], parts[2::2], strict=True))
     return {name: "".join(re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)) for name, text in found.items()}
 
@@ -199,3 +203,18 @@ def test_recipe_prepares_the_pixels_of_their_code(name: str) -> None:
         pixels = np.random.default_rng(0).integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
         image = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
         assert torch.equal(transform(image), THEIRS[name].transform(image)), size
+
+
+@pytest.mark.parametrize("name", recipes(INSIDE))
+def test_recipe_inside_a_model_of_transformers_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture = "test_resnet" if "segmentation" in name else "test_vit"
+    TimmModel(architecture, 8, image_size=64).save_pretrained(tmp_path / "org" / "tower")
+    monkeypatch.chdir(tmp_path)
+    masks = torch.randint(0, 3, (2, 64, 64))
+    names: dict[str, Any] = {"images": torch.rand(2, 3, 64, 64), "masks": masks, "words": torch.tensor([[5, 6]] * 2)}
+    with pytest.warns(UserWarning, match=r"leaves out: head\.proj\.weight"):
+        exec(compile(recipes(INSIDE)[name], f"docs/recipes.md: {name}", "exec"), names)
+    if "features" in names:
+        assert [tuple(each.shape) for each in names["features"]] == [(17, 64)] * 2
+    else:
+        assert names["loss"].isfinite()

@@ -28,11 +28,12 @@ def test_without_package_and_trust_the_error_is_transformers_own_and_without_tim
     refused = make_environment(tmp_path / "venv", without=("timm",)).run(
         """
         import sys
-        from transformers import AutoModel
-        try:
-            AutoModel.from_pretrained(sys.argv[1], trust_remote_code=False)
-        except ValueError as error:
-            print(error)
+        from transformers import AutoImageProcessor, AutoModel
+        for auto in (AutoModel, AutoImageProcessor):
+            try:
+                auto.from_pretrained(sys.argv[1], trust_remote_code=False)
+            except ValueError as error:
+                print(error)
         try:
             AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
         except ImportError as error:
@@ -40,7 +41,7 @@ def test_without_package_and_trust_the_error_is_transformers_own_and_without_tim
         """,
         tower,
     )
-    assert "pass the argument `trust_remote_code=True`" in refused
+    assert refused.count("pass the argument `trust_remote_code=True`") == 2
     assert "not found in your environment: timm" in refused
 
 
@@ -57,6 +58,28 @@ def test_the_package_may_be_imported_last(tower: Path, tmp_path: Path) -> None:
         with_package=True,
     )
     assert printed.split() == ["TimmTowerConfig", "TimmTowerImageProcessor", "TimmTowerModel"]
+
+
+def test_a_tower_loads_by_its_own_file_on_a_timm_without_what_saving_needs(tower: Path, tmp_path: Path) -> None:
+    # what timm 1.0.30 lacks of 1.0.31
+    printed = make_environment(tmp_path / "venv").run(
+        """
+        import sys
+        import timm.models, timm.models._manipulate
+        for module in (timm.models, timm.models._manipulate):
+            for name in ("get_model_args", "get_model_traits", "update_model_input_size"):
+                vars(module).pop(name, None)
+        import torch
+        from transformers import AutoModel
+        model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+        torch.save(model(torch.ones(1, 3, 160, 160)).pooler_output, sys.argv[2])
+        """,
+        tower,
+        tmp_path / "embedding.pt",
+    )
+    assert "Error" not in printed
+    expected = TimmModel.from_pretrained(tower)(torch.ones(1, 3, 160, 160))
+    assert torch.equal(torch.load(tmp_path / "embedding.pt"), expected)
 
 
 def test_a_trunk_without_a_head_of_its_own_runs_once(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_hidden_states_of_a_classifier_are_the_towers(labelled: Path, plain: Pat
     model = Classifier.from_pretrained(labelled)
     with torch.no_grad():
         output, quiet = model(images(), output_hidden_states=True), model(images())
-        expected = TimmModel.from_pretrained(plain).forward_intermediates(images())["image_intermediates"]
+        expected = TimmTowerModel.from_pretrained(plain)(images(), output_hidden_states=True).hidden_states
         picked = model(images(), output_hidden_states=[0])
         model.config.output_hidden_states = True
         asked_by_config = model(images())
@@ -97,7 +97,7 @@ def test_hidden_states_of_a_classifier_are_the_towers(labelled: Path, plain: Pat
 @pytest.mark.parametrize("face", FACES)
 def test_a_loss_on_a_hidden_state_trains_what_lies_below(face: Face, labelled: Path, plain: Path) -> None:
     model = load(face, labelled, plain)
-    model(images(), output_hidden_states=[0]).hidden_states[0].square().sum().backward()
+    model(images(), output_hidden_states=[1]).hidden_states[1].square().sum().backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert {"trunk.patch_embed.proj.weight", "trunk.blocks.0.attn.qkv.weight"} <= reached
     assert not any(name.startswith(("trunk.blocks.1.", "head.", "classifier.")) for name in reached)

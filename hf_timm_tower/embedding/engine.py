@@ -1,0 +1,118 @@
+"""A source of images -> a stream of blocks, by the processes that suit this machine.
+
+On CPUs replicas: processes of one thread each that decode, transform and run; a loader with workers in front of a model
+with many threads is slower, they fight for the cores. On an accelerator, processes that decode and transform, in front
+of the one model.
+"""
+
+import copy
+import itertools
+import multiprocessing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from ..load import check_device
+from ..reader.errors import ArgumentError
+from .embedder import Block, Embedder, Outputs
+from .replicas import in_order, usable_cores
+from .sources import Source, in_batches
+
+if TYPE_CHECKING:
+    from ..timm_model import TimmModel
+
+BATCH_ON_CPU, BATCH_ON_ACCELERATOR = 4, 32
+"""A single thread is no faster with larger batches, and one image alone costs a whole batch."""
+
+Workers = int | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where and how a tower runs over images.
+
+    Attributes:
+        tower: On its device.
+        outputs: What is computed.
+        workers: Processes beside this one; 0: none.
+    """
+
+    tower: "TimmModel"
+    outputs: Outputs
+    workers: Workers
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tower is."""
+        return next(self.tower.parameters()).device
+
+
+def make_plan(
+    tower: "TimmModel",
+    *,
+    batch_size: int | None = None,
+    num_workers: Workers = "auto",
+    normalize: bool = False,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    return_tokens: bool = False,
+    layers: Any = (),
+) -> Plan:
+    """Check the arguments of `embed`; for another device than the tower's, a copy of the tower is taken there.
+
+    Raises:
+        ArgumentError: one cannot be used.
+    """
+    check_device(device)
+    if num_workers != "auto" and (not isinstance(num_workers, int) or isinstance(num_workers, bool) or num_workers < 0):
+        raise ArgumentError(f"num_workers={num_workers!r}: expected a whole number from 0 on, or 'auto'")
+    here = next(tower.parameters()).device
+    there = here if device is None else torch.empty(0, device=device).device
+    if there != here:
+        tower = copy.deepcopy(tower).to(there)
+    if batch_size is None:
+        batch_size = BATCH_ON_CPU if there.type == "cpu" else BATCH_ON_ACCELERATOR
+    return Plan(tower, Outputs(batch_size, normalize, dtype, return_tokens, tuple(layers)), num_workers)
+
+
+def stream(
+    plan: Plan, source: Source, items: Iterator[tuple[str, Any]] | None = None, first: int = 0
+) -> Iterator[Block]:
+    """The blocks of a source in its order.
+
+    Memory does not grow with the number of images: a few batches are on their way at a time.
+
+    Args:
+        plan: How to run.
+        source: The source.
+        items: Its iterator where some items were taken already; None: from the start.
+        first: How many were taken.
+    """
+    embedder = Embedder(plan.tower, plan.outputs)
+    batches = in_batches(source.items() if items is None else items, plan.outputs.batch_size, first)
+    ahead = list(itertools.islice(batches, 2))
+    for _, batch in ahead[:1]:
+        embedder.preparer.import_for(batch[0][1])
+    workers = _count(plan, source, first, several=len(ahead) > 1)
+    tasks = itertools.chain(ahead, batches)
+    if workers == 0:
+        yield from map(embedder, tasks)
+    elif plan.device.type == "cpu":
+        yield from in_order(embedder, tasks, workers)
+    else:
+        yield from map(embedder.run, in_order(embedder.prepare, tasks, workers))
+
+
+def _count(plan: Plan, source: Source, first: int, *, several: bool) -> int:
+    """Processes to start: no more than there are batches, none for a single batch or where none may be started."""
+    if multiprocessing.current_process().daemon:
+        return 0  # a worker of somebody's pool may have no children
+    cores = usable_cores()
+    if plan.workers != "auto":
+        return plan.workers
+    if not several or cores == 1:
+        return 0
+    batches = cores if source.length is None else -(-(source.length - first) // plan.outputs.batch_size)
+    return min(cores, batches)

@@ -1,0 +1,73 @@
+"""Image files below a folder, and in tar shards, in a fixed order."""
+
+import os
+import tarfile
+from collections.abc import Iterator
+from typing import Any
+
+from ..reader.errors import ArgumentError, FolderError, shown
+
+EXTENSIONS = frozenset(
+    "apng avif bmp dib gif ico j2k jfif jp2 jpe jpeg jpf jpg jpx mpo pbm pgm png pnm ppm qoi tga tif tiff webp".split()
+)
+"""Files that are taken from a folder; one that is named itself is tried whatever its extension."""
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name is taken from a folder."""
+    return "." in name and name.rpartition(".")[2].lower() in EXTENSIONS and not name.startswith(".")
+
+
+def printable(path: str) -> str:
+    """A path as text: bytes that are not UTF-8 are written as escapes, `\\xe9`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def files_of_folder(folder: str) -> Iterator[tuple[str, Any]]:
+    """(path below the folder, path) of its image files, and the images of its tar shards, sorted within each folder.
+
+    Links are followed, and every folder is visited once, so that a loop ends. Only the names of one folder at a time
+    are in memory. A folder below that cannot be listed is one item, an error.
+
+    Raises:
+        FolderError: the folder itself cannot be listed.
+    """
+    try:
+        os.listdir(folder)
+    except OSError as error:
+        raise FolderError(f"{shown(folder)} cannot be listed: {error.strerror or error}") from error
+    yield from _below(folder, "", set())
+
+
+def _below(folder: str, prefix: str, visited: set[tuple[int, int]]) -> Iterator[tuple[str, Any]]:
+    try:
+        status = os.stat(folder)
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        yield printable(prefix), ArgumentError(f"the folder cannot be listed: {error.strerror or error}")
+        return
+    if (status.st_dev, status.st_ino) in visited:
+        return
+    visited.add((status.st_dev, status.st_ino))
+    for name in names:
+        path = os.path.join(folder, name)
+        if os.path.isdir(path):
+            yield from _below(path, f"{prefix}{name}/", visited)
+        elif name.endswith(".tar"):
+            yield from ((printable(prefix) + key, image) for key, image in members_of_tar(path))
+        elif is_image_name(name):
+            yield printable(prefix + name), path
+
+
+def members_of_tar(path: str) -> Iterator[tuple[str, Any]]:
+    """(shard/name, bytes) of the image files in a WebDataset shard, in its order; an error where it breaks off."""
+    shard = os.path.basename(path)
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if member.isreg() and is_image_name(os.path.basename(member.name)):
+                    data = archive.extractfile(member)
+                    yield printable(f"{shard}/{member.name}"), data.read() if data is not None else b""
+                archive.members.clear()  # type: ignore[attr-defined]  # it would keep every member's header
+    except (OSError, tarfile.TarError, EOFError) as error:
+        yield printable(shard), ArgumentError(f"the shard cannot be read to its end: {shown(str(error))[1:-1]}")

@@ -1,0 +1,150 @@
+"""`manifest.json` of a folder of embeddings: what made them, and whether a run may go on with them.
+
+A folder belongs to one tower, one preprocessing and one set of options: those that gave the outputs of the probe image,
+bit for bit. What is only said about it (where the tower came from, versions) does not decide.
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import __version__
+from ..files.fingerprint import probe_image, surroundings, weight_digests
+from ..files.json import parse_object
+from ..heads.batch_formula import flat_bytes
+from ..reader.errors import FolderError, FormatError, shown
+from ..reader.image_processing import completed_preprocess
+from ..reader.trunk import native_size
+from .embedder import Block, Embedder, Outputs
+
+if TYPE_CHECKING:
+    from ..timm_model import TimmModel
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_VERSION = 1
+_DECIDES = ("weights", "outputs", "preprocessing", "options", "columns")
+
+
+def describe(tower: "TimmModel", outputs: Outputs, rows_per_shard: int, source: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a folder that is begun now.
+
+    Args:
+        tower: On the device where it runs.
+        outputs: What is computed.
+        rows_per_shard: Images of a shard.
+        source: What the images are, for the reader of the manifest.
+    """
+    config = tower.config
+    block, size = completed_preprocess(config)
+    values = probe_values(tower, outputs)
+    return {
+        "manifest_version": MANIFEST_VERSION,
+        "made_by": f"hf_timm_tower {__version__}",
+        "tower": {
+            "architecture": config.architecture,
+            "embed_dim": config.embed_dim,
+            "fingerprint": _digest_of_json(tower._fingerprint),
+            **(getattr(tower, "_origin", None) or {"loaded_from": None, "commit": None}),
+        },
+        "weights": weight_digests(tower),
+        "outputs": {path: _digest(tensor) for path, tensor in values.items()},
+        "columns": {
+            path or "embedding": {"shape": list(tensor.shape[1:]), "dtype": stored_dtype(tensor.dtype)}
+            for path, tensor in values.items()
+        },
+        "preprocessing": {**block, "image_size": size, "exif": "turned upright"},
+        "options": {**dataclasses.asdict(outputs), "dtype": str(outputs.dtype), "layers": list(outputs.layers)},
+        "rows_per_shard": rows_per_shard,
+        "source": source,
+        "versions": surroundings(tower),
+        "complete": False,
+    }
+
+
+def outputs_of(manifest: dict[str, Any]) -> Outputs:
+    """What was computed for the embeddings of a folder.
+
+    Raises:
+        FormatError: the manifest does not say it.
+    """
+    try:
+        facts = dict(manifest["options"])
+        dtype = getattr(torch, str(facts.pop("dtype")).removeprefix("torch."), None)
+        return Outputs(**{**facts, "dtype": dtype, "layers": tuple(facts["layers"])})
+    except (KeyError, TypeError) as error:
+        raise FormatError(f"{MANIFEST_NAME}: options are not what this package writes: {shown(str(error))}") from error
+
+
+def stored_dtype(dtype: torch.dtype) -> str:
+    """Name of the dtype in which values are stored: Arrow has no bfloat16, float32 holds it exactly."""
+    return str(torch.float32 if dtype == torch.bfloat16 else dtype).removeprefix("torch.")
+
+
+def probe_values(tower: "TimmModel", outputs: Outputs) -> dict[str, torch.Tensor]:
+    """What is computed for the fingerprint's probe image: path -> `[1, ...]`."""
+    embedder, size = Embedder(tower, outputs), native_size(tower.config)
+    probe = probe_image(tower.config.in_chans, size)
+    pixels = probe.new_zeros((outputs.batch_size, *probe.shape[1:]))
+    pixels[0] = probe[0]
+    return embedder.run((pixels, Block(0, ["probe"], [0], {}, None, []))).values
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest, None where there is none.
+
+    Raises:
+        FormatError: it is damaged or of a later version.
+        FolderError: it cannot be read.
+    """
+    place = folder / MANIFEST_NAME
+    try:
+        data = place.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise FolderError(f"{place} cannot be read: {error.strerror or error}") from error
+    found = parse_object(data, str(place))
+    if found.get("manifest_version") != MANIFEST_VERSION:
+        raise FormatError(
+            f"{place}: version {shown(found.get('manifest_version'))}, this package reads {MANIFEST_VERSION}"
+        )
+    return found
+
+
+def check_same(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on with embeddings of something else.
+
+    Raises:
+        FolderError: names what differs, and versions that changed.
+    """
+    now = json.loads(json.dumps(now))
+    changed = [key for key in _DECIDES if then.get(key) != now[key]]
+    if not changed:
+        return
+    words = {
+        "weights": "the tower has other weights",
+        "outputs": "the tower gives other outputs for the same image",
+        "preprocessing": "the preprocessing is another",
+        "columns": f"the columns were {shown(then.get('columns'), 200)} and would be {shown(now['columns'], 200)}",
+        "options": f"the options were {shown(then.get('options'), 200)} and are {shown(now['options'], 200)}",
+    }
+    was: dict[str, Any] = then.get("versions") or {}
+    origin: dict[str, Any] = then.get("tower") or {}
+    versions = [f"{key} {was.get(key)} then, {new} now" for key, new in now["versions"].items() if was.get(key) != new]
+    raise FolderError(
+        f"{folder} holds embeddings of something else ({shown(origin.get('loaded_from') or origin.get('architecture'))}"
+        f"): {'; '.join(words[key] for key in changed)}{' (' + ', '.join(versions) + ')' if versions else ''}. Give "
+        "another folder, or delete this one."
+    )
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(flat_bytes(tensor).numpy().tobytes()).hexdigest()
+
+
+def _digest_of_json(value: Any) -> str | None:
+    return None if value is None else hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,75 @@
+"""Exact search in a folder of embeddings, shard by shard, and a picture of what was found."""
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+from ..reader.errors import ArgumentError
+from .embed import embed
+from .engine import Plan
+from .manifest import check_same, describe, outputs_of
+from .open_image import read_image
+from .sources import open_source
+from .stored import StoredEmbeddings
+
+if TYPE_CHECKING:
+    from ..timm_model import TimmModel
+
+_TILE, _GAP = 192, 8
+
+
+def embed_query(tower: "TimmModel", stored: StoredEmbeddings, image: Any) -> torch.Tensor:
+    """An image -> its embedding `[embed_dim]`, as those of the folder were made.
+
+    Raises:
+        FolderError: the folder was made by another tower.
+        ArgumentError: the image cannot be used.
+    """
+    plan = Plan(tower, outputs_of(stored.manifest), 0)
+    check_same(stored.path, stored.manifest, describe(tower, plan.outputs, 0, {}))
+    found = embed(plan, open_source(image), errors="raise", progress=False)
+    vector: torch.Tensor = found[stored.first_column] if isinstance(found, dict) else found
+    return vector[0]
+
+
+def nearest(stored: StoredEmbeddings, query: torch.Tensor, k: int) -> list[tuple[str, float]]:
+    """The k ids with the largest cosine to the query `[embed_dim]`, largest first; equal ones in the folder's order.
+
+    Raises:
+        ArgumentError: `k` is not positive.
+    """
+    if k < 1:
+        raise ArgumentError(f"k={k}: expected a whole number from 1 on")
+    best: list[tuple[str, float]] = []
+    vector = F.normalize(query.float(), dim=-1)
+    for ids, values in stored.batches():
+        cosines = F.normalize(values.float(), dim=-1) @ vector
+        top = cosines.topk(min(k, len(ids)))
+        here = [(ids[place], cosine) for cosine, place in zip(top.values.tolist(), top.indices.tolist(), strict=True)]
+        best = sorted([*best, *here], key=lambda pair: -pair[1])[:k]
+    return best
+
+
+def contact_sheet(query: str | os.PathLike[str], paths: Sequence[str], out: str | os.PathLike[str]) -> None:
+    """Write one picture: the query first, then the others, in rows of six; what cannot be opened is left grey."""
+    tiles = [query, *paths]
+    columns = min(len(tiles), 6)
+    rows = -(-len(tiles) // columns)
+    step = _TILE + _GAP
+    sheet = Image.new("RGB", (columns * step + _GAP, rows * step + _GAP), "white")
+    for place, path in enumerate(tiles):
+        corner = (_GAP + place % columns * step, _GAP + place // columns * step)
+        sheet.paste(_tile(path), corner)
+    sheet.save(out)
+
+
+def _tile(path: str | os.PathLike[str]) -> Image.Image:
+    try:
+        image = ImageOps.exif_transpose(read_image(path)).convert("RGB")
+    except (OSError, ArgumentError):
+        return Image.new("RGB", (_TILE, _TILE), "lightgrey")
+    return ImageOps.pad(image, (_TILE, _TILE), color="white")

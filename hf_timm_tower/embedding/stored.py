@@ -1,0 +1,113 @@
+"""A folder of embeddings, to read."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..files.disk import folder_error
+from ..reader.errors import ArgumentError, FolderError
+from .embedder import Failure
+from .manifest import MANIFEST_NAME, read_manifest
+from .parquet import Shard, read_rows, read_shards
+
+FAILURES_NAME = "failures.jsonl"
+
+
+class StoredEmbeddings:
+    """What `embed_to` has written, complete or not.
+
+    Args:
+        path: The folder.
+
+    Attributes:
+        manifest: The content of `manifest.json`.
+        shards: The files, in order.
+
+    Raises:
+        FolderError: there are no embeddings.
+        FormatError: a file is damaged.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        manifest = read_manifest(self.path)
+        if manifest is None:
+            raise FolderError(f"{self.path}: no embeddings, {MANIFEST_NAME} is missing; tower.embed_to makes them")
+        self.manifest: dict[str, Any] = manifest
+        self.shards: list[Shard] = read_shards(self.path)
+
+    def __len__(self) -> int:
+        """Number of embeddings."""
+        return sum(shard.covered - len(shard.failures) for shard in self.shards)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run came to its end."""
+        return self.manifest["complete"] is True
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of what is stored for each image; `embedding` for a tower that gives one tensor."""
+        return list(self.manifest["columns"])
+
+    @property
+    def failures(self) -> list[Failure]:
+        """Images that have no embedding."""
+        return [failure for shard in self.shards for failure in shard.failures]
+
+    def batches(self, column: str | None = None) -> Iterator[tuple[list[str], torch.Tensor]]:
+        """Shard by shard: ids and `[rows, ...]`; None is `first_column`."""
+        name = self.first_column if column is None else self._checked(column)
+        for shard in self.shards:
+            ids, values = read_rows(shard, [name])
+            yield ids, values[name]
+
+    def load(self, column: str | None = None) -> tuple[list[str], torch.Tensor]:
+        """All ids, and all rows as one tensor `[M, ...]`."""
+        ids: list[str] = []
+        parts: list[torch.Tensor] = []
+        for names, values in self.batches(column):
+            ids += names
+            parts.append(values)
+        return ids, torch.cat(parts) if parts else torch.zeros(0)
+
+    def save_npy(self, path: str | os.PathLike[str], column: str | None = None) -> None:
+        """One array `[M, ...]` for `numpy.load`, and beside it the ids, one JSON text a line, as `.ids.jsonl`.
+
+        Raises:
+            FolderError: it cannot be written.
+        """
+        name = self.first_column if column is None else self._checked(column)
+        place, facts = Path(path), self.manifest["columns"][name]
+        try:
+            array = np.lib.format.open_memmap(place, "w+", facts["dtype"], (len(self), *facts["shape"]))
+            with open(place.with_suffix(".ids.jsonl"), "w", encoding="utf-8") as file:
+                row = 0
+                for ids, values in self.batches(name):
+                    array[row : row + len(ids)] = values.numpy()
+                    file.writelines(f"{json.dumps(each)}\n" for each in ids)
+                    row += len(ids)
+            array.flush()
+        except OSError as error:
+            raise folder_error(f"{place} cannot be written", error) from error
+
+    @property
+    def first_column(self) -> str:
+        """`embedding` where there is one, else the first."""
+        names = self.columns
+        return "embedding" if "embedding" in names else names[0]
+
+    def image_path(self, name: str) -> str:
+        """Where the image of this id is, if the source was a folder or a list of paths."""
+        place = self.manifest["source"].get("place")
+        return os.path.join(place, name) if place and self.manifest["source"]["kind"] == "folder" else name
+
+    def _checked(self, column: str) -> str:
+        if column not in self.columns:
+            raise ArgumentError(f"{self.path}: no column {column!r}; there are {', '.join(self.columns)}")
+        return column

@@ -1,0 +1,348 @@
+"""`tower.embed`: every way in gives the same bits, in the order given, and the tower stays as it was."""
+
+import io
+import os
+import random
+import signal
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import psutil
+import pytest
+import torch
+import torch.nn as nn
+import webdataset
+from PIL import Image
+
+from hf_timm_tower import ArgumentError, FolderError, TimmModel, TowerError
+from hf_timm_tower.embedding.embed import Embedded
+
+COUNT = 11
+
+
+class ManyOutputs(nn.Module):
+    """A head that gives a dict with a tuple in it."""
+
+    def __init__(self, in_features: int, _: int | None) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, 6)
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        return {"embedding": self.linear(x), "pair": (x.mean(1), x.argmax(1))}
+
+
+class Rows:
+    """A dataset with a length and items by number, and no iterator of its own."""
+
+    def __init__(self, items: list[Any]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, row: int) -> tuple[Any, int]:
+        return self.items[row], row % 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few photographs of noise, of different sizes, with no loss, in two folders."""
+    folder = tmp_path_factory.mktemp("photographs")
+    (folder / "more").mkdir()
+    noise = np.random.default_rng(0)
+    for number in range(COUNT):
+        pixels = noise.integers(0, 256, (60 + 5 * number, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / ("more" if number > 7 else ".") / f"{number:02}.png")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def paths(folder: Path) -> list[str]:
+    return [str(folder / ("more" if number > 7 else ".") / f"{number:02}.png") for number in range(COUNT)]
+
+
+@pytest.fixture(scope="module")
+def tower() -> TimmModel:
+    torch.manual_seed(0)
+    return TimmModel("test_vit", embed_dim=16).eval()
+
+
+@pytest.fixture(scope="module")
+def expected(tower: TimmModel, paths: list[str]) -> torch.Tensor:
+    """What the plain loop gives, in batches of four; the last is filled up."""
+    transform = tower.transform()
+    pixels = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
+    pixels = torch.cat([pixels, torch.zeros(-COUNT % 4, *pixels.shape[1:])])
+    with torch.no_grad():
+        return torch.cat([tower(batch) for batch in pixels.split(4)])[:COUNT]
+
+
+def embed(tower: TimmModel, images: Any, **options: Any) -> Any:
+    return tower.embed(images, **{"num_workers": 0, "progress": False, **options})
+
+
+def shard_of(paths: list[str], into: Path) -> Path:
+    place = into / "shard.tar"
+    with tarfile.open(place, "w") as archive:
+        for number, path in enumerate(paths):
+            archive.add(path, f"{number:04}.png")
+            label = tarfile.TarInfo(f"{number:04}.cls")
+            label.size = 1
+            archive.addfile(label, io.BytesIO(b"1"))
+    return place
+
+
+def test_every_way_in_gives_the_bits_of_the_plain_loop(
+    tower: TimmModel, folder: Path, paths: list[str], expected: torch.Tensor, tmp_path: Path
+) -> None:
+    pictures = [Image.open(path) for path in paths]
+    encoded = [Path(path).read_bytes() for path in paths]
+    arrays = [np.asarray(picture) for picture in pictures]
+    tensors = [torch.from_numpy(array.copy()).permute(2, 0, 1) for array in arrays]
+    table = datasets.Dataset.from_dict({"label": list(range(COUNT)), "picture": paths}).cast_column(
+        "picture", datasets.Image()
+    )
+    shard = shard_of(paths, tmp_path)
+    pipeline = webdataset.WebDataset(str(shard), shardshuffle=False)
+    ways: dict[str, Any] = {
+        "folder": folder,
+        "paths": paths,
+        "Path objects": [Path(path) for path in paths],
+        "PIL": pictures,
+        "bytes": encoded,
+        "arrays": arrays,
+        "datasets": table,
+        "datasets, streamed": table.to_iterable_dataset(),
+        "tar shard": shard,
+        "webdataset, encoded": pipeline,
+        "webdataset, decoded": pipeline.decode("pil").to_tuple("png", "cls"),
+        "generator": (path for path in paths),
+        "Dataset by number": Rows(pictures),
+        "mappings": [{"id": f"row {row}", "image": path} for row, path in enumerate(paths)],
+    }
+    for way, images in ways.items():
+        assert torch.equal(embed(tower, images), expected), way
+    # torch resizes tensors, so they are those of the tower's image processor
+    assert torch.allclose(embed(tower, tensors), expected, atol=0.05)
+    same_size = torch.stack([tensor[:, :60] for tensor in tensors])
+    assert torch.equal(embed(tower, same_size), embed(tower, [tensor[:, :60] for tensor in tensors]))
+
+
+def test_one_image_is_a_batch_of_one(tower: TimmModel, paths: list[str], expected: torch.Tensor) -> None:
+    first = paths[0]
+    for image in (first, Path(first), Image.open(first), Path(first).read_bytes(), np.asarray(Image.open(first))):
+        assert torch.equal(embed(tower, image), expected[:1])
+
+
+def test_bits_do_not_depend_on_order_neighbours_or_processes(
+    tower: TimmModel, paths: list[str], expected: torch.Tensor
+) -> None:
+    assert torch.equal(tower.embed(paths, progress=False), expected)
+    for workers in (1, 3):
+        assert torch.equal(embed(tower, paths, num_workers=workers), expected)
+    order = torch.randperm(COUNT)
+    assert torch.equal(embed(tower, [paths[row] for row in order], num_workers=2), expected[order])
+    assert torch.equal(torch.cat([embed(tower, path) for path in paths]), expected)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(embed(tower, paths), expected)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_normalize_dtype_and_batch_size(tower: TimmModel, paths: list[str], expected: torch.Tensor) -> None:
+    unit = nn.functional.normalize(expected, dim=-1)
+    assert torch.equal(embed(tower, paths, normalize=True), unit)
+    assert torch.equal(embed(tower, paths, normalize=True, dtype=torch.float16), unit.half())
+    assert torch.allclose(embed(tower, paths, batch_size=7), expected, rtol=1e-4, atol=1e-5)
+    half = TimmModel("test_vit", embed_dim=16).to(torch.bfloat16)
+    assert embed(half, paths[:2]).dtype == torch.bfloat16
+    assert embed(half, paths[:2], dtype=torch.float32).dtype == torch.float32
+
+
+def test_tuples_dicts_tokens_and_layers(tower: TimmModel, paths: list[str], expected: torch.Tensor) -> None:
+    many = TimmModel("test_vit", custom_head=ManyOutputs, pool="avg")
+    found = embed(many, paths, num_workers=2)
+    assert found["embedding"].shape == (COUNT, 6)
+    assert isinstance(found["pair"], tuple)
+    assert found["pair"][0].shape == (COUNT,)
+    assert found["pair"][1].dtype == torch.int64
+    dense = embed(tower, paths, return_tokens=True, layers=[0, 1])
+    assert torch.equal(dense["embedding"], expected)
+    transform = tower.transform()
+    with torch.no_grad():
+        pixels = torch.stack([transform(Image.open(path)) for path in paths[:4]])
+        assert torch.equal(dense["tokens"][:4], tower.forward_features(pixels))
+        maps = tower.forward_intermediates(pixels, [0, 1], intermediates_only=True)["image_intermediates"]
+    assert len(dense["layers"]) == 2
+    assert all(torch.equal(ours[:4], theirs) for ours, theirs in zip(dense["layers"], maps, strict=True))
+
+
+def test_the_tower_and_all_random_generators_stay_as_they_are(paths: list[str]) -> None:
+    tower = TimmModel("test_resnet", embed_dim=8, drop=0.5, proj="mlp").train()
+    tower.trunk.layer1.eval()
+    tower.lock(unlocked_groups=1)
+    modes = [module.training for module in tower.modules()]
+    grads = [parameter.requires_grad for parameter in tower.parameters()]
+    places = [parameter.data_ptr() for parameter in tower.parameters()]
+    state = {key: value.clone() for key, value in tower.state_dict().items()}
+    draws = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    for workers in (0, 2):
+        assert not embed(tower, paths, num_workers=workers).requires_grad
+    assert [module.training for module in tower.modules()] == modes
+    assert [parameter.requires_grad for parameter in tower.parameters()] == grads
+    assert [parameter.data_ptr() for parameter in tower.parameters()] == places
+    assert all(parameter.grad is None for parameter in tower.parameters())
+    assert all(torch.equal(value, state[key]) for key, value in tower.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), draws[0])
+    assert random.getstate() == draws[1]
+    assert (np.random.get_state()[1] == draws[2]).all()
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_costs_one_row(
+    tower: TimmModel, paths: list[str], expected: torch.Tensor, workers: int, tmp_path: Path
+) -> None:
+    images = [*paths[:2], tmp_path / "gone.png", *paths[2:5], b"no image", *paths[5:]]
+    found = embed(tower, images, errors="collect", num_workers=workers)
+    assert isinstance(found, Embedded)
+    assert torch.equal(found.embeddings, expected)
+    assert found.rows == [0, 1, 3, 4, 5, *range(7, COUNT + 2)]
+    assert found.ids == paths
+    assert [(failure.index, failure.reason) for failure in found.failures] == [
+        (2, "No such file or directory"),
+        (6, "not an image file that Pillow knows"),
+    ]
+    with pytest.raises(ArgumentError, match=r"images\[2\] \(.*gone.png\): No such file.*errors='collect'"):
+        embed(tower, images, num_workers=workers)
+    nothing = embed(tower, [b"", b""], errors="collect", num_workers=workers)
+    assert nothing.embeddings is None
+    assert len(nothing.failures) == 2
+
+
+def test_images_are_upright_whatever_they_come_as(tower: TimmModel, tmp_path: Path) -> None:
+    pixels = np.zeros((40, 60, 3), dtype=np.uint8)
+    pixels[:, :20] = 255
+    upright = Image.fromarray(pixels)
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees, clockwise
+    for kind in ("png", "tiff", "webp"):
+        place = tmp_path / f"turned.{kind}"
+        turned.save(place, exif=exif, **({"lossless": True} if kind == "webp" else {}))
+        expected = embed(tower, upright)
+        for image in (place, place.read_bytes(), Image.open(place), Image.open(place).convert("RGB")):
+            assert torch.equal(embed(tower, image), expected), kind
+    table = datasets.Dataset.from_dict({"image": [str(tmp_path / "turned.png")]}).cast_column("image", datasets.Image())
+    assert torch.equal(embed(tower, [row["image"] for row in table]), expected)
+
+
+def test_wrong_arguments_say_so(tower: TimmModel, paths: list[str], tmp_path: Path) -> None:
+    wrong: list[tuple[Any, dict[str, Any], str]] = [
+        (paths, {"batch_size": 0}, "batch_size=0"),
+        (paths, {"num_workers": -1}, "num_workers=-1"),
+        (paths, {"dtype": torch.int8}, "dtype=torch.int8"),
+        (paths, {"errors": "ignore"}, "errors='ignore'"),
+        (paths, {"device": "nowhere"}, "device='nowhere'"),
+        ([], {}, "there are none"),
+        (3, {}, "a int is neither"),
+        ([{"text": "a cat"}], {}, r"images\[0\] has no image, it has \['text'\]"),
+        (datasets.DatasetDict({}), {}, "choose a split"),
+        (datasets.Dataset.from_dict({"a": [1]}), {}, "0 columns of images"),
+    ]
+    for images, options, words in wrong:
+        with pytest.raises((ArgumentError, AssertionError), match=words):
+            embed(tower, images, **options)
+    with pytest.raises(FolderError, match="no such file or folder"):
+        embed(tower, tmp_path / "nowhere")
+
+
+class Killer(nn.Module):
+    """A head that kills its process: once, until the file is there, or every time."""
+
+    def __init__(self, marker: str | None) -> None:
+        super().__init__()
+        self.marker, self.parent = marker, os.getpid()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if os.getpid() != self.parent and not (self.marker and os.path.exists(self.marker)):
+            if self.marker:
+                Path(self.marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+
+def test_a_process_that_dies_is_replaced_and_one_that_dies_again_ends_the_run(paths: list[str], tmp_path: Path) -> None:
+    tower = TimmModel("test_resnet", pool="avg", proj="none")
+    expected = embed(tower, paths)
+    tower.head = Killer(str(tmp_path / "killed"))
+    assert torch.equal(embed(tower, paths, num_workers=2), expected)
+    assert (tmp_path / "killed").exists()
+    tower.head = Killer(None)
+    with pytest.raises(TowerError, match=r"ended by signal SIGKILL, twice, .*00\.png"):
+        embed(tower, paths, num_workers=1)
+    assert not psutil.Process().children()
+
+
+class Failing(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("the head fails")
+
+
+def test_an_error_of_the_tower_is_raised_and_leaves_no_process(paths: list[str]) -> None:
+    tower = TimmModel("test_resnet", pool="avg", proj="none")
+    tower.head = Failing()
+    for workers in (0, 2):
+        with pytest.raises(RuntimeError, match="the head fails"):
+            embed(tower, paths, num_workers=workers)
+    assert not psutil.Process().children()
+
+
+def test_no_more_than_a_few_batches_are_taken_ahead(tower: TimmModel, paths: list[str]) -> None:
+    from hf_timm_tower.embedding.engine import make_plan, stream
+    from hf_timm_tower.embedding.sources import open_source
+
+    taken = 0
+
+    def endless() -> Iterator[str]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield paths[taken % COUNT]
+
+    blocks = stream(make_plan(tower, num_workers=2), open_source(endless()))
+    for _ in range(5):
+        next(blocks)
+    blocks.close()
+    assert taken <= (5 + 2 * 2 * 4) * 4
+
+
+class WeightPages(nn.Module):
+    """A head that gives how many bytes of the mapped weights its process has in memory, and of these for itself."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        own = resident = 0
+        for mapping in psutil.Process().memory_maps(grouped=False):
+            if mapping.path.endswith("trunk.safetensors"):
+                own, resident = own + mapping.private_dirty, resident + mapping.rss
+        return torch.tensor([[os.getpid(), resident, own]], dtype=torch.float64).expand(len(x), 3)
+
+
+def test_replicas_share_the_pages_of_the_weights(tmp_path: Path, paths: list[str]) -> None:
+    TimmModel("vit_tiny_patch16_224", embed_dim=16).save_pretrained(tmp_path)
+    tower = TimmModel.from_pretrained(tmp_path)
+    tower.head = WeightPages()
+    found = embed(tower, paths, num_workers=2)
+    assert os.getpid() not in found[:, 0]
+    assert len(found[:, 0].unique()) == 2
+    size = (tmp_path / "trunk.safetensors").stat().st_size
+    assert (found[:, 1] > 0.9 * size).all(), "they are in memory"
+    assert (found[:, 2] < 0.01 * size).all(), "and no process has a copy"
