@@ -122,6 +122,14 @@ def autocast_by_hand(model: nn.Module, folder: Path) -> nn.Module:
     return model
 
 
+def fp16_autocast(model: nn.Module, folder: Path) -> nn.Module:
+    """As accelerate's fp16 does it, which itself asks for a GPU."""
+    with torch.autocast("cpu", torch.float16):
+        train(model, model)
+        model.save_pretrained(folder)
+    return model
+
+
 def compiled_forward(model: nn.Module, folder: Path) -> nn.Module:
     model.forward = torch.compile(model.forward, backend="eager")
     train(model, model)
@@ -192,6 +200,7 @@ WAYS: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
     "plain": plain,
     "accelerate bf16": accelerate_bf16,
     "autocast by hand": autocast_by_hand,
+    "fp16 autocast": fp16_autocast,
     "compiled forward": compiled_forward,
     "EMA copy": ema_copy,
     "gradient checkpointing": gradient_checkpointing,
