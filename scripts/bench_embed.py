@@ -186,6 +186,7 @@ def compare(name: str, images: Path, ways: list[str], repeat: int) -> None:
         for _ in range(repeat):
             for way in ways:
                 runs[way].append(child(way, folder, images))
+                print(f"{name}, {way}: {runs[way][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
     cores = len(os.sched_getaffinity(0))
     most = cores / (prepared + modelled)
     print(f"\n{name}: {1e3 * prepared:.1f} ms to decode and prepare, {1e3 * modelled:.1f} ms of the model\n")

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         how = {"check": parsed.check, "head": parsed.head, "preprocess": parsed.preprocess}
         print(export(tower, parsed.out, parsed.format, **how))
     except ImportError as error:
-        raise SystemExit(f'{error}: pip install "hf_timm_tower[onnx]"') from error
+        raise SystemExit(str(error)) from error
     except TowerError as error:
         print(f"export: {error}", file=sys.stderr)
         return 1

@@ -50,10 +50,11 @@ def memory_of(pid: int) -> int:
     return total
 
 
-def start(images: Path, out: Path, tower: Path) -> subprocess.Popen[bytes]:
+def start(images: Path, out: Path, tower: Path, rows: int) -> subprocess.Popen[bytes]:
     """The command, in a process group of its own."""
     call = "from hf_timm_tower.cli import main; main()"
     command = [sys.executable, "-c", call, "embed", str(images), "--to", str(out), "--tower", str(tower), "--json"]
+    command += ["--rows-per-shard", str(rows)]
     return subprocess.Popen(command, start_new_session=True)
 
 
@@ -66,11 +67,11 @@ def watch(process: subprocess.Popen[bytes], until: float) -> int:
     return most
 
 
-def run_disturbed(images: Path, out: Path, tower: Path, kills: int, seconds: float) -> int:
+def run_disturbed(images: Path, out: Path, tower: Path, rows: int, kills: int, seconds: float) -> int:
     """Kill the command that many times, then let it end; the most memory that was seen."""
     draw, most = random.Random(0), 0
     for number in range(kills):
-        process = start(images, out, tower)
+        process = start(images, out, tower, rows)
         # from before its first image to well into what is left
         most = max(most, watch(process, time.monotonic() + draw.uniform(0.2, 1.0) * seconds / kills))
         if process.poll() is not None:
@@ -84,7 +85,7 @@ def run_disturbed(images: Path, out: Path, tower: Path, kills: int, seconds: flo
         process.wait()
         shards = len(list(out.glob("embeddings-*.parquet"))) if out.exists() else 0
         print(f"kill {number + 1}{' (a replica before)' if number % 2 else ''}: {shards} shards were there", flush=True)
-    process = start(images, out, tower)
+    process = start(images, out, tower, rows)
     most = max(most, watch(process, float("inf")))
     if process.returncode:
         raise SystemExit(f"the command ended with {process.returncode}")
@@ -96,6 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--rows-per-shard", type=int, default=4096)
     parser.add_argument("--model", default="test_resnet")
     parser.add_argument("--folder", type=Path)
     args = parser.parse_args()
@@ -105,13 +107,13 @@ def main() -> None:
         make_images(images, args.images)
         TimmModel(args.model, embed_dim=128).save_pretrained(tower)
         began = time.monotonic()
-        process = start(images, folder / "whole", tower)
+        process = start(images, folder / "whole", tower, args.rows_per_shard)
         most = watch(process, float("inf"))
         seconds = time.monotonic() - began
         if process.returncode:
             raise SystemExit(f"the command ended with {process.returncode}")
         print(f"undisturbed: {seconds:.0f} s, {args.images / seconds:.0f} images/s, {most / 2**30:.2f} GiB", flush=True)
-        most = max(most, run_disturbed(images, folder / "killed", tower, args.kills, seconds))
+        most = max(most, run_disturbed(images, folder / "killed", tower, args.rows_per_shard, args.kills, seconds))
         whole, killed = StoredEmbeddings(folder / "whole"), StoredEmbeddings(folder / "killed")
         (ids, rows), (ids_again, rows_again) = whole.load(), killed.load()
         expected = sorted(path.relative_to(images).as_posix() for path in images.rglob("*.jpg"))

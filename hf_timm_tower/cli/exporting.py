@@ -20,7 +20,7 @@ def export(
 
     Raises:
         TowerError: it cannot be written.
-        ImportError: an optional dependency is missing.
+        ImportError: an optional dependency is missing; says what to install.
     """
     if format == "timm":
         from ..interop.timm_export import export_timm
@@ -29,7 +29,10 @@ def export(
         lost = f"; left out: {', '.join(done.left_out)}" if done.left_out else ""
         return f"{done.folder}: {done.architecture}, {done.num_classes or 'no'} classifier outputs{lost}"
     if format == "onnx":
-        from ..interop.onnx import export_onnx as write
+        try:
+            from ..interop.onnx import export_onnx as write
+        except ImportError as error:
+            raise ImportError(f'{error}: pip install "hf_timm_tower[onnx]"') from error
     else:
         from ..interop.torch_export import export_torch as write
     written = write(tower, out, check=check)

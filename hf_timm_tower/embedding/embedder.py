@@ -5,7 +5,7 @@ the bits of an image's embedding, do not depend on how many images there are or 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +112,8 @@ class Embedder:
             raise ArgumentError(f"{len(items)} images, but a batch has {size}")
         for place, (name, image) in enumerate(items):
             try:
-                made = self.preparer(image)
+                with one_thread(torch.device("cpu")):
+                    made = self.preparer(image)
             except Exception as error:  # whatever a decoder raises for a damaged file costs this file only
                 failures.append(Failure(first + place, name, reason_of(error)))
                 continue
@@ -121,7 +122,7 @@ class Embedder:
             pixels[place] = made
             good.append(place)
         if pixels is None:
-            pixels = torch.zeros((size, *self.preparer.shape))
+            pixels = torch.zeros((size, *self.preparer.shape), device="cpu")
         return pixels, Block(first, [name for name, _ in items], good, {}, None, failures)
 
     def run(self, prepared: tuple[torch.Tensor, Block]) -> Block:
@@ -170,8 +171,7 @@ def one_thread(device: torch.device) -> Iterator[None]:
     """On a CPU, one thread for a while: with more of them the last bits would depend on how many there are."""
     before = torch.get_num_threads()
     if device.type != "cpu" or before == 1:
-        with nullcontext():
-            yield
+        yield
         return
     torch.set_num_threads(1)
     try:

@@ -95,7 +95,7 @@ def stream(
     ahead = list(itertools.islice(batches, 2))
     for _, batch in ahead[:1]:
         embedder.preparer.import_for(batch[0][1])
-    workers = _count(plan, source, first, several=len(ahead) > 1)
+    workers = _count(plan, several=len(ahead) > 1)
     tasks = itertools.chain(ahead, batches)
     if workers == 0:
         yield from map(embedder, tasks)
@@ -105,14 +105,11 @@ def stream(
         yield from map(embedder.run, in_order(embedder.prepare, tasks, workers))
 
 
-def _count(plan: Plan, source: Source, first: int, *, several: bool) -> int:
-    """Processes to start: no more than there are batches, none for a single batch or where none may be started."""
+def _count(plan: Plan, *, several: bool) -> int:
+    """Processes to start at most: none for a single batch, or where none may be started."""
     if multiprocessing.current_process().daemon:
         return 0  # a worker of somebody's pool may have no children
-    cores = usable_cores()
     if plan.workers != "auto":
         return plan.workers
-    if not several or cores == 1:
-        return 0
-    batches = cores if source.length is None else -(-(source.length - first) // plan.outputs.batch_size)
-    return min(cores, batches)
+    cores = usable_cores()
+    return cores if several and cores > 1 else 0

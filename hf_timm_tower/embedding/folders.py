@@ -13,6 +13,10 @@ EXTENSIONS = frozenset(
 """Files that are taken from a folder; one that is named itself is tried whatever its extension."""
 
 
+MAX_MEMBER_BYTES = 2**28
+"""Largest image file in a tar shard: the whole of it is read into memory."""
+
+
 def is_image_name(name: str) -> bool:
     """Whether a file of this name is taken from a folder."""
     return "." in name and name.rpartition(".")[2].lower() in EXTENSIONS and not name.startswith(".")
@@ -66,8 +70,14 @@ def members_of_tar(path: str) -> Iterator[tuple[str, Any]]:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 if member.isreg() and is_image_name(os.path.basename(member.name)):
-                    data = archive.extractfile(member)
-                    yield printable(f"{shard}/{member.name}"), data.read() if data is not None else b""
+                    yield printable(f"{shard}/{member.name}"), _content(archive, member)
                 archive.members.clear()  # type: ignore[attr-defined]  # it would keep every member's header
     except (OSError, tarfile.TarError, EOFError) as error:
         yield printable(shard), ArgumentError(f"the shard cannot be read to its end: {shown(str(error))[1:-1]}")
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
+    if member.size > MAX_MEMBER_BYTES:
+        return ArgumentError(f"a file of {member.size} bytes in a shard; at most {MAX_MEMBER_BYTES} are read")
+    data = archive.extractfile(member)
+    return b"" if data is None else data.read()

@@ -38,6 +38,7 @@ class Preparer:
         self._config = config
         self._transform = make_transform(config)
         self._processor: Any = None
+        Image.init()  # once, before processes are forked
 
     def __call__(self, image: Any) -> torch.Tensor:
         """One image -> float32 `[in_chans, height, width]`.
@@ -109,7 +110,7 @@ def _opened(file: Any) -> Image.Image:
 
 
 def _formats() -> list[str]:
-    Image.init()
+    Image.init()  # nothing, where it was done
     return [name for name in Image.ID if name not in _RUNS_PROGRAMS]
 
 

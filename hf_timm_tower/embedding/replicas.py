@@ -75,14 +75,14 @@ def in_order(work: Callable[[Any], Any], tasks: Iterator[Any], processes: int) -
     Args:
         work: Task -> result. With forked processes it need not be picklable; tasks and results must be.
         tasks: They are taken in this process.
-        processes: How many.
+        processes: How many at most.
 
     Raises:
         TowerError: a process died twice at the same task.
         Exception: whatever `work` raises.
     """
     context = multiprocessing.get_context(start_method())
-    workers = [_Worker(work, context) for _ in range(processes)]
+    workers: list[_Worker] = []  # started as tasks come: for a few images a few
     died: dict[int, int] = {}  # task -> how many processes died at it
     done: dict[int, Any] = {}
     given = taken = 0  # results that the caller has, tasks that were sent
@@ -91,15 +91,18 @@ def in_order(work: Callable[[Any], Any], tasks: Iterator[Any], processes: int) -
     try:
         while more or given < taken:
             while more and taken - given < window:
-                worker = min(workers, key=lambda each: len(each.tasks))
-                if len(worker.tasks) >= _TASKS_EACH:
+                free = [worker for worker in workers if len(worker.tasks) < _TASKS_EACH]
+                if not free and len(workers) == processes:
                     break
                 try:
                     task = next(tasks)
                 except StopIteration:
                     more = False
                     break
-                worker.send(taken, task)
+                if len(workers) < processes and all(worker.tasks for worker in workers):
+                    workers.append(_Worker(work, context))
+                    free = workers[-1:]
+                min(free, key=lambda worker: len(worker.tasks)).send(taken, task)
                 taken += 1
             if given == taken:
                 continue

@@ -79,6 +79,8 @@ def embed_to_folder(
                 raise failed(block.failures[0])
             writer.add(block)
         writer.flush()
+        if writer.first == 0:
+            raise ArgumentError(f"images: there are none in this {source.kind} {source.place or ''}".rstrip())
         _finish(place, manifest)
     return StoredEmbeddings(place)
 
@@ -146,7 +148,7 @@ class _Writer:
     """Blocks -> shards."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], number: int, first: int) -> None:
-        self._folder, self._number, self._first = folder, number, first
+        self._folder, self._number, self.first = folder, number, first
         self._size: int = manifest["rows_per_shard"]
         self._columns: dict[str, Any] = manifest["columns"]
         self._blocks: list[Block] = []
@@ -164,8 +166,8 @@ class _Writer:
         ids = [block.ids[place] for block in self._blocks for place in block.good]
         failures: list[Failure] = [failure for block in self._blocks for failure in block.failures]
         columns = {name: self._column(name, facts) for name, facts in self._columns.items()}
-        write_shard(self._folder, self._number, self._first, self._covered, ids, columns, failures)
-        self._number, self._first = self._number + 1, self._first + self._covered
+        write_shard(self._folder, self._number, self.first, self._covered, ids, columns, failures)
+        self._number, self.first = self._number + 1, self.first + self._covered
         self._blocks, self._covered = [], 0
 
     def _column(self, name: str, facts: dict[str, Any]) -> torch.Tensor:

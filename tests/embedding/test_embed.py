@@ -5,7 +5,8 @@ import os
 import random
 import signal
 import tarfile
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from PIL import Image
 
 from hf_timm_tower import ArgumentError, FolderError, TimmModel, TowerError
 from hf_timm_tower.embedding.embed import Embedded
+from hf_timm_tower.embedding.embedder import Embedder, Outputs
+from hf_timm_tower.embedding.engine import make_plan, stream
+from hf_timm_tower.embedding.replicas import in_order
+from hf_timm_tower.embedding.sources import in_batches, open_source
 
 COUNT = 11
 
@@ -292,6 +297,62 @@ def test_a_process_that_dies_is_replaced_and_one_that_dies_again_ends_the_run(pa
     assert not psutil.Process().children()
 
 
+def test_processes_that_only_prepare_give_the_same_bits(
+    tower: TimmModel, paths: list[str], expected: torch.Tensor
+) -> None:
+    # what an accelerator gets, with the CPU in its place
+    embedder = Embedder(tower, Outputs(batch_size=4))
+    tasks = in_batches(iter([(path, path) for path in paths]), 4)
+    blocks = [embedder.run(prepared) for prepared in in_order(embedder.prepare, tasks, 2)]
+    assert torch.equal(torch.cat([block.values[""] for block in blocks]), expected)
+
+
+def test_it_works_after_torch_has_used_many_threads_and_within_a_pools_worker(
+    fresh_process: Callable[..., str], paths: list[str], folder: Path
+) -> None:
+    printed = fresh_process(
+        """
+        import multiprocessing, sys, torch
+        from hf_timm_tower import TimmModel
+        torch.set_num_threads(4)
+        torch.manual_seed(0)
+        tower = TimmModel("test_resnet", embed_dim=8).eval()
+        tower(torch.randn(64, 3, 160, 160)).sum().backward()
+        (torch.randn(600, 600) @ torch.randn(600, 600)).sum()
+        here = tower.embed(sys.argv[1], num_workers=0, progress=False)
+        print(torch.equal(tower.embed(sys.argv[1], num_workers=3, progress=False), here))
+        def embed(_):
+            return tower.embed(sys.argv[1], progress=False).numpy()
+        with multiprocessing.get_context("fork").Pool(1, torch.set_num_threads, (1,)) as pool:
+            print((pool.map(embed, [0])[0] == here.detach().numpy()).all())
+        """,
+        folder,
+        env={"OMP_NUM_THREADS": None, "MKL_NUM_THREADS": None, "OPENBLAS_NUM_THREADS": None},
+        timeout=200,
+    )
+    assert printed.split() == ["True", "True"]
+
+
+@pytest.mark.slow
+def test_spawned_processes_give_the_same_bits(fresh_process: Callable[..., str], folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import multiprocessing, sys, torch
+            from hf_timm_tower import TimmModel
+
+            if __name__ == "__main__":
+                multiprocessing.set_start_method("spawn")
+                tower = TimmModel("test_resnet", embed_dim=8)
+                here = tower.embed(sys.argv[1], num_workers=0, progress=False)
+                print(torch.equal(tower.embed(sys.argv[1], num_workers=2, progress=False), here))
+            """
+        )
+    )
+    assert fresh_process(script, folder).split() == ["True"]
+
+
 class Failing(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("the head fails")
@@ -307,9 +368,6 @@ def test_an_error_of_the_tower_is_raised_and_leaves_no_process(paths: list[str])
 
 
 def test_no_more_than_a_few_batches_are_taken_ahead(tower: TimmModel, paths: list[str]) -> None:
-    from hf_timm_tower.embedding.engine import make_plan, stream
-    from hf_timm_tower.embedding.sources import open_source
-
     taken = 0
 
     def endless() -> Iterator[str]:

@@ -176,7 +176,7 @@ def test_another_towers_embeddings_are_refused(shown: ShownSet) -> None:
 def test_what_another_machine_has_embedded_is_searched_and_shown(shown: ShownSet, photos: Path) -> None:
     place = shown.stored.path / "manifest.json"
     manifest = json.loads(place.read_text())
-    manifest["outputs"] = {path: "0" * 64 for path in manifest["outputs"]}  # other last bits of the same tower
+    manifest["outputs"] = dict.fromkeys(manifest["outputs"], "0" * 64)  # other last bits of the same tower
     place.write_text(json.dumps(manifest))
     stored = StoredEmbeddings(shown.stored.path)
     assert ShownSet(shown.tower, stored).neighbours(noise(0), 1)[0][1] == "1.0000 0.png"

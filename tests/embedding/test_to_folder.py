@@ -185,6 +185,9 @@ def test_folders_that_cannot_be_used_say_so(tower: TimmModel, images: Path, tmp_
     (tmp_path / "full" / "thesis.tex").write_text("mine")
     with pytest.raises(FolderError, match=r"other files \(\['thesis.tex'\]\)"):
         embed_to(tower, images, tmp_path / "full")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ArgumentError, match="there are none in this folder"):
+        embed_to(tower, tmp_path / "empty", tmp_path / "of_nothing")
     (tmp_path / "file").write_text("mine")
     with pytest.raises(FolderError, match="is a file"):
         embed_to(tower, images, tmp_path / "file")
