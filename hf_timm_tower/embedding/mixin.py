@@ -8,7 +8,8 @@ import torch
 import torch.nn as nn
 
 from .embed import embed
-from .engine import Workers, make_plan
+from .engine import BATCH_ON_CPU, Workers, make_plan
+from .optimize import Optimized, Step, optimize
 from .sources import open_source
 
 if TYPE_CHECKING:
@@ -135,3 +136,22 @@ class EmbeddingMixin(nn.Module):
         )
         source = open_source(images, column)
         return embed_to_folder(plan, source, folder, rows_per_shard=rows_per_shard, errors=errors, progress=progress)
+
+    def optimize(self, *steps: Step, batch_size: int = BATCH_ON_CPU) -> Optimized:
+        """A copy that runs faster, with what each step gained and how far from the exact output it is, measured here.
+
+        No other part of this package does any of this by itself. The tower stays as it is.
+
+        Args:
+            steps: In this order: `"reparameterize"` (BatchNorm and branches folded into convolutions, where timm has it
+                for the trunk), `"channels_last"`, `"bfloat16"`, `"float16"`, `"compile"` (`torch.compile`, which needs
+                a C++ compiler on a CPU).
+            batch_size: Images of a batch, when it is measured; on a CPU one thread runs, as in `embed`.
+
+        Returns:
+            `tower` and, for each step, `measured`.
+
+        Raises:
+            ArgumentError: another step.
+        """
+        return optimize(self, steps, batch_size)  # type: ignore[arg-type]
