@@ -3,7 +3,7 @@
 Numbers and pictures only; `gradio.py` shows them in a browser.
 """
 
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,9 +15,6 @@ from ..reader.errors import ArgumentError
 from ..reader.image_processing import NormalizeRange, in_channels, run_steps
 from ..reader.trunk import eval_mode, float_dtype
 from .neighbours import BLOCK, nearest_rows
-
-if TYPE_CHECKING:
-    from ..timm_model import TimmModel
 
 _VIEW = 448
 _DOT, _MARGIN = 44, 8
@@ -39,8 +36,8 @@ class PatchView:
         ConfigError: timm has no inner maps of this trunk.
     """
 
-    def __init__(self, tower: "TimmModel", image: Image.Image) -> None:
-        steps = tower.transform().transforms  # type: ignore[attr-defined]
+    def __init__(self, tower: Any, image: Image.Image) -> None:
+        steps = tower.transform().transforms
         seen = run_steps(
             [step for step in steps if not isinstance(step, (Normalize, NormalizeRange))],
             in_channels(image, tower.config.in_chans),
