@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -58,35 +59,41 @@ def start(images: Path, out: Path, tower: Path, rows: int) -> subprocess.Popen[b
     return subprocess.Popen(command, start_new_session=True)
 
 
-def watch(process: subprocess.Popen[bytes], until: float) -> int:
+def watch(process: subprocess.Popen[bytes], until: Callable[[], bool] = lambda: False) -> int:
     """Wait for the end of the process or for a moment; the most memory that was seen, in bytes."""
     most = 0
-    while process.poll() is None and time.monotonic() < until:
+    while process.poll() is None and not until():
         most = max(most, memory_of(process.pid))
-        time.sleep(1)
+        time.sleep(0.5)
     return most
 
 
-def run_disturbed(images: Path, out: Path, tower: Path, rows: int, kills: int, seconds: float) -> int:
+def shards_in(folder: Path) -> int:
+    """How many are there."""
+    return len(list(folder.glob("embeddings-*.parquet"))) if folder.exists() else 0
+
+
+def run_disturbed(images: Path, out: Path, tower: Path, rows: int, kills: int, shards: int) -> int:
     """Kill the command that many times, then let it end; the most memory that was seen."""
     draw, most = random.Random(0), 0
     for number in range(kills):
         process = start(images, out, tower, rows)
-        # from before its first image to well into what is left
-        most = max(most, watch(process, time.monotonic() + draw.uniform(0.2, 1.0) * seconds / kills))
+        goal = shards_in(out) + draw.randint(0, shards // kills)  # 0: before it has done anything
+        most = max(most, watch(process, lambda goal=goal: shards_in(out) >= goal))
+        time.sleep(draw.uniform(0, 2))
         if process.poll() is not None:
             print(f"kill {number + 1}: the command had ended")
             break
         replicas = psutil.Process(process.pid).children()
         if number % 2 and replicas:
             os.kill(replicas[0].pid, signal.SIGKILL)
-            most = max(most, watch(process, time.monotonic() + 5))
+            time.sleep(draw.uniform(0, 5))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        shards = len(list(out.glob("embeddings-*.parquet"))) if out.exists() else 0
-        print(f"kill {number + 1}{' (a replica before)' if number % 2 else ''}: {shards} shards were there", flush=True)
+        which = " (a replica before)" if number % 2 and replicas else ""
+        print(f"kill {number + 1}{which}: {shards_in(out)} of {shards} shards were there", flush=True)
     process = start(images, out, tower, rows)
-    most = max(most, watch(process, float("inf")))
+    most = max(most, watch(process))
     if process.returncode:
         raise SystemExit(f"the command ended with {process.returncode}")
     return most
@@ -108,12 +115,17 @@ def main() -> None:
         TimmModel(args.model, embed_dim=128).save_pretrained(tower)
         began = time.monotonic()
         process = start(images, folder / "whole", tower, args.rows_per_shard)
-        most = watch(process, float("inf"))
+        most = watch(process)
         seconds = time.monotonic() - began
         if process.returncode:
             raise SystemExit(f"the command ended with {process.returncode}")
         print(f"undisturbed: {seconds:.0f} s, {args.images / seconds:.0f} images/s, {most / 2**30:.2f} GiB", flush=True)
-        most = max(most, run_disturbed(images, folder / "killed", tower, args.rows_per_shard, args.kills, seconds))
+        most = max(
+            most,
+            run_disturbed(
+                images, folder / "killed", tower, args.rows_per_shard, args.kills, shards_in(folder / "whole")
+            ),
+        )
         whole, killed = StoredEmbeddings(folder / "whole"), StoredEmbeddings(folder / "killed")
         (ids, rows), (ids_again, rows_again) = whole.load(), killed.load()
         expected = sorted(path.relative_to(images).as_posix() for path in images.rglob("*.jpg"))

@@ -7,7 +7,7 @@ the bits of an image's embedding, do not depend on how many images there are or 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,6 @@ import torch.nn.functional as F
 from ..reader.errors import ArgumentError, TowerError
 from ..reader.trunk import eval_mode, float_dtype
 from .open_image import Preparer, reason_of
-
-if TYPE_CHECKING:
-    from ..timm_model import TimmModel
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -87,11 +84,11 @@ class Embedder:
     """A tower, made ready for batches of images of any kind. The tower itself stays as it is.
 
     Args:
-        tower: On the device where it shall run.
+        tower: A TimmModel, on the device where it shall run.
         outputs: What is computed.
     """
 
-    def __init__(self, tower: "TimmModel", outputs: Outputs) -> None:
+    def __init__(self, tower: Any, outputs: Outputs) -> None:
         self.tower, self.outputs = tower, outputs
         self.preparer = Preparer(tower.config)
         self._anchor = next(tower.parameters())

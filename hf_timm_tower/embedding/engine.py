@@ -10,7 +10,7 @@ import itertools
 import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -19,9 +19,6 @@ from ..reader.errors import ArgumentError
 from .embedder import Block, Embedder, Outputs
 from .replicas import in_order, usable_cores
 from .sources import Source, in_batches
-
-if TYPE_CHECKING:
-    from ..timm_model import TimmModel
 
 BATCH_ON_CPU, BATCH_ON_ACCELERATOR = 4, 32
 """A single thread is no faster with larger batches, and one image alone costs a whole batch."""
@@ -34,23 +31,24 @@ class Plan:
     """Where and how a tower runs over images.
 
     Attributes:
-        tower: On its device.
+        tower: A TimmModel, on its device.
         outputs: What is computed.
         workers: Processes beside this one; 0: none.
     """
 
-    tower: "TimmModel"
+    tower: Any
     outputs: Outputs
     workers: Workers
 
     @property
     def device(self) -> torch.device:
         """Where the tower is."""
-        return next(self.tower.parameters()).device
+        device: torch.device = next(self.tower.parameters()).device
+        return device
 
 
 def make_plan(
-    tower: "TimmModel",
+    tower: Any,
     *,
     batch_size: int | None = None,
     num_workers: Workers = "auto",

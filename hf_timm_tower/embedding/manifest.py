@@ -8,11 +8,10 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from .. import __version__
 from ..files.fingerprint import probe_image, surroundings, weight_digests
 from ..files.json import parse_object
 from ..heads.batch_formula import flat_bytes
@@ -21,19 +20,16 @@ from ..reader.image_processing import completed_preprocess
 from ..reader.trunk import native_size
 from .embedder import Block, Embedder, Outputs
 
-if TYPE_CHECKING:
-    from ..timm_model import TimmModel
-
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
 _DECIDES = ("weights", "outputs", "preprocessing", "options", "columns")
 
 
-def describe(tower: "TimmModel", outputs: Outputs, rows_per_shard: int, source: dict[str, Any]) -> dict[str, Any]:
+def describe(tower: Any, outputs: Outputs, rows_per_shard: int, source: dict[str, Any]) -> dict[str, Any]:
     """The manifest of a folder that is begun now.
 
     Args:
-        tower: On the device where it runs.
+        tower: A TimmModel, on the device where it runs.
         outputs: What is computed.
         rows_per_shard: Images of a shard.
         source: What the images are, for the reader of the manifest.
@@ -43,7 +39,7 @@ def describe(tower: "TimmModel", outputs: Outputs, rows_per_shard: int, source: 
     values = probe_values(tower, outputs)
     return {
         "manifest_version": MANIFEST_VERSION,
-        "made_by": f"hf_timm_tower {__version__}",
+        "made_by": "hf_timm_tower",
         "tower": {
             "architecture": config.architecture,
             "embed_dim": config.embed_dim,
@@ -84,7 +80,7 @@ def stored_dtype(dtype: torch.dtype) -> str:
     return str(torch.float32 if dtype == torch.bfloat16 else dtype).removeprefix("torch.")
 
 
-def probe_values(tower: "TimmModel", outputs: Outputs) -> dict[str, torch.Tensor]:
+def probe_values(tower: Any, outputs: Outputs) -> dict[str, torch.Tensor]:
     """What is computed for the fingerprint's probe image: path -> `[1, ...]`."""
     embedder, size = Embedder(tower, outputs), native_size(tower.config)
     probe = probe_image(tower.config.in_chans, size)

@@ -66,7 +66,7 @@ class EmbeddingMixin(nn.Module):
             FolderError: there is no such folder.
         """
         plan = make_plan(
-            self,  # type: ignore[arg-type]
+            self,
             batch_size=batch_size,
             num_workers=num_workers,
             normalize=normalize,
@@ -125,7 +125,7 @@ class EmbeddingMixin(nn.Module):
         from .to_folder import embed_to_folder  # needs pyarrow
 
         plan = make_plan(
-            self,  # type: ignore[arg-type]
+            self,
             batch_size=batch_size,
             num_workers=num_workers,
             normalize=normalize,

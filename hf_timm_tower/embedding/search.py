@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,10 @@ from .open_image import read_image
 from .sources import open_source
 from .stored import StoredEmbeddings
 
-if TYPE_CHECKING:
-    from ..timm_model import TimmModel
-
 _TILE, _GAP = 192, 8
 
 
-def embed_query(tower: "TimmModel", stored: StoredEmbeddings, image: Any) -> torch.Tensor:
+def embed_query(tower: Any, stored: StoredEmbeddings, image: Any) -> torch.Tensor:
     """An image -> its embedding `[embed_dim]`, as those of the folder were made.
 
     Raises:
