@@ -3,7 +3,7 @@
 Numbers and pictures only; `gradio.py` shows them in a browser.
 """
 
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,9 +16,6 @@ from ..reader.image_processing import NormalizeRange, in_channels, run_steps
 from ..reader.trunk import eval_mode, float_dtype
 from .neighbours import BLOCK, nearest_rows
 
-if TYPE_CHECKING:
-    from ..timm_model import TimmModel
-
 _VIEW = 448
 _DOT, _MARGIN = 44, 8
 Method = Literal["pca", "umap"]
@@ -28,7 +25,7 @@ class PatchView:
     """One image as a tower sees it: the cut-out that reaches the trunk, and the trunk's last map of features.
 
     Args:
-        tower: The tower.
+        tower: A TimmModel.
         image: A PIL image, upright.
 
     Attributes:
@@ -39,8 +36,8 @@ class PatchView:
         ConfigError: timm has no inner maps of this trunk.
     """
 
-    def __init__(self, tower: "TimmModel", image: Image.Image) -> None:
-        steps = tower.transform().transforms  # type: ignore[attr-defined]
+    def __init__(self, tower: Any, image: Image.Image) -> None:
+        steps = tower.transform().transforms
         seen = run_steps(
             [step for step in steps if not isinstance(step, (Normalize, NormalizeRange))],
             in_channels(image, tower.config.in_chans),

@@ -154,4 +154,4 @@ class EmbeddingMixin(nn.Module):
         Raises:
             ArgumentError: another step.
         """
-        return optimize(self, steps, batch_size)  # type: ignore[arg-type]
+        return optimize(self, steps, batch_size)

@@ -4,7 +4,7 @@ import copy
 import statistics
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn as nn
@@ -15,9 +15,6 @@ from ..files.fingerprint import probe_image
 from ..reader.errors import ArgumentError
 from ..reader.trunk import native_size
 from .embedder import Block, Embedder, Outputs
-
-if TYPE_CHECKING:
-    from ..timm_model import TimmModel
 
 Step = Literal["reparameterize", "channels_last", "bfloat16", "float16", "compile"]
 _RUNS = 5
@@ -51,11 +48,11 @@ class Optimized:
         measured: One for each step, in order.
     """
 
-    tower: "TimmModel"
+    tower: Any
     measured: list[Measured]
 
 
-def optimize(tower: "TimmModel", steps: tuple[Step, ...], batch_size: int) -> Optimized:
+def optimize(tower: Any, steps: tuple[Step, ...], batch_size: int) -> Optimized:
     """A faster copy of a tower; see `EmbeddingMixin.optimize`."""
     known = get_args(Step)
     if not steps or set(steps) - set(known) or len(set(steps)) < len(steps):
@@ -73,7 +70,7 @@ def optimize(tower: "TimmModel", steps: tuple[Step, ...], batch_size: int) -> Op
     return Optimized(faster, measured)
 
 
-def _apply(tower: "TimmModel", step: Step) -> bool:
+def _apply(tower: Any, step: Step) -> bool:
     if step == "reparameterize":
         before = [type(part) for part in tower.trunk.modules()]
         reparameterize_model(tower.trunk, inplace=True)
@@ -88,7 +85,7 @@ def _apply(tower: "TimmModel", step: Step) -> bool:
     return True
 
 
-def _probes(tower: "TimmModel", count: int) -> torch.Tensor:
+def _probes(tower: Any, count: int) -> torch.Tensor:
     """The fingerprint's probe, each time shifted further: `[count, in_chans, height, width]`."""
     probe = probe_image(tower.config.in_chans, native_size(tower.config))
     return torch.cat([probe.roll((5 * row, 3 * row), (2, 3)) for row in range(count)])

@@ -31,7 +31,7 @@ def embed_query(tower: Any, stored: StoredEmbeddings, image: Any) -> torch.Tenso
     return vector[0]
 
 
-def plan_of(tower: "TimmModel", stored: StoredEmbeddings) -> Plan:
+def plan_of(tower: Any, stored: StoredEmbeddings) -> Plan:
     """How further images become comparable with those of a folder.
 
     Weights, preprocessing and options must be the folder's. The outputs may differ from it in their last bits: what a

@@ -1,7 +1,7 @@
 """A folder of embeddings with its tower and its pictures: what the app shows."""
 
 import os
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,9 +14,6 @@ from .search import plan_of, tile
 from .sources import open_source
 from .stored import StoredEmbeddings
 
-if TYPE_CHECKING:
-    from ..timm_model import TimmModel
-
 _TILES = 300
 Captioned = list[tuple[Image.Image, str]]
 
@@ -25,7 +22,7 @@ class ShownSet:
     """Embeddings, their images, and the tower that made them.
 
     Args:
-        tower: The tower.
+        tower: A TimmModel.
         stored: What it has made.
         images: The folder of the images, where they have moved since; None: where they were.
 
@@ -34,9 +31,7 @@ class ShownSet:
         ArgumentError: there are none.
     """
 
-    def __init__(
-        self, tower: "TimmModel", stored: StoredEmbeddings, images: str | os.PathLike[str] | None = None
-    ) -> None:
+    def __init__(self, tower: Any, stored: StoredEmbeddings, images: str | os.PathLike[str] | None = None) -> None:
         self.tower, self.stored = tower, stored
         self._plan = plan_of(tower, stored)
         self.index = ExactIndex.of_folder(stored)
