@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
         delete_checkpoint_on_success=False,
     )
     if is_manifest:
-        images = ray.data.read_parquet(options.source, columns=list(dict.fromkeys([key, column])))
+        images = ray.data.read_parquet(options.source).select_columns(list(dict.fromkeys([key, column])))
         images = images.repartition(target_num_rows_per_block=options.rows_per_file)
     else:
         images, key, column = ray.data.read_binary_files(options.source, include_paths=True), "path", "bytes"

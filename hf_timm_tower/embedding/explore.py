@@ -25,7 +25,7 @@ class PatchView:
     """One image as a tower sees it: the cut-out that reaches the trunk, and the trunk's last map of features.
 
     Args:
-        tower: The tower.
+        tower: A TimmModel.
         image: A PIL image, upright.
 
     Attributes:

@@ -197,7 +197,8 @@ class EmbeddingActor:
         failures = [failure for block in blocks for failure in block.failures]
         if failures and self._errors == "raise":
             raise failed(failures[0])
-        if not pa.types.is_string(table.schema.field(self._image).type):
+        kind = table.schema.field(self._image).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             table = table.drop_columns([self._image])
         good = [block.first + place for block in blocks for place in block.good]
         place_of = {row: place for place, row in enumerate(good)}

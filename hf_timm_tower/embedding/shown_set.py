@@ -22,7 +22,7 @@ class ShownSet:
     """Embeddings, their images, and the tower that made them.
 
     Args:
-        tower: The tower.
+        tower: A TimmModel.
         stored: What it has made.
         images: The folder of the images, where they have moved since; None: where they were.
 
