@@ -22,7 +22,7 @@ def test_no_call_on_a_tower_is_a_raw_error_or_silently_different() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topic", ["heads", "timm"])
+@pytest.mark.parametrize("topic", ["heads"])
 def test_the_script_gives_what_the_table_says(topic: str) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "peers.py"), "--only", topic]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)

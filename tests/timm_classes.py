@@ -11,6 +11,7 @@ always taken.
 import json
 import os
 import subprocess
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -80,10 +81,10 @@ def chosen_classes() -> frozenset[str]:
     )
 
 
-def chosen_architectures() -> list[str]:
-    """The part of timm's registry that this run takes."""
+def chosen_part(names: Iterable[str]) -> list[str]:
+    """Every sixth of other names that a sweep goes through, or all of them, as this run takes classes."""
     part, _ = _part()
-    return list(timm.list_models() if part is None else timm.list_models()[part::PARTS])
+    return list(names) if part is None else list(names)[part::PARTS]
 
 
 def describe_choice() -> str:

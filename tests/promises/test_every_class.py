@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from transformers import AutoModel
 
@@ -20,7 +21,7 @@ from hf_timm_tower.reader.skip_init import skip_init
 from ..class_towers import ClassTower, build, build_and_save
 from ..fresh import outputs_in_fresh_process
 from ..interop.test_export import FORMATS, compare
-from ..timm_classes import QUICK, chosen_architectures, class_and_size, smallest_of_each_class
+from ..timm_classes import QUICK, chosen_part, class_and_size, smallest_of_each_class
 
 EVERY_CLASS = [
     pytest.param(
@@ -138,7 +139,7 @@ def test_the_quick_six_are_classes_of_this_timm() -> None:
 @pytest.mark.slow
 def test_no_architecture_is_of_a_class_that_the_list_lacks_or_smaller_than_its_choice() -> None:
     listed = {key: (class_and_size(name)[1], name) for key, name in smallest_of_each_class().items()}
-    for name in chosen_architectures():
+    for name in chosen_part(timm.list_models()):
         key, size = class_and_size(name)
         assert key in listed, f"{name}: the list lacks its class, write it anew: python -m tests.timm_classes"
         assert listed[key] <= (size, name)
