@@ -23,7 +23,7 @@ from .files.names import CONFIG_NAME
 from .hub.card import CardOptions, as_tags
 from .hub.download import Access
 from .hub.push import COMMIT_MESSAGE, PushOptions, default_repo_id, push_folder
-from .hub.trunk_source import kept_trunk_source
+from .hub.trunk_source import kept_trunk_source, unpublished_trunk
 from .input_size import set_input_size
 from .interop.timm_face import TimmFace
 from .load import check_given_head, load_bare, make_code_head, read_tower, verify
@@ -36,11 +36,8 @@ from .reader.weights import StoredTower, TrunkSource
 from .save import Saved, SaveOptions, save_tower, storable_config, with_weights
 from .training.freezing import describe_frozen, note_fixed
 
-_PUSH_OPTIONS = frozenset(
-    """
-    allow_patterns commit_description commit_message create_pr delete_patterns ignore_patterns private revision
-    """.split()
-)
+_PUSH_OPTIONS = {"allow_patterns", "commit_description", "commit_message", "create_pr", "delete_patterns"}
+_PUSH_OPTIONS |= {"ignore_patterns", "private", "revision"}
 
 
 class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
@@ -172,6 +169,7 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
         metrics: Mapping[str, float] | None = None,
         evaluated_on: str | None = None,
         include_code: bool | None = None,
+        trunk: Literal[False] | None = None,
         save_function: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -197,6 +195,8 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
             evaluated_on: Id of the data set that they were measured on.
             include_code: None: the folder carries its reader, so that it loads where this package is not installed.
                 True: also the source of the head, where it cannot be stored in another form. False: no code at all.
+            trunk: None: a trunk that is stored in another repository stays there while it is the same. False: the
+                folder holds it whole.
             save_function: Taken and not called: accelerate's scripts pass `accelerator.save`; the files of a tower are
                 written by this package, which loads them back and compares.
             kwargs: For `push_to_hub`.
@@ -219,13 +219,15 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
             return
         if not safe_serialization:
             raise ArgumentError("safe_serialization=False: a tower is saved as safetensors and never as pickle")
-        unknown = sorted(set(kwargs) - (_PUSH_OPTIONS if push_to_hub else set()))
-        if variant is not None or unknown:
+        if (unknown := sorted(set(kwargs) - (_PUSH_OPTIONS if push_to_hub else set()))) or variant is not None:
             raise ArgumentError(f"save_pretrained: {', '.join(unknown) or 'variant'} cannot be honoured")
         if not is_main_process:
             return
+        access, weights = Access(token=token), self.state_dict() if state_dict is None else state_dict
+        keep = kept_trunk_source if push_to_hub else unpublished_trunk
+        pinned = None if trunk is False else keep(self.config, weights, access)
+        saved = self._save(save_directory, options, state_dict, pinned, access)
         if not push_to_hub:
-            self._save(save_directory, options, state_dict)
             return
         push = PushOptions(
             commit_message=kwargs.pop("commit_message", None) or COMMIT_MESSAGE,
@@ -233,8 +235,6 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
             token=token,
             **kwargs,
         )
-        access, weights = Access(token=token), self.state_dict() if state_dict is None else state_dict
-        saved = self._save(save_directory, options, state_dict, kept_trunk_source(self.config, weights, access), access)
         place = repo_id or default_repo_id(save_directory)
         push_folder(Path(save_directory), place, partial(saved.card, options.cards), saved.names, push)
 

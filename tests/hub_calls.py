@@ -182,6 +182,31 @@ def _save_with_push(model: Any, repo_id: str, seed: int) -> str:
     return numbers(TimmModel.from_pretrained(repo_id))
 
 
+def train_head_and_upload_folder(repo_id: str, seed: int, source: str | None = None) -> str:
+    """The same by `save_pretrained`, and `upload_folder` of what it wrote."""
+    return _save_and_upload(TimmModel.from_pretrained(source or repo_id), repo_id, seed)
+
+
+def train_face_and_upload_folder(repo_id: str, seed: int, source: str | None = None) -> str:
+    """The same by the transformers model of a tower, as `Trainer(push_to_hub=True)` does it."""
+    from hf_timm_tower import TimmTowerModel
+
+    return _save_and_upload(TimmTowerModel.from_pretrained(source or repo_id), repo_id, seed)
+
+
+def _save_and_upload(model: Any, repo_id: str, seed: int) -> str:
+    _change(model.head, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        assert numbers(TimmModel.from_pretrained(folder)) != ""
+        api = HfApi()
+        api.create_repo(repo_id, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder)
+        model.save_pretrained(folder, trunk=False)
+        assert Path(folder, "trunk.safetensors").is_file()
+    return numbers(TimmModel.from_pretrained(repo_id))
+
+
 def _change(module: nn.Module, seed: int) -> None:
     torch.manual_seed(seed)
     with torch.no_grad():

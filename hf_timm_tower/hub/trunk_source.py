@@ -152,6 +152,17 @@ def kept_trunk_source(config: TimmTowerConfig, state: Mapping[str, Tensor], acce
     return source
 
 
+def unpublished_trunk(config: TimmTowerConfig, state: Mapping[str, Tensor], access: Access) -> TrunkSource | None:
+    """As `kept_trunk_source`, for a folder; None too where the trunk was changed, or its repository is out of reach.
+
+    A folder is what `Trainer` and `upload_folder` publish. Where the trunk has to be stored in it, the save warns.
+    """
+    try:
+        return kept_trunk_source(config, state, access)
+    except (HubError, WeightsError):
+        return None
+
+
 def _require_equal(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], where: str) -> None:
     if lacking := sorted(ours.keys() - theirs.keys()):
         raise WeightsError(

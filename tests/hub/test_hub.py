@@ -361,8 +361,10 @@ def is_head_only(ann: HubWorker, repo: str) -> bool:
         calls.train_and_push_face,
         calls.train_head_and_save_with_push,
         calls.train_face_and_save_with_push,
+        calls.train_head_and_upload_folder,
+        calls.train_face_and_upload_folder,
     ],
-    ids=["timm", "face", "timm by a save", "face by a save"],
+    ids=["timm", "face", "timm by a save", "face by a save", "timm by a folder", "face by a folder"],
 )
 def test_head_only_repository_pushed_again_does_not_publish_its_trunk(ann: HubWorker, push_again: object) -> None:
     repo = f"ann/again-{push_again.__name__}"  # type: ignore[attr-defined]
