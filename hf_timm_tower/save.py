@@ -170,8 +170,8 @@ def save_tower(
     if config.trunk_source is None and tower.config.trunk_source is not None:
         warnings.warn(
             f"the trunk of this tower is stored in {shown(tower.config.trunk_source.get('repo_id'))}; what is saved "
-            "here holds it whole: it was changed, cannot be compared now, or was asked for. Whoever publishes the folder "
-            "publishes the trunk.",
+            "here holds it whole (it was changed, cannot be compared now, or was asked for), and whoever publishes the "
+            "folder publishes the trunk.",
             stacklevel=4,
         )
     cards, with_reader = options.cards, options.include_code is not False
