@@ -140,27 +140,29 @@ class OpenFolder:
         with self._present(name) as descriptor:
             return file_digest(descriptor, f"{self.path / name}")
 
-    def has_changed(self, *, also_vanished: bool) -> bool:
+    def has_changed(self, *, also_swapped: bool) -> bool:
         """Whether a file that was asked for is now another one.
 
         Args:
-            also_vanished: count files that are gone and a folder that was swapped for another. Needless after
-                everything was read: what is gone was read, and a folder that was swapped out was read whole.
+            also_swapped: Count it where another folder is in the place of this one. Needless after everything was read:
+                a folder that was swapped out was read whole, and may be taken away meanwhile.
         """
-        if also_vanished:
-            try:
-                here = os.stat(self.path)
-            except OSError:
-                return True
-            if (here.st_dev, here.st_ino) != self._folder:
-                return True
+        try:
+            here = os.stat(self.path)
+        except OSError:
+            in_place = False
+        else:
+            in_place = (here.st_dev, here.st_ino) == self._folder
+        if also_swapped and not in_place:
+            return True
         for name, before in self._seen.items():
             try:
                 status = self._status(name)
             except OSError:
                 return True  # it could be looked up before
             now = None if status is None else _identity(status)
-            if now != before and (now is not None or also_vanished):
+            # What is gone of a folder in its place: the index, while a save replaces one file after the other.
+            if now != before and (now is not None or in_place):
                 return True
         return False
 

@@ -111,10 +111,10 @@ def read_folder(folder: str | os.PathLike[str], read: Callable[[OpenFolder], _T]
                 result = read(opened)
             except (TowerError, OSError):
                 _wait_for_saves(Path(os.path.realpath(folder)))
-                if not opened.has_changed(also_vanished=True):
+                if not opened.has_changed(also_swapped=True):
                     raise
             else:
-                if not opened.has_changed(also_vanished=False):
+                if not opened.has_changed(also_swapped=False):
                     return result
         time.sleep(0.01 * attempt)
     raise FolderError(f"{os.fspath(folder)}: changed {_ATTEMPTS} times while it was read; wait for the saves to end")

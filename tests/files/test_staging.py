@@ -735,6 +735,27 @@ def test_a_living_writers_staging_folder_is_left_alone(tmp_path: Path) -> None:
         (target / "folder").mkdir(exist_ok=True)  # then the same inside of the target
 
 
+def test_a_save_that_begins_between_two_files_of_a_load_is_waited_for(tmp_path: Path) -> None:
+    """One file after the other: the index goes first, then comes the new config; the weights read are the old ones."""
+    target = tmp_path / "tower"
+    save(target, 1)
+    calls = []
+
+    def read(opened: OpenFolder) -> tuple[int, int]:
+        calls.append(opened)
+        if len(calls) == 2:
+            save(target, 2)
+        weights = read_weights(opened)
+        if len(calls) == 1:
+            (target / INDEX_NAME).unlink()
+            (target / "new").write_text('{"version": 2}')
+            os.replace(target / "new", target / CONFIG_NAME)
+        return int(weights["head.a"][0]), opened.read_json(CONFIG_NAME)["version"]
+
+    assert read_folder(target, read) == (2, 2)
+    assert len(calls) > 1
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("folder_inside", [False, True])
 def test_several_processes_save_and_read_one_folder_without_ever_a_mix(tmp_path: Path, folder_inside: bool) -> None:

@@ -241,7 +241,7 @@ def test_a_push_while_another_loads_gives_one_commit_or_the_other(ann: HubWorker
 @pytest.mark.parametrize(
     ("files", "hint"),
     [
-        ({"config.json": b'{"architecture": "resnet18", "num_classes": 10}'}, r"timm\.create_model\('hf-hub:ann/x"),
+        ({"config.json": b'{"architecture": "resnet18", "num_classes": 10}'}, r"TimmModel\.from_timm\('ann/x"),
         ({"open_clip_config.json": b"{}", "config.json": b'{"model_type": "clip"}'}, r"open_clip"),
         ({"config.json": b'{"model_type": "bert"}'}, r"transformers checkpoint of model_type 'bert'.*AutoModel"),
         ({"pytorch_model.bin": b"\x80\x04."}, r"config\.json is missing.*pickled"),
