@@ -74,13 +74,17 @@ def bare_copy(module: nn.Module, name: str = "trunk", made: dict[int, nn.Module]
     if id(module) in made:
         return made[id(module)]
     fields = _own_fields(module)
-    if (replaced := fields.pop("forward", None)) is not None and not _wraps_own_forward(replaced, module):
+    replaced = fields.pop("forward", None)
+    own = _own_method(replaced, module)
+    if replaced is not None and own is None and not _wraps_own_forward(replaced, module):
         raise TowerError(
             f"the tower was not saved: the forward of {name} ({type(module).__name__}) was replaced on the module, "
             "which no config can describe. Take it off, or subclass TimmModel and override _create_trunk."
         )
     twin = made[id(module)] = object.__new__(type(module))
     twin.__dict__.update(fields)
+    if own is not None:
+        twin.__dict__["forward"] = getattr(twin, own)
     for key, child in module._modules.items():
         twin._modules[key] = None if child is None else bare_copy(child, f"{name}.{key}", made)
     return twin
@@ -96,6 +100,13 @@ def _own_fields(module: nn.Module) -> dict[str, Any]:
     for key in _HOOKS:
         fields[key] = OrderedDict((handle, hook) for handle, hook in fields[key].items() if _is_structural(hook))
     return fields
+
+
+def _own_method(replaced: Any, module: nn.Module) -> str | None:
+    """The name of the module's own method that was made its forward, as FasterNet's layers do when they are built."""
+    name = getattr(replaced, "__name__", "")
+    bound = getattr(replaced, "__self__", None) is module
+    return name if bound and getattr(type(module), name, None) is getattr(replaced, "__func__", None) else None
 
 
 def _wraps_own_forward(replaced: Any, module: nn.Module) -> bool:

@@ -218,6 +218,16 @@ def test_tables_that_were_cast_down_and_up_are_named() -> None:
 # --- used before
 
 
+def test_layers_whose_forward_is_another_method_of_their_own_come_back(tmp_path: Path) -> None:
+    """FasterNet's choose one when they are built."""
+    tower = TimmModel("fasternet_t0", embed_dim=8, image_size=64)
+    assert any("forward" in vars(part) for part in tower.trunk.modules())
+    tower.save_pretrained(tmp_path / "tower")
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(TimmModel.from_pretrained(tmp_path / "tower")(images), tower.eval()(images))
+
+
 @pytest.mark.parametrize("name", ["levit_128s", "tiny_vit_5m_224", "efficientformerv2_s0", "efficientformer_l1"])
 def test_a_forward_in_eval_mode_before_does_not_matter(name: str) -> None:
     model = timm.create_model(name).eval()

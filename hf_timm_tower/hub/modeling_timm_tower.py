@@ -4411,13 +4411,17 @@ class TowerLoading:
             raise refuse_code(spec, repo=self.place, revision=self.download.get("revision"))
         return self.run_code(spec, self.place, **self.download)
 
-    def refuse_damaged_index(self) -> None:
-        """Refuse an index that does not map keys to file names.
+    def refuse_damaged_index(self, commit: str | None) -> None:
+        """Refuse an index that does not map keys to names of safetensors files.
+
+        Args:
+            commit: Of the config, where it was loaded already: what is cached of it is not asked for again.
 
         Raises:
             FormatError: it does not.
         """
-        path = cached_file(self.place, INDEX_FILE, _raise_exceptions_for_missing_entries=False, **self.download)
+        found = {"_commit_hash": commit, "_raise_exceptions_for_missing_entries": False}
+        path = cached_file(self.place, INDEX_FILE, **found, **self.download)
         if path is not None:
             read_index(Path(path))
 
@@ -4748,19 +4752,18 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             keeps_dtypes=wanted in (None, "auto"),
             run_code=cls._make_code_head,
         )
-        try:
-            found: Any = super().from_pretrained(
-                pretrained_model_name_or_path,
-                config=config,
-                dtype=wanted,
-                ignore_mismatched_sizes=ignore_mismatched_sizes,
-                output_loading_info=True,
-                _loading=loading,
-                **kwargs,
-            )
-        except (AttributeError, IndexError, KeyError, OSError, TypeError):
-            loading.refuse_damaged_index()  # transformers reads it unchecked
-            raise
+        if pretrained_model_name_or_path is not None:
+            # transformers reads it unchecked, and what it names: a pickle too
+            loading.refuse_damaged_index(getattr(config, "_commit_hash", None))
+        found: Any = super().from_pretrained(
+            pretrained_model_name_or_path,
+            config=config,
+            dtype=wanted,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            output_loading_info=True,
+            _loading=loading,
+            **kwargs,
+        )
         model, info = found
         model._loading = None
         if not ignore_mismatched_sizes:

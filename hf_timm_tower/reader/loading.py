@@ -64,13 +64,17 @@ class TowerLoading:
             raise refuse_code(spec, repo=self.place, revision=self.download.get("revision"))
         return self.run_code(spec, self.place, **self.download)
 
-    def refuse_damaged_index(self) -> None:
-        """Refuse an index that does not map keys to file names.
+    def refuse_damaged_index(self, commit: str | None) -> None:
+        """Refuse an index that does not map keys to names of safetensors files.
+
+        Args:
+            commit: Of the config, where it was loaded already: what is cached of it is not asked for again.
 
         Raises:
             FormatError: it does not.
         """
-        path = cached_file(self.place, INDEX_FILE, _raise_exceptions_for_missing_entries=False, **self.download)
+        found = {"_commit_hash": commit, "_raise_exceptions_for_missing_entries": False}
+        path = cached_file(self.place, INDEX_FILE, **found, **self.download)
         if path is not None:
             read_index(Path(path))
 

@@ -284,19 +284,18 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             keeps_dtypes=wanted in (None, "auto"),
             run_code=cls._make_code_head,
         )
-        try:
-            found: Any = super().from_pretrained(
-                pretrained_model_name_or_path,
-                config=config,
-                dtype=wanted,
-                ignore_mismatched_sizes=ignore_mismatched_sizes,
-                output_loading_info=True,
-                _loading=loading,
-                **kwargs,
-            )
-        except (AttributeError, IndexError, KeyError, OSError, TypeError):
-            loading.refuse_damaged_index()  # transformers reads it unchecked
-            raise
+        if pretrained_model_name_or_path is not None:
+            # transformers reads it unchecked, and what it names: a pickle too
+            loading.refuse_damaged_index(getattr(config, "_commit_hash", None))
+        found: Any = super().from_pretrained(
+            pretrained_model_name_or_path,
+            config=config,
+            dtype=wanted,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            output_loading_info=True,
+            _loading=loading,
+            **kwargs,
+        )
         model, info = found
         model._loading = None
         if not ignore_mismatched_sizes:

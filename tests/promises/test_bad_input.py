@@ -153,6 +153,16 @@ def test_preprocessing_that_timm_cannot_take_is_refused_by_either_face(folder: P
             face.from_pretrained(folder)
 
 
+def test_an_index_that_names_a_pickle_is_refused_before_transformers_opens_it(folder: Path) -> None:
+    """transformers looks for a dtype in the first file that the index names, by torch.load if it is no safetensors."""
+    (folder / "weights.bin").write_bytes(b"no pickle either")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "weights.bin")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FormatError, match=r"'weights\.bin' is not the plain name"):
+        TimmTowerModel.from_pretrained(folder)
+
+
 def test_an_index_without_metadata_is_named_where_transformers_fails_on_it(folder: Path) -> None:
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index["weight_map"]}))
