@@ -115,7 +115,7 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         options, access = SaveOptions(cards, include_code, max_shard_size), Access(token=push.token)
         weights = self.state_dict() if state_dict is None else state_dict
         keep = kept_trunk_source if push_to_hub else unpublished_trunk
-        pinned = None if trunk is False else keep(self.config, weights, access)
+        pinned = None if trunk is False or self.config.trunk_source is None else keep(self.config, weights, access)
         saved = self._save(save_directory, options, pinned, access, state_dict)
         if not push_to_hub:
             return None

@@ -225,7 +225,7 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
             return
         access, weights = Access(token=token), self.state_dict() if state_dict is None else state_dict
         keep = kept_trunk_source if push_to_hub else unpublished_trunk
-        pinned = None if trunk is False else keep(self.config, weights, access)
+        pinned = None if trunk is False or self.config.trunk_source is None else keep(self.config, weights, access)
         saved = self._save(save_directory, options, state_dict, pinned, access)
         if not push_to_hub:
             return

@@ -5,6 +5,8 @@ import os
 import shutil
 import signal
 import time
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +65,8 @@ class Run:
         seed: Of the mutant.
         kind: Which mutator made it.
         act: `load`, `load by transformers` or `save over`.
-        outcome: `equal`, `refused`, `told` (it loaded, and `verify()` says that it is another one) or what else came.
+        outcome: `equal`, `refused`, `warned` (it loaded, and a warning said that a file was edited), `told` (it loaded,
+            and `verify()` says that it is another one) or what else came.
         harm: Files written, code of the folder that ran, processes, sockets.
         seconds: Of this process's CPU.
         bytes_more: Memory at its peak, less that before.
@@ -85,7 +88,12 @@ def small_tower() -> TimmModel:
     return TimmModel("test_resnet", 24, 64, custom_head=TestHead, model_kwargs=small).eval()
 
 
-def _result(tower: torch.nn.Module, good: str) -> str:
+def _result(load: Callable[[], torch.nn.Module], good: str) -> str:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        tower = load()
+    if any("is not what the weights were saved with" in str(each.message) for each in said):
+        return "warned"
     if numbers(tower) == good:
         return "equal"
     if isinstance(tower, TimmModel) and tower._fingerprint is not None and tower.verify().status != "equal":
@@ -172,14 +180,14 @@ def run_mutants(root: str, seeds: range) -> list[Run]:
         runs.append(Run(seed, kind, name, outcome, tuple(harm), seconds, memory))
 
     def load() -> str:
-        return _result(TimmModel.from_pretrained(folder), right)
+        return _result(lambda: TimmModel.from_pretrained(folder), right)
 
     def load_by_transformers() -> str:
-        return _result(_AsTensor(TimmTowerModel.from_pretrained(folder)), right)
+        return _result(lambda: _AsTensor(TimmTowerModel.from_pretrained(folder)), right)
 
     def save_over() -> str:
         tower.save_pretrained(folder, include_code=False)
-        return _result(TimmModel.from_pretrained(folder), right)
+        return _result(lambda: TimmModel.from_pretrained(folder), right)
 
     for seed in seeds:
         shutil.rmtree(folder, ignore_errors=True)

@@ -28,7 +28,7 @@ def check(runs: list[Run], least_refused: int) -> None:
     bad = [
         run
         for run in runs
-        if not (run.outcome in ("equal", "refused") or (run.outcome == "told" and run.kind in MAY_BE_TOLD))
+        if not (run.outcome in ("equal", "refused", "warned") or (run.outcome == "told" and run.kind in MAY_BE_TOLD))
         or run.harm
         or run.seconds > MOST_SECONDS
         or run.bytes_more > MOST_BYTES
@@ -38,7 +38,7 @@ def check(runs: list[Run], least_refused: int) -> None:
 
 
 @pytest.mark.slow
-def test_two_thousand_mutated_folders_load_equal_or_are_refused(tmp_path: Path) -> None:
+def test_two_thousand_mutated_folders_load_equal_are_warned_of_or_refused(tmp_path: Path) -> None:
     worker = HubWorker({"HF_HUB_OFFLINE": "1"})
     runs = worker.start(run_mutants, str(tmp_path), range(2000)).result(timeout=900)
     worker.close()
@@ -46,7 +46,7 @@ def test_two_thousand_mutated_folders_load_equal_or_are_refused(tmp_path: Path) 
     check(runs, 900)
 
 
-def test_a_few_mutated_folders_load_equal_or_are_refused(tmp_path: Path) -> None:
+def test_a_few_mutated_folders_load_equal_are_warned_of_or_refused(tmp_path: Path) -> None:
     worker = HubWorker({"HF_HUB_OFFLINE": "1"})
     runs = worker.call(run_mutants, str(tmp_path), range(40))
     worker.close()
