@@ -13,18 +13,15 @@ from typing import Any, Literal, Self
 import torch
 import torch.nn as nn
 from transformers import PreTrainedModel
-from transformers.utils.hub import cached_file
 
 from .build import build_for_transformers
 from .files.disk import scratch_folder
 from .files.fingerprint import Verification
-from .files.json import parse_json
-from .files.names import CONFIG_NAME
 from .hub.card import CardOptions, as_tags
 from .hub.download import Access
 from .hub.push import COMMIT_MESSAGE, PushOptions, default_repo_id, push_folder
 from .hub.trunk_source import kept_trunk_source, unpublished_trunk
-from .input_size import set_input_size
+from .input_size import set_input_size, with_stored_size
 from .interop.timm_face import TimmFace
 from .load import check_given_head, load_bare, make_code_head, read_tower, verify
 from .reader.config import TimmTowerConfig, check_size
@@ -104,10 +101,16 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
             ConfigError: the config that was given is not that of the folder, or the trunk cannot take the size.
             TowerError: by what is wrong with the folder.
         """
+        if torch.empty(0).is_meta:
+            raise ArgumentError(
+                f"{pretrained_model_name_or_path}: weights cannot be loaded onto the meta device, which is the default "
+                "here. Load outside of `with torch.device('meta')`; TimmModel.from_config builds without weights"
+            )
         if isinstance(config, TimmTowerConfig) and pretrained_model_name_or_path is not None:
             # `AutoModel` has put it there
             image_size = config.image_size if image_size is None else image_size
-            config = _with_stored_size(config, pretrained_model_name_or_path, kwargs)
+            download = {key: kwargs[key] for key in DOWNLOAD if kwargs.get(key)}
+            config = with_stored_size(config, pretrained_model_name_or_path, download)
         found = super().from_pretrained(pretrained_model_name_or_path, config=config, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
         if image_size is not None:
@@ -374,19 +377,6 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
         saved = save_tower(tower, stored, folder, load, options, sources=proven.sources, form_is_proven=known)
         self._fingerprint, self._proven = saved.fingerprint, proven
         return saved
-
-
-def _with_stored_size(config: TimmTowerConfig, place: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Any:
-    """A config with the size that is stored: a tower is loaded as it was saved, and resized then."""
-    found = {"_commit_hash": getattr(config, "_commit_hash", None), "_raise_exceptions_for_missing_entries": False}
-    path = cached_file(place, CONFIG_NAME, **found, **{key: kwargs[key] for key in DOWNLOAD if kwargs.get(key)})
-    described = {} if path is None else parse_json(Path(path).read_bytes(), path)
-    stored = described.get("image_size") if isinstance(described, dict) else None
-    if stored is None or stored == config.image_size:
-        return config
-    config = copy.deepcopy(config)
-    config.image_size = check_size("image_size", stored)
-    return config
 
 
 def _refuse_with_adapter(options: SaveOptions, *patterns: Any) -> None:

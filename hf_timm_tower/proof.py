@@ -75,7 +75,7 @@ def bare_copy(module: nn.Module, name: str = "trunk", made: dict[int, nn.Module]
         return made[id(module)]
     fields = _own_fields(module)
     replaced = fields.pop("forward", None)
-    own = _own_method(replaced, module)
+    own = None if replaced is None else _own_method(replaced, module)
     if replaced is not None and own is None and not _wraps_own_forward(replaced, module):
         raise TowerError(
             f"the tower was not saved: the forward of {name} ({type(module).__name__}) was replaced on the module, "

@@ -153,6 +153,14 @@ def test_preprocessing_that_timm_cannot_take_is_refused_by_either_face(folder: P
             face.from_pretrained(folder)
 
 
+def test_the_meta_device_as_the_default_one_is_refused_by_the_transformers_models(folder: Path) -> None:
+    with torch.device("meta"):
+        with pytest.raises(ArgumentError, match="meta device"):
+            TimmTowerModel.from_pretrained(folder)
+        tower = TimmModel.from_pretrained(folder)  # which takes no default device
+    assert tower.verify().status == "equal"
+
+
 def test_an_index_that_names_a_pickle_is_refused_before_transformers_opens_it(folder: Path) -> None:
     """transformers looks for a dtype in the first file that the index names, by torch.load if it is no safetensors."""
     (folder / "weights.bin").write_bytes(b"no pickle either")
