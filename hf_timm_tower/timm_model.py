@@ -354,14 +354,9 @@ class TimmModel(EmbeddingMixin, InterchangeMixin, TimmFace, TowerHubMixin):
             ) from error
 
     def layer_groups(self, pooler_in_head: bool | None = None) -> list[Any]:
-        """The layer groups from input to output, each parameter in one of them. See `training/layer_groups.py`.
+        """The `LayerGroup`s from input to output, each parameter in one of them. See `training/layer_groups.py`.
 
-        Args:
-            pooler_in_head: Of open_clip 4, which passes it to every tower and takes `(name, parameters)` pairs: given,
-                that is what comes back. What it says is of text towers.
-
-        Returns:
-            `LayerGroup`s, or open_clip's pairs.
+        With `pooler_in_head`, which open_clip 4 passes to every tower, `(name, parameters)` pairs as it takes them.
         """
         groups = layer_groups(self)
         return groups if pooler_in_head is None else group_pairs(self, groups)
@@ -379,13 +374,9 @@ class TimmModel(EmbeddingMixin, InterchangeMixin, TimmFace, TowerHubMixin):
         """Freeze the trunk, or what the selectors name; all else trains. See `training/lock.py`.
 
         Args:
-            unlocked_groups: Layer groups of the trunk, counted from the output, that stay trainable.
-            freeze_bn_stats: Keep the running statistics of the frozen part, also through later `.train()` calls.
+            unlocked_groups, freeze_bn_stats, until, only, except_: As there.
             head: Freeze the head as well. None is False, except inside of open_clip 4, where the head is the last of
                 the groups that are counted (`interop/open_clip_4.py`).
-            until: Freeze from the input up to and including this group (or module), such as `blocks.9`.
-            only: Freeze just what matches: patterns (fnmatch) for names of groups or parameters.
-            except_: Patterns for what stays trainable of what the other arguments freeze.
 
         Raises:
             ArgumentError: a selector matches nothing, or there are fewer groups.
