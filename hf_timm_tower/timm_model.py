@@ -330,8 +330,7 @@ class TimmModel(EmbeddingMixin, InterchangeMixin, TimmFace, TowerHubMixin):
             image_size: Pixels, an int or (height, width).
 
         Raises:
-            ConfigError: the trunk does not run at this size, or timm cannot build it for this size. The tower is as
-                before.
+            ConfigError: the trunk does not run at this size, or timm cannot build it so. The tower is as before.
         """
         set_input_size(self, image_size, own_trunk=overrides(type(self), "_create_trunk"))
 
