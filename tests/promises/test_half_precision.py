@@ -1,5 +1,6 @@
 """Towers in half precision have the buffers that timm gives a model that is cast, in both faces."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ def check_half(name: str, arguments: dict[str, object], dtype: torch.dtype, fold
     reference = timm.create_model(name, num_classes=0, **arguments).eval()
     state = {key: value.clone() for key, value in reference.state_dict().items()}
     reference.to(dtype)
+    built = copy.deepcopy(reference)  # ConViT computes its table anew when it first runs
     image = torch.rand(1, *timm.data.resolve_model_data_config(reference)["input_size"]).to(dtype)
     with torch.no_grad():
         wanted = reference(image)
@@ -59,7 +61,7 @@ def check_half(name: str, arguments: dict[str, object], dtype: torch.dtype, fold
         TimmTowerModel.from_pretrained(folder / "half"),
         TimmTowerModel.from_pretrained(folder / "full", dtype=dtype),
     ):
-        assert_same_buffers(loaded.trunk, reference)
+        assert_same_buffers(loaded.trunk, built)
         with torch.no_grad():
             given = loaded(image)
         assert torch.equal(given if isinstance(loaded, TimmModel) else given.pooler_output, wanted)
