@@ -8,10 +8,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..heads.registry import CustomHead
 from ..hub.download import Access
 from ..load import check_device
 from ..reader.config import TimmTowerConfig
-from ..reader.head import CustomHead
 from ..reader.trunk import float_dtype
 from ..reader.weights import floating_dtype
 from .checkpoints import TrunkReport, load_trunk

@@ -10,10 +10,10 @@ from torch.overrides import TorchFunctionMode
 
 from ..build import checked_arguments, head_fields
 from ..files.private_draws import private_draws
+from ..heads.registry import CustomHead
 from ..hub.download import Access
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import WeightsError
-from ..reader.head import CustomHead
 from ..reader.trunk import native_cfg, remove_classifier
 from ..reader.weights import assign_weights
 from ..subclassing import overrides
