@@ -3543,7 +3543,10 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
         return True
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8).to("cpu") for t in (a, b)))
+    one, other = (t.detach().contiguous().reshape(-1).view(torch.uint8).to("cpu") for t in (a, b))
+    if all(each.numel() % 8 == each.storage_offset() % 8 == 0 for each in (one, other)):
+        one, other = one.view(torch.int64), other.view(torch.int64)  # an eighth of the steps
+    return torch.equal(one, other)
 
 def assign_weights(
     module: nn.Module,
