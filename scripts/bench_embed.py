@@ -273,10 +273,8 @@ def main() -> None:
     found = {name: compare(name, args.ways, args.repeat, args.seconds) for name in args.models}
     print(table(found, args.ways))
     cores, minutes = len(os.sched_getaffinity(0)), (time.monotonic() - began) / 60
-    print(
-        f"\n{cores} cores, torch {torch.__version__}, timm {timm.__version__}; {args.repeat} runs, {minutes:.0f} min;"
-    )
-    print(f"load of the machine {load:.1f} at the start, {os.getloadavg()[0]:.1f} at the end.")
+    print(f"\n{cores} cores, torch {torch.__version__}, timm {timm.__version__}; {args.repeat} runs, {minutes:.0f} min")
+    print(f"Load of the machine: {load:.1f} at the start, {os.getloadavg()[0]:.1f} at the end.")
 
 
 if __name__ == "__main__":
