@@ -14,7 +14,8 @@ The rows:
 - `loop, N workers`: a `DataLoader` around a dataset of files, as open_clip's README has it, in batches of 32;
 - `timm, N workers`: `timm.data.create_loader`, as timm's own `inference.py`;
 - `pipeline, N`: transformers' `pipeline("image-feature-extraction")` with `batch_size=N`;
-- `sentence-transformers` and `sentence-transformers, pool`: `encode`, in one process, and in one for each core;
+- `sentence-transformers` and `sentence-transformers, pool`: `encode`, in one process, and in one for each core, there
+  with one thread each (`OMP_NUM_THREADS=1`, without which they fight for the cores);
 - `Ray`: `embedding.ray.embed_dataset` with an actor for each core, in a cluster on this machine. Its actors start
   within the call, so the same images are given three times, and the clock starts with the second third.
 
@@ -201,7 +202,8 @@ def limit(folder: Path, paths: list[str]) -> tuple[float, float]:
 def child(way: str, folder: Path, images: Path) -> Any:
     """The same in a fresh process."""
     command = [sys.executable, __file__, f"--child={way}", "--folder", str(folder), "--photographs", str(images)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    threads = {"OMP_NUM_THREADS": "1"} if "pool" in way else {}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **threads})
     if done.returncode:
         raise SystemExit(f"{way} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from ..reader.errors import ArgumentError
+from ..reader.errors import ArgumentError, shown
 from .embed import embed
 from .engine import Plan
 from .manifest import check_same, describe, outputs_of
@@ -24,9 +24,17 @@ def embed_query(tower: Any, stored: StoredEmbeddings, image: Any) -> torch.Tenso
 
     Raises:
         FolderError: the folder was made by another tower.
-        ArgumentError: the image cannot be used.
+        ArgumentError: the image cannot be used, or it is a folder.
     """
-    found = embed(plan_of(tower, stored), open_source(image), errors="raise", progress=False)
+    return query_vector(plan_of(tower, stored), stored, image)
+
+
+def query_vector(plan: Plan, stored: StoredEmbeddings, image: Any) -> torch.Tensor:
+    """As `embed_query`, where the plan is there already."""
+    source = open_source(image)
+    if source.length != 1:
+        raise ArgumentError(f"{shown(str(image))}: a {source.kind}, expected one image")
+    found = embed(plan, source, errors="raise", progress=False)
     vector: torch.Tensor = found[stored.first_column] if isinstance(found, dict) else found
     return vector[0]
 
@@ -65,7 +73,11 @@ def nearest(stored: StoredEmbeddings, query: torch.Tensor, k: int) -> list[tuple
 
 
 def contact_sheet(query: str | os.PathLike[str], paths: Sequence[str], out: str | os.PathLike[str]) -> None:
-    """Write one picture: the query first, then the others, in rows of six; what cannot be opened is left grey."""
+    """Write one picture: the query first, then the others, in rows of six; what cannot be opened is left grey.
+
+    Raises:
+        ArgumentError: `out` has no extension of a picture.
+    """
     tiles = [query, *paths]
     columns = min(len(tiles), 6)
     rows = -(-len(tiles) // columns)
@@ -74,7 +86,10 @@ def contact_sheet(query: str | os.PathLike[str], paths: Sequence[str], out: str 
     for place, path in enumerate(tiles):
         corner = (_GAP + place % columns * step, _GAP + place // columns * step)
         sheet.paste(tile(path), corner)
-    sheet.save(out)
+    try:
+        sheet.save(out)
+    except ValueError as error:
+        raise ArgumentError(f"{out}: {error}; give a .png or .jpg") from error
 
 
 def tile(path: str | os.PathLike[str]) -> Image.Image:

@@ -109,7 +109,13 @@ def test_images_that_cannot_be_used_are_listed_and_end_with_3(saved: Path, image
 
 
 def test_errors_are_one_line_with_the_remedy(saved: Path, images: Path, tmp_path: Path) -> None:
+    out, query = tmp_path / "out", images / "0.png"
+    run("embed", images, "--to", out, "--tower", saved, "--workers", 0)
     cases = (
+        (("embed", images, "--to", saved / "config.json" / "a", "--tower", saved), 1, "is a file: give a folder"),
+        (("search", out, images), 1, "a folder, expected one image"),
+        (("search", out, query, "--sheet", tmp_path / "near.docx"), 1, "give a .png or .jpg"),
+        (("search", out, query, "--sheet", tmp_path / "nowhere" / "near.png"), 1, "No such file or directory"),
         (("inspect", tmp_path), 1, "config.json is missing"),
         (("verify", "no/such-tower"), 1, "no such folder"),
         (("embed", tmp_path / "nowhere", "--to", tmp_path / "a", "--tower", saved), 1, "no such file or folder"),
