@@ -251,6 +251,9 @@ def table(found: dict[str, dict[str, Any]], ways: list[str]) -> str:
     for name, runs in found.items():
         prepared, modelled = (1e3 * cost for cost in runs["limit"])
         lines.append(f"\n{name}: {prepared:.1f} ms to decode and prepare an image, {modelled:.1f} ms of the model.")
+        if "ours" in runs:
+            hours = 1e9 * cores / statistics.median(run["rate"] for run in runs["ours"]) / 3600
+            lines[-1] += f" A billion images take {hours:,.0f} hours of a core."
     return "\n".join(lines)
 
 
