@@ -146,7 +146,8 @@ def search(
         model = _tower_of(stored, tower, trust_remote_code, as_json)
         found = nearest(stored, embed_query(model, stored, image), k)
         if sheet is not None:
-            contact_sheet(image, [stored.image_path(name) for name, _ in found], sheet)
+            tiles = [(stored.image_path(name), f"{cosine:.4f} {os.path.basename(name)}") for name, cosine in found]
+            contact_sheet(image, tiles, sheet)
         if as_json:
             say({"image": image, "neighbours": [{"id": name, "cosine": cosine} for name, cosine in found]}, as_json)
         else:

@@ -7,6 +7,7 @@ bit for bit. What is only said about it (where the tower came from, versions) do
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ def describe(tower: Any, outputs: Outputs, rows_per_shard: int, source: dict[str
     """
     config = tower.config
     block, size = completed_preprocess(config)
+    origin = dict(getattr(tower, "_origin", None) or {"loaded_from": None, "commit": None})
+    if origin["loaded_from"] and os.path.isdir(origin["loaded_from"]):
+        origin["loaded_from"] = os.path.abspath(origin["loaded_from"])  # it is loaded again from other folders
     values = probe_values(tower, outputs)
     return {
         "manifest_version": MANIFEST_VERSION,
@@ -44,7 +48,7 @@ def describe(tower: Any, outputs: Outputs, rows_per_shard: int, source: dict[str
             "architecture": config.architecture,
             "embed_dim": config.embed_dim,
             "fingerprint": _digest_of_json(tower._fingerprint),
-            **(getattr(tower, "_origin", None) or {"loaded_from": None, "commit": None}),
+            **origin,
         },
         "weights": weight_digests(tower),
         "outputs": {path: _digest(tensor) for path, tensor in values.items()},

@@ -90,10 +90,22 @@ def test_embed_then_search(saved: Path, images: Path, tmp_path: Path) -> None:
     assert found["neighbours"][0]["id"] == "3.png"
     assert len(found["neighbours"]) == 2
     with Image.open(sheet) as picture:
-        assert picture.size == (3 * 200 + 8, 208)
+        assert picture.size == (3 * 200 + 8, 228)
     text = run("search", out, images / "3.png").stdout
     assert "3.png" in text
     assert "1.0000" in text
+
+
+def test_a_folder_that_was_made_with_relative_paths_is_used_from_elsewhere(
+    saved: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(saved.parent)
+    run("embed", os.path.relpath(images), "--to", tmp_path / "out", "--tower", saved.name, "--workers", 0)
+    monkeypatch.chdir(tmp_path)
+    sheet = tmp_path / "sheet.png"
+    assert as_json("search", "out", images / "3.png", "-k", 1, "--sheet", sheet)["neighbours"][0]["id"] == "3.png"
+    with Image.open(sheet) as picture:
+        assert picture.getpixel((300, 100)) == picture.getpixel((100, 100)) != (211, 211, 211), "the image was found"
 
 
 def test_images_that_cannot_be_used_are_listed_and_end_with_3(saved: Path, images: Path, tmp_path: Path) -> None:
