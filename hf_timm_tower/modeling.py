@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch.nn as nn
+from typing_extensions import Self
 
 from .encoder_config import as_part
 from .interop.faces import Labels, parts_from_timm, parts_of
+from .patches import TakesPatches
 from .pretrained import SavesTower
 from .reader import modeling as reader
 from .reader.forward import TimmTowerModelOutput
@@ -15,7 +17,7 @@ from .reader.forward import TimmTowerModelOutput
 __all__ = ["TimmTowerForImageClassification", "TimmTowerModel", "TimmTowerModelOutput"]
 
 
-class TimmTowerModel(SavesTower, reader.TimmTowerModel):  # type: ignore[no-untyped-call]
+class TimmTowerModel(SavesTower, TakesPatches, reader.TimmTowerModel):  # type: ignore[no-untyped-call]
     __doc__ = reader.TimmTowerModel.__doc__
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -52,7 +54,7 @@ class TimmTowerModel(SavesTower, reader.TimmTowerModel):  # type: ignore[no-unty
         return cls._on(parts_from_timm(source, None, arguments))
 
 
-class TimmTowerForImageClassification(SavesTower, reader.TimmTowerForImageClassification):  # type: ignore[no-untyped-call]
+class TimmTowerForImageClassification(SavesTower, TakesPatches, reader.TimmTowerForImageClassification):  # type: ignore[no-untyped-call]
     __doc__ = reader.TimmTowerForImageClassification.__doc__
 
     @classmethod

@@ -8,11 +8,12 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
 from transformers import PreTrainedModel
+from typing_extensions import Self
 
 from .build import build_for_transformers
 from .files.disk import scratch_folder

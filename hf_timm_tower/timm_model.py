@@ -2,11 +2,12 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import timm
 import torch
 import torch.nn as nn
+from typing_extensions import Self
 
 from .build import (
     add_rates,

@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from typing_extensions import Self
 
 from ..hub.download import Access
 from ..load import check_device
