@@ -16,6 +16,7 @@ from typing_extensions import Self
 from .build import Rates
 from .files.disk import scratch_folder
 from .files.fingerprint import Verification, weight_digests
+from .heads.registry import CustomHead
 from .hub.card import CardOptions, as_tags, tower_facts
 from .hub.download import Access
 from .hub.fetch import commit_of, fetch_tower
@@ -24,7 +25,6 @@ from .hub.trunk_source import find_trunk, kept_trunk_source, unpublished_trunk
 from .load import check_device, load_tower, verify
 from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, TowerError
-from .reader.head import CustomHead
 from .reader.weights import TrunkSource, floating_dtype
 from .save import Saved, SaveOptions, save_tower, storable_config, with_weights
 from .subclassing import OVERRIDABLE, added_arguments, overrides

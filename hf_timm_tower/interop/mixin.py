@@ -10,11 +10,11 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..build import checked_arguments, head_fields
+from ..heads.registry import CustomHead
 from ..hub.download import Access
 from ..load import check_device
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ArgumentError
-from ..reader.head import CustomHead
 from ..reader.weights import floating_dtype
 from ..subclassing import overrides, rebuild
 from .checkpoints import load_trunk
