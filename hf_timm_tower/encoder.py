@@ -9,6 +9,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .backbone import TimmTowerBackbone
 from .encoder_config import TimmTowerEncoderConfig, token_facts
+from .hub.trunk_source import refuse_as_part
 from .reader.config import TimmTowerConfig
 from .reader.errors import ConfigError, shown
 from .reader.forward import run_tower, wants_dict
@@ -28,6 +29,7 @@ class TimmTowerEncoder(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     Raises:
         ConfigError: the config has no tower, or none that can be built in this process.
+        WeightsError: the trunk is stored in another repository.
     """
 
     config: TimmTowerEncoderConfig
@@ -42,6 +44,7 @@ class TimmTowerEncoder(PreTrainedModel):  # type: ignore[no-untyped-call]
         if tower is None and not isinstance(config.tower_config, TimmTowerConfig):
             raise ConfigError("TimmTowerEncoderConfig without tower_config: use TimmTowerEncoderConfig.from_pretrained")
         self.tower = TimmTowerBackbone(config.tower_config) if tower is None else tower
+        refuse_as_part(self.tower.config)  # transformers saves an encoder, whole
         facts = token_facts(self.tower.config, self.tower.trunk)
         if wrong := [name for name, value in facts.items() if getattr(config, name) != value]:
             found = shown(getattr(config, wrong[0]))

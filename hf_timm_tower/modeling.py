@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch.nn as nn
 
 from .encoder_config import as_part
+from .hub.trunk_source import refuse_as_part
 from .interop.faces import Labels, parts_from_timm, parts_of
 from .pretrained import SavesTower
 from .reader import modeling as reader
@@ -19,7 +20,8 @@ class TimmTowerModel(SavesTower, reader.TimmTowerModel):  # type: ignore[no-unty
     __doc__ = reader.TimmTowerModel.__doc__
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "config" and "trunk" in self._modules:
+        if name == "config" and "trunk" in self._modules:  # a model of several parts gives this one its own
+            refuse_as_part(value)
             value = as_part(value, int(self.trunk.num_features))  # type: ignore[arg-type]
         super().__setattr__(name, value)
 

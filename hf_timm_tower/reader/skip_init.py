@@ -12,6 +12,7 @@ A config may come from anybody, so what it costs to build is counted while it is
 import copy
 import inspect
 import math
+import os
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -95,6 +96,7 @@ class Budget:
 _ACTIVE: ContextVar[Budget | None] = ContextVar("budget", default=None)
 _SIZED = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
 _LAZY = frozenset({torch.empty, torch.zeros})
+_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**36
 # Results of fewer elements than this are measured after they were made, larger ones on the meta device before.
 _SMALL = 2**22
 _DRAWS = frozenset(
@@ -312,9 +314,14 @@ def skip_init(budget: Budget | None = None) -> Iterator[None]:
 
 @contextmanager
 def within_budget(budget: Budget) -> Iterator[None]:
-    """Initialise as usual, but count, as in `skip_init`; nothing where one around it counts already."""
+    """Initialise as usual, but count, as in `skip_init`; nothing where one around it counts already.
+
+    What is initialised takes memory: no more is reserved than the machine has.
+    """
     if _ACTIVE.get() is not None:
         yield
         return
+    if not torch.empty(0).is_meta:
+        budget.limits["reserved"] = min(budget.limits["reserved"], _MEMORY)
     with _construction(budget, skip=False):
         yield
