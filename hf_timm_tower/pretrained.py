@@ -110,6 +110,7 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
             if given and stored is not None:
                 image_size = config.image_size if image_size is None else image_size
                 config = with_stored_size(config, stored.get("image_size"))
+        kwargs.setdefault("use_safetensors", True)  # transformers would open a pickle where there is nothing else
         with folder_errors(pretrained_model_name_or_path):
             found = super().from_pretrained(pretrained_model_name_or_path, config=config, **kwargs)
         model = found[0] if isinstance(found, tuple) else found

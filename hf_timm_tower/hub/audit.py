@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers.utils.hub import cached_file
 
 from ..files.names import CONFIG_NAME, PROCESSOR_NAME
@@ -19,6 +20,12 @@ from .identify import identify
 ADAPTER_NAME = "adapter_config.json"
 # Of a checkpoint of distributed training: transformers takes such a file for the whole model, whatever is beside it.
 _SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+
+
+def config_of(place: str | os.PathLike[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The `config.json` of any model; empty where there is none. Arguments and errors as of `audited_config`."""
+    found = _find(place, CONFIG_NAME, {key: options[key] for key in DOWNLOAD if options.get(key)})
+    return {} if found is None else read_json(found)
 
 
 def audited_config(
@@ -58,6 +65,7 @@ def audited_config(
         )
     if not isinstance(code, dict) or not all(isinstance(name, str) for name in code.values()):
         raise FormatError(f"{place}: auto_map of {CONFIG_NAME} must map classes to names, found {shown(code)}")
+    TimmTowerConfig.from_dict({key: value for key, value in described.items() if key != "auto_map"})
     if adapter is not None:
         _refuse_adapter(place, described)
     _refuse_files(config.parent)
@@ -67,7 +75,7 @@ def audited_config(
 def _refuse_files(folder: Path) -> None:
     """Weights that transformers would wait for, or take for the model's."""
     for entry in os.scandir(folder):
-        if entry.name.endswith(".safetensors") and not entry.is_file():
+        if entry.name.endswith(".safetensors") and not os.path.isfile(entry.path):
             raise FormatError(f"{folder / entry.name}: not a regular file; copy or download the folder again")
         if _SHARD.fullmatch(entry.name):
             raise FormatError(
@@ -78,9 +86,11 @@ def _refuse_files(folder: Path) -> None:
 
 @contextmanager
 def folder_errors(place: str | os.PathLike[str] | None) -> Iterator[None]:
-    """Turn what the system and transformers say of missing files into a `FolderError`."""
+    """Turn what the system and transformers say of missing and damaged files into `FolderError` and `FormatError`."""
     try:
         yield
+    except SafetensorError as error:
+        raise FormatError(f"{place}: a weight file is damaged: {one_line(error)}") from error
     except OSError as error:
         if isinstance(error, TowerError):
             raise

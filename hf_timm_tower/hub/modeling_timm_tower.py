@@ -156,6 +156,15 @@ class ExportError(TowerError, RuntimeError):
     """An exporter (ONNX, `torch.export`) cannot write the tower, or what it wrote gives another output."""
 
 
+@contextmanager
+def damaged_file() -> Iterator[None]:
+    """Turn what transformers raises when it reads a file of JSON that is none, or no object, into a `FormatError`."""
+    try:
+        yield
+    except (AttributeError, KeyError, RecursionError, TypeError, UnicodeDecodeError) as error:
+        raise FormatError(f"not a file of JSON that holds an object: {one_line(error)}") from error
+
+
 def shown(thing: object, limit: int = 80) -> str:
     """Something foreign (a key, a name, a value of a file) for a message: quoted, printable, on one line, short.
 
@@ -527,7 +536,7 @@ _TRANSFORMERS_KEYS = frozenset(
 
 
 # Chosen by whoever loads a model. In a tower's file the classes of transformers alone would obey it.
-_NOT_STORED = {"attn_implementation", "_attn_implementation", "quantization_config"}
+_NOT_STORED = {"attn_implementation", "_attn_implementation", "experts_implementation", "quantization_config"}
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
@@ -616,6 +625,12 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         # transformers gives every config two labels; whether somebody gave these is not seen afterwards
         self.__dict__["_labels_given"] = any(kwargs.get(name) is not None for name in _LABELS)
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; `FormatError` where the file is damaged."""
+        with damaged_file():
+            return super().get_config_dict(*args, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -3338,6 +3353,13 @@ class TimmTowerImageProcessor(BaseImageProcessor):
     def from_tower_config(cls, config: TimmTowerConfig) -> "TimmTowerImageProcessor":
         """The processor of a tower; `ConfigError` where the config is not completed: build a tower from it first."""
         return cls(**facts_of(*completed_preprocess(config)))
+
+    @classmethod
+    def get_image_processor_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; `FormatError` where the file is damaged."""
+        with damaged_file():
+            found, rest = super().get_image_processor_dict(*args, **kwargs)
+            return dict(**found), rest
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:

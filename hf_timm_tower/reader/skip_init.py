@@ -314,14 +314,11 @@ def skip_init(budget: Budget | None = None) -> Iterator[None]:
 
 @contextmanager
 def within_budget(budget: Budget) -> Iterator[None]:
-    """Initialise as usual, but count, as in `skip_init`; nothing where one around it counts already.
-
-    What is initialised takes memory: no more is reserved than the machine has.
-    """
+    """Initialise as usual, but count, as in `skip_init`; nothing where one around it counts already."""
     if _ACTIVE.get() is not None:
         yield
         return
-    if not torch.empty(0).is_meta:
+    if not torch.empty(0).is_meta:  # what is initialised takes memory
         budget.limits["reserved"] = min(budget.limits["reserved"], _MEMORY)
     with _construction(budget, skip=False):
         yield
