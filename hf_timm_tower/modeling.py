@@ -8,6 +8,7 @@ import torch.nn as nn
 from typing_extensions import Self
 
 from .encoder_config import as_part
+from .hub.trunk_source import refuse_as_part
 from .interop.faces import Labels, parts_of
 from .patches import TakesPatches
 from .pretrained import SavesTower
@@ -21,7 +22,8 @@ class TimmTowerModel(SavesTower, TakesPatches, reader.TimmTowerModel):  # type: 
     __doc__ = reader.TimmTowerModel.__doc__
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "config" and "trunk" in self._modules:
+        if name == "config" and "trunk" in self._modules:  # a model of several parts gives this one its own
+            refuse_as_part(value)
             value = as_part(value, int(self.trunk.num_features))  # type: ignore[arg-type]
         super().__setattr__(name, value)
 

@@ -144,7 +144,9 @@ def search(
 def serve(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Embeddings made by `embed`.")],
     tower: Annotated[str | None, typer.Option(help="Repository id or folder; by default that of the folder.")] = None,
-    images: Annotated[str | None, typer.Option(help="Folder of the images, where they have moved since.")] = None,
+    images: Annotated[
+        str | None, typer.Option(help="Folder of the images, where they have moved since, or for --space.")
+    ] = None,
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="By default the first free one from 7860 on.")
     ] = None,

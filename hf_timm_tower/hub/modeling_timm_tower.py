@@ -128,6 +128,16 @@ class WeightsError(TowerError, RuntimeError):
 class ExportError(TowerError, RuntimeError):
     """An exporter (ONNX, `torch.export`) cannot write the tower, or what it wrote gives another output."""
 
+@contextmanager
+def file_errors() -> Iterator[None]:
+    """Turn what transformers raises where a file of JSON is missing or holds no object into errors of ours."""
+    try:
+        yield
+    except OSError as error:
+        raise FolderError(one_line(error, 600)) from error
+    except (AttributeError, KeyError, RecursionError, TypeError, UnicodeDecodeError) as error:
+        raise FormatError(f"not a file of JSON that holds an object: {one_line(error)}") from error
+
 def shown(thing: object, limit: int = 80) -> str:
     """Something foreign (a key, a name, a value of a file) for a message: quoted, printable, on one line, short.
 
@@ -455,7 +465,7 @@ _TRANSFORMERS_KEYS = frozenset(
 )
 
 # Chosen by whoever loads a model. In a tower's file the classes of transformers alone would obey it.
-_NOT_STORED = {"attn_implementation", "_attn_implementation", "quantization_config"}
+_NOT_STORED = {"attn_implementation", "_attn_implementation", "experts_implementation", "quantization_config"}
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
@@ -543,6 +553,13 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         # transformers gives every config two labels; whether somebody gave these is not seen afterwards
         self.__dict__["_labels_given"] = any(kwargs.get(name) is not None for name in _LABELS)
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; `FolderError`, `FormatError` where the file is missing or damaged."""
+        with file_errors():
+            found, rest = super().get_config_dict(*args, **kwargs)
+            return dict(**found), rest
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -823,6 +840,7 @@ _SIZED = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand
 _LAZY = frozenset({torch.empty, torch.zeros})
 # Most of the calls that a constructor makes; the first one is `torch.no_grad`.
 _MAKE_NOTHING = frozenset("_set_grad_enabled dim size numel is_floating_point".split())
+_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**36
 # Results of fewer elements than this are measured after they were made, larger ones on the meta device before.
 _SMALL = 2**22
 _DRAWS = frozenset(
@@ -1036,6 +1054,8 @@ def within_budget(budget: Budget) -> Iterator[None]:
     if _ACTIVE.get() is not None:
         yield
         return
+    if not torch.empty(0).is_meta:  # what is initialised takes memory
+        budget.limits["reserved"] = min(budget.limits["reserved"], _MEMORY)
     with _construction(budget, skip=False):
         yield
 
@@ -3020,6 +3040,13 @@ class TimmTowerImageProcessor(BaseImageProcessor):
     def from_tower_config(cls, config: TimmTowerConfig) -> "TimmTowerImageProcessor":
         """The processor of a tower; `ConfigError` where the config is not completed: build a tower from it first."""
         return cls(**facts_of(*completed_preprocess(config)))
+
+    @classmethod
+    def get_image_processor_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; `FolderError`, `FormatError` where the file is missing or damaged."""
+        with file_errors():
+            found, rest = super().get_image_processor_dict(*args, **kwargs)
+            return dict(**found), rest
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
