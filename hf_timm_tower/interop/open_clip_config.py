@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..reader.config import TimmTowerConfig, check_size
+from ..reader.config import ATTENTION_POOLS, TimmTowerConfig, check_size
 from ..reader.errors import ConfigError, shown
 from ..reader.trunk import has_fixed_size, native_cfg
+from ..trunk_facts import TIMM_POOLS
 
 VISION_PREFIX = "visual."
 """What stands before the vision tower's keys in the state dict of an open_clip model."""
@@ -205,7 +206,8 @@ def model_cfg_of(config: TimmTowerConfig) -> dict[str, Any]:
         cannot.append("a custom head")
     if config.in_chans != 3:
         cannot.append(f"in_chans={config.in_chans}")
-    if config.pool == "token_avg" or (config.pool == "none" and config.proj in ("linear", "mlp")):
+    known = (*TIMM_POOLS, *ATTENTION_POOLS, "default", "none")
+    if config.pool not in known or (config.pool == "none" and config.proj in ("linear", "mlp")):
         cannot.append(f"pool={config.pool!r} with proj={config.proj!r}")
     cfg = native_cfg(config.architecture)
     size, native = check_size("image_size", config.image_size), list(cfg["input_size"][1:])
