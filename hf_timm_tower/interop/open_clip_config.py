@@ -12,7 +12,7 @@ from typing import Any
 from ..reader.config import ATTENTION_POOLS, TimmTowerConfig, check_size
 from ..reader.errors import ConfigError, shown
 from ..reader.trunk import has_fixed_size, native_cfg
-from ..trunk_facts import TIMM_POOLS
+from ..trunk_facts import PLAIN_PREPROCESS, TIMM_POOLS
 
 VISION_PREFIX = "visual."
 """What stands before the vision tower's keys in the state dict of an open_clip model."""
@@ -46,8 +46,6 @@ _PREPROCESS_DEFAULTS: dict[str, Any] = {
     "resize_mode": "shortest",
     "fill_color": 0,
 }
-# What a tower can do beside, at rest.
-_NOTHING_MORE = {"padding": None, "channel_order": "RGB", "value_range": [0.0, 1.0]}
 
 
 @dataclass(frozen=True)
@@ -250,7 +248,7 @@ def preprocess_cfg_of(config: TimmTowerConfig) -> dict[str, Any]:
         "fill_color": round(255 * block["mean"][0]) if block.get("crop_mode") == "border" else 0,
     }
     if cfg["interpolation"] in ("bicubic", "bilinear") and cfg["resize_mode"]:
-        if {**block, **preprocess_entries(cfg, "this tower"), **_NOTHING_MORE} == block:
+        if {**block, **preprocess_entries(cfg, "this tower"), **PLAIN_PREPROCESS} == block:
             return cfg
     raise ConfigError(
         f"open_clip cannot prepare the same pixels as this tower: {block}. It knows bicubic and bilinear, crop_pct 1, "

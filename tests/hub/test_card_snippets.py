@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-from hf_timm_tower.hub.card import snippets
+from card_snippets import snippets
 
 from .. import hub_calls as calls
 from ..hub_worker import HubWorker
