@@ -272,7 +272,7 @@ def _put(module: nn.Module, values: dict[str, torch.Tensor], source: str) -> Non
     if not whole and all(_is_plain(part) for _, part in parts):
         for prefix, part in parts:
             for table in (part._parameters, part._buffers):
-                table.update({name: values[key] for name in table if (key := f"{prefix}.{name}") in values})  # type: ignore[arg-type]
+                table.update({name: values[key] for name in table if (key := f"{prefix}.{name}") in values})
         return
     module.load_state_dict(values, strict=False, assign=True)
     after = module.state_dict(keep_vars=True)
