@@ -14,9 +14,9 @@ from transformers.utils.hub import cached_file
 
 from .build import Rates
 from .files.fingerprint import Verification, compare
-from .files.names import CONFIG_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME
+from .files.names import CONFIG_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME, PROCESSOR_NAME
 from .files.open_folder import OpenFolder
-from .files.same_save import check_processor, mismatch
+from .files.same_save import check_processor, mismatch, other_processor
 from .files.staging import read_folder
 from .files.weights import read_weights
 from .heads.registry import CustomHead, rebuild_stored
@@ -51,7 +51,7 @@ def read_tower(folder: str | os.PathLike[str], access: Access | None = None, *, 
         FormatError: a file is damaged, too large or of a newer version.
         ConfigError: the config does not describe a tower.
     """
-    described, weights, fingerprint, processor, digests = read_folder(folder, partial(_parse, mmap=mmap))
+    described, weights, digests, fingerprint, processor, processors = read_folder(folder, partial(_parse, mmap=mmap))
     kind = described.get("model_type")
     if kind != TimmTowerConfig.model_type:
         raise ConfigError(
@@ -72,19 +72,18 @@ def read_tower(folder: str | os.PathLike[str], access: Access | None = None, *, 
         weights = merged(weights, trunk, str(folder))
     if words := mismatch(fingerprint, described, digests, os.fspath(folder)):
         warnings.warn(words, stacklevel=5)
+    if words := other_processor((processors or {}).get("image_processor"), config):
+        warnings.warn(f"{folder}: {words}", stacklevel=5)
     return StoredTower(config, weights, fingerprint)
 
 
-def _parse(
-    files: OpenFolder, mmap: bool
-) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any] | None, dict[str, Any] | None, dict[str, str]]:
+def _parse(files: OpenFolder, mmap: bool) -> tuple[Any, ...]:
     config = files.read_json(CONFIG_NAME)
-    fingerprint, processor = (
-        files.read_json(name) if files.has(name) else None for name in (FINGERPRINT_NAME, PREPROCESSOR_NAME)
-    )
+    names = (FINGERPRINT_NAME, PREPROCESSOR_NAME, PROCESSOR_NAME)
+    beside = [files.read_json(name) if files.has(name) else None for name in names]
     digests: dict[str, str] = {}
     weights = read_weights(files, mmap=mmap, digests=digests)
-    return config, weights, fingerprint, processor, digests
+    return config, weights, digests, *beside
 
 
 def _check_stored_form(spec: Any, tower_class: str | None) -> None:
@@ -305,6 +304,15 @@ def _without_unexpected(weights: Mapping[str, torch.Tensor], tower: nn.Module, w
             stacklevel=5,
         )
     return {key: tensor for key, tensor in weights.items() if key in places}
+
+
+def refuse_meta(place: object) -> None:
+    """Refuse to load weights where the meta device is the default one: `ArgumentError`."""
+    if torch.empty(0).is_meta:
+        raise ArgumentError(
+            f"{place}: weights cannot be loaded onto the meta device, which is the default here. Load outside of "
+            "`with torch.device('meta')`; TimmModel.from_config builds without weights"
+        )
 
 
 def check_device(device: str | torch.device | None) -> None:

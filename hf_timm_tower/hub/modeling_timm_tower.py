@@ -20,6 +20,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils.sha import sha_fileobj
 import inspect
 from io import BytesIO
 from itertools import groupby
@@ -70,7 +71,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.generic import ModelOutput
 from transformers.utils.hub import cached_file
 from transformers.utils.loading_report import LoadStateDictInfo
-from typing import Any, ClassVar, Literal, Self, TypedDict
+from typing import Any, ClassVar, Literal, TypedDict
+from typing_extensions import Self
 from urllib.request import Request, urlopen
 import warnings
 import weakref
@@ -125,6 +127,16 @@ class WeightsError(TowerError, RuntimeError):
 
 class ExportError(TowerError, RuntimeError):
     """An exporter (ONNX, `torch.export`) cannot write the tower, or what it wrote gives another output."""
+
+@contextmanager
+def file_errors() -> Iterator[None]:
+    """Turn what transformers raises where a file of JSON is missing or holds no object into errors of ours."""
+    try:
+        yield
+    except OSError as error:
+        raise FolderError(one_line(error, 600)) from error
+    except (AttributeError, KeyError, RecursionError, TypeError, UnicodeDecodeError) as error:
+        raise FormatError(f"not a file of JSON that holds an object: {one_line(error)}") from error
 
 def shown(thing: object, limit: int = 80) -> str:
     """Something foreign (a key, a name, a value of a file) for a message: quoted, printable, on one line, short.
@@ -453,7 +465,7 @@ _TRANSFORMERS_KEYS = frozenset(
 )
 
 # Chosen by whoever loads a model. In a tower's file the classes of transformers alone would obey it.
-_NOT_STORED = {"attn_implementation", "_attn_implementation", "quantization_config"}
+_NOT_STORED = {"attn_implementation", "_attn_implementation", "experts_implementation", "quantization_config"}
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
@@ -541,6 +553,13 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         # transformers gives every config two labels; whether somebody gave these is not seen afterwards
         self.__dict__["_labels_given"] = any(kwargs.get(name) is not None for name in _LABELS)
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; `FolderError`, `FormatError` where the file is missing or damaged."""
+        with file_errors():
+            found, rest = super().get_config_dict(*args, **kwargs)
+            return dict(**found), rest
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -821,6 +840,7 @@ _SIZED = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand
 _LAZY = frozenset({torch.empty, torch.zeros})
 # Most of the calls that a constructor makes; the first one is `torch.no_grad`.
 _MAKE_NOTHING = frozenset("_set_grad_enabled dim size numel is_floating_point".split())
+_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**36
 # Results of fewer elements than this are measured after they were made, larger ones on the meta device before.
 _SMALL = 2**22
 _DRAWS = frozenset(
@@ -1034,6 +1054,8 @@ def within_budget(budget: Budget) -> Iterator[None]:
     if _ACTIVE.get() is not None:
         yield
         return
+    if not torch.empty(0).is_meta:  # what is initialised takes memory
+        budget.limits["reserved"] = min(budget.limits["reserved"], _MEMORY)
     with _construction(budget, skip=False):
         yield
 
@@ -3020,6 +3042,13 @@ class TimmTowerImageProcessor(BaseImageProcessor):
         return cls(**facts_of(*completed_preprocess(config)))
 
     @classmethod
+    def get_image_processor_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; `FolderError`, `FormatError` where the file is missing or damaged."""
+        with file_errors():
+            found, rest = super().get_image_processor_dict(*args, **kwargs)
+            return dict(**found), rest
+
+    @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers': keywords that are facts override the file's, others are what `pipeline` hands to everyone.
 
@@ -3525,7 +3554,7 @@ def fetch_pinned_trunk(source: TrunkSource, **access: Any) -> dict[str, torch.Te
                 f"could not be fetched: {error}"
             ) from error
         with open(path, "rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
+            actual = sha_fileobj(file).hex()
         if actual != digest:
             raise WeightsError(
                 f"{shown(name)} of {repo_id} at commit {commit} has SHA-256 {actual}, the head was published for "
@@ -3620,7 +3649,7 @@ def _put(module: nn.Module, values: dict[str, torch.Tensor], source: str) -> Non
     if not whole and all(_is_plain(part) for _, part in parts):
         for prefix, part in parts:
             for table in (part._parameters, part._buffers):
-                table.update({name: values[key] for name in table if (key := f"{prefix}.{name}") in values})  # type: ignore[arg-type]
+                table.update({name: values[key] for name in table if (key := f"{prefix}.{name}") in values})
         return
     module.load_state_dict(values, strict=False, assign=True)
     after = module.state_dict(keep_vars=True)
@@ -3751,13 +3780,13 @@ _ATTENTION = {"Attention", "AttentionRope", "EvaAttention", "RelPosAttention", "
 _NHWC_INSIDE = {"PyramidVisionTransformerV2", "VisionTransformerSAM", "VOLO"}
 
 def forward_hidden(
-    trunk: nn.Module, images: torch.Tensor, wanted: bool | int | Sequence[int]
+    trunk: nn.Module, images: Any, wanted: bool | int | Sequence[int]
 ) -> tuple[Any, tuple[torch.Tensor | None, ...]]:
     """Run a trunk and keep what its layers give.
 
     Args:
         trunk: The trunk.
-        images: `[B, in_chans, H, W]`.
+        images: `[B, in_chans, H, W]`, or a dict of patches.
         wanted: True for all; an index, or several: all other places of the tuple are None.
 
     Returns:
@@ -3784,7 +3813,9 @@ def forward_hidden(
     run: Any = trunk.forward_intermediates
     has_prefix = bool(getattr(trunk, "num_prefix_tokens", 0))
     has_prefix = has_prefix and "return_prefix_tokens" in inspect.signature(run).parameters
-    extra = {"return_prefix_tokens": True} if has_prefix else {}
+    extra: dict[str, Any] = {"return_prefix_tokens": True} if has_prefix else {}
+    if isinstance(images, dict):
+        extra["output_fmt"] = "NLC"  # patches of any aspect make no map
     hook = None if first is None else first.register_forward_pre_hook(take, with_kwargs=True)
     try:
         indices = sorted({max(place - stems, 0) for place in places})
@@ -3909,13 +3940,19 @@ class TimmTowerModelOutput(ModelOutput):
 
 def run_tower(
     model: Any,
-    images: torch.Tensor,
+    images: torch.Tensor | None,
     hidden: HiddenStates,
     attentions: bool | None,
     other_size: bool | None,
     pools: bool | None = True,
+    patches: tuple[Any, ...] = (),
 ) -> tuple[Any, Any, Any, Any]:
     """The trunk's features, the embedding, and hidden states and attention maps where asked for."""
+    if not isinstance(images, torch.Tensor) or any(each is not None for each in patches):
+        raise ArgumentError(
+            "expected images as pixel_values, a tensor, and nothing else; patches (patches, patch_coord, patch_valid) "
+            "are taken where hf_timm_tower is installed"
+        )
     trunk, images = model.trunk, prepared(model, images, other_size)
     hidden = model.config.output_hidden_states if hidden is None else hidden
     attentions = model.config.output_attentions if attentions is None else attentions
@@ -4170,6 +4207,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
     # --- steps that hf_timm_tower's own classes replace
 
     _make_code_head = staticmethod(make_code_head)
+    _run = run_tower
 
     @staticmethod
     def _build(config: TimmTowerConfig, with_classifier: bool, make_head: Any) -> Tower:
@@ -4559,12 +4597,15 @@ class TimmTowerModel(TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
 
     def forward(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
         output_hidden_states: HiddenStates = None,
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
         interpolate_pos_encoding: bool | None = None,
         do_pooling: bool | None = None,
+        patches: torch.Tensor | None = None,
+        patch_coord: torch.Tensor | None = None,
+        patch_valid: torch.Tensor | None = None,
     ) -> TimmTowerModelOutput | tuple[Any, ...]:
         """Run the tower.
 
@@ -4576,13 +4617,14 @@ class TimmTowerModel(TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
             interpolate_pos_encoding: True says that the images may have another size than `config.image_size`, which
                 the trunk must be able to take.
             do_pooling: False leaves the embedding out.
+            patches, patch_coord, patch_valid: In place of `pixel_values`, of `naflex`. By hf_timm_tower only.
 
         Raises:
             ConfigError: hidden states or attentions were asked for and timm does not give them.
             ArgumentError: an index of no hidden state, or images of a size that the trunk does not take.
         """
         wanted = (output_hidden_states, output_attentions, interpolate_pos_encoding, do_pooling)
-        output = TimmTowerModelOutput(*run_tower(self, pixel_values, *wanted))
+        output = TimmTowerModelOutput(*self._run(pixel_values, *wanted, patches=(patches, patch_coord, patch_valid)))
         return output if wants_dict(self, return_dict) else output.to_tuple()
 
 class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
@@ -4618,12 +4660,15 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
 
     def forward(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         output_hidden_states: HiddenStates = None,
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
         interpolate_pos_encoding: bool | None = None,
+        patches: torch.Tensor | None = None,
+        patch_coord: torch.Tensor | None = None,
+        patch_valid: torch.Tensor | None = None,
     ) -> ImageClassifierOutput | tuple[Any, ...]:
         """Run tower and classifier.
 
@@ -4635,13 +4680,14 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
             return_dict: As `TimmTowerModel.forward`.
             output_attentions: As `TimmTowerModel.forward`.
             interpolate_pos_encoding: As `TimmTowerModel.forward`.
+            patches, patch_coord, patch_valid: As `TimmTowerModel.forward`.
 
         Raises:
             HeadError: the embedding is not `[B, embed_dim]`.
             ConfigError, ArgumentError: as `TimmTowerModel.forward`.
         """
         wanted = (output_hidden_states, output_attentions, interpolate_pos_encoding)
-        _, embedding, states, maps = run_tower(self, pixel_values, *wanted)
+        _, embedding, states, maps = self._run(pixel_values, *wanted, patches=(patches, patch_coord, patch_valid))
         if not isinstance(embedding, torch.Tensor) or embedding.ndim != 2:
             found = tuple(embedding.shape) if isinstance(embedding, torch.Tensor) else type(embedding).__name__
             raise HeadError(f"a classifier needs an embedding [B, embed_dim], this tower gives {found}; choose a pool")

@@ -15,7 +15,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from .errors import ConfigError, FormatError, TowerError, one_line, shown
+from .errors import ConfigError, FormatError, TowerError, file_errors, one_line, shown
 from .freezing import check_frozen
 from .model_args import FROM_TRUNK, RECORDED, check_names, decode, encode, inner
 
@@ -55,7 +55,7 @@ _TRANSFORMERS_KEYS = frozenset(
 
 
 # Chosen by whoever loads a model. In a tower's file the classes of transformers alone would obey it.
-_NOT_STORED = {"attn_implementation", "_attn_implementation", "quantization_config"}
+_NOT_STORED = {"attn_implementation", "_attn_implementation", "experts_implementation", "quantization_config"}
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
@@ -144,6 +144,13 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         # transformers gives every config two labels; whether somebody gave these is not seen afterwards
         self.__dict__["_labels_given"] = any(kwargs.get(name) is not None for name in _LABELS)
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; `FolderError`, `FormatError` where the file is missing or damaged."""
+        with file_errors():
+            found, rest = super().get_config_dict(*args, **kwargs)
+            return dict(**found), rest
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -6,6 +6,8 @@ through `shown` alone.
 """
 
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _SHORT = reprlib.Repr()
 _MOST_LETTERS = 8000  # of an error; that of a head which cannot be stored gives a reason against every form
@@ -58,6 +60,17 @@ class WeightsError(TowerError, RuntimeError):
 
 class ExportError(TowerError, RuntimeError):
     """An exporter (ONNX, `torch.export`) cannot write the tower, or what it wrote gives another output."""
+
+
+@contextmanager
+def file_errors() -> Iterator[None]:
+    """Turn what transformers raises where a file of JSON is missing or holds no object into errors of ours."""
+    try:
+        yield
+    except OSError as error:
+        raise FolderError(one_line(error, 600)) from error
+    except (AttributeError, KeyError, RecursionError, TypeError, UnicodeDecodeError) as error:
+        raise FormatError(f"not a file of JSON that holds an object: {one_line(error)}") from error
 
 
 def shown(thing: object, limit: int = 80) -> str:

@@ -12,6 +12,7 @@ A config may come from anybody, so what it costs to build is counted while it is
 import copy
 import inspect
 import math
+import os
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -102,6 +103,7 @@ _SIZED = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand
 _LAZY = frozenset({torch.empty, torch.zeros})
 # Most of the calls that a constructor makes; the first one is `torch.no_grad`.
 _MAKE_NOTHING = frozenset("_set_grad_enabled dim size numel is_floating_point".split())
+_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**36
 # Results of fewer elements than this are measured after they were made, larger ones on the meta device before.
 _SMALL = 2**22
 _DRAWS = frozenset(
@@ -331,5 +333,7 @@ def within_budget(budget: Budget) -> Iterator[None]:
     if _ACTIVE.get() is not None:
         yield
         return
+    if not torch.empty(0).is_meta:  # what is initialised takes memory
+        budget.limits["reserved"] = min(budget.limits["reserved"], _MEMORY)
     with _construction(budget, skip=False):
         yield
