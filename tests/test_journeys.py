@@ -208,7 +208,7 @@ FLOORS = (
     ("proof",),
     ("save", "interop", "embedding"),
     ("hub_mixin",),
-    ("timm_model", "pretrained"),
+    ("timm_model", "pretrained", "patches"),
     ("modeling", "backbone"),
     ("encoder",),
     ("auto",),
