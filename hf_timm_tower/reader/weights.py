@@ -226,7 +226,7 @@ def assign_weights(
         allow_missing: Keys that may be missing: those stay what they are.
 
     Raises:
-        WeightsError: missing, unexpected or wrongly shaped keys, or tied keys that differ: one error that lists them.
+        WeightsError: lists keys that are missing, unexpected, of another shape, or tied and different.
     """
     state = module.state_dict(keep_vars=True)
     own_ties: dict[int, list[str]] = {}
