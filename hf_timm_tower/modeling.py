@@ -2,12 +2,15 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch.nn as nn
+from typing_extensions import Self
 
 from .encoder_config import as_part
+from .hub.trunk_source import refuse_as_part
 from .interop.faces import Labels, parts_of
+from .patches import TakesPatches
 from .pretrained import SavesTower
 from .reader import modeling as reader
 from .reader.forward import TimmTowerModelOutput
@@ -15,11 +18,12 @@ from .reader.forward import TimmTowerModelOutput
 __all__ = ["TimmTowerForImageClassification", "TimmTowerModel", "TimmTowerModelOutput"]
 
 
-class TimmTowerModel(SavesTower, reader.TimmTowerModel):  # type: ignore[no-untyped-call]
+class TimmTowerModel(SavesTower, TakesPatches, reader.TimmTowerModel):  # type: ignore[no-untyped-call]
     __doc__ = reader.TimmTowerModel.__doc__
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "config" and "trunk" in self._modules:
+        if name == "config" and "trunk" in self._modules:  # a model of several parts gives this one its own
+            refuse_as_part(value)
             value = as_part(value, int(self.trunk.num_features))  # type: ignore[arg-type]
         super().__setattr__(name, value)
 
@@ -54,7 +58,7 @@ class TimmTowerModel(SavesTower, reader.TimmTowerModel):  # type: ignore[no-unty
         return cls.from_tower(TimmModel.from_timm(source, **arguments))
 
 
-class TimmTowerForImageClassification(SavesTower, reader.TimmTowerForImageClassification):  # type: ignore[no-untyped-call]
+class TimmTowerForImageClassification(SavesTower, TakesPatches, reader.TimmTowerForImageClassification):  # type: ignore[no-untyped-call]
     __doc__ = reader.TimmTowerForImageClassification.__doc__
 
     @classmethod

@@ -2,18 +2,19 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from typing_extensions import Self
 
 from ..build import checked_arguments, head_fields
+from ..heads.registry import CustomHead
 from ..hub.download import Access
 from ..load import check_device
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ArgumentError, ConfigError
-from ..reader.head import CustomHead
 from ..reader.tower import HeadInput
 from ..reader.weights import floating_dtype
 from ..subclassing import OVERRIDABLE, overrides, rebuild

@@ -16,10 +16,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from typing_extensions import Self
 
 from ..files.disk import sync
 from ..files.json import write_json

@@ -586,7 +586,7 @@ def test_ours_stands_in_for_open_clip_s_own_class(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SMALLEST)
+@pytest.mark.parametrize("name", chosen_part(SMALLEST))
 def test_ours_stands_in_for_open_clip_s_own_class_in_its_configs(
     name: str, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
