@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_timm_tower import ArgumentError, TimmTowerConfig, TimmTowerForImageClassification
 from hf_timm_tower.reader.freezing import is_held
 from hf_timm_tower.training.layer_groups import layer_groups
-from hf_timm_tower.training.unfreeze_schedule import Stage, UnfreezeSchedule, parse_schedule
+from hf_timm_tower.training.unfreeze_schedule import UnfreezeSchedule, parse_schedule
 
 # An optimizer's state is a pickle, which transformers reads with a torch that has this mended (CVE-2025-32434).
 RESUMES = Version(torch.__version__) >= Version("2.6")
@@ -109,11 +109,11 @@ def groups_of(model: TimmTowerForImageClassification, opened: int) -> tuple[set[
 
 
 def test_a_schedule_is_read_from_text_and_from_a_mapping() -> None:
-    stages = (Stage(0, 0), Stage(2, 1), Stage(4, "layer2.0"), Stage(6, "all"))
+    stages = {0: 0, 2: 1, 4: "layer2.0", 6: "all"}
     assert parse_schedule("0:0, 2:1,4: layer2.0,6:all") == stages
-    assert parse_schedule({0: 0, 2: 1, 4: "layer2.0", 6: "all"}) == stages
+    assert parse_schedule(stages) == stages
     schedule = UnfreezeSchedule("0:0,2:1,4:all")
-    assert [schedule.stage_at(epoch).opens for epoch in range(6)] == [0, 0, 1, 1, "all", "all"]
+    assert [schedule.opens_at(epoch) for epoch in range(6)] == [0, 0, 1, 1, "all", "all"]
 
 
 @pytest.mark.parametrize(
