@@ -74,7 +74,9 @@ def test_mutated_repositories_load_or_are_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seeds", chosen_turn([range(first, first + 15) for first in range(1000, 1060, 15)], 4), ids=str)
+@pytest.mark.parametrize(
+    "seeds", chosen_turn([range(first, first + 15) for first in range(1000, 1060, 15)], 4), ids=str
+)
 def test_sixty_more_mutated_repositories_load_or_are_refused(
     seeds: range, client: HubWorker, good: tuple[dict[str, bytes], str], tmp_path: Path
 ) -> None:
