@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from .hub.reader_file import AUTO_MAP, write_reader
 from .hub.trunk_source import is_separable
 from .proof import bare_tower, form_of, prove, refuse_changing_hooks
 from .reader.config import FOR_TIMM, TimmTowerConfig
-from .reader.errors import WeightsError, shown
+from .reader.errors import WeightsError
 from .reader.graph_head import GraphHead
 from .reader.head import LIVE, SUBCLASS, builtin_head
 from .reader.skip_init import skip_init
@@ -167,13 +166,6 @@ def save_tower(
     Raises:
         TowerError: nothing was written: the folder cannot be written, or what was loaded back is not the same.
     """
-    if config.trunk_source is None and tower.config.trunk_source is not None:
-        warnings.warn(
-            f"the trunk of this tower is stored in {shown(tower.config.trunk_source.get('repo_id'))}; what is saved "
-            "here holds it whole (it was changed, cannot be compared now, or was asked for), and whoever publishes the "
-            "folder publishes the trunk.",
-            stacklevel=4,
-        )
     cards, with_reader = options.cards, options.include_code is not False
     cards = replace(cards, include_code=with_reader)
     with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):

@@ -132,7 +132,8 @@ def search(
         model = _tower_of(stored, tower, trust_remote_code, as_json)
         found = nearest(stored, embed_query(model, stored, image), k)
         if sheet is not None:
-            contact_sheet(image, [stored.image_path(name) for name, _ in found], sheet)
+            tiles = [(stored.image_path(name), f"{cosine:.4f} {os.path.basename(name)}") for name, cosine in found]
+            contact_sheet(image, tiles, sheet)
         if as_json:
             say({"image": image, "neighbours": [{"id": name, "cosine": cosine} for name, cosine in found]}, as_json)
         else:
@@ -143,8 +144,12 @@ def search(
 def serve(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Embeddings made by `embed`.")],
     tower: Annotated[str | None, typer.Option(help="Repository id or folder; by default that of the folder.")] = None,
-    images: Annotated[str | None, typer.Option(help="Folder of the images, where they have moved since.")] = None,
-    port: Annotated[int | None, typer.Option(help="By default the first free one from 7860 on.")] = None,
+    images: Annotated[
+        str | None, typer.Option(help="Folder of the images, where they have moved since, or for --space.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="By default the first free one from 7860 on.")
+    ] = None,
     space: Annotated[
         str | None, typer.Option(help="Push it with the images as a Space of this id instead, to be seen by others.")
     ] = None,

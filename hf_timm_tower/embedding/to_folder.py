@@ -14,7 +14,7 @@ of the source, one by one, and goes on behind them.
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,16 +87,17 @@ def embed_to_folder(
 
 @contextmanager
 def _opened_for_writing(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked_folder(folder, SECONDS_FOR_LOCK):
-            yield
-    except TimeoutError as error:
-        raise FolderError(f"{folder}: another process is writing embeddings into it") from error
-    except (FileExistsError, NotADirectoryError) as error:
-        raise FolderError(f"{folder} is a file: give a folder") from error
-    except PermissionError as error:
-        raise folder_error(f"{folder} cannot be written", error) from error
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked_folder(folder, SECONDS_FOR_LOCK))
+        except TimeoutError as error:
+            raise FolderError(f"{folder}: another process is writing embeddings into it") from error
+        except (FileExistsError, NotADirectoryError) as error:
+            raise FolderError(f"{folder} is a file: give a folder") from error
+        except OSError as error:
+            raise folder_error(f"{folder} cannot be written", error) from error
+        yield
 
 
 def _begin(plan: Plan, source: Source, folder: Path, rows_per_shard: int | None) -> tuple[dict[str, Any], list[Shard]]:
@@ -184,7 +185,8 @@ def _finish(folder: Path, manifest: dict[str, Any]) -> None:
     ]
     if lines:
         (folder / FAILURES_NAME).write_text("".join(lines), encoding="utf-8")
-    (folder / "README.md").write_text(_CARD, encoding="utf-8")
+    if not os.path.lexists(folder / "README.md"):  # what a person made of it stays
+        (folder / "README.md").write_text(_CARD, encoding="utf-8")
     covered = sum(shard.covered for shard in shards)
     manifest |= {"complete": True, "images": covered, "failures": len(failures)}
     sync(folder)

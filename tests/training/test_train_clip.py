@@ -16,6 +16,7 @@ from PIL import Image
 
 from ..hub_worker import ROOT, HubWorker
 from ..local_hub import LocalHub
+from ..timm_classes import chosen_turn
 
 SCRIPT = ROOT / "scripts" / "train_clip.py"
 LABELS = ["zero", "three", "seven"]
@@ -220,7 +221,7 @@ def share_read(place: str) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["clip", "siglip"])
+@pytest.mark.parametrize("loss", chosen_turn(["clip", "siglip"], 2))
 def test_two_processes_train_as_one(loss: str, tmp_path: Path) -> None:
     # A trunk without batch statistics, which are of a process's own images.
     arguments = ("--cpu", "--architecture", "test_vit3", "--loss", loss, "--epochs", "3", "--limit", "128")
