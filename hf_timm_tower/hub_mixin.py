@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
+from typing_extensions import Self
 
 from .build import Rates
 from .files.disk import scratch_folder

@@ -8,11 +8,12 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
 from transformers import PreTrainedModel
+from typing_extensions import Self
 
 from .build import build_for_transformers
 from .files.disk import scratch_folder
@@ -121,8 +122,7 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`, except that modules with frozen statistics stay in eval mode."""
         super().train(mode)
-        if mode:
-            warn_of_training(self.config, self.trunk)
+        warn_of_training(self.config, self.trunk)
         return self
 
     def _after_loading(self, loading: TowerLoading) -> None:

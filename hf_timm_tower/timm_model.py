@@ -2,11 +2,12 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import timm
 import torch
 import torch.nn as nn
+from typing_extensions import Self
 
 from .build import add_rates, build_parts, checked_arguments, head_fields
 from .embedding.mixin import EmbeddingMixin
@@ -386,8 +387,7 @@ class TimmModel(EmbeddingMixin, InterchangeMixin, TimmFace, TowerHubMixin):
         """As `nn.Module.train`, except that modules with frozen statistics stay in eval mode."""
         super().train(mode)
         keep_statistics(self)
-        if mode:
-            warn_of_training(self.config, self.trunk)
+        warn_of_training(self.config, self.trunk)
         return self
 
     def summary(self) -> str:

@@ -4,7 +4,7 @@ Loading a stored tower needs none of this: its config says it all (`reader/trunk
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -298,7 +298,7 @@ def check_rebuilt(trunk: nn.Module, config: TimmTowerConfig, *, with_classifier:
 def _otherwise(trunk: nn.Module, config: TimmTowerConfig) -> nn.Module | None:
     """The trunk that a config makes, where its weights have other names or shapes than those of this one."""
     again = create_trunk(config, initialise=False)
-    return None if shapes(trunk) == shapes(again) else again
+    return None if shapes_of(trunk.state_dict()) == shapes_of(again.state_dict()) else again
 
 
 def record_size(trunk: nn.Module, config: TimmTowerConfig, *, own_trunk: bool = False) -> TimmTowerConfig:
@@ -353,9 +353,9 @@ def _changed(config: TimmTowerConfig, trunk: nn.Module, again: nn.Module) -> Con
     return ConfigError(f"the trunk {config.architecture} cannot be built again as it is: {what_changed(trunk, again)}")
 
 
-def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Key of the state dict -> shape."""
-    return {key: tuple(value.shape) for key, value in module.state_dict().items()}
+def shapes_of(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """Key -> shape."""
+    return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
 
 def preprocess_from_timm(pretrained_cfg: dict[str, Any], in_chans: int) -> dict[str, Any]:

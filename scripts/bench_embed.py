@@ -1,22 +1,27 @@
 """How fast images become embeddings, beside the peers and what the CPU can do at all.
 
 Every measurement is a fresh process on the same JPEG files and the same weights; the clock starts when imports are done
-and the model is loaded, and stops when all embeddings are there. Ways are interleaved; the table gives medians. The
-embeddings of all ways are compared.
+and the model is loaded, and stops when all embeddings are there. Ways are interleaved. The embeddings of all ways are
+compared. On stdout comes one table in Markdown: medians, from the least to the most, and the part of the limit.
 
-    python scripts/bench_embed.py [--models mobilenetv3_small_100 ...] [--images 512] [--repeat 3] [--ways ...]
+    python scripts/bench_embed.py [--models mobilenetv3_small_100 ...] [--seconds 5] [--repeat 2] [--ways ...]
 
 The rows:
 
 - `limit`: cores / (seconds to decode and prepare an image + seconds of the model for an image, on one thread): no
   program that does both on these cores is faster. By CPU time, so that it holds on a busy machine too;
-- `ours`: `tower.embed(paths)`; `ours, one process`: with `num_workers=0`;
+- `ours`: `tower.embed(paths)`; `ours, one process`: with `num_workers=0`, which has one thread;
 - `loop, N workers`: a `DataLoader` around a dataset of files, as open_clip's README has it, in batches of 32;
 - `timm, N workers`: `timm.data.create_loader`, as timm's own `inference.py`;
 - `pipeline, N`: transformers' `pipeline("image-feature-extraction")` with `batch_size=N`;
-- `sentence-transformers` and `sentence-transformers, pool`: `encode`, in one process, and in one for each core.
+- `sentence-transformers` and `sentence-transformers, pool`: `encode`, in one process, and in one for each core, there
+  with one thread each (`OMP_NUM_THREADS=1`, without which they fight for the cores);
+- `Ray`: `embedding.ray.embed_dataset` with an actor for each core, in a cluster on this machine. Its actors start
+  within the call, so the same images are given three times, and the clock starts with the second third.
 
-`CPU ms` is the processor time of an image, of all processes; the wall clock of a busy machine says little.
+There are as many images as the limit does in `--seconds`, so that a slow model takes no longer than a fast one; with
+the defaults a quarter of an hour in all. `CPU ms` is the processor time of an image, of all processes; the wall clock
+of a busy machine says little.
 """
 
 import argparse
@@ -43,7 +48,7 @@ from hf_timm_tower import TimmModel
 MODELS = ("mobilenetv3_small_100", "resnet18", "vit_small_patch16_224")
 WAYS = (
     "ours", "ours, one process", "loop, 0 workers", "loop, 1 worker", "loop, 2 workers", "timm, 2 workers",
-    "pipeline, 1", "pipeline, 32", "sentence-transformers", "sentence-transformers, pool",
+    "pipeline, 1", "pipeline, 32", "sentence-transformers", "sentence-transformers, pool", "Ray",
 )  # fmt: skip
 BATCH = 32
 # Other kernels than timm's plain forward may give other last bits.
@@ -91,9 +96,28 @@ def batches_through(tower: TimmModel, batches: Iterator[torch.Tensor]) -> torch.
         return torch.cat([tower(batch) for batch in batches])
 
 
+def through_ray(folder: Path, paths: list[str]) -> Iterator[torch.Tensor]:
+    """The embeddings of the images, three times."""
+    import ray
+
+    from hf_timm_tower.embedding.ray import embed_dataset
+
+    actors = len(os.sched_getaffinity(0))
+    # Ray counts cores, it does not bind to them: one beside the actors for what feeds them
+    ray.init(num_cpus=actors + 1, include_dashboard=False, log_to_driver=False, logging_level="error")
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    images = ray.data.from_items([{"id": row, "path": path} for row, path in enumerate(3 * paths)])
+    embedded = embed_dataset(images.repartition(3 * actors), str(folder), actors=actors)
+    for batch in embedded.iter_batches(batch_size=BATCH, prefetch_batches=0):
+        yield torch.from_numpy(np.stack(batch["embedding"]))
+
+
 def make_way(way: str, folder: Path, paths: list[str]) -> Callable[[], Any]:
     """Load what a way needs; what is timed is the call of the result."""
     name, _, detail = way.partition(", ")
+    if name == "Ray":
+        return lambda: through_ray(folder, paths)
     if name == "pipeline":
         from transformers import pipeline
 
@@ -136,15 +160,23 @@ def measure(way: str, folder: Path, paths: list[str]) -> dict[str, Any]:
     """One way, in this process."""
     run = make_way(way, folder, paths)
     before, start = cpu_seconds(), time.perf_counter()
-    made = torch.as_tensor(np.asarray(run()))
+    made, skipped = run(), 0
+    if isinstance(made, Iterator):
+        parts = []
+        for part in made:
+            parts.append(part)
+            if not skipped and sum(map(len, parts)) >= len(paths):
+                skipped, start = sum(map(len, parts)), time.perf_counter()
+        made = torch.cat(parts)
+    made = torch.as_tensor(np.asarray(made))
     seconds = time.perf_counter() - start
-    # sentence-transformers' processes live on: their time is not known
-    cpu = None if "pool" in way else cpu_seconds() - before
+    # the processes of these live on: their time is not known
+    cpu = None if way == "Ray" or "pool" in way else cpu_seconds() - before
+    first = made[: len(paths)]
     return {
-        "seconds": seconds,
-        "cpu": cpu,
-        "rows": made.shape[0],
-        "head": made[:: max(1, len(made) // 8), :16].tolist(),
+        "rate": (len(made) - skipped) / seconds,
+        "cpu": None if cpu is None else cpu / len(made),
+        "head": first[:: max(1, len(first) // 8), :16].tolist(),
     }
 
 
@@ -170,48 +202,67 @@ def limit(folder: Path, paths: list[str]) -> tuple[float, float]:
 def child(way: str, folder: Path, images: Path) -> Any:
     """The same in a fresh process."""
     command = [sys.executable, __file__, f"--child={way}", "--folder", str(folder), "--photographs", str(images)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    threads = {"OMP_NUM_THREADS": "1"} if "pool" in way else {}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **threads})
     if done.returncode:
         raise SystemExit(f"{way} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(name: str, images: Path, ways: list[str], repeat: int) -> None:
-    """Measure all ways with one model and print its table."""
+def compare(name: str, ways: list[str], repeat: int, seconds: float) -> dict[str, Any]:
+    """Measure all ways with one model: way -> its runs, and `limit` -> seconds to prepare and of the model."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch, "tower")
+        folder, few, images = (Path(scratch, part) for part in ("tower", "few", "images"))
         prepare(name, folder)
-        runs: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
-        prepared, modelled = child("limit", folder, images)
+        photographs(few, BATCH)
+        costs = child("limit", folder, few)
+        count = round(seconds * len(os.sched_getaffinity(0)) / sum(costs) / BATCH) * BATCH
+        photographs(images, max(count, 2 * BATCH))
+        found: dict[str, Any] = {"limit": costs, **{way: [] for way in ways}}
         for _ in range(repeat):
             for way in ways:
-                runs[way].append(child(way, folder, images))
-                print(f"{name}, {way}: {runs[way][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
-    cores = len(os.sched_getaffinity(0))
-    most = cores / (prepared + modelled)
-    print(f"\n{name}: {1e3 * prepared:.1f} ms to decode and prepare, {1e3 * modelled:.1f} ms of the model\n")
-    print("| way | images/s (min - max) | of the limit | CPU ms |\n|---|---|---|---|")
-    print(f"| limit | {most:.0f} | 1.00 | {1e3 * (prepared + modelled):.1f} |")
-    expected = torch.tensor(runs[ways[0]][0]["head"])
+                found[way].append(child(way, folder, images))
+                print(f"{name}, {way}: {found[way][-1]['rate']:.1f} images/s", file=sys.stderr, flush=True)
+    expected = torch.tensor(found[ways[0]][0]["head"])
     for way in ways:
-        found = torch.tensor(runs[way][0]["head"])
-        if found.shape != expected.shape or (found - expected).abs().max() > TOLERANCE * expected.abs().max():
-            print(f"({way} gives other embeddings: {(found - expected).abs().max():.2g})")
-        rates = [run["rows"] / run["seconds"] for run in runs[way]]
-        costs = [1e3 * run["cpu"] / run["rows"] for run in runs[way] if run["cpu"] is not None]
-        cpu = f"{statistics.median(costs):.1f}" if costs else ""
-        middle = statistics.median(rates)
-        print(
-            f"| {way} | {middle:.0f} ({min(rates):.0f} - {max(rates):.0f}) | {middle / most:.2f} | {cpu} |", flush=True
-        )
+        head = torch.tensor(found[way][0]["head"])
+        if head.shape != expected.shape or (head - expected).abs().max() > TOLERANCE * expected.abs().max():
+            print(f"{name}: {way} gives other embeddings: {(head - expected).abs().max():.2g}", file=sys.stderr)
+    return found
+
+
+def table(found: dict[str, dict[str, Any]], ways: list[str]) -> str:
+    """Model -> what `compare` gives, as one table in Markdown."""
+    cores = len(os.sched_getaffinity(0))
+    lines = ["| | " + " | | | ".join(found) + " | | |", "|---" * (1 + 3 * len(found)) + "|"]
+    lines.append("| **way** |" + " **images/s** | **of the limit** | **CPU ms** |" * len(found))
+    limits = {name: cores / sum(runs["limit"]) for name, runs in found.items()}
+    cells = [f"{limits[name]:.1f} | 1.00 | {1e3 * sum(runs['limit']):.1f}" for name, runs in found.items()]
+    lines.append(f"| limit | {' | '.join(cells)} |")
+    for way in ways:
+        cells = []
+        for name, runs in found.items():
+            rates = [run["rate"] for run in runs[way]]
+            costs = [1e3 * run["cpu"] for run in runs[way] if run["cpu"] is not None]
+            middle = statistics.median(rates)
+            cells.append(f"{middle:.1f} ({min(rates):.1f} - {max(rates):.1f}) | {middle / limits[name]:.2f} | ")
+            cells[-1] += f"{statistics.median(costs):.1f}" if costs else ""
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    for name, runs in found.items():
+        prepared, modelled = (1e3 * cost for cost in runs["limit"])
+        lines.append(f"\n{name}: {prepared:.1f} ms to decode and prepare an image, {modelled:.1f} ms of the model.")
+        if "ours" in runs:
+            hours = 1e9 * cores / statistics.median(run["rate"] for run in runs["ours"]) / 3600
+            lines[-1] += f" A billion images take {hours:,.0f} hours of a core."
+    return "\n".join(lines)
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--images", type=int, default=512)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=5, help="of the limit, which says how many images there are")
+    parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--child", choices=(*WAYS, "limit"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -223,13 +274,12 @@ def main() -> None:
         act = limit if args.child == "limit" else lambda *rest: measure(args.child, *rest)
         print(json.dumps(act(args.folder, paths)))
         return
-    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
-    print(f"torch {torch.__version__}, timm {timm.__version__}; {cores} cores, load {load:.1f}; {args.images} images")
-    with tempfile.TemporaryDirectory() as scratch:
-        images = Path(scratch, "photographs")
-        photographs(images, args.images)
-        for name in args.models:
-            compare(name, images, args.ways, args.repeat)
+    began, load = time.monotonic(), os.getloadavg()[0]
+    found = {name: compare(name, args.ways, args.repeat, args.seconds) for name in args.models}
+    print(table(found, args.ways))
+    cores, minutes = len(os.sched_getaffinity(0)), (time.monotonic() - began) / 60
+    print(f"\n{cores} cores, torch {torch.__version__}, timm {timm.__version__}; {args.repeat} runs, {minutes:.0f} min")
+    print(f"Load of the machine: {load:.1f} at the start, {os.getloadavg()[0]:.1f} at the end.")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
     python scripts/trial_embed.py [--images 100000] [--kills 5] [--folder /tmp/trial]
 
 Makes small JPEG files and a tower, embeds them once without a disturbance, and once with `kill -9` of the whole process
-group, by turns after `kill -9` of one replica, at random moments. Then both folders are compared. Every second the
-memory of all processes of the command is added up (PSS: a page that several share counts once). Linux only.
+group at random moments, by turns after `kill -9` of one replica, which the command has to survive; in the last run a
+replica is killed, and the command comes to its end. Then both folders are compared. Twice a second the memory of all
+processes of the command is added up (PSS: a page that several share counts once); a peak in between is not seen.
+Linux only.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -27,6 +30,7 @@ from hf_timm_tower import TimmModel
 from hf_timm_tower.embedding.stored import StoredEmbeddings
 
 PER_FOLDER = 5000
+MEMORY_GIB = 1.5
 
 
 def make_images(folder: Path, count: int) -> None:
@@ -43,11 +47,10 @@ def make_images(folder: Path, count: int) -> None:
 def memory_of(pid: int) -> int:
     """PSS of a process and all below it, in bytes."""
     total = 0
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
-            total += process.memory_full_info().pss
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        pass
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # it has just ended
+                total += process.memory_full_info().pss
     return total
 
 
@@ -73,26 +76,41 @@ def shards_in(folder: Path) -> int:
     return len(list(folder.glob("embeddings-*.parquet"))) if folder.exists() else 0
 
 
+def kill_replica(process: subprocess.Popen[bytes]) -> None:
+    """Kill one of the command's processes; it must go on, or be at its end already.
+
+    Raises:
+        SystemExit: it has failed.
+    """
+    os.kill(psutil.Process(process.pid).children()[0].pid, signal.SIGKILL)
+    time.sleep(2)
+    if process.poll():
+        raise SystemExit(f"the command ended with {process.returncode} after one replica was killed")
+
+
 def run_disturbed(images: Path, out: Path, tower: Path, rows: int, kills: int, shards: int) -> int:
     """Kill the command that many times, then let it end; the most memory that was seen."""
     draw, most = random.Random(0), 0
     for number in range(kills):
         process = start(images, out, tower, rows)
-        goal = shards_in(out) + draw.randint(0, shards // kills)  # 0: before it has done anything
+        goal = shards_in(out) + draw.randint(
+            number % 2, max(1, shards // (2 * kills))
+        )  # 0: before it has done anything
         most = max(most, watch(process, lambda goal=goal: shards_in(out) >= goal))
         time.sleep(draw.uniform(0, 2))
         if process.poll() is not None:
-            print(f"kill {number + 1}: the command had ended")
-            break
-        replicas = psutil.Process(process.pid).children()
-        if number % 2 and replicas:
-            os.kill(replicas[0].pid, signal.SIGKILL)
-            time.sleep(draw.uniform(0, 5))
+            raise SystemExit(f"kill {number + 1}: the command had ended already: more images, or fewer kills")
+        if number % 2:
+            kill_replica(process)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        which = " (a replica before)" if number % 2 and replicas else ""
-        print(f"kill {number + 1}{which}: {shards_in(out)} of {shards} shards were there", flush=True)
-    process = start(images, out, tower, rows)
+        before = " (a replica before)" if number % 2 else ""
+        print(f"kill {number + 1}{before}: {shards_in(out)} of {shards} shards were there", flush=True)
+    process, goal = start(images, out, tower, rows), shards_in(out) + 1
+    most = max(most, watch(process, lambda: shards_in(out) >= goal))
+    if process.poll() is None:
+        kill_replica(process)
+        print("one replica of the last run killed", flush=True)
     most = max(most, watch(process))
     if process.returncode:
         raise SystemExit(f"the command ended with {process.returncode}")
@@ -133,6 +151,7 @@ def main() -> None:
             "complete": whole.complete and killed.complete,
             "each image once, in order": ids == ids_again == expected,
             "the same bits": torch.equal(rows, rows_again),
+            f"within {MEMORY_GIB} GiB": most < MEMORY_GIB * 2**30,
         }
         for name, holds in checks.items():
             print(f"{name}: {'yes' if holds else 'NO'}")

@@ -113,7 +113,7 @@ def _run(box: Path, call: tuple[str, str, tuple[Any, ...], dict[str, Any]]) -> N
     except Exception as error:
         cause = f"\n(raised from {type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ else ""
         error.__cause__ = error.__context__ = None
-        if cause:
+        if cause and hasattr(error, "add_note"):  # from Python 3.11 on
             error.add_note(cause)
         outcome = ("raised", error)
     try:

@@ -14,12 +14,12 @@ ERROR, INCOMPLETE, STOPPED = 1, 3, 130
 
 @contextlib.contextmanager
 def command(as_json: bool) -> Iterator[None]:
-    """Run a command: this package's errors become one line on stderr, and on stdout under `--json`."""
+    """Run a command: errors of this package and of files become one line on stderr, and on stdout under `--json`."""
     try:
         yield
     except KeyboardInterrupt:
         fail("stopped", as_json, STOPPED)
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         fail(str(error), as_json)
     except Exception as error:
         from ..reader.errors import TowerError  # light, but only where it is needed

@@ -102,15 +102,18 @@ class Embedder:
 
         An image that cannot be decoded is one more failure.
         """
-        first, items = task
+        # all of it on one thread: a copy by several wakes threads that then spin beside the decoder
+        with one_thread(torch.device("cpu")):
+            return self._prepare(*task)
+
+    def _prepare(self, first: int, items: Sequence[tuple[str, Any]]) -> tuple[torch.Tensor, Block]:
         size, pixels = self.outputs.batch_size, None
         good, failures = [], []
         if len(items) > size:
             raise ArgumentError(f"{len(items)} images, but a batch has {size}")
         for place, (name, image) in enumerate(items):
             try:
-                with one_thread(torch.device("cpu")):
-                    made = self.preparer(image)
+                made = self.preparer(image)
             except Exception as error:  # whatever a decoder raises for a damaged file costs this file only
                 failures.append(Failure(first + place, name, reason_of(error)))
                 continue

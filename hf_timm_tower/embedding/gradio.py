@@ -24,8 +24,11 @@ LOOPBACK = "127.0.0.1"
 def make_app(shown: ShownSet) -> gr.Blocks:
     """The app as gradio's blocks; `launch` it yourself on a Space, `serve` does it on this machine."""
     methods = ["pca", *(["umap"] if importlib.util.find_spec("umap") else [])]
-    with gr.Blocks(title="hf-timm-tower", analytics_enabled=False) as app:
-        name = shown.stored.manifest["tower"].get("loaded_from") or shown.tower.config.architecture
+    origin = shown.stored.manifest["tower"]
+    name = origin.get("loaded_from") or shown.tower.config.architecture
+    if not origin.get("commit"):
+        name = os.path.basename(name)  # a folder's
+    with gr.Blocks(title="hf-timm-tower", analytics_enabled=False, fill_width=True) as app:
         gr.Markdown(f"{len(shown):,} images by `{str(name).replace('`', '')}`")
         with gr.Tab("Neighbours"):
             _neighbours_tab(shown)
@@ -102,7 +105,7 @@ def _map_tab(shown: ShownSet, methods: list[str]) -> None:
         method: Any = gr.Radio(methods, value=methods[0], label="Method")
         draw = gr.Button("Draw the map", elem_id="draw")
     with gr.Row():
-        picture = _picture("Click on it", "map")
+        picture = _picture("Every image; click on one", "map")
         found = _gallery("The image there, and its neighbours", "there", columns=3)
 
     def pick(way: Any, event: gr.SelectData) -> Any:
@@ -130,7 +133,12 @@ def _drop(name: str) -> gr.Image:
 
 
 def _picture(label: str, name: str) -> gr.Image:
-    return gr.Image(label=label, interactive=False, elem_id=name, buttons=["fullscreen"], format="png")
+    """With its label above, where gradio would lay it over the picture."""
+    with gr.Column():
+        gr.Markdown(f"**{label}**")
+        return gr.Image(
+            label=label, show_label=False, interactive=False, elem_id=name, buttons=["fullscreen"], format="png"
+        )
 
 
 def _gallery(label: str, name: str, columns: int = 6) -> gr.Gallery:

@@ -38,6 +38,9 @@ def describe(tower: Any, outputs: Outputs, rows_per_shard: int, source: dict[str
     """
     config = tower.config
     block, size = completed_preprocess(config)
+    origin = dict(getattr(tower, "_origin", None) or {"loaded_from": None, "commit": None})
+    if origin["loaded_from"] and os.path.isdir(origin["loaded_from"]):
+        origin["loaded_from"] = os.path.abspath(origin["loaded_from"])  # it is loaded again from other folders
     values = probe_values(tower, outputs)
     return {
         "manifest_version": MANIFEST_VERSION,
@@ -46,7 +49,7 @@ def describe(tower: Any, outputs: Outputs, rows_per_shard: int, source: dict[str
             "architecture": config.architecture,
             "embed_dim": config.embed_dim,
             "fingerprint": _digest_of_json(tower._fingerprint),
-            **(getattr(tower, "_origin", None) or {"loaded_from": None, "commit": None}),
+            **origin,
         },
         "weights": weight_digests(tower),
         "outputs": {path: _digest(tensor) for path, tensor in values.items()},

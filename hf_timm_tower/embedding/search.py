@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from ..reader.errors import ArgumentError
+from ..reader.errors import ArgumentError, shown
 from .embed import embed
 from .engine import Plan
 from .manifest import check_same, describe, outputs_of
@@ -16,7 +16,7 @@ from .open_image import read_image
 from .sources import open_source
 from .stored import StoredEmbeddings
 
-_TILE, _GAP = 192, 8
+_TILE, _GAP, _CAPTION = 192, 8, 20
 
 
 def embed_query(tower: Any, stored: StoredEmbeddings, image: Any) -> torch.Tensor:
@@ -24,9 +24,17 @@ def embed_query(tower: Any, stored: StoredEmbeddings, image: Any) -> torch.Tenso
 
     Raises:
         FolderError: the folder was made by another tower.
-        ArgumentError: the image cannot be used.
+        ArgumentError: the image cannot be used, or it is a folder.
     """
-    found = embed(plan_of(tower, stored), open_source(image), errors="raise", progress=False)
+    return query_vector(plan_of(tower, stored), stored, image)
+
+
+def query_vector(plan: Plan, stored: StoredEmbeddings, image: Any) -> torch.Tensor:
+    """As `embed_query`, where the plan is there already."""
+    source = open_source(image)
+    if source.length != 1:
+        raise ArgumentError(f"{shown(str(image))}: a {source.kind}, expected one image")
+    found = embed(plan, source, errors="raise", progress=False)
     vector: torch.Tensor = found[stored.first_column] if isinstance(found, dict) else found
     return vector[0]
 
@@ -64,17 +72,36 @@ def nearest(stored: StoredEmbeddings, query: torch.Tensor, k: int) -> list[tuple
     return best
 
 
-def contact_sheet(query: str | os.PathLike[str], paths: Sequence[str], out: str | os.PathLike[str]) -> None:
-    """Write one picture: the query first, then the others, in rows of six; what cannot be opened is left grey."""
-    tiles = [query, *paths]
+def contact_sheet(
+    query: str | os.PathLike[str], neighbours: Sequence[tuple[str | os.PathLike[str], str]], out: str | os.PathLike[str]
+) -> None:
+    """Write one picture: the query, framed, then its neighbours, in rows of six; what cannot be opened is left grey.
+
+    Args:
+        query: Its file.
+        neighbours: File and caption of each.
+        out: Where to.
+
+    Raises:
+        ArgumentError: `out` has no extension of a picture.
+    """
+    tiles = [(query, "query"), *neighbours]
     columns = min(len(tiles), 6)
     rows = -(-len(tiles) // columns)
-    step = _TILE + _GAP
-    sheet = Image.new("RGB", (columns * step + _GAP, rows * step + _GAP), "white")
-    for place, path in enumerate(tiles):
-        corner = (_GAP + place % columns * step, _GAP + place // columns * step)
-        sheet.paste(tile(path), corner)
-    sheet.save(out)
+    step, high = _TILE + _GAP, _TILE + _CAPTION + _GAP
+    sheet = Image.new("RGB", (columns * step + _GAP, rows * high + _GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for place, (path, caption) in enumerate(tiles):
+        left, top = _GAP + place % columns * step, _GAP + place // columns * high
+        sheet.paste(tile(path), (left, top))
+        while font.getlength(caption) > _TILE:
+            caption = f"{caption.removesuffix('…')[:-1]}…"
+        draw.text((left, top + _TILE + 2), caption, "black", font)
+    draw.rectangle((_GAP // 2, _GAP // 2, _GAP + _TILE + 3, _GAP + _TILE + 3), outline="black", width=2)
+    try:
+        sheet.save(out)
+    except ValueError as error:
+        raise ArgumentError(f"{out}: {error}; give a .png or .jpg") from error
 
 
 def tile(path: str | os.PathLike[str]) -> Image.Image:

@@ -7,11 +7,9 @@ import torch
 from PIL import Image
 
 from ..reader.errors import ArgumentError, shown
-from .embed import embed
 from .explore import Method, near_duplicates, outliers, pixels_of, plane, plane_picture
 from .neighbours import ExactIndex
-from .search import plan_of, tile
-from .sources import open_source
+from .search import plan_of, query_vector, tile
 from .stored import StoredEmbeddings
 
 _TILES = 300
@@ -65,9 +63,7 @@ class ShownSet:
 
     def neighbours(self, image: Image.Image, k: int) -> Captioned:
         """The images nearest to one that need not be in the set, each with its cosine and id."""
-        found = embed(self._plan, open_source(image), errors="raise", progress=False)
-        vector = found[self.stored.first_column] if isinstance(found, dict) else found
-        return self._found(vector, k)
+        return self._found(query_vector(self._plan, self.stored, image)[None], k)
 
     def neighbours_of(self, row: int, k: int) -> Captioned:
         """The images nearest to one of the set, itself first."""

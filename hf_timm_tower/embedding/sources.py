@@ -84,13 +84,14 @@ def _listed(images: Any) -> Source:
 
 
 def _source_of_path(path: str) -> Source:
+    place = printable(os.path.abspath(path))  # it is looked for again from other folders
     if os.path.isdir(path):
-        return Source(lambda: files_of_folder(path), None, "folder", printable(path))
+        return Source(lambda: files_of_folder(path), None, "folder", place)
     if not os.path.lexists(path):
         raise FolderError(f"{shown(path)}: no such file or folder")
     if path.endswith(".tar"):
-        return Source(lambda: members_of_tar(path), None, "webdataset shard", printable(path))
-    return Source(lambda: _pairs([path], None), 1, "file", printable(path))
+        return Source(lambda: members_of_tar(path), None, "webdataset shard", place)
+    return Source(lambda: _pairs([path], None), 1, "file", place)
 
 
 def _pairs(rows: Iterable[Any], column: str | None) -> Iterator[tuple[str, Any]]:

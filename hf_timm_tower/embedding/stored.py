@@ -96,6 +96,25 @@ class StoredEmbeddings:
         except OSError as error:
             raise folder_error(f"{place} cannot be written", error) from error
 
+    def save_lance(self, path: str | os.PathLike[str], column: str | None = None) -> None:
+        """Ids and one column as a Lance dataset, by LanceDB's writer: `DIR/photos.lance` is table `photos` of `DIR`.
+
+        A row of several dimensions is one list; its shape is in the manifest, which is in the schema's metadata as
+        `hf_timm_tower`. The table gets its first or next version by one commit of Lance's: after a kill it is what it
+        was before, and the same call writes it; no image runs again.
+
+        Args:
+            path: Ends in `.lance`.
+            column: None is `first_column`.
+
+        Raises:
+            ArgumentError: the name ends otherwise, or nothing is stored yet.
+            ImportError: lancedb is missing.
+        """
+        from .lancedb import write_table
+
+        write_table(self, path, self.first_column if column is None else self._checked(column))
+
     @property
     def first_column(self) -> str:
         """`embedding` where there is one, else the first."""

@@ -14,7 +14,7 @@ of the source, one by one, and goes on behind them.
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,16 +87,17 @@ def embed_to_folder(
 
 @contextmanager
 def _opened_for_writing(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked_folder(folder, SECONDS_FOR_LOCK):
-            yield
-    except TimeoutError as error:
-        raise FolderError(f"{folder}: another process is writing embeddings into it") from error
-    except (FileExistsError, NotADirectoryError) as error:
-        raise FolderError(f"{folder} is a file: give a folder") from error
-    except PermissionError as error:
-        raise folder_error(f"{folder} cannot be written", error) from error
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked_folder(folder, SECONDS_FOR_LOCK))
+        except TimeoutError as error:
+            raise FolderError(f"{folder}: another process is writing embeddings into it") from error
+        except (FileExistsError, NotADirectoryError) as error:
+            raise FolderError(f"{folder} is a file: give a folder") from error
+        except OSError as error:
+            raise folder_error(f"{folder} cannot be written", error) from error
+        yield
 
 
 def _begin(plan: Plan, source: Source, folder: Path, rows_per_shard: int | None) -> tuple[dict[str, Any], list[Shard]]:

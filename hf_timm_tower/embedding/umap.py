@@ -7,5 +7,7 @@ import umap
 def umap_plane(rows: torch.Tensor) -> torch.Tensor:
     """Rows `[N, D]` -> points `[N, 2]`, the same in every run."""
     near = min(15, max(2, len(rows) - 1))
-    made = umap.UMAP(n_components=2, metric="cosine", n_neighbors=near, random_state=0).fit_transform(rows.numpy())
+    made = umap.UMAP(n_components=2, metric="cosine", n_neighbors=near, random_state=0, n_jobs=1).fit_transform(
+        rows.numpy()
+    )
     return torch.from_numpy(made).float()

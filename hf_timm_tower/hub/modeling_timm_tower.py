@@ -20,6 +20,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils.sha import sha_fileobj
 import inspect
 from io import BytesIO
 from itertools import groupby
@@ -76,7 +77,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.generic import ModelOutput
 from transformers.utils.hub import cached_file
 from transformers.utils.loading_report import LoadStateDictInfo
-from typing import Any, ClassVar, Literal, Self, TypedDict
+from typing import Any, ClassVar, Literal, TypedDict
+from typing_extensions import Self
 from urllib.request import Request, urlopen
 import warnings
 import weakref
@@ -157,10 +159,12 @@ class ExportError(TowerError, RuntimeError):
 
 
 @contextmanager
-def damaged_file() -> Iterator[None]:
-    """Turn what transformers raises when it reads a file of JSON that is none, or no object, into a `FormatError`."""
+def file_errors() -> Iterator[None]:
+    """Turn what transformers raises where a file of JSON is missing or holds no object into errors of ours."""
     try:
         yield
+    except OSError as error:
+        raise FolderError(one_line(error, 600)) from error
     except (AttributeError, KeyError, RecursionError, TypeError, UnicodeDecodeError) as error:
         raise FormatError(f"not a file of JSON that holds an object: {one_line(error)}") from error
 
@@ -628,9 +632,10 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; `FormatError` where the file is damaged."""
-        with damaged_file():
-            return super().get_config_dict(*args, **kwargs)
+        """As transformers'; `FolderError`, `FormatError` where the file is missing or damaged."""
+        with file_errors():
+            found, rest = super().get_config_dict(*args, **kwargs)
+            return dict(**found), rest
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -1138,14 +1143,11 @@ def skip_init(budget: Budget | None = None) -> Iterator[None]:
 
 @contextmanager
 def within_budget(budget: Budget) -> Iterator[None]:
-    """Initialise as usual, but count, as in `skip_init`; nothing where one around it counts already.
-
-    What is initialised takes memory: no more is reserved than the machine has.
-    """
+    """Initialise as usual, but count, as in `skip_init`; nothing where one around it counts already."""
     if _ACTIVE.get() is not None:
         yield
         return
-    if not torch.empty(0).is_meta:
+    if not torch.empty(0).is_meta:  # what is initialised takes memory
         budget.limits["reserved"] = min(budget.limits["reserved"], _MEMORY)
     with _construction(budget, skip=False):
         yield
@@ -3356,8 +3358,8 @@ class TimmTowerImageProcessor(BaseImageProcessor):
 
     @classmethod
     def get_image_processor_dict(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; `FormatError` where the file is damaged."""
-        with damaged_file():
+        """As transformers'; `FolderError`, `FormatError` where the file is missing or damaged."""
+        with file_errors():
             found, rest = super().get_image_processor_dict(*args, **kwargs)
             return dict(**found), rest
 
@@ -3922,7 +3924,7 @@ def fetch_pinned_trunk(source: TrunkSource, **access: Any) -> dict[str, torch.Te
                 f"could not be fetched: {error}"
             ) from error
         with open(path, "rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
+            actual = sha_fileobj(file).hex()
         if actual != digest:
             raise WeightsError(
                 f"{shown(name)} of {repo_id} at commit {commit} has SHA-256 {actual}, the head was published for "
@@ -4133,13 +4135,13 @@ _NHWC_INSIDE = {"PyramidVisionTransformerV2", "VisionTransformerSAM", "VOLO"}
 
 
 def forward_hidden(
-    trunk: nn.Module, images: torch.Tensor, wanted: bool | int | Sequence[int]
+    trunk: nn.Module, images: Any, wanted: bool | int | Sequence[int]
 ) -> tuple[Any, tuple[torch.Tensor | None, ...]]:
     """Run a trunk and keep what its layers give.
 
     Args:
         trunk: The trunk.
-        images: `[B, in_chans, H, W]`.
+        images: `[B, in_chans, H, W]`, or a dict of patches.
         wanted: True for all; an index, or several: all other places of the tuple are None.
 
     Returns:
@@ -4166,7 +4168,9 @@ def forward_hidden(
     run: Any = trunk.forward_intermediates
     has_prefix = bool(getattr(trunk, "num_prefix_tokens", 0))
     has_prefix = has_prefix and "return_prefix_tokens" in inspect.signature(run).parameters
-    extra = {"return_prefix_tokens": True} if has_prefix else {}
+    extra: dict[str, Any] = {"return_prefix_tokens": True} if has_prefix else {}
+    if isinstance(images, dict):
+        extra["output_fmt"] = "NLC"  # patches of any aspect make no map
     hook = None if first is None else first.register_forward_pre_hook(take, with_kwargs=True)
     try:
         indices = sorted({max(place - stems, 0) for place in places})
@@ -4299,13 +4303,19 @@ class TimmTowerModelOutput(ModelOutput):
 
 def run_tower(
     model: Any,
-    images: torch.Tensor,
+    images: torch.Tensor | None,
     hidden: HiddenStates,
     attentions: bool | None,
     other_size: bool | None,
     pools: bool | None = True,
+    patches: tuple[Any, ...] = (),
 ) -> tuple[Any, Any, Any, Any]:
     """The trunk's features, the embedding, and hidden states and attention maps where asked for."""
+    if not isinstance(images, torch.Tensor) or any(each is not None for each in patches):
+        raise ArgumentError(
+            "expected images as pixel_values, a tensor, and nothing else; patches (patches, patch_coord, patch_valid) "
+            "are taken where hf_timm_tower is installed"
+        )
     trunk, images = model.trunk, prepared(model, images, other_size)
     hidden = model.config.output_hidden_states if hidden is None else hidden
     attentions = model.config.output_attentions if attentions is None else attentions
@@ -4607,6 +4617,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
     # --- steps that hf_timm_tower's own classes replace
 
     _make_code_head = staticmethod(make_code_head)
+    _run = run_tower
 
     @staticmethod
     def _build(config: TimmTowerConfig, with_classifier: bool, make_head: Any) -> Tower:
@@ -4998,12 +5009,15 @@ class TimmTowerModel(TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
 
     def forward(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
         output_hidden_states: HiddenStates = None,
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
         interpolate_pos_encoding: bool | None = None,
         do_pooling: bool | None = None,
+        patches: torch.Tensor | None = None,
+        patch_coord: torch.Tensor | None = None,
+        patch_valid: torch.Tensor | None = None,
     ) -> TimmTowerModelOutput | tuple[Any, ...]:
         """Run the tower.
 
@@ -5015,13 +5029,14 @@ class TimmTowerModel(TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
             interpolate_pos_encoding: True says that the images may have another size than `config.image_size`, which
                 the trunk must be able to take.
             do_pooling: False leaves the embedding out.
+            patches, patch_coord, patch_valid: In place of `pixel_values`, of `naflex`. By hf_timm_tower only.
 
         Raises:
             ConfigError: hidden states or attentions were asked for and timm does not give them.
             ArgumentError: an index of no hidden state, or images of a size that the trunk does not take.
         """
         wanted = (output_hidden_states, output_attentions, interpolate_pos_encoding, do_pooling)
-        output = TimmTowerModelOutput(*run_tower(self, pixel_values, *wanted))
+        output = TimmTowerModelOutput(*self._run(pixel_values, *wanted, patches=(patches, patch_coord, patch_valid)))
         return output if wants_dict(self, return_dict) else output.to_tuple()
 
 
@@ -5058,12 +5073,15 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
 
     def forward(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         output_hidden_states: HiddenStates = None,
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
         interpolate_pos_encoding: bool | None = None,
+        patches: torch.Tensor | None = None,
+        patch_coord: torch.Tensor | None = None,
+        patch_valid: torch.Tensor | None = None,
     ) -> ImageClassifierOutput | tuple[Any, ...]:
         """Run tower and classifier.
 
@@ -5075,13 +5093,14 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
             return_dict: As `TimmTowerModel.forward`.
             output_attentions: As `TimmTowerModel.forward`.
             interpolate_pos_encoding: As `TimmTowerModel.forward`.
+            patches, patch_coord, patch_valid: As `TimmTowerModel.forward`.
 
         Raises:
             HeadError: the embedding is not `[B, embed_dim]`.
             ConfigError, ArgumentError: as `TimmTowerModel.forward`.
         """
         wanted = (output_hidden_states, output_attentions, interpolate_pos_encoding)
-        _, embedding, states, maps = run_tower(self, pixel_values, *wanted)
+        _, embedding, states, maps = self._run(pixel_values, *wanted, patches=(patches, patch_coord, patch_valid))
         if not isinstance(embedding, torch.Tensor) or embedding.ndim != 2:
             found = tuple(embedding.shape) if isinstance(embedding, torch.Tensor) else type(embedding).__name__
             raise HeadError(f"a classifier needs an embedding [B, embed_dim], this tower gives {found}; choose a pool")

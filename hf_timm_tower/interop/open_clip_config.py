@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..reader.config import ATTENTION_POOLS, TimmTowerConfig, check_size
+from ..reader.config import TimmTowerConfig, check_size
 from ..reader.errors import ConfigError, shown
 from ..reader.trunk import has_fixed_size, native_cfg
 
@@ -213,15 +213,13 @@ def model_cfg_of(config: TimmTowerConfig) -> dict[str, Any]:
         cannot.append(f"weights for {size} pixels (open_clip builds {config.architecture} for {native})")
     if cannot:
         raise ConfigError(f"open_clip's vision_cfg cannot say what this tower is: {'; '.join(cannot)}")
-    own_pool = config.pool == "default"
-    unpooled = config.pool == "none" and config.proj not in ("linear", "mlp") and config.pool not in ATTENTION_POOLS
     return {
         "embed_dim": config.embed_dim,
         "vision_cfg": {
             "image_size": size[0] if size[0] == size[1] else size,
             "timm_model_name": config.architecture,
             "timm_model_pretrained": False,
-            "timm_pool": "" if own_pool or unpooled else config.pool,
+            "timm_pool": "" if config.pool in ("default", "none") else config.pool,
             "timm_proj": config.proj,
             "timm_proj_bias": config.proj_bias,
             "timm_drop": config.drop,

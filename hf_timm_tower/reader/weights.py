@@ -1,6 +1,5 @@
 """Weights from a tower's files into a module: every key fits or nothing is touched; ties stay ties."""
 
-import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ import torch.nn as nn
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
@@ -197,7 +197,7 @@ def fetch_pinned_trunk(source: TrunkSource, **access: Any) -> dict[str, torch.Te
                 f"could not be fetched: {error}"
             ) from error
         with open(path, "rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
+            actual = sha_fileobj(file).hex()
         if actual != digest:
             raise WeightsError(
                 f"{shown(name)} of {repo_id} at commit {commit} has SHA-256 {actual}, the head was published for "

@@ -20,11 +20,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from tqdm import tqdm
 
 from hf_timm_tower import TimmModel
 
-BATCH = 64
 CROPS_PER_PHOTO = 3
 
 # Photographs that lie in scikit-image's wheel itself; its other ones would be downloaded. `camera` is grey.
@@ -81,16 +79,6 @@ def prepare(tower: TimmModel, images: list[Image.Image]) -> torch.Tensor:
     return torch.stack([transform(image) for image in images])
 
 
-def embed(tower: TimmModel, inputs: torch.Tensor, name: str | None = None) -> torch.Tensor:
-    """The tower's embeddings `[N, embed_dim]` of inputs `[N, 3, H, W]`, in eval mode; a progress bar if named."""
-    tower.eval()
-    batches = inputs.split(BATCH)
-    with torch.no_grad():
-        return torch.cat(
-            [tower(batch) for batch in tqdm(batches, desc=name, disable=None if name else True, leave=False)]
-        )
-
-
 def embed_everything(tower: TimmModel, digits: Digits, photos: Photos) -> dict[str, torch.Tensor]:
     """Embeddings of every picture of the demo, by the name of their group."""
     groups = {
@@ -99,7 +87,7 @@ def embed_everything(tower: TimmModel, digits: Digits, photos: Photos) -> dict[s
         "photos": photos.whole,
         "crops": photos.crops,
     }
-    return {name: embed(tower, prepare(tower, images), f"  embedding {name}") for name, images in groups.items()}
+    return {name: tower.embed(images, progress=sys.stderr.isatty()) for name, images in groups.items()}
 
 
 def _classes_of(base: type[torch.nn.Module]) -> set[str]:

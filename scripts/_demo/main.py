@@ -33,6 +33,7 @@ from sheet import Block, Tile, draw_sheet
 from training import Accuracy, Split, fine_tune, measure
 
 from hf_timm_tower import TimmModel, TowerError
+from hf_timm_tower.embedding.neighbours import ExactIndex
 
 HERE = Path(__file__).resolve().parent
 NEIGHBOURS = 5
@@ -153,26 +154,25 @@ def compare(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> N
 
 def draw(embeddings: dict[str, torch.Tensor], digits: Digits, photos: Photos, path: Path) -> None:
     """The contact sheet: a digit of each class, the digits that go wrong, and the photographs with their crops."""
-    likeness = embeddings["digits.test"] @ embeddings["digits.train"].T
-    nearest = likeness.topk(NEIGHBOURS, dim=1).indices
+    labels = [str(label) for label in digits.train_labels.tolist()]
+    owners = [photos.names[crop // CROPS_PER_PHOTO] for crop in range(len(photos.crops))]
+    cosines, nearest = ExactIndex(labels, embeddings["digits.train"]).search(embeddings["digits.test"], NEIGHBOURS)
+    crops = ExactIndex(owners, embeddings["crops"]).search(embeddings["photos"], CROPS_PER_PHOTO)[1].tolist()
     right = digits.train_labels[nearest] == digits.test_labels[:, None]
 
     def digit_row(query: int) -> list[Tile]:
         row = [Tile(digits.test_images[query], f"is a {digits.test_labels[query]}")]
         for place, found in enumerate(nearest[query].tolist()):
-            label = f"{digits.train_labels[found]}  ({likeness[query, found]:.2f})"
+            label = f"{labels[found]}  ({cosines[query, place]:.2f})"
             row.append(Tile(digits.train_images[found], label, bool(right[query, place])))
         return row
 
     first = [int((digits.test_labels == digit).nonzero()[0]) for digit in range(10)]
     wrong = (~right[:, 0]).nonzero().flatten().tolist()
-    photo_likeness = embeddings["photos"] @ embeddings["crops"].T
     photo_rows = []
     for query, name in enumerate(photos.names):
         row = [Tile(photos.whole[query], name)]
-        for found in photo_likeness[query].topk(CROPS_PER_PHOTO).indices.tolist():
-            owner = found // CROPS_PER_PHOTO
-            row.append(Tile(photos.crops[found], photos.names[owner], owner == query))
+        row += [Tile(photos.crops[found], owners[found], owners[found] == name) for found in crops[query]]
         photo_rows.append(row)
     blocks = [
         Block(

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from embed import BATCH, embed
 from tqdm import tqdm
 
 from hf_timm_tower import TimmModel
 
+BATCH = 64
 LEARNING_RATE = 5e-3
 # Embeddings have length 1, so their products with the classifier's rows need a wider range to become logits.
 SCALE = 16.0
@@ -35,11 +35,19 @@ class Accuracy:
 
 def measure(tower: TimmModel, classifier: nn.Linear, data: Split, name: str | None = None) -> Accuracy:
     """Accuracy on the held-out images."""
-    train, test = embed(tower, data.train_inputs, name), embed(tower, data.test_inputs, name)
+    train, test = (_embedded(tower, inputs, name) for inputs in (data.train_inputs, data.test_inputs))
     with torch.no_grad():
         by_classifier = classifier(test).argmax(1)
     by_neighbour = data.train_labels[(test @ train.T).argmax(1)]
     return Accuracy(*((found == data.test_labels).float().mean().item() for found in (by_classifier, by_neighbour)))
+
+
+def _embedded(tower: TimmModel, inputs: torch.Tensor, name: str | None) -> torch.Tensor:
+    """Embeddings of inputs that are prepared already, as the training has them; a progress bar if named."""
+    tower.eval()
+    batches = inputs.split(BATCH)
+    with torch.no_grad(), tqdm(batches, desc=name, disable=None if name else True, leave=False) as bar:
+        return torch.cat([tower(batch) for batch in bar])
 
 
 def fine_tune(tower: TimmModel, classifier: nn.Linear, data: Split, epochs: int) -> None:

@@ -90,10 +90,22 @@ def test_embed_then_search(saved: Path, images: Path, tmp_path: Path) -> None:
     assert found["neighbours"][0]["id"] == "3.png"
     assert len(found["neighbours"]) == 2
     with Image.open(sheet) as picture:
-        assert picture.size == (3 * 200 + 8, 208)
+        assert picture.size == (3 * 200 + 8, 228)
     text = run("search", out, images / "3.png").stdout
     assert "3.png" in text
     assert "1.0000" in text
+
+
+def test_a_folder_that_was_made_with_relative_paths_is_used_from_elsewhere(
+    saved: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(saved.parent)
+    run("embed", os.path.relpath(images), "--to", tmp_path / "out", "--tower", saved.name, "--workers", 0)
+    monkeypatch.chdir(tmp_path)
+    sheet = tmp_path / "sheet.png"
+    assert as_json("search", "out", images / "3.png", "-k", 1, "--sheet", sheet)["neighbours"][0]["id"] == "3.png"
+    with Image.open(sheet) as picture:
+        assert picture.getpixel((300, 100)) == picture.getpixel((100, 100)) != (211, 211, 211), "the image was found"
 
 
 def test_images_that_cannot_be_used_are_listed_and_end_with_3(saved: Path, images: Path, tmp_path: Path) -> None:
@@ -109,7 +121,13 @@ def test_images_that_cannot_be_used_are_listed_and_end_with_3(saved: Path, image
 
 
 def test_errors_are_one_line_with_the_remedy(saved: Path, images: Path, tmp_path: Path) -> None:
+    out, query = tmp_path / "out", images / "0.png"
+    run("embed", images, "--to", out, "--tower", saved, "--workers", 0)
     cases = (
+        (("embed", images, "--to", saved / "config.json" / "a", "--tower", saved), 1, "is a file: give a folder"),
+        (("search", out, images), 1, "a folder, expected one image"),
+        (("search", out, query, "--sheet", tmp_path / "near.docx"), 1, "give a .png or .jpg"),
+        (("search", out, query, "--sheet", tmp_path / "nowhere" / "near.png"), 1, "No such file or directory"),
         (("inspect", tmp_path), 1, "config.json is missing"),
         (("verify", "no/such-tower"), 1, "no such folder"),
         (("embed", tmp_path / "nowhere", "--to", tmp_path / "a", "--tower", saved), 1, "no such file or folder"),

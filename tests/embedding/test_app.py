@@ -135,27 +135,33 @@ def test_in_a_browser_without_network_everything_is_found_and_clicked(browser: A
 
 
 @pytest.mark.slow
-def test_a_space_has_all_that_the_app_needs(photos: Path, tmp_path: Path, fresh_process: Callable[..., str]) -> None:
+def test_the_command_makes_a_space_that_has_all_that_the_app_needs(
+    photos: Path, tmp_path: Path, fresh_process: Callable[..., str]
+) -> None:
     with LocalHub(tmp_path / "hub") as hub:
         printed = fresh_process(
             """
-            import os, sys
-            from huggingface_hub import HfApi, snapshot_download
-            from hf_timm_tower import ArgumentError, TimmModel
-            from hf_timm_tower.embedding.shown_set import ShownSet
-            from hf_timm_tower.embedding.space import push_space
+            import contextlib, os, sys
+            from huggingface_hub import snapshot_download
+            from hf_timm_tower import TimmModel
+            from hf_timm_tower.cli import main
+
+            def command(*words):
+                sys.argv = ["hf-timm-tower", *words]
+                try:
+                    main()
+                except SystemExit as end:
+                    print("ended", end.code)
 
             photos = sys.argv[1]
-            local = TimmModel("test_resnet", embed_dim=8, image_size=32)
-            try:
-                push_space(ShownSet(local, local.embed_to(photos, "local.emb", num_workers=0)), "ann/photos")
-            except ArgumentError as error:
-                print(error)
-            local.push_to_hub("ann/tower")
-            tower = TimmModel.from_pretrained("ann/tower")
-            shown = ShownSet(tower, tower.embed_to(photos, "photos.emb", num_workers=0))
-            push_space(shown, "ann/photos")
-            info = HfApi().repo_info("ann/photos", repo_type="space")
+            tower = TimmModel("test_resnet", embed_dim=8, image_size=32)
+            tower.save_pretrained("local")
+            command("embed", photos, "--to", "local.emb", "--tower", "local", "--quiet")
+            with contextlib.redirect_stderr(sys.stdout):
+                command("serve", "local.emb", "--space", "ann/photos")
+            tower.push_to_hub("ann/tower")
+            command("embed", photos, "--to", "photos.emb", "--tower", "ann/tower", "--quiet")
+            command("serve", "photos.emb", "--space", "ann/photos")
             os.chdir(snapshot_download("ann/photos", repo_type="space"))
             program = open("app.py").read()
             assert program.count(".launch()") == 1
@@ -167,6 +173,7 @@ def test_a_space_has_all_that_the_app_needs(photos: Path, tmp_path: Path, fresh_
             photos,
             env={**hub.env(tmp_path / "cache"), "HF_HUB_OFFLINE": None},
         )
-    lines = printed.splitlines()
-    assert "was not loaded from a repository" in lines[0]
-    assert lines[-2:] == ["Blocks 1", str(sorted(path.name for path in photos.iterdir()))]
+    assert printed.count("was not loaded from a repository") == 1
+    assert printed.count("ended 1") == 1
+    assert printed.count("ended 0") == 3
+    assert printed.splitlines()[-2:] == ["Blocks 1", str(sorted(path.name for path in photos.iterdir()))]

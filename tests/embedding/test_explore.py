@@ -95,6 +95,21 @@ def test_the_main_directions_are_those_of_sklearns_pca() -> None:
         plane(rows, "tsne")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
+def test_umap_lays_classes_apart_and_the_same_way_twice() -> None:
+    pytest.importorskip("umap", reason="umap-learn is not installed (extra umap)")
+    torch.manual_seed(0)
+    centres = torch.eye(3, 16).repeat_interleave(30, 0)
+    rows = unit_rows("rows", centres + 0.05 * torch.randn(90, 16))
+    points = plane(rows, "umap")
+    assert points.shape == (90, 2)
+    assert points.amin() == 0
+    assert points.amax() == 1
+    nearest = torch.cdist(points, points).topk(6, largest=False).indices[:, 1:] // 30
+    assert (nearest == torch.arange(90)[:, None] // 30).all(), "neighbours are of the same class"
+    assert torch.equal(plane(rows, "umap"), points)
+
+
 def test_every_point_is_on_the_map_and_tiles_lie_over_their_own() -> None:
     points = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.5, 0.2]])
     picture = plane_picture(points, {1: Image.new("RGB", (30, 30), "red")}, size=300)

@@ -1,7 +1,7 @@
-"""`timm-tower` in LanceDB's registry."""
+"""LanceDB: `timm-tower` in its registry, and a folder of embeddings as its table."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_timm_tower import TimmModel
+from hf_timm_tower import ArgumentError, TimmModel
+from hf_timm_tower.embedding.stored import StoredEmbeddings
 
 lancedb = pytest.importorskip("lancedb", reason="lancedb is not installed (extra test)")
 
@@ -72,3 +73,42 @@ def test_a_table_cannot_ask_for_remote_code() -> None:
 
     with pytest.raises(ValueError, match="trust_remote_code"):
         module.TimmTowerEmbeddings.create(name="org/tower", trust_remote_code=True)
+
+
+def test_a_folder_becomes_a_lance_table_or_stays_what_it_was(
+    tower_folder: str, photos: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tower = TimmModel.from_pretrained(tower_folder)
+    how: dict[str, Any] = {"num_workers": 0, "progress": False, "rows_per_shard": 4, "return_tokens": True}
+    stored = tower.embed_to(photos[:5], tmp_path / "out", **how)
+    stored.save_lance(tmp_path / "db" / "photos.lance")
+    table = lancedb.connect(tmp_path / "db").open_table("photos")
+
+    def holds(stored: StoredEmbeddings) -> bool:
+        table.checkout_latest()
+        rows = table.to_arrow().to_pydict()
+        return rows["id"] == stored.load()[0] and torch.equal(torch.tensor(rows["embedding"]), stored.load()[1])
+
+    assert holds(stored)
+    assert json.loads(table.schema.metadata[b"hf_timm_tower"]) == stored.manifest
+    assert table.search(stored.load()[1][3].numpy()).limit(1).to_list()[0]["id"] == photos[3]
+    stored.save_lance(tmp_path / "db" / "dense.lance", "tokens")
+    dense = lancedb.connect(tmp_path / "db").open_table("dense").to_arrow()["tokens"].to_pylist()
+    assert torch.equal(torch.tensor(dense), stored.load("tokens")[1].flatten(1))
+
+    grown = tower.embed_to(photos, tmp_path / "out", **how)
+    batches = StoredEmbeddings.batches
+
+    def broken(self: StoredEmbeddings, column: str | None = None) -> Iterator[Any]:
+        yield next(batches(self, column))
+        raise OSError("what stands for a kill")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoredEmbeddings, "batches", broken)
+        with pytest.raises(Exception, match="stands for a kill"):
+            grown.save_lance(tmp_path / "db" / "photos.lance")
+    assert holds(stored)
+    grown.save_lance(tmp_path / "db" / "photos.lance")
+    assert holds(grown)
+    with pytest.raises(ArgumentError, match=r"ends in \.lance"):
+        grown.save_lance(tmp_path / "photos")

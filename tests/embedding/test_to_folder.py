@@ -208,6 +208,15 @@ def test_folders_that_cannot_be_used_say_so(tower: TimmModel, images: Path, tmp_
         StoredEmbeddings(tmp_path / "damaged")
 
 
+def test_an_error_of_the_source_is_raised_as_it_is(tower: TimmModel, tmp_path: Path) -> None:
+    def unreachable() -> Iterator[Any]:
+        raise TimeoutError("the store does not answer")
+        yield
+
+    with pytest.raises(TimeoutError, match="the store does not answer"):
+        embed_to(tower, unreachable(), tmp_path / "out")
+
+
 def test_tokens_and_layers_are_columns(tower: TimmModel, images: Path, tmp_path: Path) -> None:
     few = sorted(images.iterdir())[:3]
     stored = embed_to(tower, few, tmp_path / "out", return_tokens=True, layers=[1])

@@ -119,9 +119,9 @@ def test_a_timm_repository_for_other_labels_and_as_features(timm_model: Any, tmp
     wrapped = TimmWrapperModel(TimmWrapperConfig(architecture="test_vit")).eval()
     wrapped.save_pretrained(tmp_path)
     assert torch.equal(TimmTowerModel.from_timm(tmp_path)(NATIVE).pooler_output, wrapped(NATIVE).pooler_output)
-    with pytest.raises(ConfigError, match="no classifier: pass num_labels"):
+    with pytest.raises(ConfigError, match=r"no classifier.*num_labels"):
         TimmTowerForImageClassification.from_timm(tmp_path)
-    with pytest.raises(ArgumentError, match="unknown embeddim"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'embeddim'"):
         TimmTowerModel.from_timm(tmp_path, embeddim=3)
 
 

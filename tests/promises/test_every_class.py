@@ -1,7 +1,7 @@
 """What was saved is what is loaded, for every timm model class: in a fresh process, with every pool, in transformers.
 
-Each class is built and saved once, and several tests look at it: under `--dist loadgroup` one worker has all of a
-class. The quick six are in the default suite; of the rest a run takes those that `timm_classes` chooses.
+Each class is built and saved once, and several tests look at it, one after the other: see tests/conftest.py. The quick
+six are in the default suite; of the rest a run takes those that `timm_classes` chooses.
 """
 
 import json
@@ -21,14 +21,10 @@ from hf_timm_tower.reader.skip_init import skip_init
 from ..class_towers import ClassTower, build, build_and_save
 from ..fresh import outputs_in_fresh_process
 from ..interop.test_export import FORMATS, compare
-from ..timm_classes import QUICK, chosen_part, class_and_size, smallest_of_each_class
+from ..timm_classes import QUICK, chosen_part, chosen_turn, class_and_size, smallest_of_each_class
 
 EVERY_CLASS = [
-    pytest.param(
-        architecture,
-        id=name,
-        marks=[pytest.mark.xdist_group(name), *([] if architecture in QUICK else [pytest.mark.slow])],
-    )
+    pytest.param(architecture, id=name, marks=[] if architecture in QUICK else pytest.mark.slow)
     for name, architecture in smallest_of_each_class().items()
 ]
 
@@ -104,18 +100,11 @@ CHEAP_TO_EXPORT = (
 ).split()
 
 
-@pytest.mark.parametrize("how", FORMATS)
+@pytest.mark.parametrize("how", chosen_turn(FORMATS, 2))
 @pytest.mark.parametrize(
     "built",
     [
-        pytest.param(
-            architecture,
-            id=name,
-            marks=[
-                pytest.mark.xdist_group(name),
-                pytest.mark.slow if name in CHEAP_TO_EXPORT else pytest.mark.wide,
-            ],
-        )
+        pytest.param(architecture, id=name, marks=pytest.mark.slow if name in CHEAP_TO_EXPORT else pytest.mark.wide)
         for name, architecture in smallest_of_each_class().items()
     ],
     indirect=True,

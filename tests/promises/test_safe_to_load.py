@@ -5,7 +5,7 @@ its own that watches what it does (`hub_calls.load_watched`).
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from .. import hub_calls as calls
 from ..hub_worker import HubWorker
 from ..local_hub import LocalHub
 from ..mutants import mutant
+from ..timm_classes import chosen_turn
 
 MOST_SECONDS = 5.0
 MOST_BYTES = 2**30
@@ -37,7 +38,7 @@ def good(tmp_path_factory: pytest.TempPathFactory, client: HubWorker) -> tuple[d
     return calls.files_of(str(folder)), numbers
 
 
-def check(client: HubWorker, good: tuple[dict[str, bytes], str], seeds: range, cache: Path) -> None:
+def check(client: HubWorker, good: tuple[dict[str, bytes], str], seeds: Sequence[int], cache: Path) -> None:
     files, numbers = good
     outcomes: Counter[str] = Counter()
     for seed in seeds:
@@ -76,4 +77,4 @@ def test_mutated_repositories_load_or_are_refused(
 def test_sixty_more_mutated_repositories_load_or_are_refused(
     client: HubWorker, good: tuple[dict[str, bytes], str], tmp_path: Path
 ) -> None:
-    check(client, good, range(1000, 1060), tmp_path / "cache")
+    check(client, good, chosen_turn(range(1000, 1060), 4), tmp_path / "cache")

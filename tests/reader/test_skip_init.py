@@ -84,10 +84,17 @@ def test_data_and_views_of_parameters_are_left_alone_too_and_buffers_are_not() -
     assert norm.running_mean.tolist() == [3.0] * 4
 
 
+def chain() -> nn.Sequential:
+    layers = nn.Sequential()
+    for _ in range(10**6):
+        layers.append(nn.Identity())
+    return layers
+
+
 COSTS: dict[str, Callable[[], object]] = {
     "one layer of 64 TiB": lambda: nn.Linear(2**24, 2**20),
     "many small layers": lambda: [nn.Linear(1, 1) for _ in range(10**6)],
-    "modules without tensors": lambda: nn.Sequential(*(nn.Identity() for _ in range(10**6))),
+    "modules without tensors": chain,
     "copies of a layer": lambda: nn.Transformer(8, 1, num_encoder_layers=10**6),
     "copies of a large layer": lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(2048, 1), 1000),
     "ones": lambda: torch.ones(2**30, 2),
