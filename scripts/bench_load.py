@@ -109,7 +109,7 @@ def load_ours(name: str, folder: Path) -> nn.Module:
 
 
 def load_auto(name: str, folder: Path) -> nn.Module:
-    """transformers' own door to a tower, by this package or, where it is not imported, by the code in the folder."""
+    """transformers' own way to a tower, by this package or, where it is not imported, by the code in the folder."""
     return AutoModel.from_pretrained(folder / "ours", trust_remote_code=WITHOUT_PACKAGE)
 
 
