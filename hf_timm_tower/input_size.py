@@ -30,6 +30,11 @@ def set_input_size(tower: Any, image_size: int | Sequence[int], *, own_trunk: bo
     size = check_size("image_size", image_size)
     if size == tower.config.image_size:
         return
+    if not tower.config.attribute_map:
+        raise ConfigError(
+            f"image_size={size}: this tower is a part of another model, whose own config keeps the size and would no "
+            "longer load what is saved. Set the size of the tower before it becomes a part"
+        )
     # on a copy first: timm changes some trunks before it refuses a size
     trial = copy_module(tower.trunk)
     config = record_size(trial, _resized(tower, trial, size), own_trunk=own_trunk)

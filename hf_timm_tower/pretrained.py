@@ -122,8 +122,7 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`, except that modules with frozen statistics stay in eval mode."""
         super().train(mode)
-        if mode:
-            warn_of_training(self.config, self.trunk)
+        warn_of_training(self.config, self.trunk)
         return self
 
     def _after_loading(self, loading: TowerLoading) -> None:

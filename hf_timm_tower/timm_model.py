@@ -387,8 +387,7 @@ class TimmModel(EmbeddingMixin, InterchangeMixin, TimmFace, TowerHubMixin):
         """As `nn.Module.train`, except that modules with frozen statistics stay in eval mode."""
         super().train(mode)
         keep_statistics(self)
-        if mode:
-            warn_of_training(self.config, self.trunk)
+        warn_of_training(self.config, self.trunk)
         return self
 
     def summary(self) -> str:

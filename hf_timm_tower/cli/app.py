@@ -8,7 +8,7 @@ import typer
 
 from .exporting import Format
 from .exporting import export as write
-from .report import INCOMPLETE, command, fail, say, say_rows
+from .report import INCOMPLETE, command, fail, printable, say, say_rows
 
 app = typer.Typer(
     name="hf-timm-tower",
@@ -206,7 +206,7 @@ def verify(
             say({"status": found.status, "relative_difference": found.relative_difference, "tolerance": found.tolerance,
                  "changed": {name: list(map(str, pair)) for name, pair in found.changed.items()}}, as_json)  # fmt: skip
         else:
-            print(found)
+            print(printable(found))
     if found.status == "different":
         raise typer.Exit(1)
 

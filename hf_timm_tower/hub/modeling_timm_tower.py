@@ -143,10 +143,6 @@ def shown(thing: object, limit: int = 80) -> str:
 
     What a terminal or Markdown would act on (escape sequences, line feeds, text direction marks) is escaped, as `repr`
     does it; the cost does not grow with what is shown.
-
-    Args:
-        thing: Text, a number, or lists and dicts of these.
-        limit: Most characters of the result.
     """
     if isinstance(thing, int) and thing.bit_length() > 4 * limit:
         return f"a number of {thing.bit_length()} bits"
@@ -372,7 +368,7 @@ def check_frozen(frozen: dict[str, Any] | None) -> None:
             raise ConfigError(f"frozen[{key!r}]: {len(names)} names, expected at most {_MOST_FROZEN}")
 
 def frozen_names(tower: nn.Module, frozen: dict[str, Any]) -> tuple[set[str], set[str]]:
-    """The parameters, and the modules with statistics, that a frozen state names by themselves or by a module above.
+    """The parameters, and modules with statistics, that a frozen state names, each by itself or by a module above.
 
     `ConfigError` where it is none, or names what the tower does not have.
     """
@@ -385,10 +381,7 @@ def frozen_names(tower: nn.Module, frozen: dict[str, Any]) -> tuple[set[str], se
     return {first_names[id(every_name[name])] for name in parameters}, statistics
 
 def apply_frozen(tower: nn.Module, frozen: dict[str, Any] | None) -> None:
-    """Freeze what a config says was frozen, in a tower that was just built from it; None leaves it as it was built.
-
-    `ConfigError` as from `frozen_names`.
-    """
+    """Freeze what a config says was frozen, in a tower that was just built from it; `ConfigError` as `frozen_names`."""
     if frozen is None:
         return
     parameters, statistics = frozen_names(tower, frozen)
@@ -1041,10 +1034,7 @@ def _construction(budget: Budget | None, *, skip: bool) -> Iterator[None]:
 
 @contextmanager
 def skip_init(budget: Budget | None = None) -> Iterator[None]:
-    """Leave out every in-place write into a parameter; torch's global random generators are not used.
-
-    `ConfigError` where more is built than the budget allows; None is no limit (for a model of the caller's own).
-    """
+    """Leave out every in-place write into a parameter; `ConfigError` where more is built than a budget allows."""
     with _construction(budget, skip=True):
         yield
 
@@ -1103,18 +1093,15 @@ def native_size(config: TimmTowerConfig) -> list[int]:
     return list(native_cfg(config.architecture)["input_size"][1:])
 
 def create_trunk(config: TimmTowerConfig, *, pretrained: bool = False, initialise: bool = True) -> nn.Module:
-    """Build the trunk that the config describes, its classifier removed (or made the projection, `proj=None`).
+    """The trunk that a config describes, in train mode, its classifier removed (or made the projection, `proj=None`).
 
     Args:
         config: A fresh config (`preprocess` is None: `architecture` may name a pretrained tag), or a completed one.
         pretrained: Fetch timm's weights for the architecture.
         initialise: False leaves all parameters as uninitialised memory, to be assigned.
 
-    Returns:
-        The trunk, in train mode, on the CPU.
-
     Raises:
-        ConfigError, ArgumentError: timm cannot build it; says which argument, and which pools there are.
+        ConfigError, ArgumentError: timm cannot build it; says which argument.
     """
     arch, tag = split_tag(config.architecture)
     name = config.architecture
@@ -2257,10 +2244,7 @@ LAYERS: dict[str, tuple[type[nn.Module], frozenset[str]]] = {
 """Name in a graph -> the class, and the arguments that must be there."""
 
 def build_layer(name: Any, args: Any) -> nn.Module:
-    """Construct a layer of the table from JSON arguments, on the ambient default device.
-
-    Raises GraphError for an unknown name, wrong argument names, or values that no layer takes.
-    """
+    """A layer of the table from JSON arguments; GraphError for an unknown name, or arguments that it does not take."""
     if not isinstance(name, str) or name not in LAYERS:
         raise GraphError(f"the stored head names a layer {shown(name)} that is not in the table of layers")
     cls, names = LAYERS[name]
@@ -2615,10 +2599,7 @@ def _replace(root: nn.Module, name: str, value: torch.Tensor) -> None:
 
 # --- head.py
 
-"""A tower's head: the built-in ones, and those that a config stores, built again.
-
-Making heads and finding the form in which one is stored is not needed for reading (`heads/` in the package).
-"""
+"""A tower's head: the built-in ones, and those that a config stores, built again."""
 
 # `config.head["form"]` of heads that are not stored: one that lives in memory only, until saving finds a form for it,
 # and one that a subclass of the tower makes itself.
@@ -3572,7 +3553,10 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
         return True
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8).to("cpu") for t in (a, b)))
+    one, other = (t.detach().contiguous().reshape(-1).view(torch.uint8).to("cpu") for t in (a, b))
+    if all(each.numel() % 8 == each.storage_offset() % 8 == 0 for each in (one, other)):
+        one, other = one.view(torch.int64), other.view(torch.int64)  # an eighth of the steps
+    return torch.equal(one, other)
 
 def assign_weights(
     module: nn.Module,
@@ -3598,7 +3582,7 @@ def assign_weights(
         allow_missing: Keys that may be missing: those stay what they are.
 
     Raises:
-        WeightsError: missing, unexpected or wrongly shaped keys, or tied keys that differ: one error that lists them.
+        WeightsError: lists keys that are missing, unexpected, of another shape, or tied and different.
     """
     state = module.state_dict(keep_vars=True)
     own_ties: dict[int, list[str]] = {}
@@ -3885,10 +3869,7 @@ def _in_form(state: Any, as_tokens: bool) -> torch.Tensor:
 def attention_maps(trunk: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Collect what the attention layers of a trunk compute in a forward inside: `[B, heads, N, N]` each, after softmax.
 
-    The list is filled when the block is left.
-
-    Raises:
-        ConfigError: it has none of timm's attention layers, or they run fused.
+    The list is filled when the block is left. `ConfigError` where there are no such layers of timm, or they run fused.
     """
     layers = {
         name: part

@@ -117,6 +117,7 @@ def add_lora(tower: nn.Module, config: LoraConfig | None = None, *, adapter_name
         `merge_lora` gives a tower.
     """
     config = config or lora_config(tower)
+    _forget_folder(tower)
     if type(config) is LoraConfig:
         config = _TowerLoraConfig(**{each.name: getattr(config, each.name) for each in fields(config) if each.init})
         config.of_tower = _sample(tower)
@@ -141,6 +142,7 @@ def load_lora(
             of other weights, as far as a few of them tell. peft itself puts it onto any tower of the same shapes.
     """
     _refuse_other_tower(tower, adapter, options)
+    _forget_folder(tower)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=_MISSING)
         try:
@@ -181,6 +183,12 @@ class _TowerLoraConfig(LoraConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
         write_json(Path(save_directory, TOWER_NAME), self.of_tower)
+
+
+def _forget_folder(tower: nn.Module) -> None:
+    """peft writes where a model was loaded from into the adapter's files, also where that is a folder of somebody's."""
+    if os.path.isdir(vars(tower).get("name_or_path") or ""):
+        del tower.name_or_path
 
 
 def _sample(tower: nn.Module) -> dict[str, Any]:

@@ -78,10 +78,6 @@ def shown(thing: object, limit: int = 80) -> str:
 
     What a terminal or Markdown would act on (escape sequences, line feeds, text direction marks) is escaped, as `repr`
     does it; the cost does not grow with what is shown.
-
-    Args:
-        thing: Text, a number, or lists and dicts of these.
-        limit: Most characters of the result.
     """
     if isinstance(thing, int) and thing.bit_length() > 4 * limit:
         return f"a number of {thing.bit_length()} bits"

@@ -1,7 +1,4 @@
-"""A tower's head: the built-in ones, and those that a config stores, built again.
-
-Making heads and finding the form in which one is stored is not needed for reading (`heads/` in the package).
-"""
+"""A tower's head: the built-in ones, and those that a config stores, built again."""
 
 import hashlib
 from collections import OrderedDict

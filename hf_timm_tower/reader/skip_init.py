@@ -319,10 +319,7 @@ def _construction(budget: Budget | None, *, skip: bool) -> Iterator[None]:
 
 @contextmanager
 def skip_init(budget: Budget | None = None) -> Iterator[None]:
-    """Leave out every in-place write into a parameter; torch's global random generators are not used.
-
-    `ConfigError` where more is built than the budget allows; None is no limit (for a model of the caller's own).
-    """
+    """Leave out every in-place write into a parameter; `ConfigError` where more is built than a budget allows."""
     with _construction(budget, skip=True):
         yield
 

@@ -58,18 +58,15 @@ def native_size(config: TimmTowerConfig) -> list[int]:
 
 
 def create_trunk(config: TimmTowerConfig, *, pretrained: bool = False, initialise: bool = True) -> nn.Module:
-    """Build the trunk that the config describes, its classifier removed (or made the projection, `proj=None`).
+    """The trunk that a config describes, in train mode, its classifier removed (or made the projection, `proj=None`).
 
     Args:
         config: A fresh config (`preprocess` is None: `architecture` may name a pretrained tag), or a completed one.
         pretrained: Fetch timm's weights for the architecture.
         initialise: False leaves all parameters as uninitialised memory, to be assigned.
 
-    Returns:
-        The trunk, in train mode, on the CPU.
-
     Raises:
-        ConfigError, ArgumentError: timm cannot build it; says which argument, and which pools there are.
+        ConfigError, ArgumentError: timm cannot build it; says which argument.
     """
     arch, tag = split_tag(config.architecture)
     name = config.architecture

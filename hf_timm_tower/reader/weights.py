@@ -196,7 +196,10 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
         return True
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8).to("cpu") for t in (a, b)))
+    one, other = (t.detach().contiguous().reshape(-1).view(torch.uint8).to("cpu") for t in (a, b))
+    if all(each.numel() % 8 == each.storage_offset() % 8 == 0 for each in (one, other)):
+        one, other = one.view(torch.int64), other.view(torch.int64)  # an eighth of the steps
+    return torch.equal(one, other)
 
 
 def assign_weights(
@@ -223,7 +226,7 @@ def assign_weights(
         allow_missing: Keys that may be missing: those stay what they are.
 
     Raises:
-        WeightsError: missing, unexpected or wrongly shaped keys, or tied keys that differ: one error that lists them.
+        WeightsError: lists keys that are missing, unexpected, of another shape, or tied and different.
     """
     state = module.state_dict(keep_vars=True)
     own_ties: dict[int, list[str]] = {}

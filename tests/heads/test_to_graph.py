@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import functools
 import json
 import random
 import time
@@ -188,7 +189,8 @@ def test_rebuilt_head_can_be_copied_and_compiled() -> None:
 # --- graphs from strangers
 
 
-def small_graph() -> dict[str, Any]:
+@functools.cache
+def small_graph_text() -> str:
     class Small(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -201,7 +203,12 @@ def small_graph() -> dict[str, Any]:
             y = torch.cat([self.net(x), self.twin(x) * self.gain + self.shift], dim=-1)
             return {"y": y.view(x.shape[0], 2, 4).mean(1), "z": torch.einsum("bi,bi->b", y, y)}
 
-    return json.loads(json.dumps(to_graph(Small(), torch.zeros(2, 4))))
+    return json.dumps(to_graph(Small(), torch.zeros(2, 4)))
+
+
+def small_graph() -> dict[str, Any]:
+    graph: dict[str, Any] = json.loads(small_graph_text())
+    return graph
 
 
 def with_node(node: dict[str, Any]) -> dict[str, Any]:

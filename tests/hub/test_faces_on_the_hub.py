@@ -219,7 +219,9 @@ def test_an_adapter_is_pushed_as_transformers_does(ann: HubWorker) -> None:
     assert "lora" in ModelCard(card_of(ann, "ann/adapter")).data.tags
 
 
-def test_a_tower_with_its_trunk_elsewhere_is_saved_whole(ann: HubWorker, tmp_path: Path) -> None:
+def test_a_tower_with_its_trunk_elsewhere_is_saved_whole_where_that_is_asked_for(
+    ann: HubWorker, tmp_path: Path
+) -> None:
     *_, embedding = ann.call(
         calls.in_turn,
         (hub_calls.push, {"repo_id": "ann/base", "seed": 1}),

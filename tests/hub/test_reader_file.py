@@ -14,6 +14,7 @@ from hf_timm_tower.hub.reader_file import AUTO_MAP, PAIR_MODULES, READER_NAME, r
 READER = Path(reader_file.__file__).parents[1] / "reader"
 COPY = Path(reader_file.__file__).with_name(READER_NAME)
 TRAVEL_WITH = {"torch", "timm", "huggingface_hub", "safetensors", "transformers", "numpy", "PIL", "torchvision"}
+TRAVEL_WITH |= {"typing_extensions"}  # torch brings it
 
 
 def test_the_file_in_the_package_is_the_one_that_the_sources_give() -> None:

@@ -137,5 +137,6 @@ def fsdp2_of_every_face(rank: int, world: int, saved: Path, scratch: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.turn(1)
 def test_fsdp2_in_two_processes(saved: Path, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(fsdp2_of_every_face, args=(2, saved, tmp_path), nprocs=2)
