@@ -4,16 +4,17 @@ import os
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .backbone import TimmTowerBackbone
 from .encoder_config import TimmTowerEncoderConfig, token_facts
+from .hub.audit import config_of, folder_errors
+from .hub.trunk_source import refuse_as_part
 from .reader.config import TimmTowerConfig
 from .reader.errors import ConfigError, shown
 from .reader.forward import run_tower, wants_dict
 from .reader.hidden_states import HiddenStates
-from .reader.pretrained import DOWNLOAD
 from .trunk_facts import infer_output
 
 
@@ -28,6 +29,7 @@ class TimmTowerEncoder(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     Raises:
         ConfigError: the config has no tower, or none that can be built in this process.
+        WeightsError: the trunk is stored in another repository.
     """
 
     config: TimmTowerEncoderConfig
@@ -42,6 +44,7 @@ class TimmTowerEncoder(PreTrainedModel):  # type: ignore[no-untyped-call]
         if tower is None and not isinstance(config.tower_config, TimmTowerConfig):
             raise ConfigError("TimmTowerEncoderConfig without tower_config: use TimmTowerEncoderConfig.from_pretrained")
         self.tower = TimmTowerBackbone(config.tower_config) if tower is None else tower
+        refuse_as_part(self.tower.config)  # transformers saves an encoder, whole
         facts = token_facts(self.tower.config, self.tower.trunk)
         if wrong := [name for name, value in facts.items() if getattr(config, name) != value]:
             found = shown(getattr(config, wrong[0]))
@@ -80,12 +83,11 @@ class TimmTowerEncoder(PreTrainedModel):  # type: ignore[no-untyped-call]
             TowerError: by what is wrong with the folder.
         """
         place = pretrained_model_name_or_path
-        files = {name: kwargs[name] for name in DOWNLOAD if name in kwargs}
-        described, _ = PreTrainedConfig.get_config_dict(place, **files)
-        if described.get("model_type") != TimmTowerConfig.model_type:
-            return super().from_pretrained(
-                place, *args, config=config, output_loading_info=output_loading_info, **kwargs
-            )
+        if config_of(place, kwargs).get("model_type") != TimmTowerConfig.model_type:
+            with folder_errors(place):
+                return super().from_pretrained(
+                    place, *args, config=config, output_loading_info=output_loading_info, **kwargs
+                )
         tower, info = TimmTowerBackbone.from_pretrained(place, output_loading_info=True, **kwargs)
         if config is None:
             config = TimmTowerEncoderConfig(tower_config=tower.config, **token_facts(tower.config, tower.trunk))

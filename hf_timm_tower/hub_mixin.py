@@ -6,24 +6,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
+from typing_extensions import Self
 
 from .build import Rates
 from .files.disk import scratch_folder
 from .files.fingerprint import Verification, weight_digests
+from .heads.registry import CustomHead
 from .hub.card import CardOptions, as_tags, tower_facts
 from .hub.download import Access
 from .hub.fetch import commit_of, fetch_tower
 from .hub.push import COMMIT_MESSAGE, PushOptions, default_repo_id, push_folder
-from .hub.trunk_source import find_trunk, kept_trunk_source, unpublished_trunk
+from .hub.trunk_source import find_trunk, kept_trunk_source
 from .load import check_device, load_tower, verify
 from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, TowerError
-from .reader.head import CustomHead
 from .reader.weights import TrunkSource, floating_dtype
 from .save import Saved, SaveOptions, save_tower, storable_config, with_weights
 from .subclassing import OVERRIDABLE, added_arguments, overrides
@@ -84,8 +85,8 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             evaluated_on: Id of the data set that they were measured on.
             include_code: None: the folder carries its reader, so that it loads where this package is not installed.
                 True: also the source of the head, where it cannot be stored in another form. False: no code at all.
-            trunk: None: a trunk that is stored in another repository stays there while it is the same, bit for bit, and
-                what loads the folder fetches it from there. False: the folder holds it whole.
+            trunk: None: a trunk that is stored in another repository stays there, and what loads the folder fetches it
+                from there; refused where it is not the same any more, bit for bit. False: the folder holds it whole.
             max_shard_size: Largest weight file, in bytes or as `"5GB"`.
             is_main_process: False saves nothing: another process does.
             state_dict: The weights, where they had to be gathered from several processes.
@@ -99,7 +100,8 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         Raises:
             HeadError: the head cannot be stored in any form; nothing was written.
             FolderError: the folder cannot be written; what was there before is whole.
-            HubError: it was saved, but could not be pushed.
+            WeightsError: the trunk is stored in another repository, and is not that one any more; nothing was written.
+            HubError: it was saved, but could not be pushed; or that repository cannot be read.
         """
         if push_to_hub_kwargs and not push_to_hub:
             raise ArgumentError(f"save_pretrained: unknown keyword {', '.join(sorted(push_to_hub_kwargs))}")
@@ -114,8 +116,7 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         cards = CardOptions(as_tags(tags), license, model_card_kwargs or {}, metrics, evaluated_on, repo_id=repo_id)
         options, access = SaveOptions(cards, include_code, max_shard_size), Access(token=push.token)
         weights = self.state_dict() if state_dict is None else state_dict
-        keep = kept_trunk_source if push_to_hub else unpublished_trunk
-        pinned = None if trunk is False or self.config.trunk_source is None else keep(self.config, weights, access)
+        pinned = None if trunk is False else kept_trunk_source(self.config, weights, access)
         saved = self._save(save_directory, options, pinned, access, state_dict)
         if not push_to_hub:
             return None
@@ -270,7 +271,7 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             custom_head: Takes the place of the stored head; checked against the weights key by key, and against the
                 fingerprint.
             trust_remote_code: Run the source of a head that is stored as code. Nothing else ever runs.
-            verify: Run the probe and raise unless the numbers are those of the saved tower within tolerance.
+            verify: Run the probe and raise unless the outputs are those of the saved tower within tolerance.
             image_size: Change the input size after loading, as `set_input_size`.
             frozen: Freeze what was frozen when the tower was saved; False: everything trains.
             mmap: Map the weight files, so that they are not copied; False reads them into memory, for files that
@@ -343,7 +344,7 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         )
 
     def verify(self) -> Verification:
-        """Whether the tower gives the numbers that it was saved with, on this timm, torch and device.
+        """Whether the tower gives the outputs that it was saved with, on this timm, torch and device.
 
         Raises:
             FolderError: it was neither saved nor loaded yet, or its folder has no fingerprint.

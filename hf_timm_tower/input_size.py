@@ -1,17 +1,12 @@
 """Another input size for a tower that exists, for both faces: timm resamples, the config says what the trunk now is."""
 
 import copy
-import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn as nn
-from transformers.utils.hub import cached_file
 
 from .build import check_embedding, example_input, resolve_config
-from .files.json import parse_json
-from .files.names import CONFIG_NAME
 from .heads.isolation import copy_module
 from .reader.config import TimmTowerConfig, check_size
 from .reader.errors import ConfigError
@@ -35,11 +30,16 @@ def set_input_size(tower: Any, image_size: int | Sequence[int], *, own_trunk: bo
     size = check_size("image_size", image_size)
     if size == tower.config.image_size:
         return
+    if not tower.config.attribute_map:
+        raise ConfigError(
+            f"image_size={size}: this tower is a part of another model, whose own config keeps the size and would no "
+            "longer load what is saved. Set the size of the tower before it becomes a part"
+        )
     # on a copy first: timm changes some trunks before it refuses a size
     trial = copy_module(tower.trunk)
     config = record_size(trial, _resized(tower, trial, size), own_trunk=own_trunk)
     _resized(tower, tower.trunk, size)
-    tower.config = config
+    vars(tower.config).update(vars(config))  # in place: a model that this one is a part of has the same object
     tower._head_input = HeadInput.of(config, tower.trunk)
 
 
@@ -66,18 +66,13 @@ def _resized(tower: Any, trunk: nn.Module, size: list[int]) -> TimmTowerConfig:
     return config
 
 
-def with_stored_size(config: TimmTowerConfig, place: str | os.PathLike[str], download: Mapping[str, Any]) -> Any:
+def with_stored_size(config: TimmTowerConfig, stored: Any) -> TimmTowerConfig:
     """A config with the size that is stored: a tower is loaded as it was saved, and resized then.
 
     Args:
         config: With another size, perhaps.
-        place: Folder or repository of the tower.
-        download: How its files are found: `revision`, `token`, ...
+        stored: `image_size` of the tower's `config.json`.
     """
-    found = {"_commit_hash": getattr(config, "_commit_hash", None), "_raise_exceptions_for_missing_entries": False}
-    path = cached_file(place, CONFIG_NAME, **found, **download)
-    described = {} if path is None else parse_json(Path(path).read_bytes(), path)
-    stored = described.get("image_size") if isinstance(described, dict) else None
     if stored is None or stored == config.image_size:
         return config
     config = copy.deepcopy(config)

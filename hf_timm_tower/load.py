@@ -14,11 +14,12 @@ from transformers.utils.hub import cached_file
 
 from .build import Rates
 from .files.fingerprint import Verification, compare
-from .files.names import CONFIG_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME
+from .files.names import CONFIG_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME, PROCESSOR_NAME
 from .files.open_folder import OpenFolder
-from .files.same_save import check_processor, mismatch
+from .files.same_save import check_processor, mismatch, other_processor
 from .files.staging import read_folder
 from .files.weights import read_weights
+from .heads.registry import CustomHead, rebuild_stored
 from .heads.source_file import construct_code
 from .hub.download import Access
 from .hub.identify import identify
@@ -26,7 +27,7 @@ from .hub.trunk_source import merged, read_trunk
 from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, ConfigError, FolderError, HeadError, shown
 from .reader.freezing import apply_frozen
-from .reader.head import CODE, SUBCLASS, CustomHead, code_file, refuse_code
+from .reader.head import CODE, SUBCLASS, code_file, refuse_code
 from .reader.image_processing import check_preprocess
 from .reader.skip_init import Budget, skip_init
 from .reader.tower import CLASSIFIER, Tower, build_tower, has_classifier, plain_defaults
@@ -50,7 +51,7 @@ def read_tower(folder: str | os.PathLike[str], access: Access | None = None, *, 
         FormatError: a file is damaged, too large or of a newer version.
         ConfigError: the config does not describe a tower.
     """
-    described, weights, fingerprint, processor, digests = read_folder(folder, partial(_parse, mmap=mmap))
+    described, weights, digests, fingerprint, processor, processors = read_folder(folder, partial(_parse, mmap=mmap))
     kind = described.get("model_type")
     if kind != TimmTowerConfig.model_type:
         raise ConfigError(
@@ -71,19 +72,18 @@ def read_tower(folder: str | os.PathLike[str], access: Access | None = None, *, 
         weights = merged(weights, trunk, str(folder))
     if words := mismatch(fingerprint, described, digests, os.fspath(folder)):
         warnings.warn(words, stacklevel=5)
+    if words := other_processor((processors or {}).get("image_processor"), config):
+        warnings.warn(f"{folder}: {words}", stacklevel=5)
     return StoredTower(config, weights, fingerprint)
 
 
-def _parse(
-    files: OpenFolder, mmap: bool
-) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any] | None, dict[str, Any] | None, dict[str, str]]:
+def _parse(files: OpenFolder, mmap: bool) -> tuple[Any, ...]:
     config = files.read_json(CONFIG_NAME)
-    fingerprint, processor = (
-        files.read_json(name) if files.has(name) else None for name in (FINGERPRINT_NAME, PREPROCESSOR_NAME)
-    )
+    names = (FINGERPRINT_NAME, PREPROCESSOR_NAME, PROCESSOR_NAME)
+    beside = [files.read_json(name) if files.has(name) else None for name in names]
     digests: dict[str, str] = {}
     weights = read_weights(files, mmap=mmap, digests=digests)
-    return config, weights, fingerprint, processor, digests
+    return config, weights, digests, *beside
 
 
 def _check_stored_form(spec: Any, tower_class: str | None) -> None:
@@ -190,9 +190,10 @@ def load_bare(folder: str | os.PathLike[str], *, trust_head_code: bool = False, 
         TowerError: by what is wrong with the folder.
     """
     stored = read_tower(folder, access)
-    make_head = None
-    if (stored.config.head or {}).get("form") == CODE:
-        make_head = partial(_trusted_head, stored.config.head or {}, folder, trust_head_code, None)
+    make_head, spec = None, stored.config.head
+    if spec is not None:
+        by_code = partial(_trusted_head, spec, folder, trust_head_code, None)
+        make_head = by_code if spec.get("form") == CODE else partial(rebuild_stored, spec)
     make = partial(build_tower, stored.config, with_classifier=has_classifier(stored.weights), make_head=make_head)
     return _construct(stored, stored.weights, make, str(folder), None)
 
@@ -303,6 +304,15 @@ def _without_unexpected(weights: Mapping[str, torch.Tensor], tower: nn.Module, w
             stacklevel=5,
         )
     return {key: tensor for key, tensor in weights.items() if key in places}
+
+
+def refuse_meta(place: object) -> None:
+    """Refuse to load weights where the meta device is the default one: `ArgumentError`."""
+    if torch.empty(0).is_meta:
+        raise ArgumentError(
+            f"{place}: weights cannot be loaded onto the meta device, which is the default here. Load outside of "
+            "`with torch.device('meta')`; TimmModel.from_config builds without weights"
+        )
 
 
 def check_device(device: str | torch.device | None) -> None:

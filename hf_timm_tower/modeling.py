@@ -2,12 +2,15 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch.nn as nn
+from typing_extensions import Self
 
 from .encoder_config import as_part
-from .interop.faces import Labels, parts_from_timm, parts_of
+from .hub.trunk_source import refuse_as_part
+from .interop.faces import Labels, parts_of
+from .patches import TakesPatches
 from .pretrained import SavesTower
 from .reader import modeling as reader
 from .reader.forward import TimmTowerModelOutput
@@ -15,11 +18,12 @@ from .reader.forward import TimmTowerModelOutput
 __all__ = ["TimmTowerForImageClassification", "TimmTowerModel", "TimmTowerModelOutput"]
 
 
-class TimmTowerModel(SavesTower, reader.TimmTowerModel):  # type: ignore[no-untyped-call]
+class TimmTowerModel(SavesTower, TakesPatches, reader.TimmTowerModel):  # type: ignore[no-untyped-call]
     __doc__ = reader.TimmTowerModel.__doc__
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "config" and "trunk" in self._modules:
+        if name == "config" and "trunk" in self._modules:  # a model of several parts gives this one its own
+            refuse_as_part(value)
             value = as_part(value, int(self.trunk.num_features))  # type: ignore[arg-type]
         super().__setattr__(name, value)
 
@@ -44,15 +48,17 @@ class TimmTowerModel(SavesTower, reader.TimmTowerModel):  # type: ignore[no-unty
 
         Args:
             source: As in `TimmModel.from_timm`.
-            arguments: As in `TimmModel.from_timm`, but for `custom_head`: make a `TimmModel`, then `from_tower`.
+            arguments: As in `TimmModel.from_timm`.
 
         Raises:
             TowerError: as `TimmModel.from_timm`.
         """
-        return cls._on(parts_from_timm(source, None, arguments))
+        from .timm_model import TimmModel  # which an AutoModel does not need
+
+        return cls.from_tower(TimmModel.from_timm(source, **arguments))
 
 
-class TimmTowerForImageClassification(SavesTower, reader.TimmTowerForImageClassification):  # type: ignore[no-untyped-call]
+class TimmTowerForImageClassification(SavesTower, TakesPatches, reader.TimmTowerForImageClassification):  # type: ignore[no-untyped-call]
     __doc__ = reader.TimmTowerForImageClassification.__doc__
 
     @classmethod
@@ -101,4 +107,9 @@ class TimmTowerForImageClassification(SavesTower, reader.TimmTowerForImageClassi
             ConfigError: no labels, and the timm model has no classifier.
             TowerError: as `TimmModel.from_timm`.
         """
-        return cls._on(parts_from_timm(source, Labels(num_labels, id2label, problem_type), arguments))
+        from .timm_model import TimmModel
+
+        if num_labels is None and id2label is None:
+            arguments["proj"] = None
+        tower = TimmModel.from_timm(source, **arguments)
+        return cls.from_tower(tower, num_labels=num_labels, id2label=id2label, problem_type=problem_type)

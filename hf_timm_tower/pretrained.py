@@ -8,26 +8,28 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
 from transformers import PreTrainedModel
+from typing_extensions import Self
 
 from .build import build_for_transformers
 from .files.disk import scratch_folder
 from .files.fingerprint import Verification
+from .hub.audit import audited_config, folder_errors
 from .hub.card import CardOptions, as_tags
 from .hub.download import Access
 from .hub.push import COMMIT_MESSAGE, PushOptions, default_repo_id, push_folder
-from .hub.trunk_source import kept_trunk_source, unpublished_trunk
+from .hub.trunk_source import kept_trunk_source, warn_of_training
 from .input_size import set_input_size, with_stored_size
 from .interop.timm_face import TimmFace
-from .load import check_given_head, load_bare, make_code_head, read_tower, verify
+from .load import check_given_head, load_bare, make_code_head, read_tower, refuse_meta, verify
 from .reader.config import TimmTowerConfig, check_size
 from .reader.errors import ArgumentError, ConfigError, ExportError, WeightsError
 from .reader.loading import TowerLoading
-from .reader.pretrained import DOWNLOAD, MODEL_TAGS, TimmTowerPreTrainedModel
+from .reader.pretrained import MODEL_TAGS, TimmTowerPreTrainedModel
 from .reader.tower import Tower
 from .reader.weights import StoredTower, TrunkSource
 from .save import Saved, SaveOptions, save_tower, storable_config, with_weights
@@ -101,21 +103,27 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
             ConfigError: the config that was given is not that of the folder, or the trunk cannot take the size.
             TowerError: by what is wrong with the folder.
         """
-        if torch.empty(0).is_meta:
-            raise ArgumentError(
-                f"{pretrained_model_name_or_path}: weights cannot be loaded onto the meta device, which is the default "
-                "here. Load outside of `with torch.device('meta')`; TimmModel.from_config builds without weights"
-            )
-        if isinstance(config, TimmTowerConfig) and pretrained_model_name_or_path is not None:
-            # `AutoModel` has put it there
-            image_size = config.image_size if image_size is None else image_size
-            download = {key: kwargs[key] for key in DOWNLOAD if kwargs.get(key)}
-            config = with_stored_size(config, pretrained_model_name_or_path, download)
-        found = super().from_pretrained(pretrained_model_name_or_path, config=config, **kwargs)
+        refuse_meta(pretrained_model_name_or_path)
+        given = isinstance(config, TimmTowerConfig)  # `AutoModel` has read it
+        if pretrained_model_name_or_path is not None and (config is None or given):
+            adapter = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path")
+            stored = audited_config(pretrained_model_name_or_path, kwargs, adapter)
+            if given and stored is not None:
+                image_size = config.image_size if image_size is None else image_size
+                config = with_stored_size(config, stored.get("image_size"))
+        kwargs.setdefault("use_safetensors", True)  # transformers would open a pickle where there is nothing else
+        with folder_errors(pretrained_model_name_or_path):
+            found = super().from_pretrained(pretrained_model_name_or_path, config=config, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
         if image_size is not None:
             model.set_input_size(image_size)
         return found
+
+    def train(self, mode: bool = True) -> Self:
+        """As `nn.Module.train`, except that modules with frozen statistics stay in eval mode."""
+        super().train(mode)
+        warn_of_training(self.config, self.trunk)
+        return self
 
     def _after_loading(self, loading: TowerLoading) -> None:
         if loading.stored is None or loading.stored.fingerprint is None:
@@ -198,8 +206,8 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
             evaluated_on: Id of the data set that they were measured on.
             include_code: None: the folder carries its reader, so that it loads where this package is not installed.
                 True: also the source of the head, where it cannot be stored in another form. False: no code at all.
-            trunk: None: a trunk that is stored in another repository stays there while it is the same. False: the
-                folder holds it whole.
+            trunk: None: a trunk that is stored in another repository stays there; refused where it is not the same any
+                more. False: the folder holds it whole.
             save_function: Taken and not called: accelerate's scripts pass `accelerator.save`; the files of a tower are
                 written by this package, which loads them back and compares.
             kwargs: For `push_to_hub`.
@@ -207,7 +215,8 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
         Raises:
             HeadError: the head cannot be stored in any form; nothing was written.
             FolderError: the folder cannot be written; what was there before is whole.
-            HubError: it was saved, but could not be pushed.
+            WeightsError: the trunk is stored in another repository, and is not that one any more; nothing was written.
+            HubError: it was saved, but could not be pushed; or that repository cannot be read.
         """
         options = self._options(
             tags, license, model_card_kwargs, metrics, evaluated_on, include_code, max_shard_size, repo_id
@@ -227,8 +236,7 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
         if not is_main_process:
             return
         access, weights = Access(token=token), self.state_dict() if state_dict is None else state_dict
-        keep = kept_trunk_source if push_to_hub else unpublished_trunk
-        pinned = None if trunk is False or self.config.trunk_source is None else keep(self.config, weights, access)
+        pinned = None if trunk is False else kept_trunk_source(self.config, weights, access)
         saved = self._save(save_directory, options, state_dict, pinned, access)
         if not push_to_hub:
             return

@@ -3,8 +3,8 @@
 import copy
 import json
 import os
-import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 
 from .build import check_embedding, example_input
-from .files.fingerprint import make_fingerprint
+from .files.fingerprint import make_fingerprint, weight_digests
 from .files.json import write_json
 from .files.names import CARD_NAME, CONFIG_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME
 from .files.open_folder import read_text
@@ -28,7 +28,7 @@ from .hub.reader_file import AUTO_MAP, write_reader
 from .hub.trunk_source import is_separable
 from .proof import bare_tower, form_of, prove, refuse_changing_hooks
 from .reader.config import FOR_TIMM, TimmTowerConfig
-from .reader.errors import WeightsError, shown
+from .reader.errors import WeightsError
 from .reader.graph_head import GraphHead
 from .reader.head import LIVE, SUBCLASS, builtin_head
 from .reader.skip_init import skip_init
@@ -167,13 +167,6 @@ def save_tower(
     Raises:
         TowerError: nothing was written: the folder cannot be written, or what was loaded back is not the same.
     """
-    if config.trunk_source is None and tower.config.trunk_source is not None:
-        warnings.warn(
-            f"the trunk of this tower is stored in {shown(tower.config.trunk_source.get('repo_id'))}; what is saved "
-            "here holds it whole (it was changed, cannot be compared now, or was asked for), and whoever publishes the "
-            "folder publishes the trunk.",
-            stacklevel=4,
-        )
     cards, with_reader = options.cards, options.include_code is not False
     cards = replace(cards, include_code=with_reader)
     with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
@@ -186,12 +179,14 @@ def save_tower(
                 (staging / name).write_bytes(source.encode("utf-8"))
             if with_reader:
                 write_reader(staging)
-            _write_weights(staging, bare, config, options.max_shard_size)
+            with ThreadPoolExecutor(1) as beside:  # hashing takes as long as writing
+                digests = beside.submit(weight_digests, bare)
+                _write_weights(staging, bare, config, options.max_shard_size)
             again = load(staging)
             outputs = prove(bare, again, config, form_is_proven=form_is_proven)
             if not form_is_proven:
                 refuse_changing_hooks(tower, config, outputs)
-            fingerprint = make_fingerprint(outputs, again, config.in_chans, native_size(config))
+            fingerprint = make_fingerprint(outputs, again, config.in_chans, native_size(config), digests.result())
             fingerprint |= tie_digests(staging)
             write_json(staging / FINGERPRINT_NAME, fingerprint)
             write_sentence_files(staging, Path(folder), outputs)

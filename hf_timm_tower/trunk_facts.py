@@ -4,7 +4,7 @@ Loading a stored tower needs none of this: its config says it all (`reader/trunk
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -43,6 +43,9 @@ TIMM_POOLS = (
 # timm's attention pools split the trunk's width into heads of this many channels, as open_clip leaves it.
 ATTENTION_HEAD_WIDTH = 64
 ALL_POOLS = (*TIMM_POOLS, "token_avg", *ATTENTION_POOLS, "default", "none")
+
+PLAIN_PREPROCESS = {"padding": None, "channel_order": "RGB", "value_range": [0.0, 1.0]}
+"""The entries of a preprocess block that timm and open_clip have no words for, where they do nothing."""
 
 Layout = Literal["NC", "NLC", "NCHW", "NHWC"]
 
@@ -298,7 +301,7 @@ def check_rebuilt(trunk: nn.Module, config: TimmTowerConfig, *, with_classifier:
 def _otherwise(trunk: nn.Module, config: TimmTowerConfig) -> nn.Module | None:
     """The trunk that a config makes, where its weights have other names or shapes than those of this one."""
     again = create_trunk(config, initialise=False)
-    return None if shapes(trunk) == shapes(again) else again
+    return None if shapes_of(trunk.state_dict()) == shapes_of(again.state_dict()) else again
 
 
 def record_size(trunk: nn.Module, config: TimmTowerConfig, *, own_trunk: bool = False) -> TimmTowerConfig:
@@ -353,9 +356,9 @@ def _changed(config: TimmTowerConfig, trunk: nn.Module, again: nn.Module) -> Con
     return ConfigError(f"the trunk {config.architecture} cannot be built again as it is: {what_changed(trunk, again)}")
 
 
-def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Key of the state dict -> shape."""
-    return {key: tuple(value.shape) for key, value in module.state_dict().items()}
+def shapes_of(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """Key -> shape."""
+    return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
 
 def preprocess_from_timm(pretrained_cfg: dict[str, Any], in_chans: int) -> dict[str, Any]:
@@ -371,4 +374,4 @@ def preprocess_from_timm(pretrained_cfg: dict[str, Any], in_chans: int) -> dict[
     if len(mean) != in_chans:
         mean, std = [sum(mean) / len(mean)] * in_chans, [sum(std) / len(std)] * in_chans
     timms = {key: data[key] for key in ("interpolation", "crop_pct", "crop_mode")}
-    return {**timms, "mean": mean, "std": std, "padding": None, "channel_order": "RGB", "value_range": [0.0, 1.0]}
+    return {**timms, "mean": mean, "std": std, **copy.deepcopy(PLAIN_PREPROCESS)}

@@ -13,7 +13,7 @@
 #
 # Which environment, first that applies: the folder in TOWER_VENV; the active one (VIRTUAL_ENV, CONDA_PREFIX);
 # `.venv` in the checkout. A folder that is not there yet is made, by the python named in PYTHON or the first
-# Python >= 3.11 on the PATH. A second call is quick: a stamp, written only after pip has succeeded, says that this
+# Python >= 3.10 on the PATH. A second call is quick: a stamp, written only after pip has succeeded, says that this
 # pyproject.toml with these extras is installed.
 
 TOWER_ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
@@ -22,26 +22,26 @@ TOWER_PYTHON=""
 tower_say() { printf '%s\n' "$*"; }
 tower_fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
-# True if "$1" runs and is Python 3.11 or newer. A name on the PATH proves nothing: version managers put stubs there.
+# True if "$1" runs and is Python 3.10 or newer. A name on the PATH proves nothing: version managers put stubs there.
 _tower_is_python() {
-    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1
 }
 
-# Prints a python >= 3.11 to make an environment with. TOWER_PYTHONS names the candidates.
+# Prints a python >= 3.10 to make an environment with. TOWER_PYTHONS names the candidates.
 _tower_find_python() {
     local name
     if [ -n "${PYTHON:-}" ]; then
-        _tower_is_python "$PYTHON" || tower_fail "PYTHON=$PYTHON does not run or is older than 3.11; name another or unset it"
+        _tower_is_python "$PYTHON" || tower_fail "PYTHON=$PYTHON does not run or is older than 3.10; name another or unset it"
         printf '%s\n' "$PYTHON"
         return
     fi
-    for name in ${TOWER_PYTHONS:-python3.13 python3.12 python3.11 python3 python}; do
+    for name in ${TOWER_PYTHONS:-python3.13 python3.12 python3.11 python3.10 python3 python}; do
         if _tower_is_python "$name"; then
             printf '%s\n' "$name"
             return
         fi
     done
-    tower_fail "no Python >= 3.11 found (tried ${TOWER_PYTHONS:-python3.13 python3.12 python3.11 python3 python});" \
+    tower_fail "no Python >= 3.10 found (tried ${TOWER_PYTHONS:-python3.13 python3.12 python3.11 python3.10 python3 python});" \
         "install one, or name it: PYTHON=/path/to/python3"
 }
 
@@ -64,7 +64,7 @@ _tower_make_venv() {
 }
 
 tower_env() {
-    local extras="$1" venv stamp want installed
+    local extras="$1" venv stamp want installed compile=--no-compile
     shift
     if [ -n "${TOWER_VENV:-}" ]; then
         venv="$TOWER_VENV"
@@ -81,7 +81,7 @@ tower_env() {
     fi
     venv="$(cd -- "$venv" && pwd)"
     TOWER_PYTHON="$venv/bin/python"
-    _tower_is_python "$TOWER_PYTHON" || tower_fail "$TOWER_PYTHON does not run or is older than 3.11; use another environment"
+    _tower_is_python "$TOWER_PYTHON" || tower_fail "$TOWER_PYTHON does not run or is older than 3.10; use another environment"
 
     stamp="$venv/.hf_timm_tower.${extras//,/-}"
     want="$(cat -- "$TOWER_ROOT/pyproject.toml"; printf '%s\n' "$extras" "$@"; "$TOWER_PYTHON" --version)"
@@ -103,8 +103,11 @@ PYTHON
     fi
     rm -f -- "$stamp"
     tower_say "Installing hf_timm_tower[$extras] into $venv (PyTorch is large: the first time takes minutes)"
+    # pip would compile every module of every package, for a minute and more; Python compiles those that are imported,
+    # and keeps what it compiled unless it was told not to.
+    [ -z "${PYTHONDONTWRITEBYTECODE:-}" ] || compile=--compile
     # Of pip's talk only the large files are worth a line; what it complains of goes to stderr as it is.
-    if ! PIP_DISABLE_PIP_VERSION_CHECK=1 "$TOWER_PYTHON" -m pip install --progress-bar off \
+    if ! PIP_DISABLE_PIP_VERSION_CHECK=1 "$TOWER_PYTHON" -m pip install --progress-bar off "$compile" \
         --editable "${TOWER_ROOT}[$extras]" "$@" |
         { grep --line-buffered -E '(Downloading|Using cached) .*\.whl.* \([0-9.]+ [MG]B\)' || true; }; then
         tower_fail "pip could not install hf_timm_tower[$extras] into $venv; its message is above. Run this again to go on"

@@ -28,7 +28,7 @@ from _finetune.training import TowerTrainer, accuracy, find_checkpoint
 from transformers import HfArgumentParser, set_seed
 
 from hf_timm_tower import TowerError
-from hf_timm_tower.unfreezing import UnfreezeSchedule
+from hf_timm_tower.training.unfreeze_schedule import UnfreezeSchedule
 
 
 def train(arguments: ModelArguments, data: Data, training: FinetuneArguments, of_digits: bool) -> TowerTrainer:

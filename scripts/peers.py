@@ -28,6 +28,8 @@ from scripts._peers.run import DIFFERS, RAW  # noqa: E402
 ROWS = [*sizes.ROWS, *encoders.ROWS, *training.ROWS, *files.ROWS]
 # Calls that are refused on purpose where the peer goes on.
 WHY = {
+    encoders.AUTO_BACKBONE: "transformers takes every path for a repository's id, of any model: "
+    "`TimmTowerBackbone.from_pretrained(a folder)`",
     "TimmTowerModel.from_pretrained(a timm repository)": "it says nothing of pool and head: `from_timm` asks",
     "torch.jit.script(model)": "torch deprecates it",
     "save_pretrained of an 8-bit model": "what is saved is proven, and packed weights of another library cannot be",

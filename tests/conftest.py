@@ -32,6 +32,30 @@ torch.set_num_threads(1)
 
 _CLASS_SWEEP = "test_every_class.py"
 
+# What takes half a minute and more of a core, longest first: one worker has all of a file, and a long one that begins
+# last is what everybody waits for.
+_LONG_FILES = """
+promises/test_every_class.py
+training/test_finetune_script.py
+training/test_train_clip.py
+hub/test_hub.py
+embedding/test_ray.py
+training/test_unfreeze_schedule.py
+test_demo.py
+interop/test_open_clip.py
+hub/test_faces_on_the_hub.py
+hub/test_hub_faults.py
+training/test_param_groups.py
+promises/test_at_home_table.py
+embedding/test_to_folder.py
+interop/test_at_home_open_clip.py
+hub/test_card_snippets.py
+promises/test_many_mutants.py
+promises/test_used_in_anger.py
+promises/test_old_towers.py
+interop/test_export.py
+""".split()
+
 
 def pytest_report_header() -> str:
     """Which classes of timm the sweeps of this run take."""
@@ -42,8 +66,8 @@ def pytest_report_header() -> str:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the classes of timm that this run does not take, and put together what looks at one class's tower."""
-    from .timm_classes import chosen_classes, smallest_of_each_class
+    """Leave out what is another run's, put together what looks at one class of timm, and long files first."""
+    from .timm_classes import chosen_classes, chosen_turn, smallest_of_each_class
 
     left_out = smallest_of_each_class().keys() - chosen_classes()
     # slow sweeps name a class or its smallest architecture; others name architectures for reasons of their own
@@ -54,6 +78,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items
         if class_of[item] & left_out or (class_of[item] & smallest and item.get_closest_marker("slow"))
     }
+    turns = chosen_turn([0, 1], 2)
+    dropped |= {item for item in items for mark in item.iter_markers("turn") if mark.args[0] not in turns}
     kept = [item for item in items if item not in dropped]
     config.hook.pytest_deselected(items=[item for item in items if item in dropped])
     order = {name: number for number, name in enumerate(smallest_of_each_class())}
@@ -64,7 +90,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     )
     for place, item in zip(places, sweep, strict=True):
         kept[place] = item
-    items[:] = kept
+    place_of = {ROOT / "tests" / name: place for place, name in enumerate(_LONG_FILES)}
+    items[:] = sorted(kept, key=lambda item: place_of.get(item.path, len(place_of)))
 
 
 def _seed_everything(seed: int) -> None:

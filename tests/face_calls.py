@@ -103,11 +103,11 @@ def push_adapter(repo_id: str, **kwargs: Any) -> None:
 
 
 def save_head_only(repo_id: str, folder: str) -> torch.Tensor:
-    """Load a tower whose trunk lies in another repository, and save it; what it gives."""
+    """Load a tower whose trunk lies in another repository, change that, and save it whole; what it gives."""
     model = TimmTowerModel.from_pretrained(repo_id)
     with torch.no_grad():
         next(model.trunk.parameters()).add_(1)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, trunk=False)
     return output(model)
 
 

@@ -6,7 +6,7 @@ import shutil
 import signal
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ def _by_transformers(error: OSError) -> bool:
     return frame is not None and "/transformers/" in frame.tb_frame.f_code.co_filename
 
 
-def run_mutants(root: str, seeds: range) -> list[Run]:
+def run_mutants(root: str, seeds: Iterable[int]) -> list[Run]:
     """Make and load the mutants of these seeds.
 
     Args:

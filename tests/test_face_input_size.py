@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    BertConfig,
+    BertModel,
+    VisionTextDualEncoderModel,
+    pipeline,
+)
 
 from hf_timm_tower import ArgumentError, ConfigError, TimmModel, TimmTowerImageProcessor
 from hf_timm_tower.modeling import TimmTowerForImageClassification, TimmTowerModel
@@ -121,3 +130,21 @@ def test_both_faces_say_what_they_are_and_verify(folders: dict[str, Path]) -> No
     with torch.no_grad():
         model.head.proj.weight.mul_(2)
     assert model.verify().status == "different"
+
+
+@pytest.mark.parametrize("width", [16, None], ids=["embedding of another width", "embedding as wide as the trunk"])
+def test_a_part_of_another_model_keeps_its_size_or_the_model_knows_the_new_one(
+    width: int | None, tmp_path: Path
+) -> None:
+    small: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    text = BertModel(BertConfig(vocab_size=30, hidden_size=16, **small))
+    tower = TimmModel("test_vit", width, pool="token", proj="linear" if width else "none")
+    pair = VisionTextDualEncoderModel(vision_model=TimmTowerModel.from_tower(tower), text_model=text)
+    if width is not None:
+        with pytest.raises(ConfigError, match="before it becomes a part"):
+            pair.vision_model.set_input_size(96)
+    else:
+        pair.vision_model.set_input_size(96)
+    pair.save_pretrained(tmp_path)
+    loaded = VisionTextDualEncoderModel.from_pretrained(tmp_path).vision_model
+    assert loaded.config.image_size == pair.vision_model.config.image_size == ([160, 160] if width else [96, 96])

@@ -16,8 +16,8 @@ import hf_timm_tower
 
 PACKAGE = Path(__file__).resolve().parents[1] / "hf_timm_tower"
 READER = PACKAGE / "reader"
-# The last three come with timm and transformers.
-TRAVEL_WITH = {"torch", "timm", "huggingface_hub", "safetensors", "transformers", "numpy", "PIL", "torchvision"}
+TRAVEL_WITH = {"torch", "timm", "huggingface_hub", "safetensors", "transformers"}
+TRAVEL_WITH |= {"numpy", "PIL", "torchvision", "typing_extensions"}  # which come with these
 
 # The public face, apart from the errors, which are read off reader/errors.py.
 PUBLIC = {
@@ -40,6 +40,7 @@ PUBLIC = {
 PEERS = {
     "embedding/evaluation.py": {"sklearn"},
     "embedding/hf_datasets.py": {"datasets"},
+    "embedding/lance_table.py": {"lancedb", "pyarrow"},
     "embedding/lancedb.py": {"lancedb", "pyarrow"},
     "embedding/parquet.py": {"pyarrow"},
     "embedding/ray.py": {"pyarrow", "ray"},

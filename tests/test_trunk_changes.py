@@ -14,6 +14,7 @@ from hf_timm_tower import ConfigError, TimmModel, TowerError
 from hf_timm_tower.reader.trunk import create_trunk
 from hf_timm_tower.trunk_changes import compare_training, what_changed
 
+from .class_towers import size_to_test
 from .timm_classes import smallest_of_each_class
 
 
@@ -108,7 +109,8 @@ def test_synchronised_batchnorm_is_batchnorm() -> None:
 
 
 def check_fresh(name: str) -> None:
-    tower = TimmModel(name, pool="none" if name.endswith("_enc") else "default", proj="none")
+    pool = "none" if name.endswith("_enc") else "default"
+    tower = TimmModel(name, pool=pool, proj="none", image_size=size_to_test(name))
     again = create_trunk(tower.config, initialise=False)
     assert compare_training(tower.trunk, again) == compare_training(again, tower.trunk) == []
     image = torch.rand(2, 3, *tower.config.image_size)

@@ -4,8 +4,8 @@ Finding them means building all 1,371 architectures, a minute and a half of work
 kept beside this file. `python -m tests.timm_classes` writes it anew.
 
 A run takes a sixth of the classes, which one by the hash of the commit: a person waits for minutes, and every class has
-its turn within a few commits. TOWER_CLASSES says otherwise: `all`, or the number of a sixth. The quick six are
-always taken.
+its turn within a few commits. TOWER_CLASSES says otherwise: `all`, or a number as the first lines of a run name it. The
+quick six are always taken. Other sweeps go by the same number: `chosen_part` of their members, or `chosen_turn`.
 """
 
 import json
@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import timm
 
@@ -25,6 +26,7 @@ LIST = Path(__file__).with_name("timm_classes.json")
 QUICK = ("test_resnet", "test_vit", "test_mambaout", "test_coatnet", "mobilenetv3_small_050", "efficientvim_m1")
 
 PARTS = 6
+TURNS = 12
 
 
 def class_and_size(architecture: str) -> tuple[str, int]:
@@ -51,47 +53,57 @@ def smallest_of_each_class() -> dict[str, str]:
     return dict(kept["smallest"]) if kept["timm"] == timm.__version__ else find_smallest()
 
 
+Member = TypeVar("Member")
+
+
 @lru_cache(maxsize=1)
-def _part() -> tuple[int | None, str]:
-    """Which sixth of the classes this run takes, None for all of them, and why."""
+def _number() -> tuple[int | None, str]:
+    """The number by which this run takes its part of the sweeps, None for all of them, and why."""
     wanted = os.environ.get("TOWER_CLASSES", "")
     if wanted == "all":
-        return None, "TOWER_CLASSES=all"
+        return None, "TOWER_CLASSES"
     if wanted:
         if not wanted.isdecimal():
             raise ValueError(f"TOWER_CLASSES={wanted!r}: expected 'all' or a number")
-        return int(wanted) % PARTS, f"TOWER_CLASSES={wanted}"
+        return int(wanted) % (PARTS * TURNS), "TOWER_CLASSES"
     try:
         head = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=LIST.parent, capture_output=True, text=True, check=True
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return 0, "no commit is known here"
-    return int(head, 16) % PARTS, f"commit {head[:12]}"
+        return 0, "no commit, as none is known here"
+    return int(head, 16) % (PARTS * TURNS), f"commit {head[:12]}"
 
 
 @lru_cache(maxsize=1)
 def chosen_classes() -> frozenset[str]:
     """The classes of `smallest_of_each_class` that this run takes: of every six neighbours in size one, and QUICK."""
-    part, _ = _part()
-    return frozenset(
-        key
-        for number, (key, architecture) in enumerate(smallest_of_each_class().items())
-        if part is None or number % PARTS == part or architecture in QUICK
-    )
+    taken = set(chosen_part(smallest_of_each_class()))
+    return frozenset(key for key, smallest in smallest_of_each_class().items() if key in taken or smallest in QUICK)
 
 
-def chosen_part(names: Iterable[str]) -> list[str]:
-    """Every sixth of other names that a sweep goes through, or all of them, as this run takes classes."""
-    part, _ = _part()
-    return list(names) if part is None else list(names)[part::PARTS]
+def chosen_part(members: Iterable[Member]) -> list[Member]:
+    """Every sixth member of a sweep, or all of them."""
+    number, _ = _number()
+    return list(members) if number is None else list(members)[number % PARTS :: PARTS]
+
+
+def chosen_turn(members: Iterable[Member], turns: int) -> list[Member]:
+    """One in `turns` of the ways to look at a member, by the same number and not by the member's part; or all of them.
+
+    Args:
+        members: The ways.
+        turns: A divisor of TURNS.
+    """
+    number, _ = _number()
+    return list(members) if number is None else list(members)[number // PARTS % turns :: turns]
 
 
 def describe_choice() -> str:
     """One line for the header of a run."""
-    part, why = _part()
-    which = "all" if part is None else f"sixth {part}"
-    return f"timm classes: {len(chosen_classes())} of {len(smallest_of_each_class())} ({which}, {why})"
+    number, why = _number()
+    which = "all" if number is None else f"TOWER_CLASSES={number}"
+    return f"timm classes: {len(chosen_classes())} of {len(smallest_of_each_class())} ({which}, by {why})"
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """The commands: arguments, one call of the package each, and what is said of the result."""
 
-import enum
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from .report import INCOMPLETE, command, fail, say, say_rows
+from .exporting import Format
+from .exporting import export as write
+from .report import INCOMPLETE, command, fail, printable, say, say_rows
 
 app = typer.Typer(
     name="hf-timm-tower",
@@ -21,23 +22,8 @@ app = typer.Typer(
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run a head that is stored as code.")]
+DType = Literal["float32", "float16"]
 TowerPlace = Annotated[str, typer.Argument(metavar="REPO", help="A tower: repository id or folder.")]
-
-
-class DType(enum.StrEnum):
-    """What is stored."""
-
-    float32 = "float32"
-    float16 = "float16"
-
-
-class ExportFormat(enum.StrEnum):
-    """What is written."""
-
-    onnx = "onnx"
-    transformers_js = "transformers.js"
-    torch = "torch"
-    timm = "timm"
 
 
 def _load(place: str, revision: str | None, trust: bool) -> Any:
@@ -107,7 +93,7 @@ def embed(
             batch_size=batch_size,
             num_workers="auto" if workers is None else workers,
             normalize=normalize,
-            dtype=None if dtype is None else getattr(torch, dtype.value),
+            dtype=None if dtype is None else getattr(torch, dtype),
             device=device or ("cuda" if torch.cuda.is_available() else None),
             progress=not quiet and sys.stderr.isatty(),
             errors="raise" if strict else "collect",
@@ -158,7 +144,9 @@ def search(
 def serve(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Embeddings made by `embed`.")],
     tower: Annotated[str | None, typer.Option(help="Repository id or folder; by default that of the folder.")] = None,
-    images: Annotated[str | None, typer.Option(help="Folder of the images, where they have moved since.")] = None,
+    images: Annotated[
+        str | None, typer.Option(help="Folder of the images, where they have moved since, or for --space.")
+    ] = None,
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="By default the first free one from 7860 on.")
     ] = None,
@@ -218,7 +206,7 @@ def verify(
             say({"status": found.status, "relative_difference": found.relative_difference, "tolerance": found.tolerance,
                  "changed": {name: list(map(str, pair)) for name, pair in found.changed.items()}}, as_json)  # fmt: skip
         else:
-            print(found)
+            print(printable(found))
     if found.status == "different":
         raise typer.Exit(1)
 
@@ -245,9 +233,7 @@ def push(
 @app.command()
 def export(
     repo: TowerPlace,
-    format: Annotated[
-        ExportFormat, typer.Option("--format", help="onnx, transformers.js, torch (torch.export), timm.")
-    ],
+    format: Annotated[Format, typer.Option("--format", help="onnx, transformers.js, torch (torch.export), timm.")],
     out: Annotated[str, typer.Option(help="File (.onnx, .pt2) or folder (timm) to write.")],
     revision: Revision = None,
     check: Annotated[bool, typer.Option(help="Compare the output with the tower's.")] = True,
@@ -256,6 +242,4 @@ def export(
 ) -> None:
     """Write a tower for another library."""
     with command(as_json):
-        from .exporting import export as write
-
-        say({"written": write(_load(repo, revision, trust_remote_code), out, format.value, check=check)}, as_json)
+        say({"written": write(_load(repo, revision, trust_remote_code), out, format, check=check)}, as_json)

@@ -9,8 +9,10 @@ from ..files.names import CONFIG_NAME, FINGERPRINT_NAME, INDEX_NAME
 from ..files.open_folder import read_json
 from ..hub.download import Access, hub_errors
 from ..hub.fetch import fetch_tower
-from ..reader.config import TimmTowerConfig
+from ..reader.config import TimmTowerConfig, check_size
+from ..reader.errors import ConfigError
 from ..reader.head import code_file
+from ..reader.weights import check_index
 
 
 def inspect_tower(place: str, revision: str | None, access: Access) -> dict[str, Any]:
@@ -23,17 +25,20 @@ def inspect_tower(place: str, revision: str | None, access: Access) -> dict[str,
     described = read_json(folder / CONFIG_NAME)
     described.pop("auto_map", None)
     config = TimmTowerConfig(**described)
+    if config.image_size is None:
+        raise ConfigError(f"{folder / CONFIG_NAME}: image_size is missing; it is not of a tower that was saved")
+    height, width = check_size("image_size", config.image_size)
     code = code_file(described)
     total = None
     if (folder / INDEX_NAME).exists():
-        total = (read_json(folder / INDEX_NAME).get("metadata") or {}).get("total_size")
+        total = check_index(read_json(folder / INDEX_NAME), str(folder / INDEX_NAME))[1].get("total_size")
     fingerprint = read_json(folder / FINGERPRINT_NAME) if (folder / FINGERPRINT_NAME).exists() else {}
     is_folder = os.path.isdir(place)
     return {
         "tower": place,
         "commit": None if is_folder else folder.name,
         "trunk": config.architecture,
-        "image": f"{config.in_chans} x {config.image_size[0]} x {config.image_size[1]}",  # type: ignore[index]
+        "image": f"{config.in_chans} x {height} x {width}",
         "pool": config.pool,
         "projection": config.proj,
         "head": None if config.head is None else config.head.get("class") or config.head.get("form"),

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import typer
 
+_MOST_LETTERS = 10_000  # of one line
 ERROR, INCOMPLETE, STOPPED = 1, 3, 130
 """Exit codes beside 0 and 2, which is wrong usage: it failed; it is done but for some images; it was stopped."""
 
@@ -31,7 +32,7 @@ def command(as_json: bool) -> Iterator[None]:
 
 def fail(message: str, as_json: bool, code: int = ERROR) -> NoReturn:
     """Say why, end with this exit code."""
-    line = " ".join(message.split())
+    line = printable(" ".join(message.split()))
     if as_json:
         print(json.dumps({"error": line}))
     else:
@@ -39,10 +40,15 @@ def fail(message: str, as_json: bool, code: int = ERROR) -> NoReturn:
     raise typer.Exit(code)
 
 
+def printable(value: Any) -> str:
+    """Text that a stranger may have written, such as a file's name or a head's class: nothing a terminal acts on."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(value)[:_MOST_LETTERS])
+
+
 def say(facts: Mapping[str, Any], as_json: bool) -> None:
     """Facts as one JSON object, or as a table of two columns."""
     if as_json:
-        print(json.dumps(facts, ensure_ascii=False))
+        print(json.dumps(facts))  # escaped: a terminal would act on control characters of names
         return
     from rich.console import Console
     from rich.table import Table
@@ -51,7 +57,7 @@ def say(facts: Mapping[str, Any], as_json: bool) -> None:
     table = Table.grid(padding=(0, 2))
     for name, value in facts.items():
         lines = value if isinstance(value, (list, tuple)) else [value]
-        table.add_row(Text(name, style="bold"), Text("\n".join(map(str, lines))))
+        table.add_row(Text(name, style="bold"), Text("\n".join(map(printable, lines))))
     Console().print(table)
 
 
@@ -63,5 +69,5 @@ def say_rows(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 
     table = Table(*names)
     for row in rows:
-        table.add_row(*(Text(str(value)) for value in row))
+        table.add_row(*(Text(printable(value)) for value in row))
     Console().print(table)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..files.fingerprint import probe_image, surroundings, weight_digests
-from ..files.json import parse_object
+from ..files.open_folder import read_json
 from ..heads.batch_formula import flat_bytes
 from ..reader.errors import FolderError, FormatError, shown
 from ..reader.image_processing import completed_preprocess
@@ -23,6 +23,7 @@ from .embedder import Block, Embedder, Outputs
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
+_DTYPES = {str(each): each for each in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 _DECIDES = ("weights", "outputs", "preprocessing", "options", "columns")
 
 
@@ -73,9 +74,8 @@ def outputs_of(manifest: dict[str, Any]) -> Outputs:
     """
     try:
         facts = dict(manifest["options"])
-        dtype = getattr(torch, str(facts.pop("dtype")).removeprefix("torch."), None)
-        return Outputs(**{**facts, "dtype": dtype, "layers": tuple(facts["layers"])})
-    except (KeyError, TypeError) as error:
+        return Outputs(**{**facts, "dtype": _DTYPES[facts["dtype"]], "layers": tuple(facts["layers"])})
+    except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{MANIFEST_NAME}: options are not what this package writes: {shown(str(error))}") from error
 
 
@@ -101,17 +101,15 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         FolderError: it cannot be read.
     """
     place = folder / MANIFEST_NAME
-    try:
-        data = place.read_bytes()
-    except FileNotFoundError:
+    if not os.path.lexists(place):
         return None
-    except OSError as error:
-        raise FolderError(f"{place} cannot be read: {error.strerror or error}") from error
-    found = parse_object(data, str(place))
+    found = read_json(place)
     if found.get("manifest_version") != MANIFEST_VERSION:
         raise FormatError(
             f"{place}: version {shown(found.get('manifest_version'))}, this package reads {MANIFEST_VERSION}"
         )
+    if odd := [name for name in ("tower", "columns", "options", "source") if not isinstance(found.get(name), dict)]:
+        raise FormatError(f"{place}: {odd[0]} is {shown(found.get(odd[0]))}, expected an object")
     return found
 
 

@@ -24,6 +24,9 @@ class ShownSet:
         stored: What it has made.
         images: The folder of the images, where they have moved since; None: where they were.
 
+    Attributes:
+        images_are_named: Whether the caller said where the images are, and not the embeddings.
+
     Raises:
         FolderError: another tower has made the embeddings.
         ArgumentError: there are none.
@@ -35,6 +38,7 @@ class ShownSet:
         self.index = ExactIndex.of_folder(stored)
         source = stored.manifest["source"]
         self._place = os.fspath(images) if images is not None else source.get("place")
+        self.images_are_named = images is not None
         self._below = images is not None or source.get("kind") == "folder"
         self._points: dict[str, torch.Tensor] = {}
 

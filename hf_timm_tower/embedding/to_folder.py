@@ -185,7 +185,8 @@ def _finish(folder: Path, manifest: dict[str, Any]) -> None:
     ]
     if lines:
         (folder / FAILURES_NAME).write_text("".join(lines), encoding="utf-8")
-    (folder / "README.md").write_text(_CARD, encoding="utf-8")
+    if not os.path.lexists(folder / "README.md"):  # what a person made of it stays
+        (folder / "README.md").write_text(_CARD, encoding="utf-8")
     covered = sum(shard.covered for shard in shards)
     manifest |= {"complete": True, "images": covered, "failures": len(failures)}
     sync(folder)

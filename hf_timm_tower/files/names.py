@@ -13,6 +13,8 @@ from .open_folder import OpenFolder
 
 CONFIG_NAME = "config.json"
 PREPROCESSOR_NAME = "preprocessor_config.json"
+PROCESSOR_NAME = "processor_config.json"
+"""Of transformers: processors of several inputs. A tower has none; one that is there has an image processor inside."""
 INDEX_NAME = "model.safetensors.index.json"
 TRUNK_NAME = "trunk.safetensors"
 HEAD_NAME = "head.safetensors"

@@ -6,6 +6,8 @@ import math
 import mmap as mapping
 import os
 import stat
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -19,7 +21,9 @@ _LFS_POINTER = b"version https://git-lfs"
 _BLOCKS, _BLOCK_BYTES = 64, 4096  # half a millisecond
 
 
-def read_aligned(path: str | os.PathLike[str], mmap: bool = True) -> dict[str, Tensor]:
+def read_aligned(
+    path: str | os.PathLike[str], mmap: bool = True, keys: Collection[str] | None = None
+) -> dict[str, Tensor]:
     """Read a safetensors file into tensors on the CPU, each 64-byte aligned in memory.
 
     A file in the aligned layout is mapped and not copied: the tensors are its own pages, private (training and
@@ -38,24 +42,44 @@ def read_aligned(path: str | os.PathLike[str], mmap: bool = True) -> dict[str, T
         FolderError: the file cannot be opened or read.
         FormatError: it is not a well-formed safetensors file (the message names file and key).
     """
+    with _opened(path) as descriptor:
+        return read_aligned_descriptor(descriptor, os.fspath(path), mmap, keys)
+
+
+def read_specs(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Key -> a tensor on meta of the stored one's shape and dtype; only the header is read.
+
+    Raises:
+        FolderError, FormatError: as `read_aligned`.
+    """
     where = os.fspath(path)
+    with _opened(path) as descriptor:
+        entries, _ = _read_header(descriptor, _size_of(descriptor, where), where)
+    return {entry.key: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for entry in entries}
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[int]:
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except OSError as error:
-        raise folder_error(f"{where}: cannot be opened", error) from error
+        raise folder_error(f"{os.fspath(path)}: cannot be opened", error) from error
     try:
-        return read_aligned_descriptor(descriptor, where, mmap)
+        yield descriptor
     finally:
         os.close(descriptor)
 
 
-def read_aligned_descriptor(descriptor: int, where: str, mmap: bool = True) -> dict[str, Tensor]:
+def read_aligned_descriptor(
+    descriptor: int, where: str, mmap: bool = True, keys: Collection[str] | None = None
+) -> dict[str, Tensor]:
     """`read_aligned` of a file that is open already; `where` names it in errors. The caller closes it, at any time."""
     require_little_endian()
     try:
         size = _size_of(descriptor, where)
         entries, start = _read_header(descriptor, size, where)
-        return _tensors(descriptor, entries, start, size, where, mmap)
+        wanted = entries if keys is None else [entry for entry in entries if entry.key in keys]
+        return _tensors(descriptor, wanted, start, size, where, mmap)
     except OSError as error:
         if isinstance(error, FolderError):
             raise

@@ -27,7 +27,7 @@ from ..reader.image_processing import (
     near_fact,
     standard_keys,
 )
-from .names import CONFIG_NAME, FINGERPRINT_NAME, INDEX_NAME
+from .names import CONFIG_NAME, FINGERPRINT_NAME, INDEX_NAME, PREPROCESSOR_NAME, PROCESSOR_NAME
 from .open_folder import OpenFolder
 
 _KEY = "digests"
@@ -139,21 +139,35 @@ def check_processor(found: Mapping[str, Any], config: TimmTowerConfig) -> None:
     Raises:
         ConfigError: names every fact that differs, with both values.
     """
+    if differ := _differences(found, config):
+        raise ConfigError(
+            f"{PREPROCESSOR_NAME} and {CONFIG_NAME} disagree: {'; '.join(differ)}. One of them was edited or is of "
+            "another model; save the tower again to write both."
+        )
+
+
+def other_processor(found: Any, config: TimmTowerConfig) -> str | None:
+    """What to say of a `processor_config.json`, which no save of a tower writes and transformers prefers.
+
+    Args:
+        found: Its `image_processor`.
+        config: As in `check_processor`.
+    """
+    differ = _differences(found, config) if isinstance(found, dict) else []
+    if not differ:
+        return None
+    return (
+        f"{PROCESSOR_NAME} has an image processor of another model, which AutoImageProcessor and pipelines take in "
+        f"place of this tower's: {'; '.join(differ)}. Remove the file, or save the processor again"
+    )
+
+
+def _differences(found: Mapping[str, Any], config: TimmTowerConfig) -> list[str]:
+    """How the entries of an image processor differ from those of a tower's, in words; ours must be there."""
     kind = found.get("image_processor_type")  # not beside a tower, but whoever saved the processor alone wrote it
     if kind not in (None, PROCESSOR_TYPE):
-        raise ConfigError(
-            f"preprocessor_config.json: image_processor_type is {shown(kind)}, not {PROCESSOR_TYPE!r}: it would "
-            "prepare other pixels than this tower was made for. Save the tower again to write its own."
-        )
-    if differ := _differences(found, facts_in_tower(config)):
-        raise ConfigError(
-            f"preprocessor_config.json and config.json disagree: {'; '.join(differ)}. One of them was edited; save the "
-            "tower again to write both."
-        )
-
-
-def _differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """How the entries of a `preprocessor_config.json` differ from the expected ones, in words; ours must be there."""
+        return [f"image_processor_type is {shown(kind)}, not {PROCESSOR_TYPE!r}"]
+    expected = facts_in_tower(config)
     named = [*PROCESSOR_FACTS, *(name for name in STANDARD_KEYS if name in found)]
     differ = [
         f"{name} is {shown(found.get(name, 'missing'))} there and should be {shown(expected.get(name, 'left out'))}"

@@ -18,11 +18,18 @@ _NODE = re.compile(r"%(\d+)((?:\.\d+)*)")
 def prune(nodes: list[dict[str, Json]], output: Json) -> Program:
     """Drop operations without effect whose results are not used, and renumber the rest."""
     needed: set[int] = set()
-    _visit(output, lambda ref: _need(ref, needed))
+
+    def need(ref: str) -> str:
+        match = _NODE.fullmatch(ref)
+        if match:
+            needed.add(int(match[1]))
+        return ref
+
+    _rename(output, need)
     for index in range(len(nodes) - 1, -1, -1):
         if index in needed or _matters(nodes[index]):
             needed.add(index)
-            _visit(_arguments(nodes[index]), lambda ref: _need(ref, needed))
+            _rename_node(nodes[index], need)
     numbers = {old: new for new, old in enumerate(sorted(needed))}
 
     def rename(ref: str) -> str:
@@ -33,33 +40,8 @@ def prune(nodes: list[dict[str, Json]], output: Json) -> Program:
     return {"nodes": kept, "output": _rename(output, rename)}
 
 
-def _arguments(node: dict[str, Json]) -> list[Json]:
-    return [node.get("in", []), list(node.get("kw", {}).values())]
-
-
 def _matters(node: dict[str, Json]) -> bool:
     return "op" not in node or has_effect(node["op"], node.get("kw", ()))
-
-
-def _need(ref: str, needed: set[int]) -> None:
-    match = _NODE.fullmatch(ref)
-    if match:
-        needed.add(int(match[1]))
-
-
-def _visit(value: Json, see: Callable[[str], None]) -> None:
-    """Call `see` with every reference in a JSON value; tagged strings and formulas are none."""
-    if isinstance(value, str):
-        see(value)
-    elif isinstance(value, list):
-        for item in value:
-            _visit(item, see)
-    elif isinstance(value, dict):
-        for tag, inner in value.items():
-            if tag in ("t", "slice"):
-                _visit(inner, see)
-            elif tag in ("d", "ordered"):
-                _visit([item for _, item in inner], see)
 
 
 def _rename_node(node: dict[str, Json], rename: Callable[[str], str]) -> dict[str, Json]:
@@ -72,6 +54,7 @@ def _rename_node(node: dict[str, Json], rename: Callable[[str], str]) -> dict[st
 
 
 def _rename(value: Json, rename: Callable[[str], str]) -> Json:
+    """Every reference in a JSON value through `rename`; tagged strings and formulas are none."""
     if isinstance(value, str):
         return rename(value)
     if isinstance(value, list):

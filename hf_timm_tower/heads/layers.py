@@ -12,6 +12,7 @@ from torch import nn
 
 from ..reader.errors import GraphError
 from ..reader.graph_layers import LAYERS, NN_LAYERS, build_layer
+from .arguments import encode_float
 
 Reader = Callable[[Any], Any]
 
@@ -119,7 +120,7 @@ def _to_json(value: Any) -> Any:
     if isinstance(value, int):
         return int(value)
     if isinstance(value, float):
-        return float(value) if abs(value) < float("inf") else {"f": str(float(value))}
+        return encode_float(value)
     raise AttributeError(f"argument {value!r} is not plain data")
 
 

@@ -230,7 +230,8 @@ def _user_line() -> str:
         name = frame.f_code.co_filename
         if name != __file__ and not name.startswith((torch_root, "<")):
             line = linecache.getline(name, frame.f_lineno).strip()
-            return f"{frame.f_code.co_qualname}, line {frame.f_lineno}: {line}" if line else frame.f_code.co_qualname
+            where = getattr(frame.f_code, "co_qualname", frame.f_code.co_name)  # from Python 3.11 on
+            return f"{where}, line {frame.f_lineno}: {line}" if line else where
         frame = frame.f_back
     return "in torch itself"
 

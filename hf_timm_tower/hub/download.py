@@ -6,7 +6,6 @@ stay in the cache (the client compares sizes only).
 """
 
 import glob
-import hashlib
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -26,6 +25,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from ..reader.errors import ArgumentError, HubError, TowerError, shown
 
@@ -146,15 +146,14 @@ def _is_damaged(blob: Path) -> bool:
     if _SHA256.fullmatch(blob.name):
         return file_sha256(blob) != blob.name
     if _GIT_SHA1.fullmatch(blob.name):
-        data = blob.read_bytes()
-        return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() != blob.name
+        return git_hash(blob.read_bytes()) != blob.name
     return False
 
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha_fileobj(file).hex()
 
 
 def _at(revision: str | None) -> str:

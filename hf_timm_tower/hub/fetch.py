@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants
 
-from ..files.names import CONFIG_NAME, FINGERPRINT_NAME, INDEX_NAME, PREPROCESSOR_NAME, SINGLE_NAME
+from ..files.names import CONFIG_NAME, FINGERPRINT_NAME, INDEX_NAME, PREPROCESSOR_NAME, PROCESSOR_NAME, SINGLE_NAME
 from ..files.open_folder import read_json
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ConfigError, FolderError, FormatError, HubError, shown
@@ -19,7 +19,7 @@ from ..reader.weights import check_index
 from .download import MAX_WEIGHT_FILES, Access, download_files, hub_errors
 from .identify import identify
 
-_JSON = (CONFIG_NAME, INDEX_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME)
+_JSON = (CONFIG_NAME, INDEX_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME, PROCESSOR_NAME)
 
 
 def fetch_tower(

@@ -10,11 +10,13 @@ keys of timm's layout that the trunk has no place for (its classifier), so that 
 """
 
 import os
+import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+import torch.nn as nn
 from torch import Tensor
 
 from ..files.names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
@@ -22,11 +24,16 @@ from ..files.open_folder import OpenFolder, read_json
 from ..files.ties import same_bits
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ConfigError, FolderError, FormatError, HubError, WeightsError, shown
+from ..reader.freezing import keeps_statistics
 from ..reader.weights import TrunkSource, check_index, parse_trunk_source
 from .download import Access, download_files, file_sha256
 from .identify import identify
 
 _PREFIX = "trunk."
+_REMEDY = (
+    "Pass trunk=False to store the trunk with the head, where its terms allow that (where another library saves, as "
+    "Trainer does, set config.trunk_source = None); or push with trunk='org/name' of a repository that holds it as is."
+)
 
 
 def read_trunk(source: TrunkSource, access: Access) -> dict[str, Tensor]:
@@ -124,10 +131,10 @@ def find_trunk(place: str, state: Mapping[str, Tensor], access: Access) -> Trunk
 
 
 def kept_trunk_source(config: TimmTowerConfig, state: Mapping[str, Tensor], access: Access) -> TrunkSource | None:
-    """Where a tower's trunk stays when the tower is pushed again; None for one that was loaded with its own trunk.
+    """Where a tower's trunk stays when the tower is saved or pushed; None for one that was loaded with its own trunk.
 
     A head is published without its trunk where the trunk's terms forbid to publish that: a push must not do it
-    unasked.
+    unasked, nor a save into a folder, which is what `Trainer` and `upload_folder` publish.
 
     Args:
         config: Of the tower.
@@ -144,23 +151,41 @@ def kept_trunk_source(config: TimmTowerConfig, state: Mapping[str, Tensor], acce
     where = f"the trunk in {source.repo_id} at commit {source.commit}, which this tower was loaded with,"
     try:
         _require_equal({key: state[key] for key in state if key.startswith(_PREFIX)}, read_trunk(source, access), where)
-    except WeightsError as error:
-        raise WeightsError(
-            f"{error} Nothing was pushed: pass trunk='org/name' of a repository that holds the trunk as it is now, or "
-            "trunk=False to publish it with the head, where its terms allow that."
-        ) from error
+    except (HubError, WeightsError) as error:
+        raise type(error)(f"{error} Nothing was saved or pushed. {_REMEDY}") from error
     return source
 
 
-def unpublished_trunk(config: TimmTowerConfig, state: Mapping[str, Tensor], access: Access) -> TrunkSource | None:
-    """As `kept_trunk_source`, for a folder; None too where the trunk was changed, or its repository is out of reach.
+def warn_of_training(config: TimmTowerConfig, trunk: nn.Module) -> None:
+    """Say before hours of training that a trunk which is stored elsewhere moves, and will be in no save unasked."""
+    if config.trunk_source is None or not trunk.training or not _moves(trunk):
+        return
+    warnings.warn(
+        f"the trunk of this tower is stored in {shown(config.trunk_source.get('repo_id'))}, and will be another one "
+        f"after training: saves will be refused. lock(freeze_bn_stats=True) keeps it as it is. {_REMEDY}",
+        stacklevel=4,
+    )
 
-    A folder is what `Trainer` and `upload_folder` publish. Where the trunk has to be stored in it, the save warns.
+
+def _moves(trunk: nn.Module) -> bool:
+    return any(each.requires_grad for each in trunk.parameters()) or any(
+        module.training and keeps_statistics(module) for module in trunk.modules()
+    )
+
+
+def refuse_as_part(config: TimmTowerConfig) -> None:
+    """Refuse to put a tower into another model, which transformers saves and pushes whole without asking the tower.
+
+    Raises:
+        WeightsError: its trunk is stored in another repository.
     """
-    try:
-        return kept_trunk_source(config, state, access)
-    except (HubError, WeightsError):
-        return None
+    if config.trunk_source is not None:
+        raise WeightsError(
+            f"the trunk of this tower is stored in {shown(config.trunk_source.get('repo_id'))}; in another model "
+            "transformers saves and pushes it whole, with that model's own weights. Where its terms allow that, save "
+            "the tower with its trunk first, by TimmModel.from_pretrained(...).save_pretrained(folder, trunk=False), "
+            "and take it from that folder; or set config.trunk_source = None before it becomes a part."
+        )
 
 
 def _require_equal(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], where: str) -> None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -19,11 +19,9 @@ from ..files.ties import find_ties, same_bits
 from ..reader.errors import ArgumentError, WeightsError, shown
 from ..reader.trunk import BUILD_ERRORS
 from ..training.layer_groups import smallest_cover
+from ..trunk_facts import shapes_of
 from .positions import resample_positions
-from .weight_source import SETS, WeightSource, choose_set, from_mapping, open_weights, shapes_of
-
-if TYPE_CHECKING:
-    from ..timm_model import TimmModel
+from .weight_source import SETS, WeightSource, choose_set, from_mapping, open_weights
 
 # Names under which training code files a backbone: wrappers, teachers, towers. A prefix is any chain of them.
 _WRAPPERS = frozenset(
@@ -78,7 +76,7 @@ class TrunkReport:
 
 
 def load_trunk(
-    tower: "TimmModel",
+    tower: Any,
     source: str | os.PathLike[str] | Mapping[str, Any],
     *,
     weights: str | None = None,
@@ -116,7 +114,7 @@ def load_trunk(
         ArgumentError: an entry of `remap` that fits no key, or a filter that timm does not have.
         FolderError, FormatError: the file cannot be read.
     """
-    trunk = tower.trunk
+    trunk: nn.Module = tower.trunk
     own = trunk.state_dict(keep_vars=True)
     if any(tensor.is_meta for tensor in own.values()):
         raise WeightsError("the trunk is on the meta device: it has no memory to load into; build the tower for real")

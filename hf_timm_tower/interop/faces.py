@@ -1,29 +1,16 @@
-"""A tower in memory as another of its classes, on the same modules; and timm's repositories as transformers models."""
+"""A tower in memory as a transformers model, on the same modules."""
 
 import copy
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import torch.nn as nn
 
-from ..build import build_for_transformers, checked_arguments, head_fields
-from ..hub.download import Access
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ArgumentError, ConfigError
-from ..reader.tower import CLASSIFIER, HeadInput, Tower, make_classifier
+from ..reader.tower import CLASSIFIER, Tower, make_classifier
 from ..subclassing import OVERRIDABLE, overrides
-from ..training.freezing import note_fixed
-from .timm_repo import open_timm_source
-from .timm_weights import fill_trunk
-
-T = TypeVar("T", bound=nn.Module)
-
-# Arguments of `TimmModel.from_timm`: of what comes after the trunk, of the source, of how to reach it.
-_HEAD = {"embed_dim": None, "pool": "default", "proj": "none", "proj_bias": False, "drop": 0.0}
-_SOURCE = ("image_size", "model_kwargs", "allow_pickle", "revision")
-_ACCESS = {"token": None, "cache_dir": None, "force_download": False, "local_files_only": False}
+from .eval_tower import tower_parts
 
 
 @dataclass(frozen=True)
@@ -74,9 +61,7 @@ def parts_of(source: nn.Module, labels: Labels | None = None) -> Tower:
         ArgumentError: the source is no tower, or nobody says how many labels there are.
         ConfigError: its class makes or runs it by code of its own.
     """
-    config, trunk, head = (getattr(source, name, None) for name in ("config", "trunk", "head"))
-    if not (isinstance(config, TimmTowerConfig) and isinstance(trunk, nn.Module) and isinstance(head, nn.Module)):
-        raise ArgumentError(f"a {type(source).__name__} is no tower: it has no config, trunk and head of a tower")
+    config, trunk, head = tower_parts(source)
     own = [step for step in OVERRIDABLE if hasattr(source, "_is_tower_base") and overrides(type(source), step)]
     if own:
         raise ConfigError(f"{type(source).__name__} has its own {', '.join(own)}, of which no other class knows")
@@ -92,66 +77,3 @@ def parts_of(source: nn.Module, labels: Labels | None = None) -> Tower:
     parts = Tower(config, trunk, head, classifier)
     parts.training = source.training  # not `train()`, which would reach into the source's own modules
     return parts
-
-
-def tower_of_parts(cls: type[T], source: nn.Module) -> T:
-    """A `TimmModel` on the very trunk and head of a transformers model of a tower; its classifier is left out.
-
-    Args:
-        cls: TimmModel, or a subclass that adds no steps of its own.
-        source: Anything with the config, trunk and head of a tower.
-
-    Raises:
-        ArgumentError: the source is no tower.
-        ConfigError: this class or the source's makes or runs a tower by code of its own.
-    """
-    own = [step for step in OVERRIDABLE if overrides(cls, step)]
-    if own:
-        raise ConfigError(f"{cls.__name__} has its own {', '.join(own)}, and is built by these alone")
-    parts = parts_of(source)
-    tower: Any = cls.__new__(cls)
-    nn.Module.__init__(tower)
-    tower.config, tower.trunk, tower.head = parts.config, parts.trunk, parts.head
-    tower.config.architectures = None  # of the class that it comes from
-    tower._head_input = HeadInput.of(tower.config, tower.trunk)
-    tower._fingerprint = getattr(source, "_fingerprint", None)
-    tower.training = source.training
-    note_fixed(tower)
-    return tower  # type: ignore[no-any-return]
-
-
-def parts_from_timm(source: str | os.PathLike[str], labels: Labels | None, arguments: Mapping[str, Any]) -> Tower:
-    """Trunk and head on a timm repository or folder, as `tower_from_timm` makes them, for a transformers model.
-
-    Args:
-        source: As in `tower_from_timm`.
-        labels: For a fresh classifier on top; where there are none, timm's own is the projection, and its scores are
-            the logits. None for a model without.
-        arguments: Further ones of `tower_from_timm`, and those of `Access`.
-
-    Raises:
-        TowerError: as `tower_from_timm`.
-        ArgumentError: an argument that nobody takes.
-        ConfigError: no labels, and the timm model has no classifier.
-    """
-    if unknown := sorted(set(arguments) - {*_HEAD, *_SOURCE, *_ACCESS}):
-        raise ArgumentError(
-            f"from_timm: unknown {', '.join(unknown)}; it takes {', '.join((*_HEAD, *_SOURCE, *_ACCESS))}"
-        )
-
-    def given(names: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: arguments.get(name, default) for name, default in names.items()}
-
-    head, access = given(_HEAD), Access(**given(_ACCESS))
-    place = {name: arguments[name] for name in ("revision", "allow_pickle") if name in arguments}
-    found = open_timm_source(source, access=access, **place)
-    if labels is not None and not labels.given:
-        if not found.num_classes:
-            raise ConfigError(f"{found.place} has no classifier: pass num_labels=... or id2label={{0: ..., ...}}")
-        head["proj"] = None
-    fields = head_fields(False, custom_head=None, **head)
-    model_args = checked_arguments(arguments.get("model_kwargs"))
-    config = found.config(fields, image_size=arguments.get("image_size"), model_args=model_args)
-    tower = build_for_transformers(config, False, None)
-    fill_trunk(tower.trunk, tower.config, found)
-    return parts_of(tower.eval(), labels)

@@ -1,29 +1,32 @@
 """The methods of `TimmModel` by which it comes from open_clip and checkpoints, and lives inside open_clip."""
 
 import os
-from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from typing_extensions import Self
 
+from ..build import checked_arguments, head_fields
+from ..heads.registry import CustomHead
 from ..hub.download import Access
 from ..load import check_device
 from ..reader.config import TimmTowerConfig
-from ..reader.head import CustomHead
-from ..reader.trunk import float_dtype
+from ..reader.errors import ArgumentError, ConfigError
+from ..reader.tower import HeadInput
 from ..reader.weights import floating_dtype
-from .checkpoints import TrunkReport, load_trunk
-from .faces import tower_of_parts
-from .open_clip import tower_from_open_clip
+from ..subclassing import OVERRIDABLE, overrides, rebuild
+from ..training.freezing import note_fixed
+from .checkpoints import load_trunk
+from .faces import parts_of
+from .open_clip import open_source, tower_of_model, tower_of_source
 from .open_clip_config import preprocess_entries
-from .timm_export import TimmExport, export_timm
-from .timm_weights import tower_from_timm
+from .timm_export import export_timm
+from .timm_repo import open_timm_source
+from .timm_weights import fill_trunk
 from .to_open_clip import fit_inside_open_clip
-
-if TYPE_CHECKING:
-    from ..timm_model import TimmModel
 
 
 class InterchangeMixin(nn.Module):
@@ -75,19 +78,19 @@ class InterchangeMixin(nn.Module):
             ArgumentError: `model_config` or `preprocess_cfg` is missing or has no meaning here.
         """
         check_device(device)
-        tower = tower_from_open_clip(
-            cast("type[TimmModel]", cls),
-            source,
-            model_config=model_config,
-            preprocess_cfg=preprocess_cfg,
-            image_size=image_size,
-            allow_pickle=allow_pickle,
-            device=device,
-            dtype=floating_dtype(dtype),
-            revision=revision,
-            access=Access(token, cache_dir, force_download, local_files_only),
-        )
-        return cast("Self", tower)
+        if isinstance(source, nn.Module):
+            if model_config is not None:
+                raise ArgumentError(
+                    "model_config is for a state dict or a file; a model in memory says itself what it is"
+                )
+            tower = tower_of_model(cls, source, preprocess_cfg).to(device=device, dtype=floating_dtype(dtype))
+        else:
+            access = Access(token, cache_dir, force_download, local_files_only)
+            found = open_source(source, model_config, preprocess_cfg, allow_pickle, revision, access)
+            tower = tower_of_source(cls, found, device, floating_dtype(dtype))
+        if image_size is not None:
+            tower.set_input_size(image_size)
+        return tower.eval()  # type: ignore[no-any-return]
 
     @classmethod
     def from_timm(
@@ -111,92 +114,59 @@ class InterchangeMixin(nn.Module):
     ) -> Self:
         """A tower on a timm repository or folder, or on a folder of transformers' `TimmWrapperModel`, in eval mode.
 
-        See `interop.timm_weights.tower_from_timm` for arguments and errors.
+        Its architecture, arguments, input size and preprocessing come along; timm's own loader puts the weights in,
+        and every weight of the trunk must be there. The classifier is left out, unless `proj=None`.
+
+        Args:
+            source: `org/name`, `hf-hub:org/name`, `hf-hub:org/name@revision`, a folder, or `local-dir:folder`.
+            embed_dim, pool, proj_bias, drop, custom_head: As in the constructor. With `proj=None` the width follows.
+            image_size: Where it is not the stored one, timm resamples position embeddings.
+            proj: `none` by default, so that nothing random is added: the embedding is what the trunk gives.
+            model_kwargs: Go over the stored arguments.
+            allow_pickle: Read `pytorch_model.bin` where there is no safetensors file, with `weights_only=True`.
+            revision: Branch, tag, commit or `refs/pr/N`.
+            token, cache_dir, force_download, local_files_only: As in `from_open_clip`.
+
+        Raises:
+            FolderError: no such folder or repository (HubError), or no weights that are read.
+            ConfigError: it holds something else, or arguments that a tower does not take.
+            WeightsError: a weight of the trunk is missing or does not fit.
         """
-        tower = tower_from_timm(
-            cast("type[TimmModel]", cls),
-            source,
-            embed_dim,
-            image_size,
-            pool,
-            proj,
-            proj_bias,
-            drop,
-            custom_head,
-            model_kwargs=model_kwargs,
-            allow_pickle=allow_pickle,
-            revision=revision,
-            access=Access(token, cache_dir, force_download, local_files_only),
-        )
-        return cast("Self", tower)
+        access = Access(token, cache_dir, force_download, local_files_only)
+        found = open_timm_source(source, revision=revision, access=access, allow_pickle=allow_pickle)
+        fields = head_fields(overrides(cls, "_create_head"), embed_dim, pool, proj, proj_bias, drop, custom_head)
+        config = found.config(fields, image_size=image_size, model_args=checked_arguments(model_kwargs))
+        tower = rebuild(cls, config, custom_head)
+        fill_trunk(tower.trunk, tower.config, found)
+        return tower.eval()
 
     @classmethod
     def from_tower(cls, tower: nn.Module) -> Self:
         """A transformers model of a tower as a `TimmModel`: on the very same trunk and head, without its classifier.
 
-        See `interop.faces.tower_of_parts` for errors; `TimmTowerModel.from_tower` is the way back.
+        Args:
+            tower: Anything with the config, trunk and head of a tower; `TimmTowerModel.from_tower` is the way back.
+
+        Raises:
+            ArgumentError: it is no tower.
+            ConfigError: this class or the tower's makes or runs a tower by code of its own.
         """
-        return tower_of_parts(cls, tower)
+        if own := [step for step in OVERRIDABLE if overrides(cls, step)]:
+            raise ConfigError(f"{cls.__name__} has its own {', '.join(own)}, and is built by these alone")
+        parts = parts_of(tower)
+        made: Any = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.config, made.trunk, made.head = parts.config, parts.trunk, parts.head
+        made.config.architectures = None  # of the class that it comes from
+        made._head_input = HeadInput.of(made.config, made.trunk)
+        made._fingerprint = getattr(tower, "_fingerprint", None)
+        made.training = tower.training
+        note_fixed(made)
+        return made  # type: ignore[no-any-return]
 
-    def export_timm(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        head: Literal["fold", "drop"] = "fold",
-        preprocess: Literal["exact", "nearest"] = "exact",
-    ) -> TimmExport:
-        """Write a folder that stock timm loads, and stock transformers as `TimmWrapperModel`.
-
-        See `interop.timm_export.export_timm` for arguments and errors.
-        """
-        return export_timm(self, folder, head=head, preprocess=preprocess)
-
-    def load_trunk(
-        self,
-        source: str | os.PathLike[str] | Mapping[str, Any],
-        *,
-        weights: str | None = None,
-        prefix: str | None = None,
-        remap: Mapping[str, str] | None = None,
-        ignore: Collection[str] = (),
-        keep: Collection[str] = (),
-        resample: bool | Sequence[int] = False,
-        timm_filter: bool = False,
-        allow_pickle: bool = False,
-    ) -> TrunkReport:
-        """Put the weights of a checkpoint into the trunk, in place, whatever its keys are called, or change nothing.
-
-        See `interop.checkpoints.load_trunk` for arguments and errors.
-        """
-        return load_trunk(
-            cast("TimmModel", self),
-            source,
-            weights=weights,
-            prefix=prefix,
-            remap=remap,
-            ignore=ignore,
-            keep=keep,
-            resample=resample,
-            timm_filter=timm_filter,
-            allow_pickle=allow_pickle,
-        )
-
-    # --- as transformers' models and sentence-transformers name them
-
-    @property
-    def device(self) -> torch.device:
-        """Where the trunk is."""
-        return next(self.trunk.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the trunk's floating parameters."""
-        return float_dtype(self.trunk)
-
-    @property
-    def num_features(self) -> int:
-        """Width of what the trunk hands to the head, as timm names it; the embedding's is `config.embed_dim`."""
-        return self.config.num_features  # type: ignore[return-value]
+    # each of these functions is a method as it is
+    export_timm = export_timm
+    load_trunk = load_trunk
 
     # --- inside open_clip, which reads and sets these
 
@@ -218,7 +188,7 @@ class InterchangeMixin(nn.Module):
         self.__dict__["_preprocess_cfg"] = preprocess_cfg
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        fit_inside_open_clip(cast("TimmModel", self), state_dict, prefix)
+        fit_inside_open_clip(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     # It acts on a part of another model only: at the root, a tower leaves its state dict to nn.Module.

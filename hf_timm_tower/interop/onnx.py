@@ -15,13 +15,14 @@ from ..files.json import write_json
 from ..files.names import CONFIG_NAME, PREPROCESSOR_NAME
 from ..reader.errors import ConfigError, ExportError
 from ..reader.trunk import float_dtype
+from .eval_tower import EvalTower
 from .onnxruntime import Session
 from .torch_export import (
     PREPROCESS_NAME,
-    EvalTower,
     Exported,
     check_output,
     finished_file,
+    preprocess_text,
     reasons,
     required_suffix,
     trace,
@@ -98,7 +99,7 @@ def _written(model: EvalTower, path: Path, takes: str, gives: list[str] | None, 
     except ImportError as error:  # onnx and onnxscript, which torch imports when it is called
         raise ExportError(f'torch.onnx: {error}: pip install "hf_timm_tower[onnx]"') from error
     assert converted is not None
-    converted.model.metadata_props[PREPROCESS_NAME] = model.preprocess()
+    converted.model.metadata_props[PREPROCESS_NAME] = preprocess_text(model)
     for part in (converted.model.graph, *converted.model.functions.values()):
         for node in part:
             node.metadata_props.clear()  # paths and source lines of this machine

@@ -11,13 +11,14 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from ..files.open_folder import read_json
+from ..files.ties import same_bits
 from ..hub.download import Access, download_files
 from ..reader.config import TimmTowerConfig, check_size
 from ..reader.errors import ArgumentError, ConfigError, FolderError, FormatError, HubError, WeightsError, shown
@@ -25,14 +26,10 @@ from ..reader.image_processing import check_preprocess
 from ..reader.skip_init import Budget, skip_init
 from ..reader.trunk import eval_mode, has_fixed_size, native_cfg, own_pool
 from ..reader.weights import assign_weights
-from ..trunk_facts import trunk_arguments
+from ..trunk_facts import shapes_of, trunk_arguments
+from .eval_tower import EvalTower, relative_difference
 from .open_clip_config import VISION_PREFIX, VisionArguments, preprocess_entries, vision_arguments
-from .weight_source import WeightSource, from_mapping, open_weights, shapes_of
-
-if TYPE_CHECKING:
-    from ..timm_model import TimmModel
-
-T = TypeVar("T", bound="TimmModel")
+from .weight_source import WeightSource, from_mapping, open_weights
 
 CONFIG_NAME = "open_clip_config.json"
 # In the order in which open_clip 3.3 takes them. In a repository other names belong to other libraries.
@@ -43,9 +40,12 @@ FURTHER_NAMES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", 
 # What the training script of open_clip, DistributedDataParallel and torch.compile put before it.
 _WRAPPERS = ("", "module.", "_orig_mod.", "state_dict.", "state_dict.module.", "state_dict._orig_mod.")
 
+# Of the largest output: what casts and other kernels may do, and another layer does not stay within.
+_SAME_OUTPUTS = 1e-2
+
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """What a source holds. `preprocess` is what a tower's preprocess block takes over."""
 
     vision: VisionArguments
@@ -54,63 +54,19 @@ class _Found:
     model_kwargs: dict[str, Any] | None = None
 
 
-def tower_from_open_clip(
-    cls: type[T],
-    source: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module,
-    *,
-    model_config: str | Mapping[str, Any] | None = None,
-    preprocess_cfg: Mapping[str, Any] | None = None,
-    image_size: Any = None,
-    allow_pickle: bool = False,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    revision: str | None = None,
-    access: Access | None = None,
-) -> T:
-    """The vision tower of an open_clip model as a tower, in eval mode. Of the text tower nothing is read.
-
-    Args:
-        cls: TimmModel or a subclass.
-        source: A repository's id (`hf-hub:` before it or not), a folder (`local-dir:` before it or not), a file of
-            weights, a state dict, or a model of open_clip in memory, which is copied.
-        model_config: For a file or a state dict: open_clip's `model_cfg`, the whole of an `open_clip_config.json`, or
-            the name of a config that open_clip brings.
-        preprocess_cfg: open_clip's; goes over what the source says. `{}` where the source says nothing and open_clip's
-            own defaults are meant.
-        image_size: Change the input size after loading, as open_clip's `force_image_size`.
-        allow_pickle: Read pickled weights where there are no others, with `weights_only=True`.
-        device: Where the weights go.
-        dtype: Cast floating-point weights; None keeps what was saved (open_clip itself casts to float32).
-        revision: Branch, tag or commit of the repository.
-        access: Token, cache and so on.
-
-    Raises:
-        ConfigError: no timm tower inside, or one that cannot be built.
-        WeightsError: weights and config do not fit.
-        FolderError, HubError, FormatError: the source cannot be read.
-        ArgumentError: `model_config` or `preprocess_cfg` is missing or has no meaning here.
-    """
-    if isinstance(source, nn.Module):
-        if model_config is not None:
-            raise ArgumentError("model_config is for a state dict or a file; a model in memory says itself what it is")
-        tower = _from_model(cls, source, preprocess_cfg)
-        tower.to(device=device, dtype=dtype)
-    else:
-        found = _find(source, model_config, preprocess_cfg, allow_pickle, revision, access or Access())
-        tower = _build(cls, found, device, dtype)
-    if image_size is not None:
-        tower.set_input_size(image_size)
-    return tower.eval()
-
-
-def _find(
+def open_source(
     source: str | os.PathLike[str] | Mapping[str, Tensor],
     model_config: str | Mapping[str, Any] | None,
     preprocess_cfg: Mapping[str, Any] | None,
     allow_pickle: bool,
     revision: str | None,
     access: Access,
-) -> _Found:
+) -> Found:
+    """What a repository, a folder, a file of weights or a state dict holds; see `TimmModel.from_open_clip`.
+
+    Raises:
+        TowerError: by what is wrong with it.
+    """
     if isinstance(source, Mapping) or Path(source).is_file():
         if model_config is None:
             raise ArgumentError(
@@ -142,7 +98,7 @@ def _find(
         if not isinstance(config.get(name, {}), Mapping):
             raise FormatError(f"{where}: {name} must be an object, found {shown(config[name])}")
     prepared = {**(config.get("preprocess_cfg", {})), **(preprocess_cfg or {})}
-    return _Found(vision_arguments(model_cfg, where), preprocess_entries(prepared, where), weights)
+    return Found(vision_arguments(model_cfg, where), preprocess_entries(prepared, where), weights)
 
 
 def _named_config(model_config: str | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -193,19 +149,26 @@ def _weight_file(folder: Path, place: str, is_repo: bool, allow_pickle: bool) ->
     raise FolderError(f"{place} has no weights that are read here: expected one of {', '.join(names)}{hint}")
 
 
-def _build(cls: type[T], found: _Found, device: str | torch.device | None, dtype: torch.dtype | None) -> T:
+def tower_of_source(
+    cls: type[nn.Module], found: Found, device: str | torch.device | None, dtype: torch.dtype | None
+) -> Any:
+    """The tower (`cls`, TimmModel or a subclass) of what `open_source` found.
+
+    Raises:
+        WeightsError: weights and config do not fit.
+    """
     specs, names = _vision_specs(found.weights)
     held = sum(spec.numel() * spec.element_size() for spec in specs.values())
     arguments = found.vision.arguments
     with skip_init(Budget.for_weights(held)):
-        tower = cls(**arguments, model_kwargs=found.model_kwargs)
+        tower: Any = cls(**arguments, model_kwargs=found.model_kwargs)
     declared, built = found.vision.declared_size, found.vision.built_size
     if declared != built and shapes_of(tower.state_dict()) == shapes_of(specs):
         warnings.warn(
             f"{found.weights.where}: the config names image_size={declared}, but open_clip builds "
             f"{arguments['model_name']} for {built}, and its weights are made for that: the tower takes {built}. "
             f"Pass image_size={declared} to have it resampled.",
-            stacklevel=4,
+            stacklevel=3,
         )
     elif declared != built:
         # Saved after its input size was changed; if that is not it either, the weights' names and shapes tell.
@@ -230,7 +193,7 @@ def _vision_specs(weights: WeightSource) -> tuple[dict[str, Tensor], dict[str, s
     return {key: weights.specs[name] for key, name in names.items()}, names
 
 
-def _set_preprocess(tower: "TimmModel", entries: dict[str, Any]) -> None:
+def _set_preprocess(tower: Any, entries: dict[str, Any]) -> None:
     block = {**(tower.config.preprocess or {}), **entries}
     check_preprocess(block, tower.config.in_chans)
     tower.config.preprocess = block
@@ -239,7 +202,13 @@ def _set_preprocess(tower: "TimmModel", entries: dict[str, Any]) -> None:
 # A model in memory
 
 
-def _from_model(cls: type[T], model: nn.Module, preprocess_cfg: Mapping[str, Any] | None) -> T:
+def tower_of_model(cls: type[nn.Module], model: nn.Module, preprocess_cfg: Mapping[str, Any] | None) -> Any:
+    """The tower (`cls`, TimmModel or a subclass) of an open_clip model in memory, on weights of its own.
+
+    Raises:
+        ConfigError: its vision tower is none of timm's, or was changed by hand.
+        ArgumentError: nobody says how images are prepared.
+    """
     visual = getattr(model, "visual", model)
     trunk, head = getattr(visual, "trunk", None), getattr(visual, "head", None)
     if not isinstance(trunk, nn.Module) or not isinstance(head, nn.Module):
@@ -271,8 +240,8 @@ def _from_model(cls: type[T], model: nn.Module, preprocess_cfg: Mapping[str, Any
     if hasattr(visual, "image_size") and not has_fixed_size(native_cfg(name), args):
         size = check_size("image_size", visual.image_size)
     arguments = {"model_name": name, "image_size": size, **_head_arguments(trunk, head)}
-    tower = _build(cls, _Found(VisionArguments(arguments, size), entries, weights, args), None, None)
-    _check_same_numbers(tower, visual)
+    tower = tower_of_source(cls, Found(VisionArguments(arguments, size), entries, weights, args), None, None)
+    _check_same_outputs(tower, visual)
     return tower
 
 
@@ -301,23 +270,14 @@ def _head_arguments(trunk: nn.Module, head: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _check_same_numbers(tower: "TimmModel", visual: nn.Module) -> None:
+def _check_same_outputs(tower: Any, visual: nn.Module) -> None:
     """Keys and shapes may agree where layers were exchanged by hand: one image tells."""
-    ours = next(tower.parameters())
-    theirs = next(visual.parameters())
-    image = torch.linspace(-1, 1, 3 * 64).repeat(1 + _pixels(tower) // 64)[: 3 * _pixels(tower)]
-    image = image.reshape(1, 3, *(tower.config.image_size or ()))  # type: ignore[misc]
-    with torch.no_grad(), eval_mode(visual), eval_mode(tower):
-        expected = visual(image.to(theirs.device, theirs.dtype)).cpu()
-        found = tower(image.to(ours.device, ours.dtype))
-    atol = 1e-2 * float(expected.abs().max().nan_to_num())
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-2, atol=atol, equal_nan=True):
+    model, theirs = EvalTower(tower), next(visual.parameters())
+    image = model.images(1)
+    with torch.no_grad(), eval_mode(visual), eval_mode(model):
+        expected, found = visual(image.to(theirs.device, theirs.dtype)), model(image)
+    if not same_bits(found, expected) and not relative_difference([found], [expected]) <= _SAME_OUTPUTS:
         raise ConfigError(
             "the vision tower gives other outputs than one that is built from its own arguments: it was changed by "
             "hand. Wrap its trunk with TimmModel.from_trunk, or override TimmModel._create_trunk."
         )
-
-
-def _pixels(tower: "TimmModel") -> int:
-    height, width = tower.config.image_size  # type: ignore[misc]
-    return int(height) * int(width)

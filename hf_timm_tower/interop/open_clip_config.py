@@ -12,6 +12,7 @@ from typing import Any
 from ..reader.config import ATTENTION_POOLS, TimmTowerConfig, check_size
 from ..reader.errors import ConfigError, shown
 from ..reader.trunk import has_fixed_size, native_cfg
+from ..trunk_facts import PLAIN_PREPROCESS, TIMM_POOLS
 
 VISION_PREFIX = "visual."
 """What stands before the vision tower's keys in the state dict of an open_clip model."""
@@ -45,8 +46,6 @@ _PREPROCESS_DEFAULTS: dict[str, Any] = {
     "resize_mode": "shortest",
     "fill_color": 0,
 }
-# What a tower can do beside, at rest.
-_NOTHING_MORE = {"padding": None, "channel_order": "RGB", "value_range": [0.0, 1.0]}
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,8 @@ def model_cfg_of(config: TimmTowerConfig) -> dict[str, Any]:
         cannot.append("a custom head")
     if config.in_chans != 3:
         cannot.append(f"in_chans={config.in_chans}")
-    if config.pool == "token_avg" or (config.pool == "none" and config.proj in ("linear", "mlp")):
+    known = (*TIMM_POOLS, *ATTENTION_POOLS, "default", "none")
+    if config.pool not in known or (config.pool == "none" and config.proj in ("linear", "mlp")):
         cannot.append(f"pool={config.pool!r} with proj={config.proj!r}")
     cfg = native_cfg(config.architecture)
     size, native = check_size("image_size", config.image_size), list(cfg["input_size"][1:])
@@ -213,15 +213,13 @@ def model_cfg_of(config: TimmTowerConfig) -> dict[str, Any]:
         cannot.append(f"weights for {size} pixels (open_clip builds {config.architecture} for {native})")
     if cannot:
         raise ConfigError(f"open_clip's vision_cfg cannot say what this tower is: {'; '.join(cannot)}")
-    own_pool = config.pool == "default"
-    unpooled = config.pool == "none" and config.proj not in ("linear", "mlp") and config.pool not in ATTENTION_POOLS
     return {
         "embed_dim": config.embed_dim,
         "vision_cfg": {
             "image_size": size[0] if size[0] == size[1] else size,
             "timm_model_name": config.architecture,
             "timm_model_pretrained": False,
-            "timm_pool": "" if own_pool or unpooled else config.pool,
+            "timm_pool": "" if config.pool in ("default", "none") else config.pool,
             "timm_proj": config.proj,
             "timm_proj_bias": config.proj_bias,
             "timm_drop": config.drop,
@@ -250,7 +248,7 @@ def preprocess_cfg_of(config: TimmTowerConfig) -> dict[str, Any]:
         "fill_color": round(255 * block["mean"][0]) if block.get("crop_mode") == "border" else 0,
     }
     if cfg["interpolation"] in ("bicubic", "bilinear") and cfg["resize_mode"]:
-        if {**block, **preprocess_entries(cfg, "this tower"), **_NOTHING_MORE} == block:
+        if {**block, **preprocess_entries(cfg, "this tower"), **PLAIN_PREPROCESS} == block:
             return cfg
     raise ConfigError(
         f"open_clip cannot prepare the same pixels as this tower: {block}. It knows bicubic and bilinear, crop_pct 1, "

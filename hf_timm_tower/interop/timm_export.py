@@ -8,8 +8,7 @@ transformers for the labels.
 """
 
 import os
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,8 +32,10 @@ from ..reader.config import ATTENTION_POOLS, TimmTowerConfig
 from ..reader.errors import ArgumentError, ConfigError, FolderError, HeadError, WeightsError
 from ..reader.model_args import encode
 from ..reader.skip_init import skip_init
-from ..reader.tower import HeadInput, run_head
-from ..reader.trunk import BUILD_ERRORS, eval_mode, float_dtype, native_cfg, split_tag
+from ..reader.trunk import BUILD_ERRORS, eval_mode, native_cfg, split_tag
+from ..trunk_facts import shapes_of
+from .eval_tower import EvalTower, relative_difference
+from .timm_face import data_cfg, image_fields
 
 # The classifier may be a convolution, or have a bias of zeros where the projection has none: kernels round otherwise.
 FOLDED_TOLERANCE = 1e-5
@@ -94,14 +95,18 @@ def export_timm(
     for name, value, choices in (("head", head, ("fold", "drop")), ("preprocess", preprocess, ("exact", "nearest"))):
         if value not in choices:
             raise ArgumentError(f"{name}={value!r}: expected {' or '.join(map(repr, choices))}")
-    config, trunk, own_head = _parts(tower)
+    model = EvalTower(tower)
+    config, trunk = model.config, model.trunk
     _require_free(Path(folder))
     left_out: list[str] = []
-    linear = _linear_of(own_head, config) if head == "fold" else None
-    if head == "drop" and (dropped := _describe_head(own_head, config)):
+    linear = _linear_of(model.head, config) if head == "fold" else None
+    if head == "drop" and (dropped := _describe_head(model.head, config)):
         left_out.append(dropped)
-    image, lost = _image_fields(config, preprocess)
-    left_out += lost
+    if preprocess == "exact":
+        image = data_cfg(config, "preprocess='nearest' leaves that out, a value range becomes part of mean and std")
+    else:
+        image, lost = image_fields(config)
+        left_out += lost
 
     num_classes = linear.out_features if linear is not None else int(get_model_traits(trunk).get("num_classes") or 0)
     arch, _ = split_tag(config.architecture)
@@ -112,16 +117,8 @@ def export_timm(
     with staged_folder(folder) as staged:
         write_aligned(staged / SINGLE_NAME, state)
         write_json(staged / CONFIG_NAME, _config_json(config, trunk, model_args, num_classes, image))
-        forward = _forward(config, trunk, own_head if linear is not None else None)
-        difference = _check(staged, trunk, config, forward, exactly=linear is None)
+        difference = _check(staged, model, folded=linear is not None)
     return TimmExport(Path(folder), arch, model_args, num_classes, tuple(left_out), difference)
-
-
-def _parts(tower: nn.Module) -> tuple[TimmTowerConfig, nn.Module, nn.Module]:
-    config, trunk, head = (getattr(tower, name, None) for name in ("config", "trunk", "head"))
-    if not isinstance(config, TimmTowerConfig) or not isinstance(trunk, nn.Module) or not isinstance(head, nn.Module):
-        raise ArgumentError(f"export_timm: a {type(tower).__name__} is no tower (config, trunk and head)")
-    return config, trunk, head
 
 
 def _require_free(folder: Path) -> None:
@@ -173,29 +170,6 @@ def _linear_of(head: nn.Module, config: TimmTowerConfig) -> nn.Linear | None:
     return linear
 
 
-def _image_fields(config: TimmTowerConfig, preprocess: str) -> tuple[dict[str, Any], list[str]]:
-    """timm's fields for the images, and what they cannot say."""
-    block, size = config.preprocess, config.image_size
-    assert block is not None
-    assert isinstance(size, (list, tuple))
-    mean, std, (lo, hi) = block["mean"], block["std"], block["value_range"]
-    lost = []
-    if block["padding"] is not None:
-        lost.append(f"padding {block['padding']}")
-    if block["channel_order"] != "RGB":
-        lost.append(f"channel_order {block['channel_order']}")
-    if (lo, hi) != (0, 1):
-        lost.append(f"value_range {[lo, hi]} (now part of mean and std)")
-        mean, std = [(value - lo) / (hi - lo) for value in mean], [value / (hi - lo) for value in std]
-    if lost and preprocess == "exact":
-        raise ConfigError(
-            f"timm's pretrained_cfg has no words for {', '.join(lost)}: its pixels would be others than the tower's. "
-            "preprocess='nearest' leaves that out."
-        )
-    fields = {key: block[key] for key in ("interpolation", "crop_pct", "crop_mode")}
-    return {"input_size": [config.in_chans, *size], "mean": mean, "std": std, **fields}, lost
-
-
 def _find_arguments(arch: str, trunk: nn.Module, config: TimmTowerConfig, num_classes: int) -> dict[str, Any]:
     """Arguments that JSON can hold, with which timm builds this very trunk.
 
@@ -210,7 +184,7 @@ def _find_arguments(arch: str, trunk: nn.Module, config: TimmTowerConfig, num_cl
     if isinstance(norm, nn.Module):
         trials.append({**stored, "fc_norm": not isinstance(norm, nn.Identity)})
     trials.append({key: value for key, value in stored.items() if key != "global_pool"})
-    wanted = {key: tuple(value.shape) for key, value in trunk.state_dict().items()}
+    wanted = shapes_of(trunk.state_dict())
     wanted_pool = stored.get("global_pool")
     reasons = []
     for trial in trials:
@@ -220,7 +194,7 @@ def _find_arguments(arch: str, trunk: nn.Module, config: TimmTowerConfig, num_cl
         except BUILD_ERRORS as error:
             reasons.append(str(error))
             continue
-        found = {key: tuple(value.shape) for key, value in built.state_dict().items()}
+        found = shapes_of(built.state_dict())
         if found == wanted and get_model_args(built).get("global_pool") == wanted_pool:
             return trial
         odd = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
@@ -317,39 +291,24 @@ def _config_json(
     return written
 
 
-def _forward(config: TimmTowerConfig, trunk: nn.Module, head: nn.Module | None) -> Callable[[Tensor], Any]:
-    if head is None:
-        return trunk
-    arrangement = HeadInput.of(config, trunk)
-    return lambda images: run_head(head, arrangement, trunk(images))
-
-
-def _check(
-    folder: Path, trunk: nn.Module, config: TimmTowerConfig, forward: Callable[[Tensor], Any], exactly: bool
-) -> float:
-    """Load the folder with stock timm and compare weights and output.
+def _check(folder: Path, model: EvalTower, folded: bool) -> float:
+    """Load the folder with stock timm and compare weights and output, the tower's where its head was folded.
 
     Returns:
         The output's difference, over its largest value.
     """
-    anchor = next(trunk.parameters())
+    images = model.images(2)
     with private_draws(0):
         loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    loaded = loaded.to(device=anchor.device, dtype=float_dtype(trunk)).eval()
+    loaded = loaded.to(device=images.device, dtype=images.dtype).eval()
     written, state = read_aligned(folder / SINGLE_NAME), loaded.state_dict()
     if odd := [key for key in state if key not in written or not same_bits(state[key].cpu(), written[key])]:
         raise WeightsError(f"timm loads other weights than the tower's: {', '.join(odd[:5])}")
-    assert isinstance(config.image_size, (list, tuple))
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn((2, config.in_chans, *config.image_size), generator=generator)
-    images = images.to(device=anchor.device, dtype=float_dtype(trunk))
-    with torch.no_grad(), ExitStack() as stack:
-        stack.enter_context(eval_mode(trunk))
-        expected, found = forward(images), loaded(images)
+    with torch.no_grad(), eval_mode(model):
+        expected, found = model(images) if folded else model.trunk(images), loaded(images)
     if same_bits(expected, found):
         return 0.0
-    scale = expected.double().abs().max().item()
-    difference = (expected.double() - found.double()).abs().max().item() / (scale or 1.0)
-    if exactly or not difference <= FOLDED_TOLERANCE:
+    difference = relative_difference([found], [expected])
+    if not folded or not difference <= FOLDED_TOLERANCE:
         raise WeightsError(f"timm loads the folder and gives another output (relative difference {difference:.1e})")
-    return float(difference)
+    return difference

@@ -10,29 +10,43 @@ from typing import Any
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ConfigError
 from ..training.param_groups import group_matcher, no_weight_decay
+from ..trunk_facts import PLAIN_PREPROCESS
 
-_PLAIN = {"padding": None, "channel_order": "RGB", "value_range": [0.0, 1.0]}
 
+def image_fields(config: TimmTowerConfig) -> tuple[dict[str, Any], list[str]]:
+    """timm's fields for the images of a tower, and in words what of its preprocessing they cannot say.
 
-def data_cfg(config: TimmTowerConfig) -> dict[str, Any]:
-    """timm's fields for the images of a tower.
-
-    Raises:
-        ConfigError: it prepares images in a way that timm's fields cannot say.
+    A value range other than 0 to 1 becomes part of mean and std.
     """
     block: dict[str, Any] = config.preprocess or {}
-    odd = [f"{name} {block[name]}" for name, plain in _PLAIN.items() if block[name] != plain]
-    if odd:
-        raise ConfigError(
-            f"timm's pretrained_cfg has no words for {', '.join(odd)}: its pixels would be others than the tower's; "
-            "use the tower's own transform() or image processor"
-        )
+    mean, std, (lo, hi) = block["mean"], block["std"], block["value_range"]
+    lost = [f"{name} {block[name]}" for name, plain in PLAIN_PREPROCESS.items() if block[name] != plain]
+    if (lo, hi) != (0, 1):
+        mean, std = [(value - lo) / (hi - lo) for value in mean], [value / (hi - lo) for value in std]
     return {
         "input_size": (config.in_chans, *config.image_size),  # type: ignore[misc]
         "fixed_input_size": True,
         **{key: block[key] for key in ("interpolation", "crop_pct", "crop_mode")},
-        **{key: tuple(block[key]) for key in ("mean", "std")},
-    }
+        "mean": tuple(mean),
+        "std": tuple(std),
+    }, lost
+
+
+def data_cfg(
+    config: TimmTowerConfig, way_out: str = "use the tower's own transform() or image processor"
+) -> dict[str, Any]:
+    """`image_fields` where they say all of it.
+
+    Raises:
+        ConfigError: it prepares images in a way that timm's fields cannot say.
+    """
+    fields, lost = image_fields(config)
+    if lost:
+        raise ConfigError(
+            f"timm's pretrained_cfg has no words for {', '.join(lost)}: its pixels would be others than the tower's; "
+            f"{way_out}"
+        )
+    return fields
 
 
 class TimmFace:

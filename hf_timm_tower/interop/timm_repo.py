@@ -19,14 +19,15 @@ import torch.nn as nn
 from timm.models import PretrainedCfg
 
 from ..files.names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
-from ..files.open_folder import OpenFolder, require_plain_name
+from ..files.open_folder import OpenFolder
 from ..hub.download import Access, download_files
 from ..hub.identify import identify
-from ..reader.config import TimmTowerConfig, check_architecture, check_size
+from ..reader.config import ATTENTION_POOLS, TimmTowerConfig, check_architecture, check_size
 from ..reader.errors import ConfigError, FolderError, FormatError, WeightsError, one_line, shown
 from ..reader.model_args import FROM_TRUNK, check_names, decode, encode, inner
 from ..reader.skip_init import Budget, skip_init
 from ..reader.trunk import BUILD_ERRORS, has_fixed_size, native_cfg
+from ..reader.weights import check_index
 from ..trunk_facts import preprocess_from_timm
 from .weight_source import open_weights
 
@@ -51,7 +52,7 @@ class TimmSource:
         image_size: Height and width in pixels.
         in_chans: Channels of the image.
         pretrained_cfg: timm's, without the fields that say where weights are.
-        has_size: The stored arguments say for what size the trunk is built.
+        has_size: The stored arguments say for what size the trunk is built, so that timm is always told one.
         shown_size: Size of the images that timm would show it, where that is another one (dynamic image size).
         weights: Key -> tensor; None where only the config was asked for.
     """
@@ -101,6 +102,11 @@ class TimmSource:
             # the trunk's own classifier is the projection
             fields["embed_dim"] = fields.get("embed_dim") or self.num_classes or None
             args["num_classes"] = fields["embed_dim"] or 0
+            if not args["num_classes"] and fields["pool"] not in ATTENTION_POOLS:
+                raise ConfigError(
+                    f"{self.place} has no classifier, which proj=None makes the projection: pass another proj; for "
+                    "TimmTowerForImageClassification num_labels=... or id2label={0: ..., ...}"
+                )
         channels = args.pop("in_chans", self.in_chans)
         try:
             preprocess = preprocess_from_timm(self.pretrained_cfg, channels)
@@ -244,10 +250,8 @@ def _read_weights(
         if folder.has(SINGLE_NAME):
             names = [SINGLE_NAME]
         elif folder.has(INDEX_NAME):
-            mapped = folder.read_json(INDEX_NAME).get("weight_map")
-            if not isinstance(mapped, dict) or not all(isinstance(value, str) for value in mapped.values()):
-                raise FormatError(f"{place}: {INDEX_NAME}: weight_map must map each key to a file name")
-            names = sorted(set(mapped.values()))
+            weight_map, _ = check_index(folder.read_json(INDEX_NAME), f"{place}: {INDEX_NAME}")
+            names = sorted(set(weight_map.values()))
         else:
             names = []
     if not names:
@@ -257,10 +261,6 @@ def _read_weights(
                 "is read: pass allow_pickle=True to have torch read it with weights_only=True, or convert it."
             )
         return _plain_keys(_read_pickle(fetch(PICKLE_NAME) / PICKLE_NAME, place))
-    for name in names:
-        require_plain_name(name, place)
-        if not name.endswith(".safetensors"):
-            raise FormatError(f"{place}: {INDEX_NAME} names {shown(name)}; only .safetensors files are read")
     tensors: dict[str, torch.Tensor] = {}
     with OpenFolder(fetch(*names)) as folder:
         for name in names:
@@ -291,7 +291,7 @@ def _plain_keys(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _check_budget(source: TimmSource, weights: Mapping[str, torch.Tensor]) -> None:
     held = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
     with skip_init(Budget.for_weights(held)):
-        create_model(source, source.image_size, source.in_chans, source.model_args, source.has_size)
+        create_model(source, source.image_size, source.in_chans, source.model_args)
 
 
 class _CfgWithWeights(PretrainedCfg):
@@ -309,7 +309,6 @@ def create_model(
     image_size: list[int],
     in_chans: int,
     model_args: Mapping[str, Any],
-    has_size: bool,
     with_weights: bool = False,
 ) -> nn.Module:
     """timm's own model, with its classifier.
@@ -319,7 +318,6 @@ def create_model(
         image_size: Height and width in pixels.
         in_chans: Channels of the image.
         model_args: As the config stores them.
-        has_size: Build it for that size, even where timm would not need to be told.
         with_weights: Have timm load the source's weights into it.
 
     Raises:
@@ -328,12 +326,12 @@ def create_model(
     """
     kwargs = {key: decode(value, f"model_args.{key}") for key, value in model_args.items()}
     cfg = {**source.pretrained_cfg, "num_classes": source.num_classes}
-    if has_size or has_fixed_size(native_cfg(source.architecture.partition(".")[0]), kwargs):
+    if source.has_size or has_fixed_size(native_cfg(source.architecture.partition(".")[0]), kwargs):
         kwargs["img_size"] = tuple(image_size)
     kwargs["in_chans"] = in_chans
     if with_weights:
         stored = {key: decode(value, f"model_args.{key}") for key, value in source.model_args.items()}
-        stored |= {"in_chans": source.in_chans} | ({"img_size": tuple(source.image_size)} if has_size else {})
+        stored |= {"in_chans": source.in_chans} | ({"img_size": tuple(source.image_size)} if source.has_size else {})
         kwargs["pretrained_model_args"] = stored
         # a dict of its own: timm's filters change what they are given
         kwargs["pretrained_cfg"] = _CfgWithWeights(**cfg, state_dict=dict(source.weights or {}))

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -10,15 +10,11 @@ from ..reader.errors import ConfigError
 from ..reader.skip_init import skip_init
 from ..reader.trunk import create_trunk
 from ..subclassing import OVERRIDABLE, overrides
-from ..trunk_facts import trunk_arguments
+from ..trunk_facts import shapes_of, trunk_arguments
 from .open_clip_config import VISION_PREFIX, model_cfg_of, preprocess_cfg_of, vision_arguments
-from .weight_source import shapes_of
-
-if TYPE_CHECKING:
-    from ..timm_model import TimmModel
 
 
-def to_open_clip_state_dict(tower: "TimmModel") -> dict[str, Tensor]:
+def to_open_clip_state_dict(tower: Any) -> dict[str, Tensor]:
     """The tower's weights under the keys of an open_clip model, for its strict `load_state_dict` beside the text's.
 
     Args:
@@ -34,7 +30,7 @@ def to_open_clip_state_dict(tower: "TimmModel") -> dict[str, Tensor]:
     return {f"{VISION_PREFIX}{key}": tensor for key, tensor in tower.state_dict().items()}
 
 
-def to_open_clip_model_cfg(tower: "TimmModel") -> dict[str, Any]:
+def to_open_clip_model_cfg(tower: Any) -> dict[str, Any]:
     """open_clip's `model_cfg` of a tower: `embed_dim` and `vision_cfg`; `text_cfg` is the user's.
 
     Raises:
@@ -60,7 +56,7 @@ def to_open_clip_model_cfg(tower: "TimmModel") -> dict[str, Any]:
     return model_cfg
 
 
-def to_open_clip_config(tower: "TimmModel", text_cfg: Mapping[str, Any], **model_cfg: Any) -> dict[str, Any]:
+def to_open_clip_config(tower: Any, text_cfg: Mapping[str, Any], **model_cfg: Any) -> dict[str, Any]:
     """What `open_clip_config.json` holds for a model with this vision tower.
 
     Args:
@@ -77,7 +73,7 @@ def to_open_clip_config(tower: "TimmModel", text_cfg: Mapping[str, Any], **model
     }
 
 
-def fit_inside_open_clip(tower: "TimmModel", state: dict[str, Any], prefix: str) -> None:
+def fit_inside_open_clip(tower: Any, state: dict[str, Any], prefix: str) -> None:
     """Let a tower that open_clip built with `force_image_size` take weights of the trunk's native size.
 
     open_clip builds its trunk natively, loads, and resizes then; a tower is built for its size at once. So the
@@ -105,11 +101,11 @@ def fit_inside_open_clip(tower: "TimmModel", state: dict[str, Any], prefix: str)
     if shapes_of(incoming) != shapes_of(twin.state_dict()):
         return  # torch says what does not fit
     twin.load_state_dict({key: value.detach().cpu() for key, value in incoming.items()}, strict=True, assign=True)
-    size = tuple(tower.config.image_size)  # type: ignore[arg-type]
+    size = tuple(tower.config.image_size)
     twin.set_input_size(img_size=size)  # type: ignore[operator]
     windows = trunk_arguments(twin)["model_args"].get("window_size")
     if windows is not None:
         # Swin's windows grow with the size in set_input_size, but not in the constructor.
-        tower.trunk.set_input_size(img_size=size, window_size=windows)  # type: ignore[operator]
+        tower.trunk.set_input_size(img_size=size, window_size=windows)
         tower.config.model_args = {**(tower.config.model_args or {}), "window_size": windows}
     state.update((f"{trunk_prefix}{key}", value) for key, value in twin.state_dict().items())

@@ -5,7 +5,7 @@ The program is traced in eval mode with a free batch size; image size and dtype 
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,9 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from ..files.disk import folder_error, scratch_folder
-from ..reader.config import TimmTowerConfig
-from ..reader.errors import ArgumentError, ConfigError, ExportError, TowerError
-from ..reader.tower import HeadInput, run_head
-from ..reader.trunk import BUILD_ERRORS, eval_mode, float_dtype
+from ..reader.errors import ConfigError, ExportError, TowerError
+from ..reader.trunk import BUILD_ERRORS, eval_mode
+from .eval_tower import EvalTower, relative_difference
 
 TOLERANCE = 1e-4
 """Largest difference of an exported program's output to the tower's that is accepted, over the largest output."""
@@ -47,42 +46,6 @@ class Exported:
     difference: float | None
 
 
-class EvalTower(nn.Module):
-    """A tower's forward in eval mode and nothing else: what is exported.
-
-    Args:
-        tower: Anything with `config`, `trunk` and `head`.
-
-    Raises:
-        ArgumentError: it is no tower.
-    """
-
-    def __init__(self, tower: nn.Module) -> None:
-        super().__init__()
-        config, trunk, head = (getattr(tower, name, None) for name in ("config", "trunk", "head"))
-        if not (isinstance(config, TimmTowerConfig) and isinstance(trunk, nn.Module) and isinstance(head, nn.Module)):
-            raise ArgumentError(f"a {type(tower).__name__} is no tower: it has no config, trunk and head")
-        self.config, self.trunk, self.head = config, trunk, head
-        self.arrangement = HeadInput.of(config, trunk)
-
-    def forward(self, images: torch.Tensor) -> Any:
-        """Images `[B, in_chans, H, W]` -> what the tower gives."""
-        return run_head(self.head, self.arrangement, self.trunk(images))
-
-    def images(self, batch: int) -> torch.Tensor:
-        """Random images of the tower's size, on its device."""
-        size = self.config.image_size
-        assert isinstance(size, (list, tuple))
-        generator = torch.Generator().manual_seed(batch)
-        images = torch.randn((batch, self.config.in_chans, *size), generator=generator)
-        return images.to(device=next(self.trunk.parameters()).device, dtype=float_dtype(self.trunk))
-
-    def preprocess(self) -> str:
-        """The text of `PREPROCESS_NAME`."""
-        facts = {**(self.config.preprocess or {}), "image_size": self.config.image_size}
-        return json.dumps(facts, indent=2, sort_keys=True)
-
-
 def export_torch(tower: nn.Module, path: str | os.PathLike[str], *, check: bool = True) -> Exported:
     """Write a tower as a `.pt2` file; `torch.export.load(path).module()(images)` runs it.
 
@@ -105,7 +68,7 @@ def export_torch(tower: nn.Module, path: str | os.PathLike[str], *, check: bool 
     difference = None
     with finished_file(path) as partial:
         with reasons("torch.export.save", model):
-            torch.export.save(program, partial, extra_files={PREPROCESS_NAME: model.preprocess()})
+            torch.export.save(program, partial, extra_files={PREPROCESS_NAME: preprocess_text(model)})
         if check:
             difference = check_output(model, torch.export.load(partial).module(), f"{path.name} (torch.export)")
     return Exported(path, difference)
@@ -125,6 +88,12 @@ def trace(model: EvalTower) -> ExportedProgram:
             for name in _TRACES:
                 node.meta.pop(name, None)
     return program
+
+
+def preprocess_text(model: EvalTower) -> str:
+    """The text of `PREPROCESS_NAME`."""
+    facts = {**(model.config.preprocess or {}), "image_size": model.config.image_size}
+    return json.dumps(facts, indent=2, sort_keys=True)
 
 
 @contextmanager
@@ -165,20 +134,6 @@ def check_output(model: EvalTower, run: Callable[[torch.Tensor], Any], what: str
                 f"{difference:.1e} of the largest value, more than {TOLERANCE:.0e}: nothing was written"
             )
         worst = max(worst, difference)
-    return worst
-
-
-def relative_difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """Largest difference over the largest expected value, infinite where number, shapes or finiteness differ."""
-    if [tensor.shape for tensor in found] != [tensor.shape for tensor in expected]:
-        return float("inf")
-    worst = 0.0
-    for ours, theirs in zip(found, expected, strict=True):
-        a, b = ours.detach().double().cpu(), theirs.detach().double().cpu()
-        if a.numel() == 0:
-            continue
-        difference = (a - b).abs().max().item() / max(b.abs().max().item(), 1e-30)
-        worst = max(worst, difference) if difference == difference else float("inf")
     return worst
 
 

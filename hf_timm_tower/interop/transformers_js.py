@@ -16,7 +16,7 @@ from ..reader.errors import ConfigError, ExportError
 from ..reader.image_processing import INTERPOLATIONS, completed_preprocess
 from ..reader.tower import run_head
 from ..reader.trunk import eval_mode
-from .torch_export import EvalTower
+from .eval_tower import EvalTower
 
 INPUT, OUTPUTS = "pixel_values", ("pooler_output", "last_hidden_state")
 # Of PIL's, those that transformers.js has; in place of the others it takes bilinear, with a line in its log.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..files.disk import folder_error
-from ..files.safetensors_layout import ALIGNMENT, MAX_HEADER_BYTES, Entry, parse_header
+from ..files.safetensors_read import read_aligned, read_specs
 from ..reader.errors import FolderError, FormatError, WeightsError, shown
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".tar", ".pkl", ".th", ".pyth")
@@ -43,7 +43,6 @@ _REFUSED_CLASS = re.compile(r"GLOBAL (\S+) was not an allowed global")
 # A training checkpoint of a model of 3,000 tensors has some 15,000 entries, optimizer and running average included.
 # Dictionaries that are stored once and named often cost nothing in the file.
 _MAX_DEPTH, _MAX_ENTRIES = 16, 500_000
-_MAX_PIECE = 2**30
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,9 @@ def open_weights(path: str | os.PathLike[str], allow_pickle: bool = False) -> We
     if not path.is_file():
         raise FolderError(f"{path}: {'a folder, expected a file of weights' if path.is_dir() else 'no such file'}")
     if path.suffix == ".safetensors":
-        return _open_safetensors(path)
+        # Read, not mapped: pages of a mapping would count beside the tensors.
+        specs = read_specs(path)
+        return WeightSource(str(path), specs, (), lambda keys: read_aligned(path, mmap=False, keys=set(keys)))
     if path.suffix not in PICKLED:
         raise FormatError(f"{path}: expected a .safetensors file, or one of torch.save ({', '.join(PICKLED)})")
     if not allow_pickle:
@@ -129,17 +130,17 @@ def choose_set(source: WeightSource, name: str) -> WeightSource:
         raise WeightsError(f"{source.where}: weights={name!r}: {among}; its entries with weights are {listed}")
     prefix = f"{found[0]}."
     full = {key.removeprefix(prefix): key for key in source.specs if key.startswith(prefix)}
+
+    def read(keys: Collection[str]) -> dict[str, Tensor]:
+        tensors = source.read([full[key] for key in keys])
+        return {key: tensors[full[key]] for key in keys}
+
     return WeightSource(
         f"{source.where}[{found[0]!r}]",
         {key: source.specs[name] for key, name in full.items()},
         tuple(key.removeprefix(prefix) for key in source.others if key.startswith(prefix)),
-        lambda keys: {key: source.read([full[key]])[full[key]] for key in keys},
+        read,
     )
-
-
-def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Key -> shape."""
-    return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
 
 def _flatten(
@@ -170,8 +171,7 @@ def _flatten(
 def _own_copy(tensor: Tensor, where: str) -> Tensor:
     if tensor.layout != torch.strided or tensor.is_meta:
         raise FormatError(f"{where} has no plain values (layout {tensor.layout}, device {tensor.device})")
-    copied = _aligned(tensor.numel() * tensor.element_size()).view(tensor.dtype).view(tensor.shape)
-    return copied.copy_(tensor.detach())
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor.detach())
 
 
 def _load_pickle(path: Path) -> Mapping[Any, Any]:
@@ -197,51 +197,3 @@ def _load_pickle(path: Path) -> Mapping[Any, Any]:
 
 def _first_line(error: BaseException) -> str:
     return shown((str(error).strip() or type(error).__name__).splitlines()[0], 300)
-
-
-def _open_safetensors(path: Path) -> WeightSource:
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-                raise FormatError(f"{path}: {size} bytes that do not begin like a safetensors file; it was cut off?")
-            entries = {entry.key: entry for entry in parse_header(file.read(length), size - 8 - length, str(path))}
-    except OSError as error:
-        raise folder_error(f"{path}: cannot be read", error) from error
-    specs = {key: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for key, entry in entries.items()}
-
-    def read(keys: Collection[str]) -> dict[str, Tensor]:
-        try:
-            # Read, not mapped: pages of a mapping would count beside the aligned copies made of them.
-            with open(path, "rb", buffering=0) as file:
-                if os.fstat(file.fileno()).st_size != size:
-                    raise FormatError(f"{path}: changed while it was read")
-                return {key: _read_entry(file, entries[key], 8 + length, path) for key in keys}
-        except OSError as error:
-            raise folder_error(f"{path}: cannot be read", error) from error
-
-    return WeightSource(str(path), specs, (), read)
-
-
-def _read_entry(file: Any, entry: Entry, start: int, path: Path) -> Tensor:
-    raw = _aligned(entry.end - entry.begin)
-    file.seek(start + entry.begin)
-    target = raw.numpy().data if raw.numel() else memoryview(b"")
-    while target:
-        got = file.readinto(target[:_MAX_PIECE])
-        if not got:
-            raise FormatError(f"{path}: ends inside of {shown(entry.key)}; it was cut off while it was read")
-        target = target[got:]
-    return raw.view(entry.dtype).view(entry.shape)
-
-
-def _aligned(size: int) -> Tensor:
-    """uint8 `[size]`, uninitialised, at a multiple of 64: unaligned weights may give other last bits."""
-    raw = torch.empty(size, dtype=torch.uint8)
-    if raw.data_ptr() % ALIGNMENT == 0:
-        return raw
-    raw = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
-    skip = -raw.data_ptr() % ALIGNMENT
-    return raw[skip : skip + size]

@@ -15,7 +15,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from .errors import ConfigError, FormatError, TowerError, one_line, shown
+from .errors import ConfigError, FormatError, TowerError, file_errors, one_line, shown
 from .freezing import check_frozen
 from .model_args import FROM_TRUNK, RECORDED, check_names, decode, encode, inner
 
@@ -55,7 +55,7 @@ _TRANSFORMERS_KEYS = frozenset(
 
 
 # Chosen by whoever loads a model. In a tower's file the classes of transformers alone would obey it.
-_NOT_STORED = {"attn_implementation", "_attn_implementation", "quantization_config"}
+_NOT_STORED = {"attn_implementation", "_attn_implementation", "experts_implementation", "quantization_config"}
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
@@ -146,18 +146,22 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         self.__dict__["_labels_given"] = any(kwargs.get(name) is not None for name in _LABELS)
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """From what a file holds, and what its reader chooses beside it, as transformers' own.
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; `FolderError`, `FormatError` where the file is missing or damaged."""
+        with file_errors():
+            found, rest = super().get_config_dict(*args, **kwargs)
+            return dict(**found), rest
 
-        Raises:
-            ConfigError: the file holds what only its reader may choose, or as the constructor.
-        """
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers' own; `ConfigError` also where the file holds what only its reader may choose."""
         if chosen := sorted(_NOT_STORED & config_dict.keys()):
             raise ConfigError(
                 f"config.json: {chosen[0]}={shown(config_dict[chosen[0]])} is for whoever loads the tower to choose, "
                 "and would make two models of one file. Remove it there, and pass it to AutoModel.from_pretrained"
             )
-        return super().from_dict(config_dict, **kwargs)
+        # transformers' words every config for its log, whether somebody reads that or not
+        return super().from_dict(config_dict, **kwargs) if kwargs else cls(**config_dict)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "image_size" and isinstance(value, int):

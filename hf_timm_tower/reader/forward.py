@@ -37,13 +37,19 @@ class TimmTowerModelOutput(ModelOutput):
 
 def run_tower(
     model: Any,
-    images: torch.Tensor,
+    images: torch.Tensor | None,
     hidden: HiddenStates,
     attentions: bool | None,
     other_size: bool | None,
     pools: bool | None = True,
+    patches: tuple[Any, ...] = (),
 ) -> tuple[Any, Any, Any, Any]:
     """The trunk's features, the embedding, and hidden states and attention maps where asked for."""
+    if not isinstance(images, torch.Tensor) or any(each is not None for each in patches):
+        raise ArgumentError(
+            "expected images as pixel_values, a tensor, and nothing else; patches (patches, patch_coord, patch_valid) "
+            "are taken where hf_timm_tower is installed"
+        )
     trunk, images = model.trunk, prepared(model, images, other_size)
     hidden = model.config.output_hidden_states if hidden is None else hidden
     attentions = model.config.output_attentions if attentions is None else attentions
@@ -66,11 +72,7 @@ def run_tower(
 
 
 def prepared(model: Any, images: torch.Tensor, other_size: bool | None = None) -> torch.Tensor:
-    """The images as the trunk takes them.
-
-    Raises:
-        ArgumentError: whole numbers, or another size than that of a trunk which takes one only.
-    """
+    """The images as the trunk takes them; `ArgumentError` for whole numbers, or a size that it does not take."""
     model.follow_attn_implementation()
     if not images.is_floating_point():
         raise ArgumentError(

@@ -23,13 +23,13 @@ _NHWC_INSIDE = {"PyramidVisionTransformerV2", "VisionTransformerSAM", "VOLO"}
 
 
 def forward_hidden(
-    trunk: nn.Module, images: torch.Tensor, wanted: bool | int | Sequence[int]
+    trunk: nn.Module, images: Any, wanted: bool | int | Sequence[int]
 ) -> tuple[Any, tuple[torch.Tensor | None, ...]]:
     """Run a trunk and keep what its layers give.
 
     Args:
         trunk: The trunk.
-        images: `[B, in_chans, H, W]`.
+        images: `[B, in_chans, H, W]`, or a dict of patches.
         wanted: True for all; an index, or several: all other places of the tuple are None.
 
     Returns:
@@ -56,7 +56,9 @@ def forward_hidden(
     run: Any = trunk.forward_intermediates
     has_prefix = bool(getattr(trunk, "num_prefix_tokens", 0))
     has_prefix = has_prefix and "return_prefix_tokens" in inspect.signature(run).parameters
-    extra = {"return_prefix_tokens": True} if has_prefix else {}
+    extra: dict[str, Any] = {"return_prefix_tokens": True} if has_prefix else {}
+    if isinstance(images, dict):
+        extra["output_fmt"] = "NLC"  # patches of any aspect make no map
     hook = None if first is None else first.register_forward_pre_hook(take, with_kwargs=True)
     try:
         indices = sorted({max(place - stems, 0) for place in places})
@@ -135,10 +137,7 @@ def _in_form(state: Any, as_tokens: bool) -> torch.Tensor:
 def attention_maps(trunk: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Collect what the attention layers of a trunk compute in a forward inside: `[B, heads, N, N]` each, after softmax.
 
-    The list is filled when the block is left.
-
-    Raises:
-        ConfigError: it has none of timm's attention layers, or they run fused.
+    The list is filled when the block is left. `ConfigError` where there are no such layers of timm, or they run fused.
     """
     layers = {
         name: part

@@ -25,7 +25,7 @@ from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .config import TimmTowerConfig
-from .errors import ArgumentError, ConfigError, shown
+from .errors import ArgumentError, ConfigError, file_errors, shown
 from .image_processing import (
     PIL_MODES,
     PROCESSOR_AUTO_MAP,
@@ -87,6 +87,13 @@ class TimmTowerImageProcessor(BaseImageProcessor):
     def from_tower_config(cls, config: TimmTowerConfig) -> "TimmTowerImageProcessor":
         """The processor of a tower; `ConfigError` where the config is not completed: build a tower from it first."""
         return cls(**facts_of(*completed_preprocess(config)))
+
+    @classmethod
+    def get_image_processor_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; `FolderError`, `FormatError` where the file is missing or damaged."""
+        with file_errors():
+            found, rest = super().get_image_processor_dict(*args, **kwargs)
+            return dict(**found), rest
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:

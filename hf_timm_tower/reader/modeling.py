@@ -8,7 +8,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from .config import TimmTowerConfig
 from .errors import HeadError
-from .forward import TimmTowerModelOutput, run_tower, wants_dict
+from .forward import TimmTowerModelOutput, wants_dict
 from .hidden_states import HiddenStates
 from .loading import TowerLoading
 from .pretrained import TimmTowerPreTrainedModel
@@ -29,12 +29,15 @@ class TimmTowerModel(TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
 
     def forward(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
         output_hidden_states: HiddenStates = None,
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
         interpolate_pos_encoding: bool | None = None,
         do_pooling: bool | None = None,
+        patches: torch.Tensor | None = None,
+        patch_coord: torch.Tensor | None = None,
+        patch_valid: torch.Tensor | None = None,
     ) -> TimmTowerModelOutput | tuple[Any, ...]:
         """Run the tower.
 
@@ -46,13 +49,14 @@ class TimmTowerModel(TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
             interpolate_pos_encoding: True says that the images may have another size than `config.image_size`, which
                 the trunk must be able to take.
             do_pooling: False leaves the embedding out.
+            patches, patch_coord, patch_valid: In place of `pixel_values`, of `naflex`. By hf_timm_tower only.
 
         Raises:
             ConfigError: hidden states or attentions were asked for and timm does not give them.
             ArgumentError: an index of no hidden state, or images of a size that the trunk does not take.
         """
         wanted = (output_hidden_states, output_attentions, interpolate_pos_encoding, do_pooling)
-        output = TimmTowerModelOutput(*run_tower(self, pixel_values, *wanted))
+        output = TimmTowerModelOutput(*self._run(pixel_values, *wanted, patches=(patches, patch_coord, patch_valid)))
         return output if wants_dict(self, return_dict) else output.to_tuple()
 
 
@@ -89,12 +93,15 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
 
     def forward(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         output_hidden_states: HiddenStates = None,
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
         interpolate_pos_encoding: bool | None = None,
+        patches: torch.Tensor | None = None,
+        patch_coord: torch.Tensor | None = None,
+        patch_valid: torch.Tensor | None = None,
     ) -> ImageClassifierOutput | tuple[Any, ...]:
         """Run tower and classifier.
 
@@ -106,13 +113,14 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
             return_dict: As `TimmTowerModel.forward`.
             output_attentions: As `TimmTowerModel.forward`.
             interpolate_pos_encoding: As `TimmTowerModel.forward`.
+            patches, patch_coord, patch_valid: As `TimmTowerModel.forward`.
 
         Raises:
             HeadError: the embedding is not `[B, embed_dim]`.
             ConfigError, ArgumentError: as `TimmTowerModel.forward`.
         """
         wanted = (output_hidden_states, output_attentions, interpolate_pos_encoding)
-        _, embedding, states, maps = run_tower(self, pixel_values, *wanted)
+        _, embedding, states, maps = self._run(pixel_values, *wanted, patches=(patches, patch_coord, patch_valid))
         if not isinstance(embedding, torch.Tensor) or embedding.ndim != 2:
             found = tuple(embedding.shape) if isinstance(embedding, torch.Tensor) else type(embedding).__name__
             raise HeadError(f"a classifier needs an embedding [B, embed_dim], this tower gives {found}; choose a pool")

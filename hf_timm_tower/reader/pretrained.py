@@ -16,17 +16,18 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from typing_extensions import Self
 
 from .computed_buffers import align, computed_buffers, move_to_meta, put_buffers
 from .config import TimmTowerConfig
 from .errors import ArgumentError, ConfigError, FolderError, HeadError
-from .forward import can_checkpoint, steps_of
+from .forward import can_checkpoint, run_tower, steps_of
 from .freezing import apply_frozen, keep_statistics
 from .head import CODE, make_code_head
 from .loading import TowerLoading, loading_report, refuse_changed, refuse_misfits, warn_of_changes
@@ -111,6 +112,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
     # --- steps that hf_timm_tower's own classes replace
 
     _make_code_head = staticmethod(make_code_head)
+    _run = run_tower
 
     @staticmethod
     def _build(config: TimmTowerConfig, with_classifier: bool, make_head: Any) -> Tower:

@@ -31,7 +31,7 @@ from ..reader.skip_init import tensors_in
 from ..reader.tower import HeadInput, run_head
 from ..reader.trunk import eval_mode, float_dtype
 from .feature_rows import ImageRows, Sample, take_sample
-from .feature_store import DTYPES, Column, Plan, prepare_folder, read_plan, read_table, rows_written, write_rows
+from .feature_store import DTYPES, Column, Plan, RowWriter, prepare_folder, read_plan, read_table, rows_written
 
 _STORED = (None, torch.float32, torch.float16, torch.bfloat16)
 
@@ -66,7 +66,7 @@ class CachedFeatures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         if done < plan.rows:
             raise FolderError(
                 f"{self.path}: the feature cache has {done} of {plan.rows} rows; cache_features with the same "
-                "arguments goes on"
+                "arguments resumes it"
             )
         self.repeats: int = plan.made_of["repeats"]
         self.images = plan.rows // self.repeats
@@ -149,7 +149,7 @@ def cache_features(
 ) -> CachedFeatures:
     """Run every image once through the frozen trunk and keep what the head takes, in a folder.
 
-    A folder that is complete is opened, one that was left in the middle is gone on with. It is tied to the trunk's
+    A folder that is complete is opened, a run that was interrupted is resumed. The folder is tied to the trunk's
     weights, the transform and the dataset; where one of these has changed, it is refused. Head and projection may
     change as they like.
 
@@ -208,25 +208,20 @@ def cache_features(
 def _fill(
     tower: Any, rows: ImageRows, folder: Path, plan: Plan, batch_size: int, num_workers: int, progress: bool
 ) -> None:
-    with write_rows(folder, plan) as writer:
-        if writer.rows == plan.rows:
-            return
-        loader = DataLoader(
-            Subset(rows, range(writer.rows, plan.rows)),
-            batch_size,
-            num_workers=num_workers,
-            generator=torch.Generator(),  # torch's own stays where it is
-        )
-        with (
-            eval_mode(tower.trunk),
-            tqdm(  # type: ignore[no-untyped-call]
-                total=plan.rows, initial=writer.rows, desc="features", unit="img", disable=not progress
-            ) as bar,
-        ):
+    writer = RowWriter(folder, plan)
+    if writer.rows == plan.rows:
+        return
+    # a generator of its own: torch's stays where it is
+    left = Subset(rows, range(writer.rows, plan.rows))
+    loader = DataLoader(left, batch_size, num_workers=num_workers, generator=torch.Generator())
+    bar = tqdm(total=plan.rows, initial=writer.rows, desc="features", unit="img", disable=not progress)  # type: ignore[no-untyped-call]
+    try:
+        with eval_mode(tower.trunk), bar:
             for images, labels in loader:
-                features = _features_of(tower, images)
-                writer.append(features.to("cpu", plan.features.dtype), labels)
+                writer.append(_features_of(tower, images).to("cpu", plan.features.dtype), labels)
                 bar.update(len(images))
+    finally:
+        writer.sync()  # what was written stays, however the run ends
 
 
 def _features_of(tower: Any, images: torch.Tensor) -> torch.Tensor:
@@ -313,23 +308,19 @@ def _check_stored(folder: Path, plan: Plan, sample: Sample, features: torch.Tens
         FolderError: it does not.
     """
     done = rows_written(folder) or 0
-    if sample.digests["inputs"] is None:
-        return
     known = [at for at, row in enumerate(sample.rows) if row < done]
-    if not known:
+    if not known or sample.digests["inputs"] is None:
         return
     stored = read_table(folder, "features", plan)[torch.tensor([sample.rows[at] for at in known])]
     stored = plan.features.from_disk(stored).double()
     now = features[torch.tensor(known, device=features.device)].to("cpu", plan.features.dtype).double()
-    same = stored.eq(now) | (stored.isnan() & now.isnan())
-    difference = torch.where(same, 0.0, (stored - now).abs()).nan_to_num(nan=float("inf")).max().item()
     scale = now.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
     allowed = max(TOLERANCES[str(kind)] for kind in (plan.features.dtype, features.dtype))
-    if difference > allowed * scale:
+    if not torch.allclose(stored, now, rtol=0, atol=allowed * scale, equal_nan=True):
         raise FolderError(
             f"{folder}: this feature cache is stale, the trunk with the same weights now gives other features for the "
-            f"same images (largest difference {difference:.3g}, largest value {scale:.3g}). Give another folder, or "
-            "delete this one to cache anew."
+            f"same images (by more than {allowed:.0e} of the largest). Give another folder, or delete this one to "
+            "cache anew."
         )
 
 

@@ -12,15 +12,15 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any, BinaryIO, Self
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from typing_extensions import Self
 
 from ..files.disk import sync
 from ..files.json import write_json
@@ -71,28 +71,25 @@ class Column:
         return tuple(self.shape[axis] for axis in self.axes)
 
     @property
-    def dtype_on_disk(self) -> torch.dtype:
-        """The dtype in the file."""
-        return torch.int16 if self.dtype == torch.bfloat16 else self.dtype
+    def dtype_on_disk(self) -> np.dtype[Any]:
+        """numpy's dtype in the file."""
+        return torch.empty(0, dtype=torch.int16 if self.dtype == torch.bfloat16 else self.dtype).numpy().dtype
 
     @property
     def nbytes(self) -> int:
         """Of one row."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def to_disk(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of `shape` -> of `shape_on_disk`; contiguous."""
-        return rows.permute(0, *(axis + 1 for axis in self.axes)).contiguous()
+    def to_disk(self, rows: torch.Tensor) -> np.ndarray[Any, Any]:
+        """Rows of `shape` on the CPU -> of `shape_on_disk`."""
+        ordered = rows.permute(0, *(axis + 1 for axis in self.axes))
+        return (ordered.view(torch.int16) if self.dtype == torch.bfloat16 else ordered).numpy()
 
     def from_disk(self, rows: torch.Tensor) -> torch.Tensor:
         """The reverse; a view."""
         if len(self.axes) < 2:  # a vector: each call counts beside a small head's step
             return rows
         return rows.permute(0, *(self.axes.index(axis) + 1 for axis in range(len(self.axes))))
-
-    def to_json(self) -> dict[str, Any]:
-        """For the manifest."""
-        return {"shape": list(self.shape), "dtype": str(self.dtype), "axes": list(self.axes)}
 
     @classmethod
     def from_json(cls, entry: Any) -> Self:
@@ -118,6 +115,14 @@ class Plan:
     features: Column
     labels: Column
     made_of: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        columns = {
+            name: {"shape": list(column.shape), "dtype": str(column.dtype), "axes": list(column.axes)}
+            for name, column in (("features", self.features), ("labels", self.labels))
+        }
+        return {"rows": self.rows, **columns, "made_of": dict(self.made_of)}
 
 
 def read_plan(folder: Path) -> Plan | None:
@@ -171,35 +176,25 @@ def prepare_folder(folder: Path, plan: Plan) -> None:
     if then is None:
         _refuse_other_files(folder)
         _check_space(folder, plan)
-        columns = {name: getattr(plan, name).to_json() for name in COLUMNS}
-        content = {"store_version": STORE_VERSION, "rows": plan.rows, **columns, "made_of": plan.made_of}
-        write_json(folder / MANIFEST, content)
+        write_json(folder / MANIFEST, {"store_version": STORE_VERSION, **plan.to_json()})
         sync(folder)
     else:
-        refuse_stale(folder, then, plan)
+        _refuse_stale(folder, then.to_json(), plan.to_json())
     if rows_written(folder) is None:
         for name in COLUMNS:
             column: Column = getattr(plan, name)
-            dtype = torch.empty(0, dtype=column.dtype_on_disk).numpy().dtype
-            np.lib.format.open_memmap(
-                folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(plan.rows, *column.shape_on_disk)
-            ).flush()
+            shape = (plan.rows, *column.shape_on_disk)
+            np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=column.dtype_on_disk, shape=shape)
             sync(folder / f"{name}.npy")
         write_json(folder / PROGRESS, {"rows": 0})
         sync(folder)
 
 
-def refuse_stale(folder: Path, then: Plan, now: Plan) -> None:
-    """Refuse rows that were made of something else.
-
-    Raises:
-        FolderError: with each thing that differs, as it was and as it is.
-    """
-    old = {**then.made_of, "rows": then.rows, **{name: getattr(then, name).to_json() for name in COLUMNS}}
-    new = {**now.made_of, "rows": now.rows, **{name: getattr(now, name).to_json() for name in COLUMNS}}
+def _refuse_stale(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    old, new = ({**plan, **plan.pop("made_of")} for plan in (then, now))
     changed = [
         f"  {key}: {shown(old.get(key), 120)} then, {shown(new.get(key), 120)} now"
-        for key in (*new, *(key for key in old if key not in new))
+        for key in {**new, **old}
         if old.get(key) != new.get(key)
     ]
     if changed:
@@ -229,37 +224,46 @@ def read_table(folder: Path, name: str, plan: Plan) -> torch.Tensor:
     Raises:
         FormatError: the file is missing, too short, or not what the manifest says.
     """
-    return torch.from_numpy(_mapped(folder, name, plan)).view(getattr(plan, name).dtype)
+    return torch.from_numpy(_mapped(folder, name, plan, "c")).view(getattr(plan, name).dtype)
 
 
-def _mapped(folder: Path, name: str, plan: Plan) -> np.memmap[Any, Any]:
+def _mapped(folder: Path, name: str, plan: Plan, mode: Literal["c", "r+"]) -> np.memmap[Any, Any]:
     place, column = folder / f"{name}.npy", getattr(plan, name)
     try:
         if not place.is_file():
             raise FileNotFoundError("no regular file")
-        array = np.lib.format.open_memmap(place, mode="c")
+        array = np.lib.format.open_memmap(place, mode=mode)
     except (OSError, ValueError, TypeError, SyntaxError, RecursionError, OverflowError, TokenError) as error:
         reason = shown(str(error), 200)  # numpy parses the header as Python text and passes on what that raises
         raise FormatError(f"{place}: cannot be mapped ({reason}); delete the folder to cache anew") from error
-    expected = torch.empty(0, dtype=column.dtype_on_disk).numpy().dtype
-    shape = (plan.rows, *column.shape_on_disk)
-    if array.shape != shape or array.dtype != expected or not array.flags.c_contiguous:
+    shape, dtype = (plan.rows, *column.shape_on_disk), column.dtype_on_disk
+    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
         raise FormatError(
-            f"{place}: {list(array.shape)} of {array.dtype}, but {MANIFEST} says {list(shape)} of {expected}; delete "
-            "the folder to cache anew"
+            f"{place}: {list(array.shape)} of {array.dtype}, but {MANIFEST} says {list(shape)} of {dtype}; delete the "
+            "folder to cache anew"
         )
     return array
 
 
 class RowWriter:
-    """Appends rows; from `write_rows`."""
+    """Appends rows behind those that are there, whose number the next `sync` notes.
 
-    def __init__(self, folder: Path, plan: Plan, files: Mapping[str, BinaryIO], starts: Mapping[str, int]) -> None:
+    Args:
+        folder: Made by `prepare_folder`.
+        plan: The folder's.
+
+    Attributes:
+        rows: How many are there.
+
+    Raises:
+        FormatError: a table is damaged.
+    """
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
         self.rows = rows_written(folder) or 0
-        self._folder, self._plan, self._files = folder, plan, files
-        self._synced, self._time = self.rows, time.monotonic()
-        for name, file in files.items():
-            file.seek(starts[name] + self.rows * getattr(plan, name).nbytes)
+        self._folder, self._plan = folder, plan
+        self._tables = {name: _mapped(folder, name, plan, "r+") for name in COLUMNS}
+        self._synced = time.monotonic()
 
     def append(self, features: torch.Tensor, labels: torch.Tensor) -> None:
         """Write rows: `[n, *shape]` on the CPU, of the plan's shapes and dtypes."""
@@ -270,35 +274,17 @@ class RowWriter:
                     f"{name} from row {self.rows} on: {list(values.shape[1:])} of {values.dtype}, but those of the "
                     f"first image are {list(column.shape)} of {column.dtype}; all must be alike"
                 )
-            self._files[name].write(column.to_disk(values).view(column.dtype_on_disk).numpy().data)
+            self._tables[name][self.rows : self.rows + len(values)] = column.to_disk(values)
         self.rows += len(features)
-        if time.monotonic() - self._time >= SECONDS_BETWEEN_SYNCS:
+        if time.monotonic() - self._synced >= SECONDS_BETWEEN_SYNCS:
             self.sync()
 
     def sync(self) -> None:
         """Make the rows so far reach the disk, and then their number."""
-        if self.rows > self._synced:
-            for file in self._files.values():
-                file.flush()
-                os.fsync(file.fileno())
-            write_json(self._folder / PROGRESS, {"rows": self.rows})
-        self._synced, self._time = self.rows, time.monotonic()
-
-
-@contextmanager
-def write_rows(folder: Path, plan: Plan) -> Iterator[RowWriter]:
-    """A writer that goes on behind the rows that are there; what it has written stays if the block fails.
-
-    Raises:
-        FormatError: a table is damaged.
-    """
-    starts = {name: _mapped(folder, name, plan).offset for name in COLUMNS}
-    with open(folder / "features.npy", "r+b") as features, open(folder / "labels.npy", "r+b") as labels:
-        writer = RowWriter(folder, plan, {"features": features, "labels": labels}, starts)
-        try:
-            yield writer
-        finally:
-            writer.sync()
+        for table in self._tables.values():
+            table.flush()
+        write_json(self._folder / PROGRESS, {"rows": self.rows})
+        self._synced = time.monotonic()
 
 
 def _refuse_other_files(folder: Path) -> None:

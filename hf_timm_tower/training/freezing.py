@@ -27,11 +27,14 @@ def freeze(tower: nn.Module, frozen: Collection[str], statistics: Collection[str
 
 def note_fixed(tower: nn.Module) -> None:
     """Remember which parameters head and trunk were made with as not trainable; to be called when they are made."""
-    in_head = {
-        name for name, parameter in tower.named_parameters() if name.startswith("head.") and not parameter.requires_grad
-    }
-    in_trunk = {f"trunk.{name}" for name in _shut_by_timm(tower.trunk)}  # type: ignore[arg-type]
-    tower._fixed_in_head = frozenset(in_head | in_trunk)  # type: ignore[assignment]
+    fixed: list[str] = []
+    if any(
+        each is not None and not each.requires_grad for part in tower.modules() for each in part._parameters.values()
+    ):
+        named = tower.named_parameters()
+        fixed += [name for name, each in named if name.startswith("head.") and not each.requires_grad]
+        fixed += [f"trunk.{name}" for name in _frozen_by_timm(tower.trunk)]  # type: ignore[arg-type]
+    tower._fixed_in_head = frozenset(fixed)  # type: ignore[assignment]
 
 
 def describe_frozen(tower: nn.Module) -> dict[str, list[str]] | None:
@@ -72,7 +75,7 @@ def head_without_lock(tower: nn.Module) -> Iterator[nn.Module]:
     """The tower's head as it is with nothing frozen, for a while: a lock is no part of the head's own form."""
     head: nn.Module = tower.head  # type: ignore[assignment]
     fixed = _fixed(tower)
-    shut = [
+    frozen = [
         parameter
         for name, parameter in tower.named_parameters()
         if name.startswith("head.") and name not in fixed and not parameter.requires_grad
@@ -81,11 +84,11 @@ def head_without_lock(tower: nn.Module) -> Iterator[nn.Module]:
     try:
         for module, _ in held:
             release(module, head.training)
-        for parameter in shut:
+        for parameter in frozen:
             _set_grad(parameter, True)
         yield head
     finally:
-        for parameter in shut:
+        for parameter in frozen:
             _set_grad(parameter, False)
         for module, mode in held:
             hold(module)
@@ -143,11 +146,11 @@ def _fixed(tower: nn.Module) -> set[str]:
     return {name for name, parameter in tower.named_parameters() if name in noted and not parameter.requires_grad}
 
 
-def _shut_by_timm(trunk: nn.Module) -> list[str]:
-    """Names of parameters that timm itself shuts, whatever else somebody has frozen in this trunk."""
+def _frozen_by_timm(trunk: nn.Module) -> list[str]:
+    """Names of parameters that timm itself freezes, whatever else somebody has frozen in this trunk."""
     if all(parameter.requires_grad for parameter in trunk.parameters()) or not hasattr(trunk, "reset_classifier"):
         return []
-    # timm shuts them in `reset_classifier`, so ask a copy, of no memory, that is open
+    # timm freezes them in `reset_classifier`, so ask a copy, of no memory, that is open
     twin: Any = copy_module(trunk, device="meta")
     for parameter in twin.parameters():
         _set_grad(parameter, True)

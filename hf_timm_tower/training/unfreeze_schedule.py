@@ -1,7 +1,7 @@
 """Progressive unfreezing: a callback of transformers' `Trainer` that opens a tower's layer groups by epoch.
 
-Which groups are open follows from the epoch alone, so that a run that was killed and goes on from a checkpoint has the
-same ones open as one that was not.
+Which groups are open follows from the epoch alone, so that a run that is resumed from a checkpoint has the same ones
+open as one that was not interrupted.
 
 What opens later is in the optimizer from the start (and in `DistributedDataParallel`, which takes no parameters
 afterwards): while it is frozen it has no gradient, and torch's optimizers leave parameters without a gradient as they
@@ -11,7 +11,6 @@ are, decay and momentum included. Their state, Adam's count of steps too, begins
 import logging
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,28 +27,15 @@ _ALL = "all"
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """What is open from an epoch on.
-
-    Attributes:
-        epoch: The first epoch, counted from 0.
-        opens: Number of the trunk's layer groups, counted from the output; or the name of the group (module,
-            parameter) down to which it is open; or `all`.
-    """
-
-    epoch: int
-    opens: int | str
-
-
-def parse_schedule(schedule: str | Mapping[int, int | str]) -> tuple[Stage, ...]:
+def parse_schedule(schedule: str | Mapping[int, int | str]) -> dict[int, int | str]:
     """Read a schedule: `"0:0,2:1,4:3,6:all"`, or the same as a mapping.
 
     Args:
-        schedule: First epoch -> what of the trunk is open from then on, as in `Stage`. It begins with epoch 0.
+        schedule: First epoch, counted from 0 -> what of the trunk is open from then on: a number of layer groups,
+            counted from the output; the name of the group (module, parameter) down to which it is open; or `all`.
 
     Returns:
-        The stages in order.
+        The same in order; it begins with epoch 0.
 
     Raises:
         ArgumentError: not a schedule; says where.
@@ -64,13 +50,12 @@ def parse_schedule(schedule: str | Mapping[int, int | str]) -> tuple[Stage, ...]
                 f"unfreezing schedule: {{{epoch!r}: {opens!r}}}: expected an epoch from 0, and a number of groups from "
                 "0, the name of one, or 'all'"
             )
-    stages = tuple(Stage(epoch, opens) for epoch, opens in pairs)
-    epochs = [stage.epoch for stage in stages]
+    epochs = [epoch for epoch, _ in pairs]
     if not epochs or epochs[0] != 0:
         raise ArgumentError(f"unfreezing schedule {schedule!r}: it must say what is open from epoch 0 on, such as 0:0")
     if epochs != sorted(set(epochs)):
         raise ArgumentError(f"unfreezing schedule {schedule!r}: its epochs must rise, found {epochs}")
-    return stages
+    return dict(pairs)
 
 
 def _is_count(value: object) -> bool:
@@ -104,9 +89,9 @@ class UnfreezeSchedule(TrainerCallback):
     def __init__(self, schedule: str | Mapping[int, int | str]) -> None:
         self.stages = parse_schedule(schedule)
 
-    def stage_at(self, epoch: int) -> Stage:
-        """The stage that an epoch, counted from 0, is in."""
-        return [stage for stage in self.stages if stage.epoch <= epoch][-1]
+    def opens_at(self, epoch: int) -> int | str:
+        """What is open in an epoch, as in `parse_schedule`."""
+        return [opens for first, opens in self.stages.items() if first <= epoch][-1]
 
     def prepare(self, tower: nn.Module) -> None:
         """Open all that any stage opens: what an optimizer must know before training begins.
@@ -117,9 +102,8 @@ class UnfreezeSchedule(TrainerCallback):
         Raises:
             ArgumentError: a stage names a group that the trunk does not have, or more groups than it has.
         """
-        sizes = [(_open(tower, stage), stage) for stage in self.stages]
         # every stage opens from the output downwards, so that the largest has all that the others have
-        _open(tower, max(sizes, key=lambda pair: pair[0])[1])
+        _open(tower, max(self.stages.values(), key=lambda opens: _open(tower, opens)))
 
     def apply(self, tower: nn.Module, epoch: int) -> bool:
         """Open what is open in an epoch, and close the rest; what was open before does not matter.
@@ -132,7 +116,7 @@ class UnfreezeSchedule(TrainerCallback):
             Whether anything changed.
         """
         before = describe_frozen(tower)
-        _open(tower, self.stage_at(epoch))
+        _open(tower, self.opens_at(epoch))
         return describe_frozen(tower) != before
 
     # --- what `Trainer` calls
@@ -153,34 +137,33 @@ class UnfreezeSchedule(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Also called when a run goes on in the middle of an epoch."""
+        """Also called when a run is resumed in the middle of an epoch."""
         self._enter(kwargs["model"], state)
 
     def _enter(self, model: nn.Module, state: TrainerState) -> None:
         epoch = int(state.epoch or 0)
         if not self.apply(model, epoch):
             return
-        _log.info("epoch %d: %s", epoch, self.stage_at(epoch))
+        _log.info("epoch %d: %s of the trunk open", epoch, self.opens_at(epoch))
         if "torch._dynamo" in sys.modules:
             # torch.compile does not guard against hooks, which hold the statistics, and keeps but eight versions of a
             # function before it gives up compiling it.
             torch.compiler.reset()
 
 
-def _open(tower: nn.Module, stage: Stage) -> int:
-    """Open what the stage says and close the rest; how many parameters are open."""
-    if stage.opens == _ALL:
+def _open(tower: nn.Module, opens: int | str) -> int:
+    """Open what a stage of the schedule says and close the rest; how many parameters are open."""
+    if opens == _ALL:
         unlock(tower)
-    elif isinstance(stage.opens, int):
-        unlock(tower, stage.opens)
+    elif isinstance(opens, int):
+        unlock(tower, opens)
     else:
-        groups = [group.name for group in layer_groups(tower) if group.part != "trunk"]
-        if stage.opens in groups:
+        if opens in [group.name for group in layer_groups(tower) if group.part != "trunk"]:
             raise ArgumentError(
-                f"unfreezing schedule: {stage.opens!r} is no group of the trunk and trains throughout; 0 opens nothing "
+                f"unfreezing schedule: {opens!r} is no group of the trunk and trains throughout; 0 opens nothing "
                 "beside it"
             )
-        unlock(tower, until=stage.opens)
+        unlock(tower, until=opens)
     return sum(parameter.numel() for parameter in tower.parameters() if parameter.requires_grad)
 
 

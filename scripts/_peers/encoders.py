@@ -65,6 +65,14 @@ def backbone_dinov2(d: Path) -> str:
     return _backbone(load(d / "dinov2", out_indices=[1, 2]), load)
 
 
+def auto_backbone(d: Path) -> str:
+    return _backbone(AutoBackbone.from_pretrained(str(d / "vit"), out_indices=[1, 2]), AutoBackbone.from_pretrained)
+
+
+def auto_backbone_dinov2(d: Path) -> str:
+    return _backbone(AutoBackbone.from_pretrained(str(d / "dinov2"), out_indices=[1, 2]), AutoBackbone.from_pretrained)
+
+
 def _upernet(loaded: Any) -> str:
     config = UperNetConfig(
         backbone_config=loaded.config,
@@ -247,11 +255,13 @@ def dual_peer(d: Path) -> str:
     return _dual(d / "dinov2")
 
 
+AUTO_BACKBONE = "AutoBackbone.from_pretrained(a folder)"
 ROWS = [
     ("dense", "a ResNet as a backbone, out_indices=[1, 2, 3]", backbone_resnet,
      "TimmBackbone, of the same trunk", backbone_timm),
     ("dense", "a ViT as a backbone, out_indices=[1, 2]", backbone_vit, "Dinov2Backbone",
      backbone_dinov2),
+    ("dense", AUTO_BACKBONE, auto_backbone, "Dinov2Backbone", auto_backbone_dinov2),
     ("dense", "UperNetForSemanticSegmentation on it, a step, saved and loaded", upernet, "ConvNextBackbone",
      upernet_peer),
     ("layers", "model(pixels, output_hidden_states=True)", hidden_true, "Dinov2Model", hidden_true_peer),

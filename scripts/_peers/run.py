@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -73,5 +74,6 @@ def _run(call: Call, models: Path) -> Outcome:
         if os.environ.get("PEERS_TRACE"):
             traceback.print_exc()
         text = " ".join(str(error).replace(str(models), "...").split())
+        text = re.sub(r"0x[0-9a-f]{6,}", "0x...", text)  # addresses differ from run to run
         short = text if len(text) <= _LONGEST else f"{text[:_LONGEST].rstrip()}..."
         return Outcome(REFUSED if isinstance(error, _ON_PURPOSE) else RAW, f"{type(error).__name__}: {short}")

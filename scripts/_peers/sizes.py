@@ -212,6 +212,15 @@ def any_aspect(d: Path) -> str:
     return f"{batch['patch_valid'].sum(1).tolist()} patches, no crop"
 
 
+def any_aspect_auto(d: Path) -> str:
+    small = {"depth": 2, "embed_dim": 64, "num_heads": 2}
+    TimmModel("naflexvit_base_patch16_gap", 16, image_size=SIZE, model_kwargs=small).save_pretrained("naflex")
+    model, tower = AutoModel.from_pretrained("naflex"), TimmModel.from_pretrained("naflex")
+    batch = model.naflex(20)([picture(90, 40), picture(30, 200)], return_tensors="pt")
+    same(model(**batch).pooler_output, tower(dict(batch)), "the embedding")
+    return f"{batch['patch_valid'].sum(1).tolist()} patches, no crop"
+
+
 def any_aspect_peer(d: Path) -> str:
     config = Siglip2VisionConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
                                  num_patches=16)  # fmt: skip
@@ -239,5 +248,7 @@ ROWS = [
     ("images", "processor(0..1 tensors)", floats_without_a_word, "SiglipVisionModel", floats_without_a_word_peer),
     ("images", "processor(array.tolist())", numbers, "SiglipVisionModel", numbers_peer),
     ("images", "tower.naflex(20)(pictures of any aspect)", any_aspect, "Siglip2VisionModel", any_aspect_peer),
+    ("images", "model(**model.naflex(20)(pictures of any aspect)) of AutoModel", any_aspect_auto, "Siglip2VisionModel",
+     any_aspect_peer),
     ("images", "AutoImageProcessor of a timm model", pixels_of_timm, "TimmWrapperModel", pixels_of_timm_peer),
 ]  # fmt: skip

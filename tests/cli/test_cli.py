@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,6 +77,32 @@ def test_inspect_names_what_is_in_a_tower(saved: Path) -> None:
     text = run("inspect", saved).stdout
     assert "test_vit" in text
     assert "trunk.safetensors" in text
+
+
+def test_what_a_stranger_wrote_reaches_no_terminal_as_it_is(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "tower")
+    (folder / "a\x1b[2J\nforged: yes").touch()
+    fingerprint = json.loads((folder / "fingerprint.json").read_text())
+    fingerprint["made_with"] = {"torch\x1b[1m\u202e": "\x1b]0;title\x07\x9b1m"}
+    (folder / "fingerprint.json").write_text(json.dumps(fingerprint))
+    for command in ("inspect", "verify"):
+        for done in (run(command, folder), run(command, folder, "--json")):
+            assert set(done.output) & set("\x1b\x07\x9b\u202e") == set()
+            assert "\nforged" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), [("config.json", {"image_size": None}), ("model.safetensors.index.json", {"metadata": [1]})]
+)
+def test_inspect_of_a_damaged_tower_is_one_line(
+    saved: Path, tmp_path: Path, name: str, change: dict[str, object]
+) -> None:
+    folder = shutil.copytree(saved, tmp_path / "tower")
+    found = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**found, **change}))
+    done = run("inspect", folder)
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert name in done.stderr
 
 
 def test_embed_then_search(saved: Path, images: Path, tmp_path: Path) -> None:

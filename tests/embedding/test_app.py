@@ -161,19 +161,27 @@ def test_the_command_makes_a_space_that_has_all_that_the_app_needs(
                 command("serve", "local.emb", "--space", "ann/photos")
             tower.push_to_hub("ann/tower")
             command("embed", photos, "--to", "photos.emb", "--tower", "ann/tower", "--quiet")
-            command("serve", "photos.emb", "--space", "ann/photos")
+            with contextlib.redirect_stderr(sys.stdout):
+                command("serve", "photos.emb", "--space", "ann/photos")
+            command("serve", "photos.emb", "--images", photos, "--space", "ann/photos")
             os.chdir(snapshot_download("ann/photos", repo_type="space"))
             program = open("app.py").read()
             assert program.count(".launch()") == 1
             made = {}
             exec(program.replace("make_app(", "app = make_app(").replace(".launch()", ""), made)
             print(type(made["app"]).__name__, open("README.md").read().count("sdk: gradio"))
+            print("folder told:", photos in open("embeddings/manifest.json").read())
             print(sorted(os.listdir("images")))
             """,
             photos,
             env={**hub.env(tmp_path / "cache"), "HF_HUB_OFFLINE": None},
         )
     assert printed.count("was not loaded from a repository") == 1
-    assert printed.count("ended 1") == 1
+    assert printed.count("all of them become public, so name their folder") == 1
+    assert printed.count("ended 1") == 2
     assert printed.count("ended 0") == 3
-    assert printed.splitlines()[-2:] == ["Blocks 1", str(sorted(path.name for path in photos.iterdir()))]
+    assert printed.splitlines()[-3:] == [
+        "Blocks 1",
+        "folder told: False",
+        str(sorted(path.name for path in photos.iterdir())),
+    ]

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from hf_timm_tower import ArgumentError, FolderError, FormatError, TimmModel
+from hf_timm_tower.embedding.manifest import outputs_of, read_manifest
 from hf_timm_tower.embedding.search import nearest
 from hf_timm_tower.embedding.stored import StoredEmbeddings
 
@@ -228,6 +229,7 @@ def test_tokens_and_layers_are_columns(tower: TimmModel, images: Path, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.turn(1)
 def test_kill_9_of_the_group_or_a_replica_at_any_moment(
     tower: TimmModel, saved: Path, images: Path, tmp_path: Path
 ) -> None:
@@ -263,3 +265,22 @@ def test_kill_9_of_the_group_or_a_replica_at_any_moment(
     assert again.load()[0] == whole.load()[0]
     assert torch.equal(again.load()[1], whole.load()[1])
     assert again.failures == whole.failures
+
+
+def test_a_manifest_of_somebody_else_is_read_with_care(tower: TimmModel, images: Path, tmp_path: Path) -> None:
+    written = json.loads((embed_to(tower, images, tmp_path / "emb").path / "manifest.json").read_text())
+    for change in ({"options": {**written["options"], "dtype": "torch.load"}}, {"source": []}, {"options": 3}):
+        (tmp_path / "manifest.json").write_text(json.dumps({**written, **change}))
+        with pytest.raises(FormatError):
+            outputs_of(read_manifest(tmp_path) or {})
+    (tmp_path / "manifest.json").unlink()
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(FormatError, match="not a regular file"):
+        read_manifest(tmp_path)
+
+
+def test_a_card_that_somebody_wrote_stays(tower: TimmModel, images: Path, tmp_path: Path) -> None:
+    embed_to(tower, images, tmp_path / "emb")
+    (tmp_path / "emb" / "README.md").write_text("Mine.")
+    embed_to(tower, images, tmp_path / "emb")
+    assert (tmp_path / "emb" / "README.md").read_text() == "Mine."

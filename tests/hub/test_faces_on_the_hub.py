@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
+from card_snippets import snippets
 from huggingface_hub import ModelCard
 from packaging.version import Version
 from PIL import Image
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hf_timm_tower import TimmModel, TimmTowerForImageClassification, TimmTowerModel
-from hf_timm_tower.hub.card import snippets
 
 from .. import face_calls as calls
 from .. import hub_calls
@@ -219,7 +219,9 @@ def test_an_adapter_is_pushed_as_transformers_does(ann: HubWorker) -> None:
     assert "lora" in ModelCard(card_of(ann, "ann/adapter")).data.tags
 
 
-def test_a_tower_with_its_trunk_elsewhere_is_saved_whole(ann: HubWorker, tmp_path: Path) -> None:
+def test_a_tower_with_its_trunk_elsewhere_is_saved_whole_where_that_is_asked_for(
+    ann: HubWorker, tmp_path: Path
+) -> None:
     *_, embedding = ann.call(
         calls.in_turn,
         (hub_calls.push, {"repo_id": "ann/base", "seed": 1}),

@@ -12,9 +12,10 @@ from hf_timm_tower import HubError
 from .. import hub_calls as calls
 from ..hub_worker import HubWorker
 from ..local_hub import LocalHub
+from ..timm_classes import chosen_turn
 
 REPO = "ann/tower"
-KILLS = 20
+KILLS = chosen_turn(range(20), 2)
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +48,22 @@ def requests_of(hub: LocalHub, do: object) -> int:
     return len(hub.log())
 
 
-@pytest.mark.parametrize("status", [503, 429])
-def test_push_with_any_single_request_refused(hub: LocalHub, client: HubWorker, status: int) -> None:
+# Requests are refused by turns with the one and the other; a run of everything also has it the other way round.
+STATUSES = chosen_turn([(503, 429), (429, 503)], 2)
+
+
+@pytest.mark.parametrize("statuses", STATUSES, ids=str)
+def test_push_with_any_single_request_refused(hub: LocalHub, client: HubWorker, statuses: tuple[int, int]) -> None:
     known = {client.call(calls.load, REPO)}
-    count = requests_of(hub, lambda: known.add(client.call(calls.push, REPO, 100 + status)[1]))
+    count = requests_of(hub, lambda: known.add(client.call(calls.push, REPO, 100 + statuses[0])[1]))
     assert count >= 5
     succeeded = 0
     for number in range(1, count + 1):
+        status = statuses[number % 2]
         hub.faults({"nth": number, "status": status, "retry_after": 0})
         try:
             # a new seed each time, or there would be nothing to upload
-            _, numbers = client.call(calls.push, REPO, 1000 * status + number)
+            _, numbers = client.call(calls.push, REPO, 1000 * statuses[0] + number)
         except HubError as error:
             assert REPO in str(error)
             # older clients (1.5) give what the cache has for the whole, without the status
@@ -69,18 +75,20 @@ def test_push_with_any_single_request_refused(hub: LocalHub, client: HubWorker, 
         hub.faults()
         assert client.call(calls.load, REPO) == numbers
         known.add(numbers)
-    print(f"{status}: {succeeded} of {count} pushes succeeded by retrying, the others said so")
+    print(f"{succeeded} of {count} pushes succeeded by retrying, the others said so")
 
 
-@pytest.mark.parametrize("status", [503, 429])
-def test_load_with_any_single_request_refused(hub: LocalHub, client: HubWorker, tmp_path: Path, status: int) -> None:
-    _, numbers = client.call(calls.push, REPO, status)
+@pytest.mark.parametrize("statuses", STATUSES, ids=str)
+def test_load_with_any_single_request_refused(
+    hub: LocalHub, client: HubWorker, tmp_path: Path, statuses: tuple[int, int]
+) -> None:
+    _, numbers = client.call(calls.push, REPO, statuses[0])
     count = requests_of(hub, lambda: client.call(calls.load, REPO, cache_dir=str(tmp_path / "count")))
     assert count >= 5
     succeeded = 0
     for number in range(1, count + 1):
         cache = str(tmp_path / str(number))
-        hub.faults({"nth": number, "status": status, "retry_after": 0})
+        hub.faults({"nth": number, "status": statuses[number % 2], "retry_after": 0})
         try:
             assert client.call(calls.load, REPO, cache_dir=cache) == numbers
             succeeded += 1
@@ -88,7 +96,7 @@ def test_load_with_any_single_request_refused(hub: LocalHub, client: HubWorker, 
             assert REPO in str(error)
         hub.faults()
         assert client.call(calls.load, REPO, cache_dir=cache) == numbers
-    print(f"{status}: {succeeded} of {count} loads succeeded by retrying, the others said so")
+    print(f"{succeeded} of {count} loads succeeded by retrying, the others said so")
 
 
 @pytest.mark.parametrize("after", [0, 1000, 100_000])
@@ -184,20 +192,19 @@ def test_killed_push_leaves_the_old_or_the_new_tower(hub: LocalHub, client: HubW
     started = time.monotonic()
     known.add(client.call(calls.push, REPO, 500)[1])
     usual = time.monotonic() - started
-    moments = random.Random(0)
     finished = 0
-    for number in range(KILLS):
+    for number in KILLS:
         seed = 501 + number
         known.add(client.call(calls.numbers_of, seed))
         job = client.start(calls.push, REPO, seed)
-        time.sleep(moments.uniform(0.02, 1.1) * usual)
+        time.sleep(random.Random(number).uniform(0.02, 1.1) * usual)
         finished += job.is_done()
         job.kill()
         assert client.call(calls.load, REPO) in known, f"kill {number}"
-    assert finished < KILLS, "no push was killed"
+    assert finished < len(KILLS), "no push was killed"
     _, last = client.call(calls.push, REPO, 999)
     assert client.call(calls.load, REPO) == last
-    print(f"{KILLS - finished} of {KILLS} pushes were killed before their end")
+    print(f"{len(KILLS) - finished} of {len(KILLS)} pushes were killed before their end")
 
 
 def test_hub_that_is_down_is_named_and_the_cache_still_serves(hub: LocalHub, client: HubWorker, tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, VisionTextDualEncoderModel
 
-from hf_timm_tower import TimmModel
+from hf_timm_tower import TimmModel, TimmTowerModel
 from hf_timm_tower.hub.dual_encoder import make_self_contained
 from hf_timm_tower.interop.onnx import export_onnx
+from hf_timm_tower.interop.peft import add_lora, load_lora
 from hf_timm_tower.interop.torch_export import export_torch
 
 HEAD = """
@@ -112,3 +113,12 @@ def test_a_tower_inside_a_pair_of_models_does_not_say_where_it_was_loaded_from(t
     make_self_contained(given)
     assert "zaphod" not in (given / "config.json").read_text()
     assert VisionTextDualEncoderModel.from_pretrained(given).config.vision_config.architecture == "test_vit"
+
+
+def test_an_adapter_does_not_say_which_folder_its_tower_was_loaded_from(tmp_path: Path) -> None:
+    own, given, again = tmp_path / "zaphod", tmp_path / "given", tmp_path / "again"
+    TimmModel("test_vit", 16, pool="token").save_pretrained(own)
+    add_lora(TimmTowerModel.from_pretrained(own)).save_pretrained(given)
+    load_lora(TimmTowerModel.from_pretrained(own), given).save_pretrained(again)
+    for name, data in (*contents(given), *contents(again)):
+        assert b"zaphod" not in data, name

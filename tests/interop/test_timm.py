@@ -35,7 +35,6 @@ from hf_timm_tower import (
     WeightsError,
 )
 from hf_timm_tower.interop.timm_export import export_timm
-from hf_timm_tower.interop.timm_weights import tower_from_timm
 
 from ..local_hub import LocalHub
 from ..timm_classes import smallest_of_each_class
@@ -88,7 +87,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 def test_timm_folder_gives_what_timm_gives(name: str, arguments: dict[str, Any], tmp_path: Path) -> None:
     timm_folder(tmp_path, name, **arguments)
     theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    tower = tower_from_timm(TimmModel, tmp_path)
+    tower = TimmModel.from_timm(tmp_path)
     images = images_for(tower)
     assert tuple(images.shape[1:]) == tuple(theirs.pretrained_cfg["input_size"])
     with torch.no_grad():
@@ -107,7 +106,7 @@ def test_timm_folder_gives_what_timm_gives(name: str, arguments: dict[str, Any],
 
 def test_the_classifier_of_a_timm_folder_may_stay_as_the_projection(tmp_path: Path) -> None:
     theirs = timm_folder(tmp_path, "test_resnet", num_classes=6)
-    tower = tower_from_timm(TimmModel, tmp_path, proj=None)
+    tower = TimmModel.from_timm(tmp_path, proj=None)
     images = images_for(tower)
     with torch.no_grad():
         assert torch.equal(tower(images), theirs(images))
@@ -118,7 +117,7 @@ def test_another_size_and_other_channels_are_adapted_as_timm_does(tmp_path: Path
     timm_folder(tmp_path, "test_vit")
     changes = {"img_size": 96, "in_chans": 4, "num_classes": 0}
     theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **changes).eval()
-    tower = tower_from_timm(TimmModel, tmp_path, image_size=96, model_kwargs={"in_chans": 4})
+    tower = TimmModel.from_timm(tmp_path, image_size=96, model_kwargs={"in_chans": 4})
     images = images_for(tower)
     assert images.shape == (2, 4, 96, 96)
     with torch.no_grad():
@@ -138,7 +137,7 @@ def test_transformers_timm_wrapper_folder_gives_what_transformers_gives(kind: st
         save_file({f"timm_model.{key}": value for key, value in plain.items()}, path)
     if kind == "shards":
         assert not (tmp_path / "model.safetensors").exists()
-    tower = tower_from_timm(TimmModel, tmp_path, proj=None if kind == "classifier" else "none")
+    tower = TimmModel.from_timm(tmp_path, proj=None if kind == "classifier" else "none")
     images = images_for(tower)
     with torch.no_grad():
         expected = theirs(images).logits if kind == "classifier" else theirs(images).pooler_output
@@ -205,8 +204,8 @@ def test_pickled_weights_are_read_only_when_asked_for(tmp_path: Path) -> None:
     theirs = timm.create_model("test_resnet").eval()
     save_for_hf(theirs, tmp_path, safe_serialization=False)
     with pytest.raises(FolderError, match="allow_pickle=True"):
-        tower_from_timm(TimmModel, tmp_path)
-    tower = tower_from_timm(TimmModel, tmp_path, allow_pickle=True)
+        TimmModel.from_timm(tmp_path)
+    tower = TimmModel.from_timm(tmp_path, allow_pickle=True)
     for key, value in tower.trunk.state_dict().items():
         assert torch.equal(value, theirs.state_dict()[key]), key
 
@@ -220,7 +219,7 @@ def test_a_missing_weight_is_an_error(name: str, tmp_path: Path) -> None:
     del weights[lost]
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=lost):
-        tower_from_timm(TimmModel, tmp_path)
+        TimmModel.from_timm(tmp_path)
 
 
 def test_a_weight_that_is_not_the_models_is_an_error(tmp_path: Path) -> None:
@@ -228,7 +227,7 @@ def test_a_weight_that_is_not_the_models_is_an_error(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "model.safetensors")
     save_file({**weights, "adapter.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=r"adapter\.weight"):
-        tower_from_timm(TimmModel, tmp_path)
+        TimmModel.from_timm(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -248,13 +247,13 @@ def test_a_config_that_cannot_be_used_is_refused(
     timm_folder(tmp_path, "test_resnet")
     edit_config(tmp_path, **changes)
     with pytest.raises(error, match=words):
-        tower_from_timm(TimmModel, tmp_path)
+        TimmModel.from_timm(tmp_path)
 
 
 def test_a_towers_own_folder_is_not_taken_for_timms(tmp_path: Path) -> None:
     TimmModel("test_resnet", embed_dim=8).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="timm_tower"):
-        tower_from_timm(TimmModel, tmp_path)
+        TimmModel.from_timm(tmp_path)
 
 
 def test_the_constructor_takes_timms_spelling(tmp_path: Path) -> None:
@@ -281,9 +280,9 @@ def test_of_two_stored_sizes_one_must_be_chosen(tmp_path: Path) -> None:
     timm_folder(tmp_path, "test_vit", img_size=96, num_classes=0)  # of dynamic size; timm shows it 160 pixels
     theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     with pytest.raises(ConfigError, match=r"\[96, 96\].*\[160, 160\]"):
-        tower_from_timm(TimmModel, tmp_path)
+        TimmModel.from_timm(tmp_path)
     for size in (96, 160):
-        tower = tower_from_timm(TimmModel, tmp_path, image_size=size)
+        tower = TimmModel.from_timm(tmp_path, image_size=size)
         images = images_for(tower)
         with torch.no_grad():
             torch.testing.assert_close(tower(images), theirs(images), rtol=1e-5, atol=1e-5)
@@ -348,7 +347,7 @@ def test_a_linear_head_becomes_timms_classifier(name: str, arguments: dict[str, 
     shake(tower)
     check_export(tower, tmp_path)
     classifier = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
-    back = tower_from_timm(TimmModel, tmp_path, proj=None)
+    back = TimmModel.from_timm(tmp_path, proj=None)
     images = images_for(tower)
     with torch.no_grad():
         assert torch.equal(classifier(images).logits, tower(images))

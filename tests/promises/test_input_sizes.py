@@ -14,6 +14,7 @@ from hf_timm_tower.reader.trunk import BUILD_ERRORS, create_trunk
 from hf_timm_tower.trunk_changes import compare_training
 from hf_timm_tower.trunk_facts import takes_img_size
 
+from ..class_towers import size_to_test
 from ..timm_classes import smallest_of_each_class
 
 SMALL_SWIN = {"depths": (2, 2, 2, 2), "embed_dim": 24, "num_heads": (1, 2, 4, 8)}
@@ -37,8 +38,8 @@ def shaken(model: nn.Module) -> nn.Module:
 
 
 def sizes_for(name: str) -> list[tuple[int, int]]:
-    """The native size, a larger one, and one that is not square."""
-    side = timm.get_pretrained_cfg(name).input_size[1]
+    """The native size or that of the sweeps, a larger one, and one that is not square."""
+    side = size_to_test(name) or timm.get_pretrained_cfg(name).input_size[1]
     step = 112 if side % 112 == 0 else 64 if side % 64 == 0 else 32
     return [(side, side), (side + step, side + step), (side, side + step)]
 

@@ -9,9 +9,9 @@ import torch.nn as nn
 
 from hf_timm_tower import ConfigError, TimmModel, TimmTowerConfig
 from hf_timm_tower.reader.trunk import create_trunk
-from hf_timm_tower.trunk_facts import shapes
+from hf_timm_tower.trunk_facts import shapes_of
 
-from ..timm_classes import smallest_of_each_class
+from ..timm_classes import chosen_part, smallest_of_each_class
 
 WIDTH = 8
 POOLS = ("default", "", None, "avg", "max", "token", "map", "catavgmax", "token_avg", "abs_attn", "rot_attn", "none")
@@ -23,7 +23,8 @@ TRUNKS: dict[str, tuple[str, dict[str, Any]]] = {
     "hybrid": ("test_coatnet", {}),
     "encoder": ("qwen3_vit_88m_enc", {"depth": 1}),
 }
-QUICK = {("CNN", None), ("ViT", None)}
+QUICK = (("CNN", None), ("ViT", None))
+OTHERS = [(kind, proj) for kind in TRUNKS for proj in PROJECTIONS if kind != "encoder" and (kind, proj) not in QUICK]
 
 
 def offers(error: Exception) -> list[str]:
@@ -40,12 +41,7 @@ def build(kind: str, pool: str | None, proj: str | None) -> TimmModel:
 
 @pytest.mark.parametrize(
     ("kind", "proj"),
-    [
-        pytest.param(kind, proj, marks=[] if (kind, proj) in QUICK else pytest.mark.slow)
-        for kind in TRUNKS
-        for proj in PROJECTIONS
-        if kind != "encoder"
-    ],
+    [*QUICK, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in chosen_part(OTHERS))],
 )
 def test_each_cell_is_a_shape_or_a_refusal_whose_offers_work(kind: str, proj: str | None) -> None:
     built, checked = 0, set[str]()
@@ -112,7 +108,8 @@ def test_every_class_projects_with_its_own_classifier(name: str) -> None:
             raise AssertionError(name) from error
         return
     assert tower.config.embed_dim == 24
-    assert shapes(create_trunk(tower.config, initialise=False)) == shapes(tower.trunk)
+    again = create_trunk(tower.config, initialise=False)
+    assert shapes_of(again.state_dict()) == shapes_of(tower.trunk.state_dict())
 
 
 class Head(nn.Module):

@@ -16,6 +16,7 @@ from .. import hub_calls as calls
 from ..hub_worker import HubWorker
 from ..local_hub import LocalHub
 from ..mutants import mutant
+from ..timm_classes import chosen_turn
 
 MOST_SECONDS = 5.0
 MOST_BYTES = 2**30
@@ -73,7 +74,10 @@ def test_mutated_repositories_load_or_are_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "seeds", chosen_turn([range(first, first + 15) for first in range(1000, 1060, 15)], 4), ids=str
+)
 def test_sixty_more_mutated_repositories_load_or_are_refused(
-    client: HubWorker, good: tuple[dict[str, bytes], str], tmp_path: Path
+    seeds: range, client: HubWorker, good: tuple[dict[str, bytes], str], tmp_path: Path
 ) -> None:
-    check(client, good, range(1000, 1060), tmp_path / "cache")
+    check(client, good, seeds, tmp_path / "cache")

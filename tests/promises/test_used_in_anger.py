@@ -11,7 +11,7 @@ import torch
 
 from ..anger_calls import KINDS, WAYS
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("used in anger")]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,6 +9,8 @@ import timm
 import torch
 import torch.nn as nn
 
+from hf_timm_tower import TimmModel, TimmTowerConfig, TimmTowerModel
+from hf_timm_tower.reader import skip_init as skip_init_module
 from hf_timm_tower.reader.errors import ConfigError
 from hf_timm_tower.reader.skip_init import Budget, skip_init, within_budget
 
@@ -84,10 +86,17 @@ def test_data_and_views_of_parameters_are_left_alone_too_and_buffers_are_not() -
     assert norm.running_mean.tolist() == [3.0] * 4
 
 
+def chain() -> nn.Sequential:
+    layers = nn.Sequential()
+    for _ in range(10**6):
+        layers.append(nn.Identity())
+    return layers
+
+
 COSTS: dict[str, Callable[[], object]] = {
     "one layer of 64 TiB": lambda: nn.Linear(2**24, 2**20),
     "many small layers": lambda: [nn.Linear(1, 1) for _ in range(10**6)],
-    "modules without tensors": lambda: nn.Sequential(*(nn.Identity() for _ in range(10**6))),
+    "modules without tensors": chain,
     "copies of a layer": lambda: nn.Transformer(8, 1, num_encoder_layers=10**6),
     "copies of a large layer": lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(2048, 1), 1000),
     "ones": lambda: torch.ones(2**30, 2),
@@ -152,3 +161,20 @@ def test_where_weights_are_initialised_the_seed_is_the_users() -> None:
     assert torch.equal(made[0], nn.Linear(4, 3).weight)
     assert torch.equal(made[0], made[1])
     assert not torch.equal(made[0], made[2])
+
+
+def test_what_is_initialised_fits_into_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(skip_init_module, "_MEMORY", 2**20)
+    with pytest.raises(ConfigError, match=r"asks for a model of more than 0\.00 GiB"), within_budget(Budget.default()):
+        nn.Linear(2**10, 2**10)
+    with skip_init(Budget.default()):
+        nn.Linear(2**10, 2**10)
+    with torch.device("meta"), within_budget(Budget.default()):
+        nn.Linear(2**10, 2**10)
+
+
+@pytest.mark.parametrize("make", [TimmModel.from_config, TimmTowerModel], ids=["timm", "face"])
+def test_a_config_alone_costs_no_more_than_one_with_weights(make: Callable[[TimmTowerConfig], nn.Module]) -> None:
+    config = TimmTowerConfig(architecture="vit_tiny_patch16_224", model_args={"depth": 2000, "embed_dim": 12})
+    with pytest.raises(ConfigError, match="asks for a model of more than"):
+        make(config)

@@ -412,13 +412,6 @@ def test_deeper_images_are_clipped_with_the_same_warning_as_elsewhere(tmp_path: 
         cache_features(locked(), [(deep, 0), (deep, 1)], tmp_path / "cache", progress=False)
 
 
-def test_the_earlier_import_path() -> None:
-    from hf_timm_tower import feature_cache
-
-    assert feature_cache.cache_features is cache_features
-    assert feature_cache.CachedFeatures is CachedFeatures
-
-
 # --- a kill
 
 

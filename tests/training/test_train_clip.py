@@ -193,10 +193,12 @@ def run_script(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Co
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
+LOSSES = ("clip", "siglip")
 TOGETHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 @pytest.mark.slow
+@pytest.mark.turn(1)
 def test_digits_never_seen_are_read_by_the_pipeline(ann: HubWorker, tmp_path: Path) -> None:
     done = run_script("--output", str(tmp_path / "clip"))
     assert done.returncode == 0, done.stderr
@@ -220,7 +222,7 @@ def share_read(place: str) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["clip", "siglip"])
+@pytest.mark.parametrize("loss", [pytest.param(loss, marks=pytest.mark.turn(n)) for n, loss in enumerate(LOSSES)])
 def test_two_processes_train_as_one(loss: str, tmp_path: Path) -> None:
     # A trunk without batch statistics, which are of a process's own images.
     arguments = ("--cpu", "--architecture", "test_vit3", "--loss", loss, "--epochs", "3", "--limit", "128")

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_timm_tower import ArgumentError, TimmTowerConfig, TimmTowerForImageClassification
 from hf_timm_tower.reader.freezing import is_held
 from hf_timm_tower.training.layer_groups import layer_groups
-from hf_timm_tower.training.unfreeze_schedule import Stage, UnfreezeSchedule, parse_schedule
+from hf_timm_tower.training.unfreeze_schedule import UnfreezeSchedule, parse_schedule
 
 # An optimizer's state is a pickle, which transformers reads with a torch that has this mended (CVE-2025-32434).
 RESUMES = Version(torch.__version__) >= Version("2.6")
@@ -109,11 +109,11 @@ def groups_of(model: TimmTowerForImageClassification, opened: int) -> tuple[set[
 
 
 def test_a_schedule_is_read_from_text_and_from_a_mapping() -> None:
-    stages = (Stage(0, 0), Stage(2, 1), Stage(4, "layer2.0"), Stage(6, "all"))
+    stages = {0: 0, 2: 1, 4: "layer2.0", 6: "all"}
     assert parse_schedule("0:0, 2:1,4: layer2.0,6:all") == stages
-    assert parse_schedule({0: 0, 2: 1, 4: "layer2.0", 6: "all"}) == stages
+    assert parse_schedule(stages) == stages
     schedule = UnfreezeSchedule("0:0,2:1,4:all")
-    assert [schedule.stage_at(epoch).opens for epoch in range(6)] == [0, 0, 1, 1, "all", "all"]
+    assert [schedule.opens_at(epoch) for epoch in range(6)] == [0, 0, 1, 1, "all", "all"]
 
 
 @pytest.mark.parametrize(
@@ -259,29 +259,36 @@ import os, sys, torch
 from tests.training.test_unfreeze_schedule import *
 torch.set_num_threads(1)
 alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-batch = {"per_device_train_batch_size": 4 if alone else 2}
-if sys.argv[3] == "checkpointing":
-    batch |= {"gradient_checkpointing": True, "ddp_find_unused_parameters": None if alone else True}
-model = make_model("test_vit")
-watch = run(Path(sys.argv[1]), UnfreezeSchedule("0:0,1:1,2:all"), model, optim="sgd", **batch)
-torch.save((watch.states, watch.open), f"{sys.argv[2]}.{os.environ.get('RANK', 'alone')}")
+for how in ("plain", "checkpointing"):
+    batch = {"per_device_train_batch_size": 4 if alone else 2}
+    if how == "checkpointing":
+        batch |= {"gradient_checkpointing": True, "ddp_find_unused_parameters": None if alone else True}
+    model = make_model("test_vit")
+    watch = run(Path(sys.argv[1], how), UnfreezeSchedule("0:0,1:1,2:all"), model, optim="sgd", **batch)
+    torch.save((watch.states, watch.open), f"{sys.argv[1]}/{how}.{os.environ.get('RANK', 'alone')}")
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["plain", "checkpointing"])
-def test_two_processes_keep_one_model_through_a_schedule(how: str, tmp_path: Path) -> None:
-    """`DistributedDataParallel` averages the gradients of what opened after it was made."""
-    root = Path(__file__).parents[2]
+@pytest.fixture(scope="module")
+def two_processes_and_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what each process of TWO_PROCESSES saw, of two that train together and of one by itself."""
+    root, folder = Path(__file__).parents[2], tmp_path_factory.mktemp("two")
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    script, result = tmp_path / "script.py", tmp_path / "result"
-    script.write_text(TWO_PROCESSES)
+    (folder / "script.py").write_text(TWO_PROCESSES)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     for program in (torchrun, [sys.executable]):
-        command = [*program, str(script), str(tmp_path / "out"), str(result), how]
+        command = [*program, str(folder / "script.py"), str(folder)]
         done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-    found = {name: torch.load(f"{result}.{name}") for name in ("0", "1", "alone")}
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.turn(0)
+@pytest.mark.parametrize("how", ["plain", "checkpointing"])
+def test_two_processes_keep_one_model_through_a_schedule(how: str, two_processes_and_one: Path) -> None:
+    """`DistributedDataParallel` averages the gradients of what opened after it was made."""
+    found = {name: torch.load(two_processes_and_one / f"{how}.{name}") for name in ("0", "1", "alone")}
     assert found["0"][1] == found["1"][1] == found["alone"][1]
     for first, second, alone in zip(*(found[name][0] for name in ("0", "1", "alone")), strict=True):
         for name in alone:
