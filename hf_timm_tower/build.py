@@ -3,15 +3,17 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
 
 from .heads.isolation import output_of, width_of
+from .heads.registry import CustomHead, rebuild_stored
 from .reader.config import ATTENTION_POOLS, TimmTowerConfig
 from .reader.errors import ArgumentError, ConfigError, HeadError
-from .reader.head import LIVE, SUBCLASS, CustomHead, builtin_head, rebuild_head
+from .reader.head import LIVE, SUBCLASS, builtin_head
 from .reader.image_processing import check_preprocess
 from .reader.model_args import check_names
 from .reader.tower import HeadInput, Tower, build_tower, check_buildable, make_classifier
@@ -182,13 +184,14 @@ def build_for_transformers(config: TimmTowerConfig, with_classifier: bool, make_
     Raises:
         ConfigError, HeadError: the config describes no tower that can be built in this process.
     """
+    if make_head is None and config.head is not None:
+        make_head = partial(rebuild_stored, config.head)
     if config.num_features is not None:
         return build_tower(config, with_classifier=with_classifier, make_head=make_head)
     check_buildable(config)
-    stored = config.head
 
     def head_of(done: TimmTowerConfig) -> nn.Module:
-        made = builtin_head(done) if stored is None else rebuild_head(stored) if make_head is None else make_head()
+        made: nn.Module = builtin_head(done) if make_head is None else make_head()
         return made.to(dtype=torch.get_default_dtype())
 
     done, trunk, head, _ = build_parts(config, create_trunk, head_of)

@@ -16,6 +16,7 @@ from typing_extensions import Self
 from .build import Rates
 from .files.disk import scratch_folder
 from .files.fingerprint import Verification, weight_digests
+from .heads.registry import CustomHead
 from .hub.card import CardOptions, as_tags, tower_facts
 from .hub.download import Access
 from .hub.fetch import commit_of, fetch_tower
@@ -24,7 +25,6 @@ from .hub.trunk_source import find_trunk, kept_trunk_source
 from .load import check_device, load_tower, verify
 from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, TowerError
-from .reader.head import CustomHead
 from .reader.weights import TrunkSource, floating_dtype
 from .save import Saved, SaveOptions, save_tower, storable_config, with_weights
 from .subclassing import OVERRIDABLE, added_arguments, overrides
@@ -271,7 +271,7 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
             custom_head: Takes the place of the stored head; checked against the weights key by key, and against the
                 fingerprint.
             trust_remote_code: Run the source of a head that is stored as code. Nothing else ever runs.
-            verify: Run the probe and raise unless the numbers are those of the saved tower within tolerance.
+            verify: Run the probe and raise unless the outputs are those of the saved tower within tolerance.
             image_size: Change the input size after loading, as `set_input_size`.
             frozen: Freeze what was frozen when the tower was saved; False: everything trains.
             mmap: Map the weight files, so that they are not copied; False reads them into memory, for files that
@@ -344,7 +344,7 @@ class TowerHubMixin(nn.Module, PyTorchModelHubMixin):
         )
 
     def verify(self) -> Verification:
-        """Whether the tower gives the numbers that it was saved with, on this timm, torch and device.
+        """Whether the tower gives the outputs that it was saved with, on this timm, torch and device.
 
         Raises:
             FolderError: it was neither saved nor loaded yet, or its folder has no fingerprint.

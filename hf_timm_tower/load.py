@@ -19,6 +19,7 @@ from .files.open_folder import OpenFolder
 from .files.same_save import check_processor, mismatch, other_processor
 from .files.staging import read_folder
 from .files.weights import read_weights
+from .heads.registry import CustomHead, rebuild_stored
 from .heads.source_file import construct_code
 from .hub.download import Access
 from .hub.identify import identify
@@ -26,7 +27,7 @@ from .hub.trunk_source import merged, read_trunk
 from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, ConfigError, FolderError, HeadError, shown
 from .reader.freezing import apply_frozen
-from .reader.head import CODE, SUBCLASS, CustomHead, code_file, refuse_code
+from .reader.head import CODE, SUBCLASS, code_file, refuse_code
 from .reader.image_processing import check_preprocess
 from .reader.skip_init import Budget, skip_init
 from .reader.tower import CLASSIFIER, Tower, build_tower, has_classifier, plain_defaults
@@ -189,9 +190,10 @@ def load_bare(folder: str | os.PathLike[str], *, trust_head_code: bool = False, 
         TowerError: by what is wrong with the folder.
     """
     stored = read_tower(folder, access)
-    make_head = None
-    if (stored.config.head or {}).get("form") == CODE:
-        make_head = partial(_trusted_head, stored.config.head or {}, folder, trust_head_code, None)
+    make_head, spec = None, stored.config.head
+    if spec is not None:
+        by_code = partial(_trusted_head, spec, folder, trust_head_code, None)
+        make_head = by_code if spec.get("form") == CODE else partial(rebuild_stored, spec)
     make = partial(build_tower, stored.config, with_classifier=has_classifier(stored.weights), make_head=make_head)
     return _construct(stored, stored.weights, make, str(folder), None)
 

@@ -27,6 +27,9 @@ _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _HOOKS = (*_FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
 # What compilers and trainers put on a module: torch.compile, accelerate, torch's own activation checkpointing.
 _WRAPPED = ("_compiled_call_impl", "_original_forward", "_old_forward", "_hf_hook")
+# What every module has: its tensors, parts and hooks are looked at by themselves, its mode is no part of its form.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_MOST_COMPARED = 4096  # numbers of a tensor that is neither parameter nor buffer; larger ones are known by their memory
 _WRAPPER_CHILD = "_checkpoint_wrapped_module"
 
 
@@ -217,12 +220,25 @@ def form_of(tower: Any) -> tuple[Any, ...]:
                 if tensor is not None
             )
             hooks = tuple(id(hook) for key in _HOOKS for hook in getattr(module, key).values())
-            settings = tuple(
-                (key, value) for key, value in vars(module).items() if isinstance(value, (int, float, str, type(None)))
-                and key != "training"
-            )  # fmt: skip
-            found.append((part, name, type(module), "forward" in vars(module), tensors, hooks, settings))
+            settings = [(key, _setting(value)) for key, value in vars(module).items() if key not in _OF_EVERY_MODULE]
+            found.append((part, name, type(module), tensors, hooks, settings))
     return tuple(found)
+
+
+def _setting(value: Any, depth: int = 4) -> Any:
+    """Equal for equal settings of a module: numbers, words and what holds them by value, all else by identity."""
+    kind = type(value).__qualname__
+    if isinstance(value, (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)):
+        return kind, value
+    if isinstance(value, (tuple, list, set, frozenset, dict)) and depth:
+        return kind, [_setting(item, depth - 1) for item in (value.items() if isinstance(value, dict) else value)]
+    if isinstance(value, torch.Tensor):
+        if value.numel() > _MOST_COMPARED or value.is_meta:
+            return kind, id(value), value._version
+        return kind, value.dtype, value.shape, value.detach().cpu().reshape(-1).tolist()
+    if callable(value) or not hasattr(value, "__dict__") or not depth:
+        return kind, id(value)
+    return kind, id(value), _setting(vars(value), depth - 1)
 
 
 def _compare_weights(bare: nn.Module, again: nn.Module) -> None:

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import torch.nn as nn
 
 from .build import check_embedding, example_input
-from .files.fingerprint import make_fingerprint
+from .files.fingerprint import make_fingerprint, weight_digests
 from .files.json import write_json
 from .files.names import CARD_NAME, CONFIG_NAME, FINGERPRINT_NAME, PREPROCESSOR_NAME
 from .files.open_folder import read_text
@@ -178,12 +179,14 @@ def save_tower(
                 (staging / name).write_bytes(source.encode("utf-8"))
             if with_reader:
                 write_reader(staging)
-            _write_weights(staging, bare, config, options.max_shard_size)
+            with ThreadPoolExecutor(1) as beside:  # hashing takes as long as writing
+                digests = beside.submit(weight_digests, bare)
+                _write_weights(staging, bare, config, options.max_shard_size)
             again = load(staging)
             outputs = prove(bare, again, config, form_is_proven=form_is_proven)
             if not form_is_proven:
                 refuse_changing_hooks(tower, config, outputs)
-            fingerprint = make_fingerprint(outputs, again, config.in_chans, native_size(config))
+            fingerprint = make_fingerprint(outputs, again, config.in_chans, native_size(config), digests.result())
             fingerprint |= tie_digests(staging)
             write_json(staging / FINGERPRINT_NAME, fingerprint)
             write_sentence_files(staging, Path(folder), outputs)

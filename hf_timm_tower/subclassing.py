@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 import torch.nn as nn
 
+from .heads.registry import CustomHead
 from .reader.config import TimmTowerConfig
 from .reader.errors import ArgumentError, HeadError, one_line, shown
-from .reader.head import CustomHead
 
 T = TypeVar("T", bound=nn.Module)
 

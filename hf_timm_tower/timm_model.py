@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from .build import add_rates, build_parts, checked_arguments, head_fields
 from .embedding.mixin import EmbeddingMixin
-from .heads.registry import make_custom_head
+from .heads.registry import CustomHead, make_custom_head, rebuild_stored
 from .hub.trunk_source import warn_of_training
 from .hub_mixin import TowerHubMixin
 from .input_size import set_input_size
@@ -24,7 +24,7 @@ from .interop.torchscript import ScriptableTower
 from .reader.config import TimmTowerConfig
 from .reader.errors import ConfigError, HeadError
 from .reader.freezing import keep_statistics
-from .reader.head import LIVE, SUBCLASS, CustomHead, builtin_head, rebuild_head
+from .reader.head import LIVE, SUBCLASS, builtin_head
 from .reader.skip_init import Budget, within_budget
 from .reader.tower import run_head
 from .reader.trunk import create_trunk, float_dtype, remove_classifier
@@ -166,7 +166,7 @@ class TimmModel(EmbeddingMixin, InterchangeMixin, TimmFace, TowerHubMixin):
         if form == LIVE or (form == SUBCLASS and not overrides(type(self), "_create_head")):
             raise HeadError("the config says that there is a custom head, but not which: pass custom_head=...")
         if self.config.head is not None and form != SUBCLASS:
-            return rebuild_head(self.config.head)
+            return rebuild_stored(self.config.head)
         return builtin_head(self.config)
 
     @property

@@ -44,6 +44,9 @@ TIMM_POOLS = (
 ATTENTION_HEAD_WIDTH = 64
 ALL_POOLS = (*TIMM_POOLS, "token_avg", *ATTENTION_POOLS, "default", "none")
 
+PLAIN_PREPROCESS = {"padding": None, "channel_order": "RGB", "value_range": [0.0, 1.0]}
+"""The entries of a preprocess block that timm and open_clip have no words for, where they do nothing."""
+
 Layout = Literal["NC", "NLC", "NCHW", "NHWC"]
 
 
@@ -371,4 +374,4 @@ def preprocess_from_timm(pretrained_cfg: dict[str, Any], in_chans: int) -> dict[
     if len(mean) != in_chans:
         mean, std = [sum(mean) / len(mean)] * in_chans, [sum(std) / len(std)] * in_chans
     timms = {key: data[key] for key in ("interpolation", "crop_pct", "crop_mode")}
-    return {**timms, "mean": mean, "std": std, "padding": None, "channel_order": "RGB", "value_range": [0.0, 1.0]}
+    return {**timms, "mean": mean, "std": std, **copy.deepcopy(PLAIN_PREPROCESS)}

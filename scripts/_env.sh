@@ -64,7 +64,7 @@ _tower_make_venv() {
 }
 
 tower_env() {
-    local extras="$1" venv stamp want installed
+    local extras="$1" venv stamp want installed compile=--no-compile
     shift
     if [ -n "${TOWER_VENV:-}" ]; then
         venv="$TOWER_VENV"
@@ -103,8 +103,11 @@ PYTHON
     fi
     rm -f -- "$stamp"
     tower_say "Installing hf_timm_tower[$extras] into $venv (PyTorch is large: the first time takes minutes)"
+    # pip would compile every module of every package, for a minute and more; Python compiles those that are imported,
+    # and keeps what it compiled unless it was told not to.
+    [ -z "${PYTHONDONTWRITEBYTECODE:-}" ] || compile=--compile
     # Of pip's talk only the large files are worth a line; what it complains of goes to stderr as it is.
-    if ! PIP_DISABLE_PIP_VERSION_CHECK=1 "$TOWER_PYTHON" -m pip install --progress-bar off \
+    if ! PIP_DISABLE_PIP_VERSION_CHECK=1 "$TOWER_PYTHON" -m pip install --progress-bar off "$compile" \
         --editable "${TOWER_ROOT}[$extras]" "$@" |
         { grep --line-buffered -E '(Downloading|Using cached) .*\.whl.* \([0-9.]+ [MG]B\)' || true; }; then
         tower_fail "pip could not install hf_timm_tower[$extras] into $venv; its message is above. Run this again to go on"

@@ -96,8 +96,8 @@ def batches_through(tower: TimmModel, batches: Iterator[torch.Tensor]) -> torch.
         return torch.cat([tower(batch) for batch in batches])
 
 
-def through_ray(folder: Path, paths: list[str]) -> Iterator[torch.Tensor]:
-    """The embeddings of the images, three times."""
+def through_ray(folder: Path, paths: list[str]) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """The embeddings of the images, three times, in parts with their numbers."""
     import ray
 
     from hf_timm_tower.embedding.ray import embed_dataset
@@ -105,12 +105,11 @@ def through_ray(folder: Path, paths: list[str]) -> Iterator[torch.Tensor]:
     actors = len(os.sched_getaffinity(0))
     # Ray counts cores, it does not bind to them: one beside the actors for what feeds them
     ray.init(num_cpus=actors + 1, include_dashboard=False, log_to_driver=False, logging_level="error")
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
     ray.data.DataContext.get_current().enable_progress_bars = False
     images = ray.data.from_items([{"id": row, "path": path} for row, path in enumerate(3 * paths)])
-    embedded = embed_dataset(images.repartition(3 * actors), str(folder), actors=actors)
-    for batch in embedded.iter_batches(batch_size=BATCH, prefetch_batches=0):
-        yield torch.from_numpy(np.stack(batch["embedding"]))
+    images = images.repartition(3 * len(paths) // BATCH)  # small parts, so that a third is soon known to be done
+    for batch in embed_dataset(images, str(folder), actors=actors).iter_batches(batch_size=None, prefetch_batches=0):
+        yield batch["id"].tolist(), torch.from_numpy(np.stack(batch["embedding"]))
 
 
 def make_way(way: str, folder: Path, paths: list[str]) -> Callable[[], Any]:
@@ -162,12 +161,13 @@ def measure(way: str, folder: Path, paths: list[str]) -> dict[str, Any]:
     before, start = cpu_seconds(), time.perf_counter()
     made, skipped = run(), 0
     if isinstance(made, Iterator):
-        parts = []
-        for part in made:
+        rows, parts = [], []
+        for numbers, part in made:
+            rows += numbers
             parts.append(part)
-            if not skipped and sum(map(len, parts)) >= len(paths):
-                skipped, start = sum(map(len, parts)), time.perf_counter()
-        made = torch.cat(parts)
+            if not skipped and len(rows) >= len(paths):
+                skipped, start = len(rows), time.perf_counter()
+        made = torch.cat(parts)[torch.tensor(rows).argsort()]
     made = torch.as_tensor(np.asarray(made))
     seconds = time.perf_counter() - start
     # the processes of these live on: their time is not known

@@ -66,8 +66,8 @@ def pytest_report_header() -> str:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the classes of timm that this run does not take, put together what looks at one, long files first."""
-    from .timm_classes import chosen_classes, smallest_of_each_class
+    """Leave out what is another run's, put together what looks at one class of timm, and long files first."""
+    from .timm_classes import chosen_classes, chosen_turn, smallest_of_each_class
 
     left_out = smallest_of_each_class().keys() - chosen_classes()
     # slow sweeps name a class or its smallest architecture; others name architectures for reasons of their own
@@ -78,6 +78,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items
         if class_of[item] & left_out or (class_of[item] & smallest and item.get_closest_marker("slow"))
     }
+    turns = chosen_turn([0, 1], 2)
+    dropped |= {item for item in items for mark in item.iter_markers("turn") if mark.args[0] not in turns}
     kept = [item for item in items if item not in dropped]
     config.hook.pytest_deselected(items=[item for item in items if item in dropped])
     order = {name: number for number, name in enumerate(smallest_of_each_class())}

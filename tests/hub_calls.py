@@ -284,6 +284,7 @@ class Watcher:
     def __init__(self, cache: Path) -> None:
         self.cache = os.path.realpath(cache)
         self.harm: list[str] = []
+        sys.dont_write_bytecode = True  # which is no harm, but is written
         sys.addaudithook(self._see)
 
     def _see(self, event: str, args: tuple[Any, ...]) -> None:

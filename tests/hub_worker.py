@@ -6,6 +6,7 @@ child starts with an empty state, can be killed, and several run at once.
 """
 
 import contextlib
+import gc
 import importlib
 import os
 import pickle
@@ -102,7 +103,7 @@ class HubWorker:
         """End the worker; calls that still run end by themselves."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(10)
+        self._process.wait(60)
         self._scratch.cleanup()
 
 
@@ -133,6 +134,8 @@ def _serve() -> None:
     import hf_timm_tower.timm_model  # noqa: F401  # paid for once, before the forks
 
     torch.set_num_threads(1)
+    # What is here before the forks stays: a child that looked through it for garbage would copy it all.
+    gc.freeze()
     while True:
         try:
             box, call = pickle.load(sys.stdin.buffer)

@@ -40,6 +40,7 @@ PUBLIC = {
 PEERS = {
     "embedding/evaluation.py": {"sklearn"},
     "embedding/hf_datasets.py": {"datasets"},
+    "embedding/lance_table.py": {"lancedb", "pyarrow"},
     "embedding/lancedb.py": {"lancedb", "pyarrow"},
     "embedding/parquet.py": {"pyarrow"},
     "embedding/ray.py": {"pyarrow", "ray"},

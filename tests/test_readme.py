@@ -79,3 +79,14 @@ def test_every_promise_of_security_md_names_a_test_that_is_there() -> None:
     for path, name in named:
         assert (ROOT / path).is_file(), path
         assert not name or f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), f"{path}::{name}"
+
+
+def test_the_files_that_scripts_test_and_the_order_of_tests_name_are_there() -> None:
+    left_out = re.findall(r"^    (tests/\S+)$", (ROOT / "scripts" / "test").read_text(encoding="utf-8"), re.MULTILINE)
+    order = re.search(
+        r'_LONG_FILES = """(.*?)"""', (ROOT / "tests" / "conftest.py").read_text(encoding="utf-8"), re.DOTALL
+    )
+    assert order is not None
+    named = [*left_out, *(f"tests/{name}" for name in order[1].split())]
+    assert len(named) > 30
+    assert [name for name in named if not (ROOT / name).is_file()] == []

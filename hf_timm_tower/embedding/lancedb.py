@@ -1,6 +1,4 @@
-"""LanceDB: a folder of embeddings as a table of it, and `timm-tower` in its registry of embedding functions.
-
-The only file here that imports lancedb.
+"""`timm-tower` in LanceDB's registry of embedding functions.
 
     import hf_timm_tower.embedding.lancedb
     tower = lancedb.embeddings.get_registry().get("timm-tower").create(name="org/tower")
@@ -15,47 +13,20 @@ The only file here that imports lancedb.
 A table remembers name and options. A process that opens it imports this module first.
 """
 
-import json
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ..reader.errors import ArgumentError
-from .parquet import to_arrow
 
 try:
-    import lancedb
     import pyarrow as pa
     from lancedb.embeddings import EmbeddingFunction, register
 except ImportError as missing:
     raise ImportError(f'{missing}: pip install "hf_timm_tower[search]"') from missing
-
-if TYPE_CHECKING:
-    from .stored import StoredEmbeddings
-
-
-def write_table(stored: "StoredEmbeddings", path: str | os.PathLike[str], column: str) -> None:
-    """LanceDB's own writer over the shards of a folder; see `StoredEmbeddings.save_lance`."""
-    place = Path(path)
-    if place.suffix != ".lance" or not len(stored):
-        raise ArgumentError(f"{place}: a table's name ends in .lance" if len(stored) else f"{stored.path} has no rows")
-    name = column.replace(".", "_")  # Lance keeps the dot for itself, and fails at lists of lists
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        for ids, values in stored.batches(column):
-            rows = to_arrow(values if values.ndim == 1 else values.flatten(1))
-            yield pa.record_batch({"id": pa.array(ids, pa.string()), name: rows})
-
-    kind = next(batches()).schema.field(name).type
-    metadata = {b"hf_timm_tower": json.dumps(stored.manifest).encode()}
-    schema = pa.schema([("id", pa.string()), (name, kind)], metadata=metadata)
-    database, mode = lancedb.connect(place.parent), "overwrite" if place.exists() else "create"
-    database.create_table(place.stem, batches(), schema=schema, mode=mode)
 
 
 @register("timm-tower")

@@ -111,9 +111,12 @@ class StoredEmbeddings:
             ArgumentError: the name ends otherwise, or nothing is stored yet.
             ImportError: lancedb is missing.
         """
-        from .lancedb import write_table
+        from .lance_table import write_table
 
-        write_table(self, path, self.first_column if column is None else self._checked(column))
+        if not len(self):
+            raise ArgumentError(f"{self.path} has no rows")
+        column = self.first_column if column is None else self._checked(column)
+        write_table(Path(path), column, lambda: self.batches(column), self.manifest)
 
     @property
     def first_column(self) -> str:

@@ -123,14 +123,18 @@ def _flatten(value: Any, path: str, into: dict[str, torch.Tensor]) -> None:
 
 
 def make_fingerprint(
-    outputs: dict[str, torch.Tensor], tower: nn.Module, in_chans: int, image_size: list[int]
+    outputs: dict[str, torch.Tensor],
+    tower: nn.Module,
+    in_chans: int,
+    image_size: list[int],
+    weights: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Outputs of `run_probe` -> the JSON of `fingerprint.json`."""
+    """Outputs of `run_probe` -> the JSON of `fingerprint.json`; `weights` are the `weight_digests`, where known."""
     return {
         "fingerprint_version": FINGERPRINT_VERSION,
         "probe": [1, in_chans, *image_size],
         "outputs": {path: _describe(tensor) for path, tensor in outputs.items()},
-        "weights": weight_digests(tower),
+        "weights": weight_digests(tower) if weights is None else weights,
         "made_with": surroundings(tower),
     }
 

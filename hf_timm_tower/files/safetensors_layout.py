@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ ALIGNMENT = 64
 MAX_HEADER_BYTES = 8 * 1024**2
 """Room for some 60,000 tensors. The reference reader takes 100 MB, which costs gigabytes once parsed."""
 
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _MAX_RANK = 64
 _MAX_BYTES = 2**63 - 1
 # safetensors' name -> torch's; some of torch's types are missing in older versions.
@@ -46,8 +47,7 @@ _DTYPES: dict[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor of a file: `begin` and `end` are byte offsets from the start of the data section."""
 
     key: str
@@ -204,7 +204,7 @@ def parse_header(text: bytes, data_size: int, where: str) -> list[Entry]:
 
 def _entry(key: str, info: Any, where: str) -> Entry:
     """Check one tensor's description in itself: types, dtype, and that its size is what shape and dtype say."""
-    if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(info, dict) or info.keys() != _ENTRY_KEYS:
         raise FormatError(f"{where}: {shown(key)} must be described by dtype, shape and data_offsets")
     name, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     dtype = _DTYPES.get(name) if isinstance(name, str) else None
@@ -219,7 +219,7 @@ def _entry(key: str, info: Any, where: str) -> Entry:
         raise FormatError(f"{where}: {shown(key)} has impossible data_offsets: {shown(offsets)}")
     size = math.prod(shape) * dtype.itemsize
     # A zero among huge sizes gives no bytes, but strides that overflow.
-    if math.prod(max(n, 1) for n in shape) * dtype.itemsize > _MAX_BYTES:
+    if (size or math.prod(max(n, 1) for n in shape) * dtype.itemsize) > _MAX_BYTES:
         raise FormatError(f"{where}: {shown(key)} has an impossible shape: {shown(shape)}")
     if size != offsets[1] - offsets[0]:
         raise FormatError(

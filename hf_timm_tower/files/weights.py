@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor, nn
 
 from ..reader.errors import ConfigError, FolderError, FormatError, WeightsError, shown
@@ -24,11 +25,7 @@ from .ties import find_ties
 
 # Prefix of keys -> their file; all others are the trunk's.
 _PARTS = {"head.": HEAD_NAME, "classifier.": CLASSIFIER_NAME}
-_UNITS = {"": 1, "B": 1} | {
-    prefix + tail: base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for tail, base in (("B", 1000), ("IB", 1024))
-}
+_SIZE_TEXT = re.compile(r"(?=.*[1-9])\s*\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -52,40 +49,37 @@ class WeightPlan:
 def plan_weights(state: Mapping[str, Tensor], max_shard_size: int | str = "5GB") -> WeightPlan:
     """Decide which file holds which key: `head.*` the head's, `classifier.*` its own, everything else the trunk's.
 
-    A part that is larger than `max_shard_size` is cut into shards, in the order of its keys; a tensor is never cut,
-    so one larger than the limit gets a file of its own. A head or classifier without tensors gets no file.
+    A part that is larger than `max_shard_size` is cut into shards by huggingface_hub, in the order of its keys; a
+    tensor is never cut, so one larger than the limit gets a file of its own. A head or classifier without tensors gets
+    no file.
 
     Args:
         state: key -> tensor; only shapes and dtypes are looked at.
-        max_shard_size: bytes, or text such as "5GB" (10**9) or "2GiB" (2**30).
+        max_shard_size: bytes, or text such as "5GB" (10**9).
 
     Raises:
         ConfigError: `max_shard_size` is not a positive size.
     """
-    limit = _bytes_from(max_shard_size)
-    files: dict[str, tuple[str, ...]] = {}
-    parts: dict[str, list[str]] = {name: [] for name in (TRUNK_NAME, *_PARTS.values())}
+    is_text = isinstance(max_shard_size, str) and _SIZE_TEXT.fullmatch(max_shard_size)
+    if not is_text and not (type(max_shard_size) is int and max_shard_size > 0):
+        raise ConfigError(
+            f"max_shard_size must be a positive number of bytes or a text such as '5GB', found {max_shard_size!r}"
+        )
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in (TRUNK_NAME, *_PARTS.values())}
     for key in sorted(state):
-        parts[next((name for prefix, name in _PARTS.items() if key.startswith(prefix)), TRUNK_NAME)].append(key)
-    for name, keys in parts.items():
-        shards: list[list[str]] = [[]]
-        filled = 0
-        for key in keys:
-            size = _size(state[key])
-            if shards[-1] and filled + size > limit:
-                shards.append([])
-                filled = 0
-            shards[-1].append(key)
-            filled += size
-        if len(shards) == 1:
-            # An index must name a file: the trunk's is written even if empty, unless it lies in another repository.
-            if keys or not state:
-                files[name] = tuple(keys)
-            continue
-        stem, suffix = os.path.splitext(name)
-        for number, shard in enumerate(shards, start=1):
-            files[f"{stem}-{number:05d}-of-{len(shards):05d}{suffix}"] = tuple(shard)
-    return WeightPlan(files, sum(map(_size, state.values())))
+        name = next((name for prefix, name in _PARTS.items() if key.startswith(prefix)), TRUNK_NAME)
+        parts[name][key] = state[key]
+    files: dict[str, tuple[str, ...]] = {}
+    for name, part in parts.items():
+        split = split_state_dict_into_shards_factory(
+            part,
+            get_storage_size=_size,
+            filename_pattern=name.replace(".", "{suffix}."),
+            max_shard_size=max_shard_size,
+        )
+        files |= {shard: tuple(keys) for shard, keys in split.filename_to_tensors.items()}
+    # An index must name a file: the trunk's is written even if nothing is in it.
+    return WeightPlan(files or {TRUNK_NAME: ()}, sum(map(_size, state.values())))
 
 
 def write_weights(
@@ -205,16 +199,3 @@ def _count(keys: Iterable[str], limit: int = 5) -> str:
 
 def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.dtype.itemsize
-
-
-def _bytes_from(size: int | str) -> int:
-    number: int | None = None
-    if isinstance(size, str):
-        match = re.fullmatch(r"\s*(\d{1,15})\s*([A-Za-z]*)\s*", size)
-        if match and match[2].upper() in _UNITS:
-            number = int(match[1]) * _UNITS[match[2].upper()]
-    elif isinstance(size, int) and not isinstance(size, bool):
-        number = size
-    if number is None or number <= 0:
-        raise ConfigError(f"max_shard_size must be a positive number of bytes or a text such as '5GB', found {size!r}")
-    return number

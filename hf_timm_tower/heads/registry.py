@@ -8,10 +8,15 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..reader.errors import ArgumentError, HeadError
-from ..reader.head import HEAD_FACTORIES, CustomHead, HeadFactory, registered_factory
+from ..reader.errors import ArgumentError, HeadError, shown
+from ..reader.head import rebuild_head
 
+HeadFactory = Callable[..., nn.Module]
+CustomHead = nn.Module | HeadFactory | str
 F = TypeVar("F", bound=HeadFactory)
+
+HEAD_FACTORIES: dict[str, HeadFactory] = {}
+"""Name -> class or function, filled by `register_head`."""
 
 STORED_MODULE = "_hf_timm_tower_head_"
 """How the modules are called that come from a tower's own `head_code.py`."""
@@ -112,6 +117,35 @@ def registered_spec(head: nn.Module) -> dict[str, Any]:
     return {"form": "registered", "name": name, "kwargs": plain}
 
 
+def rebuild_stored(spec: dict[str, Any]) -> nn.Module:
+    """As `reader.head.rebuild_head`, of heads that are registered in this process too.
+
+    Raises:
+        HeadError: as there, or the name is not registered.
+    """
+    if spec.get("form") != "registered":
+        return rebuild_head(spec)
+    name, kwargs = spec.get("name"), spec.get("kwargs", {})
+    if not isinstance(name, str) or not isinstance(kwargs, dict):
+        raise HeadError("config.head: a registered head has a 'name' and 'kwargs'")
+    try:
+        return _registered_factory(name)(**kwargs)
+    except TypeError as error:
+        raise HeadError(f"the head registered as {name!r} does not take {shown(kwargs)}: {error}") from error
+
+
+def _registered_factory(name: str) -> HeadFactory:
+    factory = HEAD_FACTORIES.get(name)
+    if factory is None:
+        known = ", ".join(sorted(HEAD_FACTORIES)) or "none"
+        raise HeadError(
+            f"no head is registered as {shown(name)} in this process (registered: {known}). Import the module that "
+            f"holds the class under @register_head({shown(name)}) first, or pass custom_head=... to TimmModel's "
+            "from_pretrained."
+        )
+    return factory
+
+
 def make_custom_head(custom_head: CustomHead, in_features: int, embed_dim: int | None) -> nn.Module:
     """A head given as a module, class, callable or registered name -> a module.
 
@@ -126,7 +160,7 @@ def make_custom_head(custom_head: CustomHead, in_features: int, embed_dim: int |
     """
     if isinstance(custom_head, nn.Module):
         return custom_head
-    factory = registered_factory(custom_head) if isinstance(custom_head, str) else custom_head
+    factory = _registered_factory(custom_head) if isinstance(custom_head, str) else custom_head
     if not callable(factory):
         raise ArgumentError(
             f"custom_head={custom_head!r}: expected an nn.Module, a class or callable taking "

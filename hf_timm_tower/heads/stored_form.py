@@ -9,9 +9,8 @@ from torch import nn
 
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import HeadError
-from ..reader.head import rebuild_head
 from ..reader.skip_init import skip_init
-from .registry import registered_spec
+from .registry import rebuild_stored, registered_spec
 from .source_file import CODE_FILE, store_source
 from .to_graph import to_graph
 from .verify import verify_head
@@ -43,7 +42,7 @@ def store_head(
         try:
             spec = make_spec()
             with skip_init():
-                rebuilt = rebuild_head(spec)
+                rebuilt = rebuild_stored(spec)
             _copy_weights(head, rebuilt)
             verify_head(head, rebuilt, example)
         except HeadError as error:

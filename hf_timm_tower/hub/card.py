@@ -42,7 +42,6 @@ _HUB_KEYS = set(
 )
 _KEYS = set(inspect.signature(ModelCardData).parameters) - {"ignore_metadata_errors", "kwargs"} | _HUB_KEYS
 _MOST_LABELS, _MOST_LETTERS = 10, 160
-_SNIPPET = re.compile(r"^<!-- snippet: (\w+) -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -201,14 +200,6 @@ class CardOptions:
 def as_tags(tags: str | Sequence[str] | None) -> tuple[str, ...]:
     """Tags as transformers takes them: several, one alone, or none."""
     return (tags,) if isinstance(tags, str) else tuple(tags or ())
-
-
-def snippets(card: str) -> dict[str, str]:
-    """The Python of a card by name: `package`, `transformers`, `pipeline`, `remote_code`; those that it has.
-
-    A classifier's card has `embedding` too.
-    """
-    return {found[1]: found[2] for found in _SNIPPET.finditer(card.replace("\r\n", "\n"))}
 
 
 # The arguments

@@ -53,7 +53,7 @@ def make_self_contained(folder: Any) -> None:
             f"{folder / CONFIG_NAME}: expected a {VisionTextDualEncoderConfig.model_type} with a tower as its vision "
             f"model, found model_type {shown(config.get('model_type'))}; a tower by itself carries its code already"
         )
-    write_reader(folder)
+    write_reader(folder, for_pair=True)
     align_weights(folder)
     for part in ("vision_config", "text_config"):  # transformers stores where each was loaded from, a folder too
         inner = config.get(part)

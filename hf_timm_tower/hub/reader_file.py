@@ -8,6 +8,7 @@ whoever wants to trust it can read it from top to bottom and compare it with the
 """
 
 import ast
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..files.disk import replaced_file
@@ -40,9 +41,11 @@ READER_MODULES = (
     "pretrained",
     "backbone",
     "modeling",
-    "dual_encoder",
 )
-"""The modules of `reader/`, each after those that it imports."""
+"""The modules of `reader/` that travel with a tower, each after those that it imports."""
+
+PAIR_MODULES = (*READER_MODULES, "dual_encoder")
+"""Those that travel with a pair of a tower and a text model."""
 
 _MODULE = READER_NAME.removesuffix(".py")
 AUTO_MAP = {
@@ -64,11 +67,11 @@ in the order of their imports. It reads JSON and safetensors, builds a timm mode
 '''
 
 
-def reader_source() -> str:
-    """The file's text, from the sources."""
+def reader_source(modules: Sequence[str] = READER_MODULES) -> str:
+    """The file's text, from the sources of these modules."""
     imports: dict[str, set[str]] = {}
     parts: list[str] = []
-    for name in READER_MODULES:
+    for name in modules:
         text = (_PACKAGE / "reader" / f"{name}.py").read_text(encoding="utf-8")
         lines, cut = text.splitlines(), set[int]()
         for node in ast.parse(text).body:
@@ -81,8 +84,8 @@ def reader_source() -> str:
                     names = {ast.unparse(alias) for alias in node.names}
                     imports.setdefault(f"from {node.module} import", set()).update(names)
         kept = "\n".join(line for number, line in enumerate(lines) if number not in cut).strip("\n")
-        while "\n\n\n\n" in kept:
-            kept = kept.replace("\n\n\n\n", "\n\n\n")
+        while "\n\n\n" in kept:
+            kept = kept.replace("\n\n\n", "\n\n")
         parts.append(f"# --- {name}.py\n\n{kept}\n")
     return "\n".join([_HEAD, _import_lines(imports), *parts])
 
@@ -97,14 +100,18 @@ def _import_lines(imports: dict[str, set[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_reader(folder: Path) -> None:
+def write_reader(folder: Path, *, for_pair: bool = False) -> None:
     """Write the file into a folder, the same bytes every time.
+
+    Args:
+        folder: Of a tower.
+        for_pair: Of a tower and a text model as one (`hub/dual_encoder.py`).
 
     Raises:
         FolderError: it cannot be written.
     """
     with replaced_file(folder / READER_NAME) as file:
-        file.write(_COPY.read_bytes())
+        file.write(reader_source(PAIR_MODULES).encode() if for_pair else _COPY.read_bytes())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch.nn as nn
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ArgumentError
 from ..reader.tower import HeadInput, run_head
-from ..reader.trunk import float_dtype
+from ..reader.trunk import float_dtype, native_size
 
 
 def tower_parts(tower: nn.Module) -> tuple[TimmTowerConfig, nn.Module, nn.Module]:
@@ -45,10 +45,8 @@ class EvalTower(nn.Module):
 
     def images(self, batch: int) -> torch.Tensor:
         """Random images of the tower's size, on its device."""
-        size = self.config.image_size
-        assert isinstance(size, (list, tuple))
         generator = torch.Generator().manual_seed(batch)
-        images = torch.randn((batch, self.config.in_chans, *size), generator=generator)
+        images = torch.randn((batch, self.config.in_chans, *native_size(self.config)), generator=generator)
         return images.to(device=next(self.trunk.parameters()).device, dtype=float_dtype(self.trunk))
 
 

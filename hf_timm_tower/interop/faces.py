@@ -1,20 +1,16 @@
-"""A tower in memory as another of its classes, on the same modules."""
+"""A tower in memory as a transformers model, on the same modules."""
 
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import torch.nn as nn
 
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ArgumentError, ConfigError
-from ..reader.tower import CLASSIFIER, HeadInput, Tower, make_classifier
+from ..reader.tower import CLASSIFIER, Tower, make_classifier
 from ..subclassing import OVERRIDABLE, overrides
-from ..training.freezing import note_fixed
 from .eval_tower import tower_parts
-
-T = TypeVar("T", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -81,29 +77,3 @@ def parts_of(source: nn.Module, labels: Labels | None = None) -> Tower:
     parts = Tower(config, trunk, head, classifier)
     parts.training = source.training  # not `train()`, which would reach into the source's own modules
     return parts
-
-
-def tower_of_parts(cls: type[T], source: nn.Module) -> T:
-    """A `TimmModel` on the very trunk and head of a transformers model of a tower; its classifier is left out.
-
-    Args:
-        cls: TimmModel, or a subclass that adds no steps of its own.
-        source: Anything with the config, trunk and head of a tower.
-
-    Raises:
-        ArgumentError: the source is no tower.
-        ConfigError: this class or the source's makes or runs a tower by code of its own.
-    """
-    own = [step for step in OVERRIDABLE if overrides(cls, step)]
-    if own:
-        raise ConfigError(f"{cls.__name__} has its own {', '.join(own)}, and is built by these alone")
-    parts = parts_of(source)
-    tower: Any = cls.__new__(cls)
-    nn.Module.__init__(tower)
-    tower.config, tower.trunk, tower.head = parts.config, parts.trunk, parts.head
-    tower.config.architectures = None  # of the class that it comes from
-    tower._head_input = HeadInput.of(tower.config, tower.trunk)
-    tower._fingerprint = getattr(source, "_fingerprint", None)
-    tower.training = source.training
-    note_fixed(tower)
-    return tower  # type: ignore[no-any-return]

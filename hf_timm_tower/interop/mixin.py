@@ -10,15 +10,17 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..build import checked_arguments, head_fields
+from ..heads.registry import CustomHead
 from ..hub.download import Access
 from ..load import check_device
 from ..reader.config import TimmTowerConfig
-from ..reader.errors import ArgumentError
-from ..reader.head import CustomHead
+from ..reader.errors import ArgumentError, ConfigError
+from ..reader.tower import HeadInput
 from ..reader.weights import floating_dtype
-from ..subclassing import overrides, rebuild
+from ..subclassing import OVERRIDABLE, overrides, rebuild
+from ..training.freezing import note_fixed
 from .checkpoints import load_trunk
-from .faces import tower_of_parts
+from .faces import parts_of
 from .open_clip import open_source, tower_of_model, tower_of_source
 from .open_clip_config import preprocess_entries
 from .timm_export import export_timm
@@ -142,9 +144,25 @@ class InterchangeMixin(nn.Module):
     def from_tower(cls, tower: nn.Module) -> Self:
         """A transformers model of a tower as a `TimmModel`: on the very same trunk and head, without its classifier.
 
-        See `interop.faces.tower_of_parts` for errors; `TimmTowerModel.from_tower` is the way back.
+        Args:
+            tower: Anything with the config, trunk and head of a tower; `TimmTowerModel.from_tower` is the way back.
+
+        Raises:
+            ArgumentError: it is no tower.
+            ConfigError: this class or the tower's makes or runs a tower by code of its own.
         """
-        return tower_of_parts(cls, tower)
+        if own := [step for step in OVERRIDABLE if overrides(cls, step)]:
+            raise ConfigError(f"{cls.__name__} has its own {', '.join(own)}, and is built by these alone")
+        parts = parts_of(tower)
+        made: Any = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.config, made.trunk, made.head = parts.config, parts.trunk, parts.head
+        made.config.architectures = None  # of the class that it comes from
+        made._head_input = HeadInput.of(made.config, made.trunk)
+        made._fingerprint = getattr(tower, "_fingerprint", None)
+        made.training = tower.training
+        note_fixed(made)
+        return made  # type: ignore[no-any-return]
 
     # each of these functions is a method as it is
     export_timm = export_timm

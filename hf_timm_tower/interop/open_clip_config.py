@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..reader.config import TimmTowerConfig, check_size
+from ..reader.config import ATTENTION_POOLS, TimmTowerConfig, check_size
 from ..reader.errors import ConfigError, shown
 from ..reader.trunk import has_fixed_size, native_cfg
+from ..trunk_facts import PLAIN_PREPROCESS, TIMM_POOLS
 
 VISION_PREFIX = "visual."
 """What stands before the vision tower's keys in the state dict of an open_clip model."""
@@ -45,8 +46,6 @@ _PREPROCESS_DEFAULTS: dict[str, Any] = {
     "resize_mode": "shortest",
     "fill_color": 0,
 }
-# What a tower can do beside, at rest.
-_NOTHING_MORE = {"padding": None, "channel_order": "RGB", "value_range": [0.0, 1.0]}
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,8 @@ def model_cfg_of(config: TimmTowerConfig) -> dict[str, Any]:
         cannot.append("a custom head")
     if config.in_chans != 3:
         cannot.append(f"in_chans={config.in_chans}")
-    if config.pool == "token_avg" or (config.pool == "none" and config.proj in ("linear", "mlp")):
+    known = (*TIMM_POOLS, *ATTENTION_POOLS, "default", "none")
+    if config.pool not in known or (config.pool == "none" and config.proj in ("linear", "mlp")):
         cannot.append(f"pool={config.pool!r} with proj={config.proj!r}")
     cfg = native_cfg(config.architecture)
     size, native = check_size("image_size", config.image_size), list(cfg["input_size"][1:])
@@ -248,7 +248,7 @@ def preprocess_cfg_of(config: TimmTowerConfig) -> dict[str, Any]:
         "fill_color": round(255 * block["mean"][0]) if block.get("crop_mode") == "border" else 0,
     }
     if cfg["interpolation"] in ("bicubic", "bilinear") and cfg["resize_mode"]:
-        if {**block, **preprocess_entries(cfg, "this tower"), **_NOTHING_MORE} == block:
+        if {**block, **preprocess_entries(cfg, "this tower"), **PLAIN_PREPROCESS} == block:
             return cfg
     raise ConfigError(
         f"open_clip cannot prepare the same pixels as this tower: {block}. It knows bicubic and bilinear, crop_pct 1, "

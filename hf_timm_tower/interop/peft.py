@@ -24,7 +24,7 @@ from ..files.json import write_json
 from ..files.open_folder import read_json
 from ..reader.errors import ArgumentError, ConfigError, WeightsError
 from ..reader.freezing import hold, keeps_statistics
-from ..reader.trunk import native_size
+from ..reader.trunk import float_dtype, native_size
 from ..training.freezing import freeze, restore_frozen
 
 TOWER_NAME = "adapter_tower.json"
@@ -56,8 +56,8 @@ def lora_config(
         r: Rank of the adapters.
         lora_alpha: Their scale is `lora_alpha / r`; `2 * r` by default.
         lora_dropout: Probability.
-        target_modules: As in peft, checked against the tower. None: all linear layers of the trunk; in trunks without
-            any, all convolutions that are not grouped.
+        target_modules: As in peft, checked against the tower. None: all linear layers of the trunk, quantized ones
+            too; in trunks without any, all convolutions that are not grouped.
         modules_to_save: Modules that train as a whole and are saved with the adapter. None: head and classifier.
             peft compares the ends of names, so `head` is also `trunk.head` (ConvNeXt's last norm) and
             `trunk.conv_head`; where a trunk has such, None stands for the head's parts, by name.
@@ -65,10 +65,15 @@ def lora_config(
 
     Raises:
         ArgumentError: `target_modules` names a layer that the trunk does not call, so that an adapter would do nothing.
-        ConfigError: the trunk has no layers that can be adapted.
+        ConfigError: the trunk has no layers that can be adapted, or the head is quantized.
     """
     if modules_to_save is None:
         modules_to_save = [name for part in ("head", "classifier") for name in _names_to_save(tower, part)]
+    if packed := [f"{name}.{key}" for name in modules_to_save for key in _packed(tower.get_submodule(name))]:
+        raise ConfigError(
+            f"{packed[0]} is quantized and cannot train: load the tower with its head left out of quantization, by "
+            "llm_int8_skip_modules=['head'] of BitsAndBytesConfig"
+        )
     config = LoraConfig(
         r=r,
         lora_alpha=2 * r if lora_alpha is None else lora_alpha,
@@ -225,7 +230,12 @@ def _targets(tower: nn.Module, called: set[str], config: LoraConfig) -> list[str
         for name, module in tower.named_modules()
         if name in called and not f"{name}.".startswith(tuple(within))
     }
-    linear = [name for name, layer in layers.items() if type(layer) is nn.Linear]
+    # bitsandbytes' layers are of classes of their own
+    linear = [
+        name
+        for name, layer in layers.items()
+        if type(layer) is nn.Linear or (isinstance(layer, nn.Linear) and _packed(layer))
+    ]
     dense = [name for name, layer in layers.items() if type(layer) is nn.Conv2d and layer.groups == 1]
     if not linear and not dense:
         raise ConfigError(
@@ -235,7 +245,11 @@ def _targets(tower: nn.Module, called: set[str], config: LoraConfig) -> list[str
     return linear or dense
 
 
-@torch.no_grad()
+def _packed(module: nn.Module) -> list[str]:
+    """Names of the parameters that hold packed numbers and cannot train."""
+    return [name for name, each in module.named_parameters() if not (each.is_floating_point() or each.is_complex())]
+
+
 def _called(tower: nn.Module) -> set[str]:
     """Names of the trunk's modules that are called when it runs, and not only looked into."""
     trunk: Any = tower.trunk
@@ -249,7 +263,10 @@ def _called(tower: nn.Module) -> set[str]:
     anchor = next(trunk.parameters())
     try:
         trunk.eval()
-        trunk(torch.zeros(1, config.in_chans, *native_size(config), dtype=anchor.dtype, device=anchor.device))
+        image = torch.zeros(1, config.in_chans, *native_size(config), dtype=float_dtype(trunk), device=anchor.device)
+        # Where an input needs no gradient, bitsandbytes on CPUs packs 4-bit weights anew, in a form that cannot train.
+        with torch.set_grad_enabled(bool(_packed(trunk))):
+            trunk(image.requires_grad_(torch.is_grad_enabled()))
     finally:
         for handle in handles:
             handle.remove()

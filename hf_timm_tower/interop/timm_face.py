@@ -10,6 +10,7 @@ from typing import Any
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ConfigError
 from ..training.param_groups import group_matcher, no_weight_decay
+from ..trunk_facts import PLAIN_PREPROCESS
 
 
 def image_fields(config: TimmTowerConfig) -> tuple[dict[str, Any], list[str]]:
@@ -19,8 +20,7 @@ def image_fields(config: TimmTowerConfig) -> tuple[dict[str, Any], list[str]]:
     """
     block: dict[str, Any] = config.preprocess or {}
     mean, std, (lo, hi) = block["mean"], block["std"], block["value_range"]
-    plain = {"padding": None, "channel_order": "RGB", "value_range": [0.0, 1.0]}
-    lost = [f"{name} {block[name]}" for name, value in plain.items() if block[name] != value]
+    lost = [f"{name} {block[name]}" for name, plain in PLAIN_PREPROCESS.items() if block[name] != plain]
     if (lo, hi) != (0, 1):
         mean, std = [(value - lo) / (hi - lo) for value in mean], [value / (hi - lo) for value in std]
     return {

@@ -19,7 +19,7 @@ import torch.nn as nn
 from timm.models import PretrainedCfg
 
 from ..files.names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
-from ..files.open_folder import OpenFolder, require_plain_name
+from ..files.open_folder import OpenFolder
 from ..hub.download import Access, download_files
 from ..hub.identify import identify
 from ..reader.config import ATTENTION_POOLS, TimmTowerConfig, check_architecture, check_size
@@ -27,6 +27,7 @@ from ..reader.errors import ConfigError, FolderError, FormatError, WeightsError,
 from ..reader.model_args import FROM_TRUNK, check_names, decode, encode, inner
 from ..reader.skip_init import Budget, skip_init
 from ..reader.trunk import BUILD_ERRORS, has_fixed_size, native_cfg
+from ..reader.weights import check_index
 from ..trunk_facts import preprocess_from_timm
 from .weight_source import open_weights
 
@@ -249,10 +250,8 @@ def _read_weights(
         if folder.has(SINGLE_NAME):
             names = [SINGLE_NAME]
         elif folder.has(INDEX_NAME):
-            mapped = folder.read_json(INDEX_NAME).get("weight_map")
-            if not isinstance(mapped, dict) or not all(isinstance(value, str) for value in mapped.values()):
-                raise FormatError(f"{place}: {INDEX_NAME}: weight_map must map each key to a file name")
-            names = sorted(set(mapped.values()))
+            weight_map, _ = check_index(folder.read_json(INDEX_NAME), f"{place}: {INDEX_NAME}")
+            names = sorted(set(weight_map.values()))
         else:
             names = []
     if not names:
@@ -262,10 +261,6 @@ def _read_weights(
                 "is read: pass allow_pickle=True to have torch read it with weights_only=True, or convert it."
             )
         return _plain_keys(_read_pickle(fetch(PICKLE_NAME) / PICKLE_NAME, place))
-    for name in names:
-        require_plain_name(name, place)
-        if not name.endswith(".safetensors"):
-            raise FormatError(f"{place}: {INDEX_NAME} names {shown(name)}; only .safetensors files are read")
     tensors: dict[str, torch.Tensor] = {}
     with OpenFolder(fetch(*names)) as folder:
         for name in names:

@@ -9,21 +9,21 @@ from torch.overrides import TorchFunctionMode
 from ..files.private_draws import private_draws
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import WeightsError
-from ..reader.trunk import native_cfg, remove_classifier
+from ..reader.trunk import native_cfg, native_size, remove_classifier
 from ..reader.weights import assign_weights
+from ..trunk_facts import shapes_of
 from .timm_repo import TimmSource, create_model
 
 
-def fill_trunk(trunk: nn.Module, config: TimmTowerConfig, source: TimmSource) -> list[str]:
+def fill_trunk(trunk: nn.Module, config: TimmTowerConfig, source: TimmSource) -> None:
     """Put a timm model's weights into a trunk that was built for them, strictly; the trunk's own are replaced.
+
+    The classifier's are left out where the tower has none.
 
     Args:
         trunk: From `create_trunk(config)`.
         config: From `source.config(...)`.
         source: Opened with its weights.
-
-    Returns:
-        Keys that were left out: those of the classifier, where the tower has none.
 
     Raises:
         WeightsError: the file lacks a weight of the trunk, or has weights that are neither the trunk's nor the
@@ -33,29 +33,25 @@ def fill_trunk(trunk: nn.Module, config: TimmTowerConfig, source: TimmSource) ->
     args = dict(config.model_args or {})
     keeps_classifier = args.get("num_classes") == source.num_classes
     args["num_classes"] = source.num_classes
-    assert isinstance(config.image_size, (list, tuple))
     noted = _LoadOnly()
     with private_draws(0), noted:
-        full = create_model(source, list(config.image_size), config.in_chans, args, with_weights=True)
+        full = create_model(source, native_size(config), config.in_chans, args, with_weights=True)
     lacking = [key for key, tensor in full.state_dict(keep_vars=True).items() if id(tensor) not in noted.filled]
     if lacking:
         raise WeightsError(
             f"{source.place}: {len(lacking)} weights of {config.architecture} are not in the file, or timm could not "
             f"fit them, and would stay random: {', '.join(lacking[:5])}"
         )
-    before = set(full.state_dict())
     remove_classifier(full, config)
     weights = full.state_dict()
-    left_out = sorted(before - set(weights))
     fresh: list[str] = []
     if config.proj is None and not keeps_classifier:
         # another number of outputs: timm's classifier of that size starts at random, as in timm itself
-        shapes = {key: value.shape for key, value in trunk.state_dict().items()}
+        shapes = shapes_of(trunk.state_dict())
         fresh = sorted(key for key, value in weights.items() if shapes.get(key) != value.shape)
         _require_classifier(fresh, full, source)
         weights = {key: value for key, value in weights.items() if key not in fresh}
     assign_weights(trunk, weights, source=source.place, allow_missing=fresh)
-    return sorted({*left_out, *fresh})
 
 
 def _require_classifier(keys: list[str], model: nn.Module, source: TimmSource) -> None:

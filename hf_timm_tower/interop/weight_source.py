@@ -130,11 +130,16 @@ def choose_set(source: WeightSource, name: str) -> WeightSource:
         raise WeightsError(f"{source.where}: weights={name!r}: {among}; its entries with weights are {listed}")
     prefix = f"{found[0]}."
     full = {key.removeprefix(prefix): key for key in source.specs if key.startswith(prefix)}
+
+    def read(keys: Collection[str]) -> dict[str, Tensor]:
+        tensors = source.read([full[key] for key in keys])
+        return {key: tensors[full[key]] for key in keys}
+
     return WeightSource(
         f"{source.where}[{found[0]!r}]",
         {key: source.specs[name] for key, name in full.items()},
         tuple(key.removeprefix(prefix) for key in source.others if key.startswith(prefix)),
-        lambda keys: {key: source.read([full[key]])[full[key]] for key in keys},
+        read,
     )
 
 

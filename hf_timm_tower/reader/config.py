@@ -154,17 +154,14 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """From what a file holds, and what its reader chooses beside it, as transformers' own.
-
-        Raises:
-            ConfigError: the file holds what only its reader may choose, or as the constructor.
-        """
+        """As transformers' own; `ConfigError` also where the file holds what only its reader may choose."""
         if chosen := sorted(_NOT_STORED & config_dict.keys()):
             raise ConfigError(
                 f"config.json: {chosen[0]}={shown(config_dict[chosen[0]])} is for whoever loads the tower to choose, "
                 "and would make two models of one file. Remove it there, and pass it to AutoModel.from_pretrained"
             )
-        return super().from_dict(config_dict, **kwargs)
+        # transformers' words every config for its log, whether somebody reads that or not
+        return super().from_dict(config_dict, **kwargs) if kwargs else cls(**config_dict)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "image_size" and isinstance(value, int):

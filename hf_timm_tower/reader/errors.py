@@ -1,18 +1,6 @@
 """Every error this package raises on purpose.
 
-Each also inherits the builtin that fits, so that callers who catch `ValueError` or `OSError` need not know us::
-
-    TowerError
-    +- ConfigError      (ValueError)    a field of the config or an argument of the constructor is wrong
-    +- ArgumentError    (TypeError)     an unknown or contradictory keyword
-    +- HeadError        (ValueError)    a custom head cannot be stored, rebuilt or used
-    |  +- GraphError                    a head cannot be traced to a graph, or a stored graph is refused
-    +- FolderError      (OSError)       a tower's folder cannot be read or written
-    |  +- HubError                      a repository of the Hub cannot be read or written
-    +- FormatError      (ValueError)    a file of a tower is damaged, too large, or of an unknown format version
-    +- WeightsError     (RuntimeError)  weights do not fit the tower: missing, unexpected or wrongly shaped keys
-    +- ExportError      (RuntimeError)  an exporter cannot write the tower, or what it wrote gives another output
-
+Each also inherits the builtin that fits, so that callers who catch `ValueError` or `OSError` need not know us.
 Messages say what was found, what was expected, where, and what to do. Text from a file or a repository goes into them
 through `shown` alone.
 """
@@ -90,10 +78,6 @@ def shown(thing: object, limit: int = 80) -> str:
 
     What a terminal or Markdown would act on (escape sequences, line feeds, text direction marks) is escaped, as `repr`
     does it; the cost does not grow with what is shown.
-
-    Args:
-        thing: Text, a number, or lists and dicts of these.
-        limit: Most characters of the result.
     """
     if isinstance(thing, int) and thing.bit_length() > 4 * limit:
         return f"a number of {thing.bit_length()} bits"

@@ -72,11 +72,7 @@ def run_tower(
 
 
 def prepared(model: Any, images: torch.Tensor, other_size: bool | None = None) -> torch.Tensor:
-    """The images as the trunk takes them.
-
-    Raises:
-        ArgumentError: whole numbers, or another size than that of a trunk which takes one only.
-    """
+    """The images as the trunk takes them; `ArgumentError` for whole numbers, or a size that it does not take."""
     model.follow_attn_implementation()
     if not images.is_floating_point():
         raise ArgumentError(

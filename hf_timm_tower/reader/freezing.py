@@ -76,7 +76,7 @@ def check_frozen(frozen: dict[str, Any] | None) -> None:
 
 
 def frozen_names(tower: nn.Module, frozen: dict[str, Any]) -> tuple[set[str], set[str]]:
-    """The parameters, and the modules with statistics, that a frozen state names by themselves or by a module above.
+    """The parameters, and modules with statistics, that a frozen state names, each by itself or by a module above.
 
     `ConfigError` where it is none, or names what the tower does not have.
     """
@@ -90,10 +90,7 @@ def frozen_names(tower: nn.Module, frozen: dict[str, Any]) -> tuple[set[str], se
 
 
 def apply_frozen(tower: nn.Module, frozen: dict[str, Any] | None) -> None:
-    """Freeze what a config says was frozen, in a tower that was just built from it; None leaves it as it was built.
-
-    `ConfigError` as from `frozen_names`.
-    """
+    """Freeze what a config says was frozen, in a tower that was just built from it; `ConfigError` as `frozen_names`."""
     if frozen is None:
         return
     parameters, statistics = frozen_names(tower, frozen)

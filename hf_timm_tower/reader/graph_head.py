@@ -17,7 +17,7 @@ from torch import nn
 from .errors import ConfigError, GraphError, HeadError, shown
 from .graph_layers import build_layer
 from .graph_ops import OPS
-from .graph_program import DTYPES, DtypeOf, Formula, FromInput, Node, Pairs, Reference, Slice, evaluate
+from .graph_program import DTYPES, Late, Node, evaluate
 from .graph_schema import Graph, ModuleSpec, TensorSpec, parse_graph
 from .graph_sizes import Sizes
 from .skip_init import Budget, within_budget
@@ -150,34 +150,30 @@ class _Run:
             ) from error
 
     def resolve(self, value: Any) -> Any:
-        if isinstance(value, Reference):
-            return self._tensor(value)
         if isinstance(value, (tuple, list)):
             return type(value)([self.resolve(item) for item in value])
-        if isinstance(value, Formula):
-            return evaluate(value.expr, self.batch)
-        if isinstance(value, FromInput):
-            return self.x.device if value.what == "device" else self.x.dtype
-        if isinstance(value, DtypeOf):
-            return self._tensor(value.tensor).dtype
-        if isinstance(value, Slice):
-            return slice(self.resolve(value.start), self.resolve(value.stop), self.resolve(value.step))
-        if isinstance(value, Pairs):
-            pairs = [(key, self.resolve(item)) for key, item in value.items]
-            return dict(pairs) if value.kind == "d" else OrderedDict(pairs)
-        return value
-
-    def _tensor(self, reference: Reference) -> Any:
-        if reference.kind == "input":
+        if not isinstance(value, Late):
+            return value
+        kind, of = value.kind, value.of
+        if kind == "input":
             return self.x
-        if reference.kind == "constant":
-            return self.constants[reference.index]
-        if reference.kind == "tensor":
-            return _tensor_of(self.head, reference.name)
-        result = self.results[reference.index]
-        for step in reference.path:
-            result = result[step]
-        return result
+        if kind == "node":
+            result = self.results[of[0]]
+            for step in of[1]:
+                result = result[step]
+            return result
+        if kind == "tensor":
+            return _tensor_of(self.head, of)
+        if kind == "constant":
+            return self.constants[of]
+        if kind == "formula":
+            return evaluate(of, self.batch)
+        if kind in ("device", "dtype"):
+            return getattr(self.resolve(of), kind)
+        if kind == "slice":
+            return slice(*[self.resolve(part) for part in of])
+        pairs = [(key, self.resolve(item)) for key, item in of]
+        return dict(pairs) if kind == "d" else OrderedDict(pairs)
 
 
 def _owner(head: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -207,14 +203,8 @@ def construct(graph: Any, *, budget: Budget | None = None) -> nn.Module:
     """Build the head of an untrusted graph: parse, audit, construct; nothing of it is ever run as code.
 
     The result has the original's state-dict keys, shapes and dtypes; its weights are arbitrary until they are loaded.
-    It is made on the ambient default device; embedded tensors are on the CPU and follow ``.to()``.
-
-    Args:
-        graph: JSON.
-        budget: What it may cost, where no `skip_init` around it counts; the default limits if None.
-
-    Raises:
-        GraphError: anything that a save would not have written, or more than the budget allows.
+    It is made on the ambient default device; embedded tensors are on the CPU and follow ``.to()``. `GraphError` for
+    anything that a save would not have written, or more than the budget allows, where no `skip_init` around it counts.
     """
     parsed = parse_graph(graph)
     try:
@@ -261,9 +251,9 @@ def _construct(graph: Graph, spec: ModuleSpec) -> nn.Module:
     for tensor in spec.params:
         value = _reserve(tensor, spec)
         grad = value.is_floating_point() or value.is_complex()
-        module._parameters[tensor.name] = nn.Parameter(value, requires_grad=grad)
+        module._parameters[tensor[0]] = nn.Parameter(value, requires_grad=grad)
     for tensor in spec.buffers:
-        module._buffers[tensor.name] = _reserve(tensor, spec)
+        module._buffers[tensor[0]] = _reserve(tensor, spec)
     for name, value in spec.values:
         module._buffers[name] = value.clone()
         module._non_persistent_buffers_set.add(name)
@@ -271,10 +261,11 @@ def _construct(graph: Graph, spec: ModuleSpec) -> nn.Module:
 
 
 def _reserve(tensor: TensorSpec, spec: ModuleSpec) -> torch.Tensor:
+    name, shape, dtype = tensor
     try:
-        return torch.empty(tensor.shape, dtype=tensor.dtype)
+        return torch.empty(shape, dtype=dtype)
     except RuntimeError as error:
-        raise GraphError(f"module {shown(spec.name)}: {shown(tensor.name)} cannot be made: {error}") from None
+        raise GraphError(f"module {shown(spec.name)}: {shown(name)} cannot be made: {error}") from None
 
 
 def _finish(graph: Graph, root: nn.Module) -> None:
@@ -283,9 +274,7 @@ def _finish(graph: Graph, root: nn.Module) -> None:
     tensors = {**parameters, **dict(root.named_buffers(remove_duplicate=False))}
     dtypes = dict(graph.dtypes)
     _all_known(dtypes, tensors, "dtypes")
-    declared = {
-        f"{spec.name}.{item.name}".lstrip(".") for spec in graph.modules for item in (*spec.params, *spec.buffers)
-    }
+    declared = {f"{spec.name}.{item[0]}".lstrip(".") for spec in graph.modules for item in spec.params + spec.buffers}
     for name, tensor in tensors.items():
         dtype = dtypes.get(name, torch.float32 if tensor.is_floating_point() else tensor.dtype)
         if tensor.dtype != dtype and name not in declared:

@@ -107,10 +107,7 @@ LAYERS: dict[str, tuple[type[nn.Module], frozenset[str]]] = {
 
 
 def build_layer(name: Any, args: Any) -> nn.Module:
-    """Construct a layer of the table from JSON arguments, on the ambient default device.
-
-    Raises GraphError for an unknown name, wrong argument names, or values that no layer takes.
-    """
+    """A layer of the table from JSON arguments; GraphError for an unknown name, or arguments that it does not take."""
     if not isinstance(name, str) or name not in LAYERS:
         raise GraphError(f"the stored head names a layer {shown(name)} that is not in the table of layers")
     cls, names = LAYERS[name]

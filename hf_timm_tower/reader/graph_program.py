@@ -70,51 +70,19 @@ graph runs (`graph_sizes.Sizes`)."""
 
 
 @dataclass(frozen=True)
-class Reference:
-    """A tensor at run time: ``kind`` is "input", "node" (with a path into its result), "tensor" or "constant"."""
+class Late:
+    """A value that is there only when the graph runs, or holds such values, by `kind` and what it is `of`.
+
+    Tensors: "input"; "node", of its index and a path into its result; "tensor", of a parameter's or buffer's name;
+    "constant", of an index. "formula", a number that follows the batch size. "device" and "dtype", of a tensor.
+    "slice", of three parts. "d" and "ordered", a dict of pairs in order.
+    """
 
     kind: str
-    index: int = 0
-    path: tuple[int, ...] = ()
-    name: str = ""
+    of: Any = None
 
 
-@dataclass(frozen=True)
-class Formula:
-    """A number that follows the batch size."""
-
-    expr: Any
-
-
-@dataclass(frozen=True)
-class FromInput:
-    """Something taken from the input at run time: "device" or "dtype"."""
-
-    what: str
-
-
-@dataclass(frozen=True)
-class DtypeOf:
-    """The dtype that a parameter or buffer has at run time."""
-
-    tensor: Reference
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """A dict in an argument or output, in order; ``kind`` is "d" or "ordered"."""
-
-    kind: str
-    items: tuple[tuple[Any, Any], ...]
-
-
-@dataclass(frozen=True)
-class Slice:
-    """A slice whose parts may be formulas."""
-
-    start: Any
-    stop: Any
-    step: Any
+_TENSORS = ("input", "node", "tensor", "constant")
 
 
 @dataclass(frozen=True)
@@ -222,7 +190,7 @@ def _node(value: Json, reader: "_ValueReader", modules: set[str]) -> Node:
     if not isinstance(keywords, dict) or not all(isinstance(key, str) and _KEYWORD.fullmatch(key) for key in keywords):
         raise GraphError(f"{where}: keyword arguments {shown(keywords)} are not an object of plain names")
     kwargs = tuple((key, reader.read(item)) for key, item in keywords.items())
-    if kind == "write" and (kwargs or len(args) != 1 or not isinstance(args[0], Reference)):
+    if kind == "write" and (kwargs or len(args) != 1 or getattr(args[0], "kind", None) not in _TENSORS):
         raise GraphError(f"{where}: a write takes exactly one tensor")
     if target in _SIZED_BY_NUMBERS and reader.product > MAX_ELEMENTS:
         raise GraphError(f"{where}: {target} asks for {reader.product:.3g} elements, more than {MAX_ELEMENTS}")
@@ -270,11 +238,11 @@ class _ValueReader:
             return tuple(self.read(item) for item in read_list(inner, self.where, MAX_GRAPH_ITEMS))
         if tag in ("d", "ordered"):
             pairs = [read_pair(item, self.where) for item in read_list(inner, self.where, MAX_GRAPH_ITEMS)]
-            return Pairs(tag, tuple((self._dict_key(key), self.read(item)) for key, item in pairs))
+            return Late(tag, tuple((self._dict_key(key), self.read(item)) for key, item in pairs))
         if tag == "s":
             return self._string(inner)
         if tag == "slice" and isinstance(inner, list) and len(inner) == 3:
-            return Slice(*(self.read(item) for item in inner))
+            return Late(tag, tuple(self.read(item) for item in inner))
         if tag == "..." and inner is True:
             return Ellipsis
         if tag == "f" and inner in ("inf", "-inf", "nan"):
@@ -285,11 +253,11 @@ class _ValueReader:
                 return complex(*parts)
         if tag == "n":
             check_formula(inner)
-            return Formula(inner)
+            return Late("formula", inner)
         if tag in ("dtype", "device") and inner == "input":
-            return FromInput(tag)
+            return Late(tag, Late("input"))
         if tag == "dtype" and isinstance(inner, str) and inner.startswith("$"):
-            return DtypeOf(self._reference(inner))
+            return Late(tag, self._reference(inner))
         if tag == "dtype":
             return read_dtype(inner, self.where)
         if tag == "memory" and isinstance(inner, str) and inner in MEMORY_FORMATS:
@@ -312,17 +280,17 @@ class _ValueReader:
             return value  # a label that the head returns beside its tensors
         raise GraphError(f"{self.where}: {shown(value)} is not a word that {self.op or 'a layer'} takes")
 
-    def _reference(self, value: str) -> Reference:
+    def _reference(self, value: str) -> Late:
         if value == "x":
-            return Reference("input")
+            return Late("input")
         if value.startswith("$"):
             self.names.add(value[1:])
-            return Reference("tensor", name=value[1:])
+            return Late("tensor", value[1:])
         if (constant := _CONSTANT.fullmatch(value)) and int(constant[1]) < self.constants:
-            return Reference("constant", index=int(constant[1]))
+            return Late("constant", int(constant[1]))
         match = _REFERENCE.fullmatch(value)
         if match and int(match[1]) < len(self.nodes) and self.nodes[int(match[1])].kind != "write":
-            return Reference("node", index=int(match[1]), path=tuple(int(step) for step in match[2].split(".")[1:]))
+            return Late("node", (int(match[1]), tuple(int(step) for step in match[2].split(".")[1:])))
         raise GraphError(f"{self.where}: {shown(value)} refers to nothing that exists before this point")
 
 

@@ -44,13 +44,8 @@ _KEY = re.compile(r"[^.\x00-\x1f\x7f]{1,200}")
 # --- records: a stored head without any JSON left in it
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """A parameter or buffer that the weights bring: its name within its module, shape and dtype."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+TensorSpec = tuple[str, tuple[int, ...], torch.dtype]
+"""A parameter or buffer that the weights bring: its name within its module, shape and dtype."""
 
 
 @dataclass(frozen=True)
@@ -268,13 +263,13 @@ def _module(value: Json, left: list[int]) -> ModuleSpec:
 
 
 def _tensor_names(spec: ModuleSpec) -> set[str]:
-    return {item.name for item in (*spec.params, *spec.buffers)} | {name for name, _ in spec.values}
+    return {item[0] for item in (*spec.params, *spec.buffers)} | {item[0] for item in spec.values}
 
 
 def _tensor_spec(value: Json, where: str) -> TensorSpec:
     if not isinstance(value, list) or len(value) != 3:
         raise GraphError(f"{where}: expected [name, shape, dtype], found {shown(value)}")
-    return TensorSpec(_key(value[0], where), read_shape(value[1], where), read_dtype(value[2], where))
+    return _key(value[0], where), read_shape(value[1], where), read_dtype(value[2], where)
 
 
 def _check_module_names(modules: Sequence[ModuleSpec]) -> None:

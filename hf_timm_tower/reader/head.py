@@ -1,11 +1,8 @@
-"""A tower's head: the built-in ones, and those that a config stores, built again.
-
-Making heads and finding the form in which one is stored is not needed for reading (`heads/` in the package).
-"""
+"""A tower's head: the built-in ones, and those that a config stores, built again."""
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +13,9 @@ from timm.layers.mlp import Mlp
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils.hub import cached_file
 
-from .config import TimmTowerConfig
+from .config import ATTENTION_POOLS, TimmTowerConfig
 from .errors import ConfigError, FormatError, HeadError, shown
 from .graph_head import construct
-
-HeadFactory = Callable[..., nn.Module]
-CustomHead = nn.Module | HeadFactory | str
 
 # `config.head["form"]` of heads that are not stored: one that lives in memory only, until saving finds a form for it,
 # and one that a subclass of the tower makes itself.
@@ -30,26 +24,16 @@ SUBCLASS = "subclass"
 # The source of the head's class is stored beside the weights (`heads/source_file.py`).
 CODE = "code"
 
-HEAD_FACTORIES: dict[str, HeadFactory] = {}
-"""Name -> class or function, filled by `register_head`."""
-
 HEAD_CODE_FILE = "head_code.py"
 
 
 def builtin_head(config: TimmTowerConfig) -> nn.Sequential:
-    """The head that pool and proj name; weight keys are open_clip's (`pool.*`, `proj.weight`, `mlp.fc1.weight`).
+    """The head that pool and proj name: `[B, num_features]` -> `[B, embed_dim]`; tokens and maps keep their dimensions.
 
-    Args:
-        config: with `num_features` (the trunk's width), and `feat_size` where the pool is `abs_attn`.
-
-    Returns:
-        `[B, num_features]` -> `[B, embed_dim]`; tokens and channels-last maps keep their other dimensions.
-
-    Raises:
-        ConfigError: `embed_dim` is missing where it does not follow.
+    Weight keys are open_clip's (`pool.*`, `proj.weight`, `mlp.fc1.weight`). `ConfigError` where a width is missing.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    attention = config.pool in ("abs_attn", "rot_attn")
+    attention = config.pool in ATTENTION_POOLS
     if config.num_features is None:
         raise ConfigError("num_features=None: the config is not completed; build a tower from it first")
     width, embed_dim = config.num_features, config.embed_dim or 0
@@ -74,37 +58,19 @@ def builtin_head(config: TimmTowerConfig) -> nn.Sequential:
     return nn.Sequential(layers)
 
 
-def registered_factory(name: str) -> HeadFactory:
-    """The class or function registered under a name; `HeadError` says what to do where none is."""
-    factory = HEAD_FACTORIES.get(name)
-    if factory is None:
-        known = ", ".join(sorted(HEAD_FACTORIES)) or "none"
-        raise HeadError(
-            f"no head is registered as {shown(name)} in this process (registered: {known}). Import the module that "
-            f"holds the class under @register_head({shown(name)}) first, or pass custom_head=... to TimmModel's "
-            "from_pretrained. Where the package hf_timm_tower is not installed, install it: only it can register heads."
-        )
-    return factory
-
-
 def rebuild_head(spec: dict[str, Any]) -> nn.Module:
     """`config.head` -> a head whose weights are still to come. The spec may be anybody's: no code of it runs.
 
-    Raises:
-        HeadError: an unknown form, a graph that the audit refuses, a name that is not registered.
+    `HeadError` for an unknown form, a graph that the audit refuses, a head that only its own code can make.
     """
     form = spec.get("form")
     if form == "graph":
         return construct(spec.get("graph"))
     if form == "registered":
-        name, kwargs = spec.get("name"), spec.get("kwargs", {})
-        if not isinstance(name, str) or not isinstance(kwargs, dict):
-            raise HeadError("config.head: a registered head has a 'name' and 'kwargs'")
-        try:
-            head: nn.Module = registered_factory(name)(**kwargs)
-        except TypeError as error:
-            raise HeadError(f"the head registered as {name!r} does not take {shown(kwargs)}: {error}") from error
-        return head
+        raise HeadError(
+            f"the head is a class that was registered as {shown(spec.get('name'))}: install hf_timm_tower, and import "
+            "the module that registers it"
+        )
     if form == CODE:
         raise HeadError("the head is stored as code, which runs only under trust_remote_code=True")
     raise HeadError(f"config.head: unknown form {shown(form)}; this version reads 'graph', 'registered' and 'code'")
@@ -155,15 +121,9 @@ def check_code_spec(spec: Any) -> None:
 
 
 def make_code_head(spec: dict[str, Any], place: str, **download: Any) -> nn.Module:
-    """A head that is stored as code: its file runs here. To be called where that is trusted.
+    """The head of code that `config.head` of a folder or repository stores: its file runs, where that is trusted.
 
-    Args:
-        spec: `config.head`.
-        place: The folder or repository.
-        download: `revision`, `token`, `cache_dir` and so on, of transformers.
-
-    Raises:
-        HeadError: the file is not the one that was saved, or its code fails.
+    `HeadError` where it is not the file that was saved, or its code fails. `download`: `revision`, `token` and so on.
     """
     check_code_spec(spec)
     file = code_file({"head": spec}) or ""

@@ -137,10 +137,7 @@ def _in_form(state: Any, as_tokens: bool) -> torch.Tensor:
 def attention_maps(trunk: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Collect what the attention layers of a trunk compute in a forward inside: `[B, heads, N, N]` each, after softmax.
 
-    The list is filled when the block is left.
-
-    Raises:
-        ConfigError: it has none of timm's attention layers, or they run fused.
+    The list is filled when the block is left. `ConfigError` where there are no such layers of timm, or they run fused.
     """
     layers = {
         name: part

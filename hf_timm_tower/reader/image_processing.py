@@ -257,9 +257,9 @@ def block_of(facts: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
 
 def _plain_fact(value: Any) -> Any:
     """What JSON gives back: lists for tuples, and nothing shared with the config."""
-    if isinstance(value, Mapping):
-        return {key: _plain_fact(item) for key, item in value.items()}
-    return list(value) if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return {key: _plain_fact(item) for key, item in value.items()} if hasattr(value, "items") else value
 
 
 def standard_keys(block: dict[str, Any]) -> dict[str, Any]:

@@ -20,27 +20,17 @@ from .weights import INDEX_FILE, SINGLE_FILE, read_index
 
 @dataclass
 class TowerLoading:
-    """What a `from_pretrained` that is under way tells the steps inside it, and what they tell it.
+    """What a `from_pretrained` that is under way tells the steps inside it, and what they tell it."""
 
-    Attributes:
-        place: Folder or repository.
-        download: How its files are found: `revision`, `token`, `cache_dir`, `subfolder`, ...
-        trusts: Code of the place may run.
-        keeps_dtypes: No dtype was asked for: every tensor keeps its own.
-        run_code: Makes a head that is stored as code.
-        fresh: Keys that are not in the files, and need not be.
-        left_out: Keys in the files that this model has no place for, and need not have.
-        stored: What was read.
-    """
-
-    place: str
-    download: Mapping[str, Any]
-    trusts: bool
-    keeps_dtypes: bool
+    place: str  # folder or repository
+    download: Mapping[str, Any]  # how its files are found: `revision`, `token`, `cache_dir`, `subfolder`, ...
+    trusts: bool  # code of the place may run
+    keeps_dtypes: bool  # no dtype was asked for: every tensor keeps its own
     run_code: Callable[..., nn.Module] = make_code_head
-    fresh: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-    stored: Any = None
+    fresh: list[str] = field(default_factory=list)  # keys that are not in the files, and need not be
+    left_out: list[str] = field(default_factory=list)  # keys in the files that this model needs no place for
+    index: str | None = None  # where its index of weights is, if it has one
+    stored: Any = None  # what was read
 
     def budget(self) -> Budget:
         """What building may cost, by the size of the weight files where these are known."""
@@ -55,41 +45,28 @@ class TowerLoading:
         return {name: self.download[name] for name in names if name in self.download}
 
     def make_head(self, spec: dict[str, Any]) -> nn.Module:
-        """A head that is stored as code, where that is trusted.
-
-        Raises:
-            HeadError: it is not, or the code fails.
-        """
+        """A head that is stored as code; `HeadError` where that is not trusted, or the code fails."""
         if not self.trusts:
             raise refuse_code(spec, repo=self.place, revision=self.download.get("revision"))
         return self.run_code(spec, self.place, **self.download)
 
     def refuse_damaged_index(self, commit: str | None) -> None:
-        """Refuse an index that does not map keys to names of safetensors files.
+        """Refuse, by `FormatError`, an index that does not map keys to names of safetensors files.
 
-        Args:
-            commit: Of the config, where it was loaded already: what is cached of it is not asked for again.
-
-        Raises:
-            FormatError: it does not.
+        Of a `commit`, that of a config which was loaded already, what is cached is not asked for again.
         """
         found = {"_commit_hash": commit, "_raise_exceptions_for_missing_entries": False}
-        path = cached_file(self.place, INDEX_FILE, **found, **self.download)
-        if path is not None:
-            read_index(Path(path))
+        self.index = cached_file(self.place, INDEX_FILE, **found, **self.download)
+        if self.index is not None:
+            read_index(Path(self.index))
 
     def refuse_stale(self, files: Sequence[str]) -> None:
-        """Refuse a `model.safetensors` that an index of other files is beside, as a folder with both is refused.
+        """Refuse, by `FormatError`, a `model.safetensors` that an index of other files is beside.
 
         transformers takes the former and does not fetch the latter. `Trainer` makes such repositories: it uploads a
         tower over an older model and takes nothing away.
-
-        Raises:
-            FormatError: there are both.
         """
-        if Path(files[0]).name != SINGLE_FILE:
-            return
-        if cached_file(self.place, INDEX_FILE, _raise_exceptions_for_missing_entries=False, **self.download):
+        if Path(files[0]).name == SINGLE_FILE and self.index is not None:
             raise FormatError(
                 f"{self.place}: holds both {SINGLE_FILE} and {INDEX_FILE} of other files; transformers would load the "
                 f"first. Remove the stale one; push_to_hub of a tower removes an old {SINGLE_FILE} by itself."
@@ -97,11 +74,7 @@ class TowerLoading:
 
 
 def refuse_changed(stored: TimmTowerConfig, given: TimmTowerConfig, folder: Path) -> None:
-    """Refuse a config that is not the folder's own; only what was frozen may be left out of it.
-
-    Raises:
-        ConfigError: names the fields.
-    """
+    """Refuse, by `ConfigError`, a config that is not the folder's own; only what was frozen may be left out of it."""
     opened = {"frozen"} if given.frozen is None else set()
     odd = [name for name in OUR_FIELDS if getattr(stored, name) != getattr(given, name) and name not in opened]
     if odd:
@@ -115,11 +88,7 @@ def refuse_changed(stored: TimmTowerConfig, given: TimmTowerConfig, folder: Path
 
 
 def refuse_misfits(name: str, info: Mapping[str, Any], allowed: list[str]) -> None:
-    """Refuse a model whose weights did not all come from the files, and the other way round.
-
-    Raises:
-        WeightsError: lists the keys.
-    """
+    """Refuse, by `WeightsError`, a model whose weights did not all come from the files, and the other way round."""
     misfits = {
         "missing": sorted(set(info["missing_keys"]) - set(allowed)),
         "unexpected": sorted(info["unexpected_keys"]),

@@ -75,15 +75,7 @@ def _class_names() -> dict[type[nn.Module], str]:
 
 
 def encode(value: Any, where: str, depth: int = 0) -> Any:
-    """A Python value -> JSON.
-
-    Args:
-        value: None, bool, int, float, str, an allowed class, a partial over one, or lists, tuples and dicts of these.
-        where: name of the field, for messages.
-
-    Raises:
-        ConfigError: a value that cannot be stored, with its place.
-    """
+    """A Python value -> JSON; `ConfigError` names a value that cannot be stored, and where it is."""
     if depth > MAX_ARGUMENT_DEPTH:
         raise ConfigError(f"{where}: nested deeper than {MAX_ARGUMENT_DEPTH} levels")
     if isinstance(value, float) and not math.isfinite(value):
@@ -95,6 +87,8 @@ def encode(value: Any, where: str, depth: int = 0) -> Any:
             raise ConfigError(f"{where}={shown(value)}: integers must stay below 2**31")
         return value
     if isinstance(value, (list, tuple)):
+        if len(value) > MAX_ARGUMENT_ITEMS:
+            raise ConfigError(f"{where}: {len(value)} items, at most {MAX_ARGUMENT_ITEMS} are read")
         return [encode(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
     if isinstance(value, dict):
         if CLASS_KEY in value:
@@ -121,28 +115,17 @@ def encode(value: Any, where: str, depth: int = 0) -> Any:
     )
 
 
-def decode(value: Any, where: str, depth: int = 0) -> Any:
-    """JSON -> the Python value that `timm.create_model` is given; lists become tuples.
-
-    Raises:
-        ConfigError: a class that is not on the allow-list, or a malformed entry.
-    """
-    if depth > MAX_ARGUMENT_DEPTH:
-        raise ConfigError(f"{where}: nested deeper than {MAX_ARGUMENT_DEPTH} levels")
+def decode(value: Any, where: str) -> Any:
+    """What `encode` gave -> the value that `timm.create_model` is given; lists are tuples. `ConfigError` as there."""
     if isinstance(value, (list, tuple)):
-        if len(value) > MAX_ARGUMENT_ITEMS:
-            raise ConfigError(f"{where}: {len(value)} items, at most {MAX_ARGUMENT_ITEMS} are read")
-        return tuple(decode(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value))
-    if isinstance(value, dict):
-        if CLASS_KEY in value:
-            cls = _lookup(value, where)
-            keywords = value.get("kwargs")
-            if keywords:
-                place = f"{where}.kwargs"
-                return partial(cls, **{k: decode(v, inner(place, k), depth + 2) for k, v in keywords.items()})
-            return cls
-        return {key: decode(item, inner(where, key), depth + 1) for key, item in value.items()}
-    return encode(value, where, depth)
+        return tuple(decode(item, f"{where}[{index}]") for index, item in enumerate(value))
+    if not isinstance(value, dict):
+        return value
+    if CLASS_KEY not in value:
+        return {key: decode(item, inner(where, key)) for key, item in value.items()}
+    cls = _lookup(value, where)
+    keywords = {key: decode(item, inner(f"{where}.kwargs", key)) for key, item in value.get("kwargs", {}).items()}
+    return partial(cls, **keywords) if keywords else cls
 
 
 def inner(where: str, key: str) -> str:
@@ -165,12 +148,7 @@ def _lookup(value: dict[str, Any], where: str) -> type[nn.Module]:
 def check_names(model_args: dict[str, Any], *, recorded: Collection[str] = ()) -> None:
     """Refuse arguments that fetch, read files, or belong to another argument of the tower, and rates that are none.
 
-    Args:
-        model_args: Arguments of `timm.create_model`.
-        recorded: Names of `FROM_TRUNK` and `RECORDED` that may be there.
-
-    Raises:
-        ConfigError: names the argument and what to use instead.
+    `recorded`: names of `FROM_TRUNK` and `RECORDED` that may be there. `ConfigError` says what to use instead.
     """
     for name, value in model_args.items():
         if not isinstance(name, str) or not name.isidentifier():

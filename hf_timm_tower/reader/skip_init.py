@@ -69,18 +69,14 @@ class Budget:
 
     def charge(self, kind: str, amount: int) -> None:
         """Count `amount` of one of `limits`, bytes together too; `ConfigError` where a limit is exceeded."""
-        self.spent[kind] += amount
+        spent, limits = self.spent, self.limits
+        spent[kind] += amount
+        if spent[kind] > limits[kind]:
+            raise _too_large(kind, limits[kind])
         if kind in ("reserved", "kept"):
-            self.spent["bytes"] += amount
-        for each in (kind, "bytes"):
-            limit = self.limits.get(each)
-            if limit is not None and self.spent[each] > limit:
-                what = f"{limit} {each}" if each in ("tensors", "modules") else f"{limit / 2**30:.2f} GiB"
-                raise ConfigError(
-                    f"the config asks for a model of more than {what}"
-                    + (", which its weight files do not hold" if each == "bytes" else "")
-                    + ": refused before it is built. The config does not belong to these weights, or is not one of timm"
-                )
+            spent["bytes"] += amount
+            if spent["bytes"] > limits.get("bytes", spent["bytes"]):
+                raise _too_large("bytes", limits["bytes"])
 
     def charge_made(self, nbytes: int) -> None:
         """Count bytes that are computed and, for the moment, kept."""
@@ -93,9 +89,20 @@ class Budget:
         self.spent["bytes"] -= nbytes
 
 
+def _too_large(kind: str, limit: int) -> ConfigError:
+    what = f"{limit} {kind}" if kind in ("tensors", "modules") else f"{limit / 2**30:.2f} GiB"
+    return ConfigError(
+        f"the config asks for a model of more than {what}"
+        + (", which its weight files do not hold" if kind == "bytes" else "")
+        + ": refused before it is built. The config does not belong to these weights, or is not one of timm"
+    )
+
+
 _ACTIVE: ContextVar[Budget | None] = ContextVar("budget", default=None)
 _SIZED = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
 _LAZY = frozenset({torch.empty, torch.zeros})
+# Most of the calls that a constructor makes; the first one is `torch.no_grad`.
+_MAKE_NOTHING = frozenset("_set_grad_enabled dim size numel is_floating_point".split())
 _MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**36
 # Results of fewer elements than this are measured after they were made, larger ones on the meta device before.
 _SMALL = 2**22
@@ -119,6 +126,11 @@ class _Construction(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _LAZY and "out" not in kwargs:  # what parameters are made of, most of the work of this mode
+            if self.budget is not None:
+                self.budget.charge("tensors", 1)
+                self.budget.charge("reserved", _size_of(func, args, kwargs))
+            return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         # functions of torch.nn.init pass their target by keyword when they come through here
         target = args[0] if args else kwargs.get("tensor")
@@ -133,7 +145,7 @@ class _Construction(TorchFunctionMode):
         draws = name in _DRAWS or name.endswith("_like") or getattr(func, "__module__", "") == "torch.nn.init"
         if draws and self.skip:  # where weights are initialised, the seed is the user's
             func, args, kwargs = self._with_generator(func, name, target, args, kwargs)
-        if self.budget is None:
+        if self.budget is None or name in _MAKE_NOTHING:
             return func(*args, **kwargs)
         self.budget.charge("tensors", 10 if name == "clone" else 1)
         return self._charged(self.budget, func, name, target if in_place else None, args, kwargs)
@@ -149,19 +161,17 @@ class _Construction(TorchFunctionMode):
         self, budget: Budget, func: Any, name: str, written: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Call a function; what it makes is charged before it takes memory."""
-        inputs = tensors_in((args, kwargs))
         if written is not None:
             if self.skip:
                 budget.charge("computed", written.nbytes)
             return func(*args, **kwargs)
+        leaves = _leaves((args, kwargs))
+        inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if not inputs and (func in _SIZED or "device" in kwargs or name in _FACTORIES):
             made = _size_of(func, args, kwargs)
-            if func in _LAZY:
-                budget.charge("reserved", made)
-                return func(*args, **kwargs)
             budget.charge_made(made)
             return _released(budget, func(*args, **kwargs), made)
-        numbers = [max(abs(leaf), 1) for leaf in _leaves((args, kwargs)) if type(leaf) is int]
+        numbers = [max(abs(leaf), 1) for leaf in leaves if type(leaf) is int]
         most = math.prod(max(tensor.numel(), 1) for tensor in inputs) * math.prod(numbers)
         if most * max(len(inputs), 1) > _SMALL:
             try:
@@ -204,6 +214,9 @@ def _released(budget: Budget, result: Any, nbytes: int) -> Any:
 _FACTORIES = frozenset("arange linspace logspace eye randint randperm tensor tril_indices triu_indices".split())
 
 
+_PLAIN = frozenset({int, float, bool, str, type(None), torch.Tensor, nn.Parameter, torch.dtype, torch.device})
+
+
 @lru_cache(maxsize=256)
 def _takes_generator(func: Any) -> bool:
     try:
@@ -212,13 +225,15 @@ def _takes_generator(func: Any) -> bool:
         return False
 
 
-def _leaves(value: Any) -> Iterator[Any]:
-    """What is in tuples, lists and dicts, however deep."""
-    if isinstance(value, (tuple, list, Mapping)):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _leaves(item)
-    else:
-        yield value
+def _leaves(value: Any) -> list[Any]:
+    """What is in tuples, lists and dicts, however deep, in order."""
+    # At the first sight of a type `isinstance(..., Mapping)` takes milliseconds.
+    if type(value) in _PLAIN or not hasattr(value, "__iter__") or not isinstance(value, (tuple, list, Mapping)):
+        return [value]
+    found: list[Any] = []
+    for item in value.values() if isinstance(value, Mapping) else value:
+        found += [item] if type(item) in _PLAIN else _leaves(item)
+    return found
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
@@ -304,10 +319,7 @@ def _construction(budget: Budget | None, *, skip: bool) -> Iterator[None]:
 
 @contextmanager
 def skip_init(budget: Budget | None = None) -> Iterator[None]:
-    """Leave out every in-place write into a parameter; torch's global random generators are not used.
-
-    `ConfigError` where more is built than the budget allows; None is no limit (for a model of the caller's own).
-    """
+    """Leave out every in-place write into a parameter; `ConfigError` where more is built than a budget allows."""
     with _construction(budget, skip=True):
         yield
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,17 +21,11 @@ CLASSIFIER = "classifier"
 
 @dataclass(frozen=True)
 class HeadInput:
-    """How the trunk's features become the head's input.
+    """How the trunk's features become the head's input."""
 
-    Attributes:
-        prefix: Number of prefix tokens for `token_avg`, else None.
-        to_nchw: The trunk gives `[B, H, W, C]` and the head takes `[B, C, H, W]`.
-        per_position: The projection runs over the channels of every position of a `[B, C, H, W]` map.
-    """
-
-    prefix: int | None = None
-    to_nchw: bool = False
-    per_position: bool = False
+    prefix: int | None = None  # number of prefix tokens for `token_avg`
+    to_nchw: bool = False  # the trunk gives `[B, H, W, C]` and the head takes `[B, C, H, W]`
+    per_position: bool = False  # the projection runs over the channels of every position of a `[B, C, H, W]` map
 
     @classmethod
     def of(cls, config: TimmTowerConfig, trunk: nn.Module) -> "HeadInput":
@@ -63,13 +57,9 @@ def run_head(head: nn.Module, head_input: HeadInput, features: torch.Tensor) -> 
 
 
 class Tower(nn.Module):
-    """Trunk and head, and nothing else: what a folder holds and what a save compares.
+    """Trunk and head of a completed config, and nothing else: what a folder holds and what a save compares.
 
-    Args:
-        config: A completed config.
-        trunk: The trunk.
-        head: The head.
-        classifier: A layer on top of the embedding, stored beside it; `forward` leaves it out.
+    A classifier on top of the embedding is stored beside it; `forward` leaves it out.
     """
 
     _tp_plan = _pp_plan = None  # transformers asks a `base_model` for these
@@ -93,16 +83,15 @@ class Tower(nn.Module):
 def build_tower(
     config: TimmTowerConfig, *, with_classifier: bool = False, make_head: Callable[[], nn.Module] | None = None
 ) -> Tower:
-    """A tower with fresh weights, in train mode, from a completed config alone.
+    """A tower with fresh weights, in train mode, from a completed config alone, which is not changed.
 
     Args:
-        config: Completed; it is not changed.
+        config: Completed.
         with_classifier: Add the classifier of `config.num_labels` classes.
         make_head: Makes a head that is stored as code, and trusted; None refuses such heads.
 
     Raises:
-        ConfigError: the config is not completed, needs a subclass of TimmModel, or describes no tower.
-        HeadError: the head cannot be rebuilt in this process.
+        ConfigError, HeadError: the config describes no tower that can be built in this process.
     """
     check_buildable(config)
     if config.num_features is None:
@@ -185,7 +174,8 @@ def plain_defaults() -> Iterator[None]:
     What a constructor computes (relative positions, rotary tables) is then the same everywhere. Also a decorator.
     """
     wanted = torch.get_default_dtype()
-    with torch.device("cpu"):
+    # Only where it is needed: under a device context torch goes through Python at every call.
+    with nullcontext() if torch.empty(0).device.type == "cpu" else torch.device("cpu"):
         torch.set_default_dtype(torch.float32)
         try:
             yield

@@ -35,10 +35,7 @@ def split_tag(architecture: str) -> tuple[str, str]:
 
 
 def native_cfg(architecture: str) -> dict[str, Any]:
-    """timm's `pretrained_cfg` of `arch` or `arch.tag`, with the defaults of timm where the registry has none.
-
-    `ConfigError` where this timm does not know the tag.
-    """
+    """timm's `pretrained_cfg` of `arch` or `arch.tag`, or its defaults; `ConfigError` for a tag it does not know."""
     arch, tag = split_tag(architecture)
     try:
         cfg = timm.get_pretrained_cfg(architecture)
@@ -61,18 +58,15 @@ def native_size(config: TimmTowerConfig) -> list[int]:
 
 
 def create_trunk(config: TimmTowerConfig, *, pretrained: bool = False, initialise: bool = True) -> nn.Module:
-    """Build the trunk that the config describes, its classifier removed (or made the projection, `proj=None`).
+    """The trunk that a config describes, in train mode, its classifier removed (or made the projection, `proj=None`).
 
     Args:
         config: A fresh config (`preprocess` is None: `architecture` may name a pretrained tag), or a completed one.
         pretrained: Fetch timm's weights for the architecture.
         initialise: False leaves all parameters as uninitialised memory, to be assigned.
 
-    Returns:
-        The trunk, in train mode, on the CPU.
-
     Raises:
-        ConfigError, ArgumentError: timm cannot build it; says which argument, and which pools there are.
+        ConfigError, ArgumentError: timm cannot build it; says which argument.
     """
     arch, tag = split_tag(config.architecture)
     name = config.architecture
@@ -105,13 +99,9 @@ def create_trunk(config: TimmTowerConfig, *, pretrained: bool = False, initialis
 
 
 def has_fixed_size(cfg: dict[str, Any], kwargs: dict[str, Any]) -> bool:
-    """Whether timm itself builds this trunk for one input size, so that `config.image_size` is its `img_size`.
+    """Whether timm itself, by its `pretrained_cfg` and these arguments, builds a trunk for one input size: the config's
 
     For any other trunk `img_size` is what `config.model_args` holds: nothing, or the size that timm was told.
-
-    Args:
-        cfg: timm's `pretrained_cfg`.
-        kwargs: Arguments of `timm.create_model`.
     """
     return bool(
         cfg.get("fixed_input_size") and not kwargs.get("dynamic_img_size") and kwargs.get("strict_img_size", True)
@@ -223,15 +213,11 @@ def buffers_as_timm(module: nn.Module, dtype: torch.dtype) -> None:
 
     timm keeps some tables in float32 (RoPE frequencies and periods), by an `_apply` of their modules. So it is asked:
     these modules are cast by their own `_apply`, everything but such buffers left as it is.
-
-    Args:
-        module: Built in float32, its weights of any dtype.
-        dtype: What the weights were cast to.
     """
     cast: dict[int, torch.Tensor] = {}
     for part in module.modules():
-        computed = {id(part._buffers[name]) for name in part._non_persistent_buffers_set if name in part._buffers}
-        if any(id(buffer) in computed and buffer.is_floating_point() for buffer in part.buffers(recurse=False)):
+        computed = {id(part._buffers.get(name)) for name in part._non_persistent_buffers_set}
+        if computed and any(id(each) in computed and each.is_floating_point() for each in part.buffers(recurse=False)):
             part._apply(  # type: ignore[no-untyped-call]
                 lambda tensor, computed=computed: (
                     # One buffer that several modules hold stays one.

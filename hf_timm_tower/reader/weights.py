@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .config import TimmTowerConfig
@@ -33,27 +34,18 @@ _ALIGNMENT = 64  # bytes; what torch's CPU allocator aligns to
 
 @dataclass(frozen=True)
 class StoredTower:
-    """What a tower's folder holds, as far as loading needs it.
-
-    Attributes:
-        config: The config, validated.
-        weights: Key -> tensor on mapped memory; keys of a tie have one tensor object.
-        fingerprint: The JSON of `fingerprint.json`, None where there is none or it was not read.
-    """
+    """What a tower's folder holds, as far as loading needs it."""
 
     config: TimmTowerConfig
-    weights: Mapping[str, torch.Tensor]
-    fingerprint: dict[str, Any] | None = None
+    weights: Mapping[str, torch.Tensor]  # on mapped memory; keys of a tie have one tensor object
+    fingerprint: dict[str, Any] | None = None  # the JSON of `fingerprint.json`, where it was read
 
 
 def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
     """Key -> tensor of a tower's weight files, which lie in one folder with their index.
 
     Tensors are mapped; those at odd addresses are copied, since kernels may give other last bits for them. Keys that
-    the index calls tied or shared hold one tensor.
-
-    Raises:
-        FormatError: a file is damaged, or the index does not fit the files.
+    the index calls tied or shared hold one tensor. `FormatError` where a file is damaged, or the index does not fit.
     """
     where = files[0].with_name(INDEX_FILE)
     weight_map, metadata = read_index(where) if where.is_file() else (None, {})
@@ -123,21 +115,13 @@ def check_index(index: Any, where: str) -> tuple[dict[str, str], dict[str, Any]]
 
 @dataclass(frozen=True)
 class TrunkSource:
-    """Where a trunk's weights are stored.
-
-    Attributes:
-        repo_id: `org/name`.
-        commit: 40 hex digits.
-        layout: Whose keys the files have.
-        files: File name -> SHA-256 of its bytes.
-        unused: Keys that the trunk has no place for.
-    """
+    """Where a trunk's weights are stored."""
 
     repo_id: str
     commit: str
-    layout: Literal["tower", "timm"]
-    files: dict[str, str]
-    unused: tuple[str, ...] = ()
+    layout: Literal["tower", "timm"]  # whose keys the files have
+    files: dict[str, str]  # file name -> SHA-256 of its bytes
+    unused: tuple[str, ...] = ()  # keys that the trunk has no place for
 
     def to_json(self) -> dict[str, Any]:
         """What `config.trunk_source` holds."""
@@ -178,13 +162,8 @@ def parse_trunk_source(spec: Any) -> TrunkSource:
 def fetch_pinned_trunk(source: TrunkSource, **access: Any) -> dict[str, torch.Tensor]:
     """`trunk.*` -> tensor of a trunk in another repository, at the pinned commit and with the pinned digests.
 
-    Args:
-        source: From `parse_trunk_source`.
-        access: `token`, `cache_dir`, `local_files_only`, `force_download` of huggingface_hub.
-
-    Raises:
-        HubError: the repository cannot be read.
-        WeightsError: a file there is not the one that was pinned.
+    `access`: `token`, `cache_dir` and so on. `HubError` where the repository cannot be read, `WeightsError` where a
+    file there is not the one that was pinned.
     """
     repo_id, commit = source.repo_id, source.commit
     found: dict[str, torch.Tensor] = {}
@@ -217,7 +196,10 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
         return True
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8).to("cpu") for t in (a, b)))
+    one, other = (t.detach().contiguous().reshape(-1).view(torch.uint8).to("cpu") for t in (a, b))
+    if all(each.numel() % 8 == each.storage_offset() % 8 == 0 for each in (one, other)):
+        one, other = one.view(torch.int64), other.view(torch.int64)  # an eighth of the steps
+    return torch.equal(one, other)
 
 
 def assign_weights(
@@ -244,7 +226,7 @@ def assign_weights(
         allow_missing: Keys that may be missing: those stay what they are.
 
     Raises:
-        WeightsError: missing, unexpected or wrongly shaped keys, or tied keys that differ: one error that lists them.
+        WeightsError: lists keys that are missing, unexpected, of another shape, or tied and different.
     """
     state = module.state_dict(keep_vars=True)
     own_ties: dict[int, list[str]] = {}
@@ -262,18 +244,39 @@ def assign_weights(
             + "\n".join(f"  {line}" for line in problems)
             + "\nThe config that builds this tower and the weights must come from the same save."
         )
-    memory: dict[Any, torch.Tensor] = {}  # one memory for one memory
+    memory: dict[Any, torch.Tensor] = {}  # one memory for one memory, also where it is copied
     moved: dict[tuple[int, bool], torch.Tensor] = {}  # one parameter for one tensor object
     values: dict[str, torch.Tensor] = {}
     for key, tensor in full.items():
         old = state[key]
         name = (id(tensor), isinstance(old, nn.Parameter))
         if name not in moved:
-            view = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else id(tensor)
-            cast = dtype if tensor.is_floating_point() else None
-            new = memory.setdefault(view, tensor.detach().to(device=device, dtype=cast))
-            moved[name] = nn.Parameter(new, requires_grad=old.requires_grad) if name[1] else new.view(new.shape)
+            new = tensor
+            if device is not None or dtype is not None:
+                view = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else name
+                cast = dtype if tensor.is_floating_point() else None
+                new = memory.setdefault(view, tensor.detach().to(device=device, dtype=cast))
+            moved[name] = nn.Parameter(new, requires_grad=old.requires_grad) if name[1] else new.detach()
         values[key] = moved[name]
+    _put(module, values, source)
+    if dtype is not None:
+        buffers_as_timm(module, dtype)
+    if device is not None:
+        _move_computed_buffers(module, device)
+
+
+def _put(module: nn.Module, values: dict[str, torch.Tensor], source: str) -> None:
+    """`load_state_dict(values, assign=True)`, in a fifth of the time where no part of the module has its own way."""
+    parts = list(module.named_modules())[1:]  # the tower's own way, if it has one, is for state dicts of other models
+    hooks = module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks
+    whole = (
+        hooks or module._parameters or module._buffers or type(module).load_state_dict is not nn.Module.load_state_dict
+    )
+    if not whole and all(_is_plain(part) for _, part in parts):
+        for prefix, part in parts:
+            for table in (part._parameters, part._buffers):
+                table.update({name: values[key] for name in table if (key := f"{prefix}.{name}") in values})
+        return
     module.load_state_dict(values, strict=False, assign=True)
     after = module.state_dict(keep_vars=True)
     if refused := [key for key, value in values.items() if after[key] is not value]:
@@ -281,10 +284,17 @@ def assign_weights(
             f"{source}: {_listed(refused)} did not reach the module: it overrides how attributes are set or a state "
             "dict is loaded, which a tower cannot use"
         )
-    if dtype is not None:
-        buffers_as_timm(module, dtype)
-    if device is not None:
-        _move_computed_buffers(module, device)
+
+
+def _is_plain(part: nn.Module) -> bool:
+    """Whether a module is loaded by putting tensors into its tables and nothing else."""
+    load = type(part)._load_from_state_dict
+    return (
+        type(part).__setattr__ is nn.Module.__setattr__
+        and (load is nn.Module._load_from_state_dict or load is _NormBase._load_from_state_dict)  # that of old files
+        and not part._load_state_dict_pre_hooks
+        and not part._load_state_dict_post_hooks
+    )
 
 
 def _move_computed_buffers(module: nn.Module, device: torch.device | str | int) -> None:
@@ -310,7 +320,7 @@ def _misfits(
             continue  # a lazy module, which takes the shape it is given
         elif expected.shape != found.shape:
             shapes.append(f"{key}: found {list(found.shape)}, expected {list(expected.shape)}")
-        elif _number_kind(expected) != _number_kind(found):
+        elif expected.dtype != found.dtype and _number_kind(expected) != _number_kind(found):
             kinds.append(f"{key}: found {found.dtype}, expected {expected.dtype}")
     lines = [
         ("missing", [key for key in state if key not in given and key not in allowed]),

@@ -27,11 +27,14 @@ def freeze(tower: nn.Module, frozen: Collection[str], statistics: Collection[str
 
 def note_fixed(tower: nn.Module) -> None:
     """Remember which parameters head and trunk were made with as not trainable; to be called when they are made."""
-    in_head = {
-        name for name, parameter in tower.named_parameters() if name.startswith("head.") and not parameter.requires_grad
-    }
-    in_trunk = {f"trunk.{name}" for name in _frozen_by_timm(tower.trunk)}  # type: ignore[arg-type]
-    tower._fixed_in_head = frozenset(in_head | in_trunk)  # type: ignore[assignment]
+    fixed: list[str] = []
+    if any(
+        each is not None and not each.requires_grad for part in tower.modules() for each in part._parameters.values()
+    ):
+        named = tower.named_parameters()
+        fixed += [name for name, each in named if name.startswith("head.") and not each.requires_grad]
+        fixed += [f"trunk.{name}" for name in _frozen_by_timm(tower.trunk)]  # type: ignore[arg-type]
+    tower._fixed_in_head = frozenset(fixed)  # type: ignore[assignment]
 
 
 def describe_frozen(tower: nn.Module) -> dict[str, list[str]] | None:

@@ -17,7 +17,7 @@ from transformers.feature_extraction_utils import BatchFeature
 
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ArgumentError, ConfigError
-from ..reader.image_processing import completed_preprocess
+from ..reader.image_processing import PIL_MODES, completed_preprocess
 from .transform import make_transform
 
 PATCH_KEYS = ("patches", "patch_coord", "patch_valid")
@@ -76,12 +76,13 @@ class NaFlexProcessor:
         if isinstance(most, bool) or not isinstance(most, int) or most < 1:
             raise ArgumentError(f"max_seq_len={max_seq_len!r}: expected a number of patches, from 1")
         self.max_seq_len = most
+        self._mode = PIL_MODES.get(config.in_chans, "RGB")
         self.transform = make_transform(
             config, is_training, naflex=True, patchify=True, patch_size=tuple(patch), max_seq_len=most, **augmentation
         )
 
     def __call__(self, images: Image.Image | Sequence[Image.Image], return_tensors: str | None = None) -> Any:
-        """Images, made RGB where they are not, -> a batch: `patches`, `patch_coord`, `patch_valid`.
+        """Images, converted to the tower's channels, -> a batch: `patches`, `patch_coord`, `patch_valid`.
 
         Args:
             images: PIL images.
@@ -93,7 +94,7 @@ class NaFlexProcessor:
         given = [images] if isinstance(images, Image.Image) else list(images)
         if return_tensors not in (None, "pt"):
             raise ArgumentError(f"return_tensors={return_tensors!r}: patches are torch tensors, 'pt'")
-        batch = self.collate([self.transform(image.convert("RGB")) for image in given])
+        batch = self.collate([self.transform(image.convert(self._mode)) for image in given])
         return batch if return_tensors is None else BatchFeature(batch)
 
     def collate(self, samples: Sequence[Any]) -> Any:

@@ -66,11 +66,11 @@ def backbone_dinov2(d: Path) -> str:
 
 
 def auto_backbone(d: Path) -> str:
-    return _backbone(AutoBackbone.from_pretrained(d / "vit", out_indices=[1, 2]), AutoBackbone.from_pretrained)
+    return _backbone(AutoBackbone.from_pretrained(str(d / "vit"), out_indices=[1, 2]), AutoBackbone.from_pretrained)
 
 
 def auto_backbone_dinov2(d: Path) -> str:
-    return _backbone(AutoBackbone.from_pretrained(d / "dinov2", out_indices=[1, 2]), AutoBackbone.from_pretrained)
+    return _backbone(AutoBackbone.from_pretrained(str(d / "dinov2"), out_indices=[1, 2]), AutoBackbone.from_pretrained)
 
 
 def _upernet(loaded: Any) -> str:

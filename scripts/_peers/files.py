@@ -1,4 +1,4 @@
-"""Repositories of other libraries, other doors to a repository, and exports."""
+"""Repositories of other libraries, other ways into a repository, and exports."""
 
 import json
 from pathlib import Path
@@ -145,8 +145,8 @@ ROWS = [
     ("timm", "into timm.create_model", into_timm, "TimmWrapperModel.save_pretrained", into_timm_peer),
     ("timm", "timm.create_model('local-dir:' + the folder as it is)", timm_on_tower, "TimmWrapperModel.save_pretrained",
      into_timm_peer),
-    ("doors", "generate_model_card()", card, "PyTorchModelHubMixin", card_peer),
-    ("doors", "pipeline('image-feature-extraction', pool=True)", no_task, "Dinov2Model", no_task_peer),
-    ("doors", "SentenceTransformer(repo).encode(images)", sentence, "TimmWrapperModel", sentence_peer),
-    ("doors", "for transformers.js in a browser", browser, "optimum on Dinov2Model", browser_peer),
+    ("other ways in", "generate_model_card()", card, "PyTorchModelHubMixin", card_peer),
+    ("other ways in", "pipeline('image-feature-extraction', pool=True)", no_task, "Dinov2Model", no_task_peer),
+    ("other ways in", "SentenceTransformer(repo).encode(images)", sentence, "TimmWrapperModel", sentence_peer),
+    ("other ways in", "for transformers.js in a browser", browser, "optimum on Dinov2Model", browser_peer),
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 """Training, adapters, quantised loading, and what open_clip asks of a tower."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import (
     AutoModelForImageClassification,
     BitsAndBytesConfig,
     QuantoConfig,
+    TorchAoConfig,
     Trainer,
     TrainingArguments,
 )
@@ -176,6 +178,44 @@ def quanto_peer(d: Path) -> str:
     return _quantised(d / "wrapper", QuantoConfig(weights="int8"), 160)
 
 
+def torchao(d: Path) -> str:
+    return _quantised(d / "vit", _int8(), SIZE)
+
+
+def torchao_peer(d: Path) -> str:
+    return _quantised(d / "wrapper", _int8(), 160)
+
+
+def _int8() -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def _qlora(folder: Path, size: int, add: Callable[[Any], Any], load: Callable[[Any, str], Any]) -> str:
+    def four_bit() -> Any:
+        return AutoModel.from_pretrained(folder, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+
+    model = add(four_bit()).train()
+    model(images(size)).pooler_output.square().mean().backward()
+    trained = [each for each in model.parameters() if each.grad is not None]
+    torch.optim.SGD(trained, 0.1).step()
+    model.eval().save_pretrained("adapter")
+    again = load(four_bit(), "adapter").eval()
+    with torch.no_grad():  # with gradients bitsandbytes takes another kernel
+        same(again(images(size)).pooler_output, model(images(size)).pooler_output, "the output after saving")
+    return "a step, saved, the same outputs"
+
+
+def qlora(d: Path) -> str:
+    return _qlora(d / "vit", SIZE, add_lora, load_lora)
+
+
+def qlora_peer(d: Path) -> str:
+    config = LoraConfig(target_modules="all-linear")
+    return _qlora(d / "wrapper", 160, lambda model: get_peft_model(model, config), PeftModel.from_pretrained)
+
+
 def save_quantised(d: Path) -> str:
     model = AutoModel.from_pretrained(d / "vit", quantization_config=BitsAndBytesConfig(load_in_8bit=True))
     model.save_pretrained("again")
@@ -269,6 +309,8 @@ ROWS = [
     ("quantised", "BitsAndBytesConfig(load_in_8bit=True)", eight_bits, "TimmWrapperModel", eight_bits_peer),
     ("quantised", "BitsAndBytesConfig(load_in_4bit=True)", four_bits, "TimmWrapperModel", four_bits_peer),
     ("quantised", "QuantoConfig(weights='int8')", quanto, "TimmWrapperModel", quanto_peer),
+    ("quantised", "TorchAoConfig(Int8WeightOnlyConfig())", torchao, "TimmWrapperModel", torchao_peer),
+    ("quantised", "QLoRA: adapters on 4 bits, saved and loaded", qlora, "peft on TimmWrapperModel", qlora_peer),
     ("quantised", "save_pretrained of an 8-bit model", save_quantised, "TimmWrapperModel", save_quantised_peer),
     ("open_clip", "set_grad_checkpointing(True, impl='inline'), of open_clip 4", checkpointing_impl,
      "open_clip's TimmModel", checkpointing_impl_peer),

@@ -286,6 +286,7 @@ class Killer(nn.Module):
 
 
 def test_a_process_that_dies_is_replaced_and_one_that_dies_again_ends_the_run(paths: list[str], tmp_path: Path) -> None:
+    others = psutil.Process().children()
     tower = TimmModel("test_resnet", pool="avg", proj="none")
     expected = embed(tower, paths)
     tower.head = Killer(str(tmp_path / "killed"))
@@ -294,7 +295,7 @@ def test_a_process_that_dies_is_replaced_and_one_that_dies_again_ends_the_run(pa
     tower.head = Killer(None)
     with pytest.raises(TowerError, match=r"ended by signal SIGKILL, twice, .*00\.png"):
         embed(tower, paths, num_workers=1)
-    assert not psutil.Process().children()
+    assert set(psutil.Process().children()) <= set(others)
 
 
 def test_processes_that_only_prepare_give_the_same_bits(
@@ -359,12 +360,13 @@ class Failing(nn.Module):
 
 
 def test_an_error_of_the_tower_is_raised_and_leaves_no_process(paths: list[str]) -> None:
+    others = psutil.Process().children()
     tower = TimmModel("test_resnet", pool="avg", proj="none")
     tower.head = Failing()
     for workers in (0, 2):
         with pytest.raises(RuntimeError, match="the head fails"):
             embed(tower, paths, num_workers=workers)
-    assert not psutil.Process().children()
+    assert set(psutil.Process().children()) <= set(others)
 
 
 def test_no_more_than_a_few_batches_are_taken_ahead(tower: TimmModel, paths: list[str]) -> None:

@@ -153,6 +153,7 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.turn(1)
 def test_two_actors_one_of_them_killed_give_all_rows_with_the_same_bits(
     cluster: None,
     tower_folder: str,
@@ -172,6 +173,7 @@ def test_two_actors_one_of_them_killed_give_all_rows_with_the_same_bits(
 
 
 @pytest.mark.slow
+@pytest.mark.turn(0)
 def test_a_killed_driver_is_gone_on_with_by_the_same_command(
     tower_folder: str, photos: list[str], expected: torch.Tensor, tmp_path: Path
 ) -> None:

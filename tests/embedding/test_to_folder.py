@@ -229,6 +229,7 @@ def test_tokens_and_layers_are_columns(tower: TimmModel, images: Path, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.turn(1)
 def test_kill_9_of_the_group_or_a_replica_at_any_moment(
     tower: TimmModel, saved: Path, images: Path, tmp_path: Path
 ) -> None:

@@ -386,7 +386,7 @@ def _hidden_number() -> nn.Module:
         (_with_another_forward, "gives another head"),
         (_with_a_lambda, "gives another head|fails"),
         (_hidden_number, "another head: .*gradient"),
-        (lambda: GreedyHashHead(96, nbit=17), "gives other weights.*@register_head"),
+        (lambda: GreedyHashHead(96, nbit=17), r"another head: \S+ is torch.float32 .*@register_head"),
         (lambda: nn.Sequential(nn.Linear(96, 4), GreedyHashHead(4)), "Put the parts into a class of your own"),
     ],
 )

@@ -9,8 +9,9 @@ import torch
 import torch.nn as nn
 
 from hf_timm_tower import ArgumentError, ConfigError, HeadError, TimmModel, TimmTowerConfig, register_head
+from hf_timm_tower.heads.registry import HEAD_FACTORIES, rebuild_stored
 from hf_timm_tower.heads.stored_form import store_head
-from hf_timm_tower.reader.head import HEAD_FACTORIES, builtin_head, rebuild_head
+from hf_timm_tower.reader.head import builtin_head
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +54,7 @@ def test_head_that_no_graph_holds_is_stored_by_name_with_its_arguments() -> None
         "name": "tests/by-value",
         "kwargs": {"in_features": 6, "embed_dim": 3, "scale": 2.5, "names": ["a"]},
     }
-    again = rebuild_head(spec)
+    again = rebuild_stored(spec)
     assert type(again) is cls
     again.load_state_dict(head.state_dict())
     x = torch.randn(3, 6)

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from card_snippets import snippets
 from huggingface_hub import EvalResult, ModelCard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.pipelines import get_supported_tasks
 
 from hf_timm_tower import ArgumentError, TimmModel, TimmTowerConfig
-from hf_timm_tower.hub.card import CardOptions, TowerFacts, snippets, tower_facts
+from hf_timm_tower.hub.card import CardOptions, TowerFacts, tower_facts
 
 FACTS = TowerFacts("ResNet", 1000, 24, 1024, 1024, "float32")
 PREPROCESS = {

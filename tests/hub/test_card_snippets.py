@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from hf_timm_tower.hub.card import snippets
+from card_snippets import snippets
 
 from .. import hub_calls as calls
 from ..hub_worker import HubWorker

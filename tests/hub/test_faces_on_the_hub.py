@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
+from card_snippets import snippets
 from huggingface_hub import ModelCard
 from packaging.version import Version
 from PIL import Image
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hf_timm_tower import TimmModel, TimmTowerForImageClassification, TimmTowerModel
-from hf_timm_tower.hub.card import snippets
 
 from .. import face_calls as calls
 from .. import hub_calls

@@ -9,11 +9,12 @@ import pytest
 
 from hf_timm_tower import FolderError, TimmModel
 from hf_timm_tower.hub import reader_file
-from hf_timm_tower.hub.reader_file import AUTO_MAP, READER_MODULES, READER_NAME, reader_source, write_reader
+from hf_timm_tower.hub.reader_file import AUTO_MAP, PAIR_MODULES, READER_NAME, reader_source, write_reader
 
 READER = Path(reader_file.__file__).parents[1] / "reader"
 COPY = Path(reader_file.__file__).with_name(READER_NAME)
 TRAVEL_WITH = {"torch", "timm", "huggingface_hub", "safetensors", "transformers", "numpy", "PIL", "torchvision"}
+TRAVEL_WITH |= {"typing_extensions"}  # torch brings it
 
 
 def test_the_file_in_the_package_is_the_one_that_the_sources_give() -> None:
@@ -21,20 +22,20 @@ def test_the_file_in_the_package_is_the_one_that_the_sources_give() -> None:
 
 
 def test_every_module_of_the_reader_is_in_it_after_those_that_it_imports() -> None:
-    assert {path.stem for path in READER.glob("*.py")} - {"__init__"} == set(READER_MODULES)
-    for place, name in enumerate(READER_MODULES):
+    assert {path.stem for path in READER.glob("*.py")} - {"__init__"} == set(PAIR_MODULES)
+    for place, name in enumerate(PAIR_MODULES):
         tree = ast.parse((READER / f"{name}.py").read_text(encoding="utf-8"))
         ours = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
         for node in ours:
             assert node in tree.body, f"{name}: an import of ours below the top"
             assert node.level == 1, f"{name}: imports from outside of the reader"
             assert all(alias.asname is None for alias in node.names), f"{name}: renames on import"
-            assert node.module in READER_MODULES[:place], f"{name} comes before {node.module}"
+            assert node.module in PAIR_MODULES[:place], f"{name} comes before {node.module}"
 
 
 def test_no_name_stands_twice_and_every_import_is_of_what_is_there_anyway() -> None:
     owners: dict[str, str] = {}
-    for name in READER_MODULES:
+    for name in PAIR_MODULES:
         for node in ast.parse((READER / f"{name}.py").read_text(encoding="utf-8")).body:
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
             named = [target.id for target in targets if isinstance(target, ast.Name)]
@@ -43,7 +44,7 @@ def test_no_name_stands_twice_and_every_import_is_of_what_is_there_anyway() -> N
             for each in named:
                 assert owners.setdefault(each, name) == name, f"{each} stands in {owners[each]} and {name}"
                 assert not hasattr(builtins, each), f"{each} hides a builtin"
-    for node in ast.walk(ast.parse(COPY.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(reader_source(PAIR_MODULES))):
         modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, "an import of a file beside it"

@@ -109,6 +109,12 @@ def test_a_timm_repository_as_a_classifier_gives_timm_s_logits(timm_model: Any, 
     assert torch.equal(AutoModelForImageClassification.from_pretrained(tmp_path)(NATIVE).logits, model(NATIVE))
 
 
+def test_a_timm_repository_with_a_head_of_one_s_own(timm_model: Any, tmp_path: Path) -> None:
+    face = TimmTowerModel.from_timm(timm_model[0], embed_dim=16, custom_head=Gate)
+    face.save_pretrained(tmp_path)
+    assert torch.equal(AutoModel.from_pretrained(tmp_path)(NATIVE).pooler_output, face(NATIVE).pooler_output)
+
+
 def test_a_timm_repository_for_other_labels_and_as_features(timm_model: Any, tmp_path: Path) -> None:
     folder, model = timm_model
     face = TimmTowerForImageClassification.from_timm(folder, num_labels=10, image_size=96)

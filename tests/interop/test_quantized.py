@@ -1,5 +1,6 @@
 """Towers quantized while they are loaded: as close to float as transformers' own wrapper of the same trunk."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from transformers import AutoModel, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
 from hf_timm_tower import ConfigError, TimmModel, WeightsError, register_head
+from hf_timm_tower.interop import peft
 from hf_timm_tower.modeling import TimmTowerForImageClassification, TimmTowerModel
 
 METHODS = ("bitsandbytes 8 bit", "bitsandbytes 4 bit", "quanto", "torchao")
@@ -85,6 +87,35 @@ def test_a_fresh_classifier_is_left_out_of_quantization_or_refused(method: str, 
     if method != "torchao":  # it leaves what is not in the files alone
         with pytest.raises(ConfigError, match=r"modules_to_not_convert=\['classifier'\]"):
             load(folders[0], quantization_config=quantization(method), **labels)
+
+
+@pytest.mark.parametrize("method", METHODS[:2])
+def test_adapters_train_on_a_quantized_tower_and_come_back(
+    method: str, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    load = partial(TimmTowerModel.from_pretrained, folders[0], quantization_config=quantization(method))
+    model = peft.add_lora(load()).train()
+    trained = {name: each.detach().clone() for name, each in model.named_parameters() if each.requires_grad}
+    layers = {name.partition(".lora_")[0].rpartition("blocks.")[2] for name in trained if "lora_" in name}
+    assert layers == {f"{n}.{name}" for n in (0, 1) for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    assert any("head" in name for name in trained)
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], 0.1)
+    for _ in range(2):  # the first moves one of two factors
+        model(images()).pooler_output.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [name for name, old in trained.items() if torch.equal(old, model.get_parameter(name))] == []
+    model.eval().save_pretrained(tmp_path)
+    with torch.no_grad():
+        again = peft.load_lora(load(), tmp_path).eval()
+        assert torch.equal(again(images()).pooler_output, model(images()).pooler_output)
+
+
+def test_a_quantized_head_that_should_train_is_refused(tmp_path: Path) -> None:
+    TimmModel("test_vit", 16, proj="mlp", image_size=64).save_pretrained(tmp_path)
+    packed = TimmTowerModel.from_pretrained(tmp_path, quantization_config=quantization(METHODS[1]))
+    with pytest.raises(ConfigError, match=r"fc1.weight is quantized .* llm_int8_skip_modules=\['head'\]"):
+        peft.add_lora(packed)
 
 
 @register_head("quantized_twin")

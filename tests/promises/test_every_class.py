@@ -63,14 +63,15 @@ def share_weights(tower: TimmModel, with_: TimmModel) -> None:
 def test_a_class_is_built_again_with_every_further_pool(built: ClassTower) -> None:
     """The disk does not know of pools: config and weights make the same tower, without saving each."""
     assert len(built.pools) >= 2 or built.architecture not in QUICK
-    for pool, proj in built.pools[1:]:
+    pools = built.pools[1:] if built.architecture in QUICK else chosen_turn(built.pools[1:], 2)
+    for pool, proj in pools:
         with skip_init():
             tower = build(built.architecture, pool, proj)
             share_weights(tower, built.tower)
             again = TimmModel.from_config(TimmTowerConfig.from_dict(json.loads(tower.config.to_json_string())))
         again.load_state_dict(tower.state_dict())
         with torch.no_grad():
-            expected, found = tower.eval()(built.images), again.eval()(built.images)
+            expected, found = tower.eval()(built.images[:1]), again.eval()(built.images[:1])
         assert torch.isfinite(expected).all(), f"{pool}: the comparison needs finite outputs"
         assert torch.equal(found, expected), f"{pool}: other bits"
 

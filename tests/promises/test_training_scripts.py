@@ -12,9 +12,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from hf_timm_tower import TimmModel, TimmTowerForImageClassification, TimmTowerModel, TowerError
+
+try:
+    from torch.distributed.fsdp import fully_shard
+except ImportError:  # before torch 2.6
+    from torch.distributed._composable.fsdp import fully_shard
 
 FACES: dict[str, tuple[Any, dict[str, Any]]] = {
     "TimmModel": (TimmModel, {}),
@@ -133,5 +137,6 @@ def fsdp2_of_every_face(rank: int, world: int, saved: Path, scratch: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.turn(1)
 def test_fsdp2_in_two_processes(saved: Path, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(fsdp2_of_every_face, args=(2, saved, tmp_path), nprocs=2)

@@ -1,4 +1,4 @@
-"""Arguments of timm as JSON: what goes in comes out, and no class comes in by another door."""
+"""Arguments of timm as JSON: what goes in comes out, and no class comes in by another way."""
 
 import json
 from functools import partial

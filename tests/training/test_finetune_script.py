@@ -275,6 +275,7 @@ def test_digits_from_scratch(trained: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.turn(1)
 def test_killed_and_resumed_it_ends_where_it_would_have(trained: Path, tmp_path: Path) -> None:
     options = ("--output-dir", tmp_path / "out", "--resume-from-checkpoint", "auto")
     options += ("--save-strategy", "steps", "--save-steps", "40")  # in the middle of epochs
@@ -292,6 +293,7 @@ def test_killed_and_resumed_it_ends_where_it_would_have(trained: Path, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.turn(0)
 def test_two_processes_end_where_one_does(trained: Path, tmp_path: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     options = ("--output-dir", tmp_path / "out", "--per-device-train-batch-size", "32")

@@ -63,6 +63,15 @@ def test_what_a_batch_is_filled_up_with_changes_nothing_and_nothing_is_cropped(t
     assert torch.equal(TimmModel.from_tower(face)(patches(PICTURES)), together)
 
 
+def test_pictures_become_what_the_tower_takes() -> None:
+    grey = tower(model_kwargs={**NARROW, "in_chans": 1})
+    assert grey(grey.naflex(MOST)(PICTURES)).shape == (3, 16)
+    patches = tower().naflex(MOST)
+    assert torch.equal(
+        patches(PICTURES[0].convert("L"))["patches"], patches(PICTURES[0].convert("L").convert("RGB"))["patches"]
+    )
+
+
 def test_it_trains_through_a_data_loader() -> None:
     ours = tower().train()
     patches = ours.naflex(is_training=True, hflip=0.5)

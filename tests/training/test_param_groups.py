@@ -231,7 +231,10 @@ PAIRS = [("test_resnet", "TimmModel"), ("test_vit", "transformers")]
 
 @pytest.mark.parametrize(
     ("architecture", "face", "backend"),
-    [*((*pair, "aot_eager") for pair in PAIRS), pytest.param(*PAIRS[0], "inductor", marks=pytest.mark.slow)],
+    [
+        *((*pair, "aot_eager") for pair in PAIRS),
+        pytest.param(*PAIRS[0], "inductor", marks=[pytest.mark.slow, pytest.mark.turn(0)]),
+    ],
 )
 def test_a_partly_locked_tower_trains_compiled_as_it_does_uncompiled(
     architecture: str, face: str, backend: str

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from PIL import Image
 
 from ..hub_worker import ROOT, HubWorker
 from ..local_hub import LocalHub
-from ..timm_classes import chosen_turn
 
 SCRIPT = ROOT / "scripts" / "train_clip.py"
 LABELS = ["zero", "three", "seven"]
@@ -187,19 +186,19 @@ def test_help_does_not_pay_for_torch(fresh_process: Callable[..., str]) -> None:
     assert "--lock-image" in fresh_process(code)
 
 
-def run_script(
-    *arguments: str, launcher: tuple[str, ...] = (), env: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
+def run_script(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """The script as people start it."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **(env or {})}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *launcher, str(SCRIPT), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
+LOSSES = ("clip", "siglip")
 TOGETHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 @pytest.mark.slow
+@pytest.mark.turn(1)
 def test_digits_never_seen_are_read_by_the_pipeline(ann: HubWorker, tmp_path: Path) -> None:
     done = run_script("--output", str(tmp_path / "clip"))
     assert done.returncode == 0, done.stderr
@@ -223,7 +222,7 @@ def share_read(place: str) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", chosen_turn(["clip", "siglip"], 2))
+@pytest.mark.parametrize("loss", [pytest.param(loss, marks=pytest.mark.turn(n)) for n, loss in enumerate(LOSSES)])
 def test_two_processes_train_as_one(loss: str, tmp_path: Path) -> None:
     # A trunk without batch statistics, which are of a process's own images.
     arguments = ("--cpu", "--architecture", "test_vit3", "--loss", loss, "--epochs", "3", "--limit", "128")
@@ -239,8 +238,6 @@ def test_two_processes_train_as_one(loss: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_processes_that_would_train_apart_are_refused(tmp_path: Path) -> None:
-    # what torchrun tells the first of its processes; it is refused before it waits for the other
-    told = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    done = run_script("--output", str(tmp_path / "clip"), env=told)
+    done = run_script("--output", str(tmp_path / "clip"), launcher=TOGETHER)
     assert done.returncode != 0
     assert "add --cpu" in done.stderr

@@ -284,6 +284,7 @@ def two_processes_and_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.turn(0)
 @pytest.mark.parametrize("how", ["plain", "checkpointing"])
 def test_two_processes_keep_one_model_through_a_schedule(how: str, two_processes_and_one: Path) -> None:
     """`DistributedDataParallel` averages the gradients of what opened after it was made."""
