@@ -22,8 +22,9 @@ The rows:
 Peak memory is what the process holds at most while it loads, over what it held before (mapped files included), as
 a multiple of the bytes of the weights. Linux only.
 
-Two small tables follow: a save, and a second save after the weights changed, beside
-`TimmWrapperModel.save_pretrained`; and `import hf_timm_tower` as a multiple of `import timm`.
+Two small tables follow: a save, a second save after the weights changed, and the first two checkpoints of a `Trainer`
+(which writes AdamW's state too), beside `TimmWrapperModel` with the same; and `import hf_timm_tower` as a multiple of
+`import timm`.
 """
 
 import argparse
@@ -44,12 +45,20 @@ import torch
 import torch.nn as nn
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, TimmWrapperConfig, TimmWrapperModel
+from transformers import (
+    AutoModel,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    TimmWrapperModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 # A child that loads by the code in the folder must not have the package: its Auto classes would take over.
 WITHOUT_PACKAGE = any(f"--child={way}" in sys.argv for way in ("remote, cold", "remote, warm"))
 if not WITHOUT_PACKAGE:
-    from hf_timm_tower import TimmTowerModel  # noqa: F401  # `auto` is timed with its imports done
+    from hf_timm_tower import TimmTowerForImageClassification, TimmTowerModel  # noqa: F401  # `auto` needs the imports
     from hf_timm_tower.reader.skip_init import skip_init
     from hf_timm_tower.timm_model import TimmModel
 
@@ -220,17 +229,51 @@ def compare(name: str, repeat: int) -> None:
 
 
 def measure_saves(name: str, folder: Path) -> dict[str, float]:
-    """Seconds of a save and of a second one after the weights changed, in this process; `way, first` -> seconds."""
+    """`way, first save` -> seconds of a save and of a second one after the weights changed, in this process."""
     models = {"ours": load_ours(name, folder), "transformers": load_transformers(name, folder)}
     seconds = {}
     for turn in ("first", "second"):
         for way, model in models.items():
             start = time.perf_counter()
             model.save_pretrained(folder / "saved" / way)
-            seconds[f"{way}, {turn}"] = time.perf_counter() - start
+            seconds[f"{way}, {turn} save"] = time.perf_counter() - start
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.mul_(1.001)
+    return seconds
+
+
+class StopWatch(TrainerCallback):
+    """Seconds between the end of a step and the checkpoint after it."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.start = 0.0
+
+    def on_step_end(self, *args: object, **kwargs: object) -> None:
+        self.start = time.perf_counter()
+
+    def on_save(self, *args: object, **kwargs: object) -> None:
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+def measure_checkpoints(name: str, folder: Path) -> dict[str, float]:
+    """`way, first checkpoint` -> seconds of the first two checkpoints while a `Trainer` trains a classifier."""
+    config = TimmWrapperConfig(architecture=name, num_labels=10, do_pooling=True)
+    models = {
+        "ours": TimmTowerForImageClassification.from_pretrained(folder / "ours", num_labels=10),
+        "transformers": TimmWrapperForImageClassification(config),
+    }
+    rows = [{"pixel_values": torch.randn(3, 224, 224), "labels": row} for row in range(2)]
+    seconds = {}
+    for way, model in models.items():
+        watch, place = StopWatch(), str(folder / "saved" / f"trainer-{way}")
+        arguments = TrainingArguments(
+            place, max_steps=2, save_steps=1, per_device_train_batch_size=1, report_to="none", disable_tqdm=True
+        )
+        Trainer(model, arguments, train_dataset=rows, callbacks=[watch]).train()
+        for turn, spent in zip(("first", "second"), watch.seconds, strict=True):
+            seconds[f"{way}, {turn} checkpoint"] = spent
     return seconds
 
 
@@ -242,13 +285,14 @@ def compare_saves(name: str, repeat: int) -> None:
         runs = []
         for _ in range(repeat):
             command = [sys.executable, __file__, "--child=save", "--models", name, "--folder", str(folder)]
-            runs.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            runs.append(json.loads(done.stdout.splitlines()[-1]))
             shutil.rmtree(folder / "saved")
     print(f"\n{name}: saving\n\n| way | seconds | times transformers |\n|---|---|---|")
-    for turn in ("first", "second"):
-        middle = {way: statistics.median(run[f"{way}, {turn}"] for run in runs) for way in SAVES}
+    for act in ("first save", "second save", "first checkpoint", "second checkpoint"):
+        middle = {way: statistics.median(run[f"{way}, {act}"] for run in runs) for way in SAVES}
         for way in SAVES:
-            print(f"| {way}, {turn} save | {middle[way]:.3f} | {middle[way] / middle['transformers']:.2f} |")
+            print(f"| {way}, {act} | {middle[way]:.3f} | {middle[way] / middle['transformers']:.2f} |")
 
 
 def compare_imports(repeat: int) -> None:
@@ -275,7 +319,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child == "save":
-        print(json.dumps(measure_saves(args.models[0], args.folder)))
+        print(json.dumps(measure_saves(args.models[0], args.folder) | measure_checkpoints(args.models[0], args.folder)))
         return
     if args.child:
         print(json.dumps(measure(args.child, args.models[0], args.folder)))

@@ -9,7 +9,7 @@ from ..files.names import CONFIG_NAME, FINGERPRINT_NAME, INDEX_NAME
 from ..files.open_folder import read_json
 from ..hub.download import Access, hub_errors
 from ..hub.fetch import fetch_tower
-from ..reader.config import TimmTowerConfig
+from ..reader.config import TimmTowerConfig, check_size
 from ..reader.errors import ConfigError
 from ..reader.head import code_file
 from ..reader.weights import check_index
@@ -27,6 +27,7 @@ def inspect_tower(place: str, revision: str | None, access: Access) -> dict[str,
     config = TimmTowerConfig(**described)
     if config.image_size is None:
         raise ConfigError(f"{folder / CONFIG_NAME}: image_size is missing; it is not of a tower that was saved")
+    height, width = check_size("image_size", config.image_size)
     code = code_file(described)
     total = None
     if (folder / INDEX_NAME).exists():
@@ -37,7 +38,7 @@ def inspect_tower(place: str, revision: str | None, access: Access) -> dict[str,
         "tower": place,
         "commit": None if is_folder else folder.name,
         "trunk": config.architecture,
-        "image": f"{config.in_chans} x {config.image_size[0]} x {config.image_size[1]}",
+        "image": f"{config.in_chans} x {height} x {width}",
         "pool": config.pool,
         "projection": config.proj,
         "head": None if config.head is None else config.head.get("class") or config.head.get("form"),
