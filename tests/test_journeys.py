@@ -28,8 +28,8 @@ JOURNEYS = {
     "load a built-in head": (24, 125),
     "load a graph head": (31, 165),
     "load with dtype": (24, 125),
-    "save a custom head": (59, 415),
-    "save again after training": (47, 323),
+    "save a custom head": (59, 414),
+    "save again after training": (47, 322),
     "build with a custom head": (15, 56),
 }
 
