@@ -10,7 +10,6 @@ from ..reader.errors import WeightsError, shown
 # Where torch keeps its kinds of tensors that hold a part of the values; looked up only where something imported them.
 _PARTIAL = (
     ("torch.distributed.tensor", "DTensor"),
-    ("torch.distributed._tensor", "DTensor"),  # before torch 2.5
     ("torch.distributed._shard.sharded_tensor", "ShardedTensor"),
     ("torch.distributed.fsdp._flat_param", "FlatParameter"),
 )

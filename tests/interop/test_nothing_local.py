@@ -1,6 +1,7 @@
 """What is exported or saved to be given away names nothing of the machine and the person that made it."""
 
 import importlib.util
+import inspect
 import os
 import sys
 import sysconfig
@@ -74,6 +75,8 @@ def secrets(folder: Path) -> dict[str, str]:
 def test_nothing_of_this_machine_is_in_what_is_written(
     way: str, head: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if way.startswith("onnx") and "dynamic_shapes" not in inspect.signature(torch.onnx.export).parameters:
+        pytest.skip("this torch cannot write ONNX from a program")
     code, written = tmp_path / "zaphod", tmp_path / "out"
     code.mkdir(), written.mkdir()
     monkeypatch.setenv("USER", "zaphod-beeblebrox")
