@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from card_snippets import snippets
 from huggingface_hub import EvalResult, ModelCard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -20,6 +19,8 @@ from transformers.pipelines import get_supported_tasks
 
 from hf_timm_tower import ArgumentError, TimmModel, TimmTowerConfig
 from hf_timm_tower.hub.card import CardOptions, TowerFacts, tower_facts
+
+from ..card_snippets import snippets
 
 FACTS = TowerFacts("ResNet", 1000, 24, 1024, 1024, "float32")
 PREPROCESS = {

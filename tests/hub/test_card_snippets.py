@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from card_snippets import snippets
 
 from .. import hub_calls as calls
+from ..card_snippets import snippets
 from ..hub_worker import HubWorker
 from ..local_hub import LocalHub
 

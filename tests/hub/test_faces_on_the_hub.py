@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
-from card_snippets import snippets
 from huggingface_hub import ModelCard
 from packaging.version import Version
 from PIL import Image
@@ -20,6 +19,7 @@ from hf_timm_tower import TimmModel, TimmTowerForImageClassification, TimmTowerM
 
 from .. import face_calls as calls
 from .. import hub_calls
+from ..card_snippets import snippets
 from ..hub_worker import HubWorker
 from ..local_hub import LocalHub
 
