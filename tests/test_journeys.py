@@ -212,6 +212,7 @@ FLOORS = (
     ("modeling", "backbone"),
     ("encoder",),
     ("auto",),
+    ("core", "feature_cache", "unfreezing"),  # old import paths
     ("__init__",),
     ("cli",),
 )

@@ -482,3 +482,13 @@ def test_the_python_of_the_document_runs(tmp_path: Path, monkeypatch: pytest.Mon
     for number, block in enumerate(blocks):
         exec(compile(block, f"docs/finetuning.md: block {number}", "exec"), names)
     assert len(names["several"]) == 4 * len(names["dataset"])
+
+
+def test_the_earlier_import_paths() -> None:
+    from hf_timm_tower import ConfigError, UnfreezeSchedule, feature_cache, unfreezing
+    from hf_timm_tower.core import errors
+
+    assert feature_cache.cache_features is cache_features
+    assert feature_cache.CachedFeatures is CachedFeatures
+    assert unfreezing.UnfreezeSchedule is UnfreezeSchedule
+    assert errors.ConfigError is ConfigError
