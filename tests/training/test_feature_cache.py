@@ -485,8 +485,9 @@ def test_the_python_of_the_document_runs(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_earlier_import_paths() -> None:
-    from hf_timm_tower import ConfigError, UnfreezeSchedule, feature_cache, unfreezing
+    from hf_timm_tower import ConfigError, feature_cache, unfreezing
     from hf_timm_tower.core import errors
+    from hf_timm_tower.training.unfreeze_schedule import UnfreezeSchedule
 
     assert feature_cache.cache_features is cache_features
     assert feature_cache.CachedFeatures is CachedFeatures
