@@ -12,13 +12,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from hf_timm_tower import TimmModel, TimmTowerForImageClassification, TimmTowerModel, TowerError
-
-try:
-    from torch.distributed.fsdp import fully_shard
-except ImportError:  # before torch 2.6
-    from torch.distributed._composable.fsdp import fully_shard
 
 FACES: dict[str, tuple[Any, dict[str, Any]]] = {
     "TimmModel": (TimmModel, {}),
