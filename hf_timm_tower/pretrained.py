@@ -122,7 +122,8 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`, except that modules with frozen statistics stay in eval mode."""
         super().train(mode)
-        warn_of_training(self.config, self.trunk)
+        if self.config.trunk_source is not None:
+            warn_of_training(self.config.trunk_source, self.trunk)
         return self
 
     def _after_loading(self, loading: TowerLoading) -> None:

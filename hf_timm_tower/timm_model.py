@@ -321,7 +321,6 @@ class TimmModel(EmbeddingMixin, InterchangeMixin, TimmFace, TowerHubMixin):
     forward_from_cache = forward_from_cache
 
     # --- changing
-
     def set_input_size(self, image_size: int | Sequence[int]) -> None:
         """Change the input size; position embeddings are resampled by timm, the transform follows.
 
@@ -387,7 +386,8 @@ class TimmModel(EmbeddingMixin, InterchangeMixin, TimmFace, TowerHubMixin):
         """As `nn.Module.train`, except that modules with frozen statistics stay in eval mode."""
         super().train(mode)
         keep_statistics(self)
-        warn_of_training(self.config, self.trunk)
+        if self.config.trunk_source is not None:
+            warn_of_training(self.config.trunk_source, self.trunk)
         return self
 
     def summary(self) -> str:

@@ -103,8 +103,8 @@ def through_ray(folder: Path, paths: list[str]) -> Iterator[tuple[list[int], tor
     from hf_timm_tower.embedding.ray import embed_dataset
 
     actors = len(os.sched_getaffinity(0))
-    # Ray counts cores, it does not bind to them: one beside the actors for what feeds them
-    ray.init(num_cpus=actors + 1, include_dashboard=False, log_to_driver=False, logging_level="error")
+    # Ray counts cores, it does not bind to them: three beside the actors for what feeds them
+    ray.init(num_cpus=actors + 3, include_dashboard=False, log_to_driver=False, logging_level="error")
     ray.data.DataContext.get_current().enable_progress_bars = False
     images = ray.data.from_items([{"id": row, "path": path} for row, path in enumerate(3 * paths)])
     images = images.repartition(3 * len(paths) // BATCH)  # small parts, so that a third is soon known to be done

@@ -15,6 +15,7 @@ os.environ["HF_HOME"] = os.path.join(os.environ["TOWER_TEST_HF_HOME"], _worker)
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
+import gc
 import random
 import subprocess
 import sys
@@ -92,6 +93,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept[place] = item
     place_of = {ROOT / "tests" / name: place for place, name in enumerate(_LONG_FILES)}
     items[:] = sorted(kept, key=lambda item: place_of.get(item.path, len(place_of)))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: looking through it for garbage again and again costs one second in twenty."""
+    gc.freeze()
 
 
 def _seed_everything(seed: int) -> None:

@@ -9,7 +9,7 @@ import hf_timm_tower
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hf_timm_tower"
 # Words of others, the name of a pool, the generated file.
-OTHERS = {"AutoModel", "map", "token_avg", "modeling_timm_tower.py"}
+OTHERS = {"AutoModel", "FLOORS", "map", "token_avg", "modeling_timm_tower.py"}
 
 
 def defined_in(path: Path) -> set[str]:
@@ -51,4 +51,6 @@ def test_every_name_in_the_map_is_there() -> None:
     words = set(re.findall(r"`([A-Za-z_][\w./]*)`", text)) - OTHERS
     assert "build.head_fields" in words, "the walk sees a known name"
     assert [word for word in sorted(words) if not is_there(word, files)] == []
+    rooms = {f"{path.name}{'/' if path.is_dir() else ''}" for path in PACKAGE.iterdir() if path.name[0] not in "._"}
+    assert sorted(rooms - words - {"py.typed"}) == [], "rooms and files at the top that it does not name"
     assert not is_there("build.no_such_name", files)

@@ -7,9 +7,12 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from hf_timm_tower import TimmModel
+
+from .timm_classes import chosen_turn
 
 MAIN = Path(__file__).resolve().parents[1] / "scripts" / "_demo" / "main.py"
 
@@ -50,21 +53,39 @@ TimmModel.save_pretrained = save_and_tamper
 """
 
 
-def test_demo_fails_if_another_tower_was_saved_and_ends_well_on_the_next_run(tmp_path: Path) -> None:
+# What is done to the saved folder, what the demo then says on stderr, and what on stdout.
+TAMPERED = {
+    "another tower": (
+        """
+    import torch
+    other = TimmModel("test_resnet", embed_dim=64, image_size=64, custom_head=type(self.head))
+    other.load_state_dict({**self.state_dict(), "head.out.bias": torch.zeros(64)})
+    save(other, folder)
+    """,
+        "The demo FAILED: the fresh process gives other bits for digits.train",
+        "tower.verify(): equal",
+    ),
+    "a changed weight": (
+        """
+    file = Path(folder) / "head.safetensors"
+    weights = load_file(file)
+    weights["head.out.bias"][0] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    """,
+        "The demo FAILED: the fresh process could not use",
+        "tower.verify(): different",
+    ),
+}
+
+
+@pytest.mark.parametrize("saved", chosen_turn(TAMPERED, 2))
+def test_demo_fails_if_what_it_saved_is_changed_and_ends_well_on_the_next_run(saved: str, tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    failed = run_demo(
-        out,
-        after_save(
-            """
-            import torch
-            other = TimmModel("test_resnet", embed_dim=64, image_size=64, custom_head=type(self.head))
-            other.load_state_dict({**self.state_dict(), "head.out.bias": torch.zeros(64)})
-            save(other, folder)
-            """
-        ),
-    )
+    tamper, stderr, stdout = TAMPERED[saved]
+    failed = run_demo(out, after_save(tamper))
     assert failed.returncode == 1, failed.stdout + failed.stderr
-    assert "The demo FAILED: the fresh process gives other bits for digits.train" in failed.stderr
+    assert stderr in failed.stderr
+    assert stdout in failed.stdout
     assert "Every bit is equal" not in failed.stdout
 
     done = run_demo(out)
@@ -76,21 +97,3 @@ def test_demo_fails_if_another_tower_was_saved_and_ends_well_on_the_next_run(tmp
     with Image.open(out / "nearest.png") as sheet:
         assert min(sheet.size) > 500
         assert len(sheet.convert("RGB").getcolors(sheet.width * sheet.height) or ()) > 100, "the sheet is blank"
-
-
-def test_demo_fails_if_a_weight_changes_on_disk(tmp_path: Path) -> None:
-    failed = run_demo(
-        tmp_path / "demo",
-        after_save(
-            """
-            file = Path(folder) / "head.safetensors"
-            weights = load_file(file)
-            weights["head.out.bias"][0] += 1
-            save_file(weights, file, metadata={"format": "pt"})
-            """
-        ),
-    )
-    assert failed.returncode == 1, failed.stdout + failed.stderr
-    assert "The demo FAILED: the fresh process could not use" in failed.stderr
-    assert "tower.verify(): different" in failed.stdout
-    assert "Every bit is equal" not in failed.stdout

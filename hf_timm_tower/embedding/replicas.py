@@ -6,6 +6,7 @@ whatever way, the pipes close and the others end.
 """
 
 import contextlib
+import io
 import multiprocessing
 import os
 import queue
@@ -14,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ from ..reader.errors import TowerError, shown
 
 _TASKS_EACH = 2
 _SECONDS_TO_END = 5.0
+_BY_VALUE = 2**16
+"""Bytes up to which a tensor is sent as it is: shared memory for it costs both processes more than the copy."""
 
 
 def usable_cores() -> int:
@@ -160,10 +164,19 @@ def _serve(work: Callable[[Any], Any], connection: Connection, parents: Connecti
             result = work(task)
         except Exception as raised:  # it is raised again where the results are asked for
             error = raised
+        message = io.BytesIO()
+        _Pickler(message).dump((number, result, error))
         try:
-            connection.send((number, result, error))
+            connection.send_bytes(message.getbuffer())
         except (BrokenPipeError, ConnectionResetError):
             os._exit(1)
+
+
+class _Pickler(ForkingPickler):
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is torch.Tensor and value.nbytes <= _BY_VALUE and value.dtype in (torch.float32, torch.float16):
+            return torch.from_numpy, (value.numpy(),)
+        return NotImplemented
 
 
 def _receive(connection: Connection, waiting: "queue.SimpleQueue[Any]") -> None:

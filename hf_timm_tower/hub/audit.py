@@ -109,7 +109,13 @@ def _refuse_adapter(place: str | os.PathLike[str], described: Mapping[str, Any])
 
 def _find(place: str | os.PathLike[str], name: str, download: Mapping[str, Any]) -> Path | None:
     try:
-        found = cached_file(place, name, _raise_exceptions_for_missing_entries=False, **download)
+        found = cached_file(
+            place,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=name == CONFIG_NAME,  # offline: others need not be in the cache
+            **download,
+        )
     except OSError as error:
         raise HubError(f"{place}: {name} cannot be read: {one_line(error)}") from error
     return None if found is None else Path(found)

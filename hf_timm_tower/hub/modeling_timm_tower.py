@@ -1979,10 +1979,11 @@ _BY_VALUES = frozenset(
 )
 """Values decide the size of the result, which is at most that of the largest argument times its rank."""
 _DECOMPOSITIONS = frozenset(
-    "svd qr eigh eigvalsh det slogdet logdet inverse inv pinv pinverse lstsq solve matrix_exp cond matrix_rank svdvals "
-    "lu_factor cholesky geqrf".split()
+    "_linalg_svd linalg_qr _linalg_eigh _linalg_det _linalg_slogdet linalg_inv_ex linalg_pinv _linalg_solve_ex ormqr "
+    "linalg_matrix_exp linalg_lu_factor_ex linalg_cholesky_ex linalg_householder_product cholesky_inverse "
+    "cholesky_solve linalg_solve_triangular".split()
 )
-"""Work grows with the cube of a matrix's width, its bytes with the square."""
+"""Of aten, inside of norms and solvers too: work grows with the cube of a matrix's width, its bytes with the square."""
 _SIZED_BY_VALUE = frozenset(
     "torch.zeros torch.ones torch.full torch.rand torch.randn torch.randint torch.arange torch.eye torch.linspace "
     "torch.logspace torch.randperm torch.tril_indices torch.triu_indices".split()
@@ -2045,9 +2046,6 @@ class _Counted:
         if name in ("torch.bincount", "Tensor.bincount", "F.one_hot", "torch.repeat_interleave",
                     "Tensor.repeat_interleave") and (made := _by_counts(name, args, kwargs)) is not None:  # fmt: skip
             return made, 0, False
-        factor = 1
-        if name.rpartition(".")[2] in _DECOMPOSITIONS:
-            factor = max([1, *(max(tensor.shape[-2:], default=1) // 64 for tensor in tensors)])
         failed: Exception | None = None
         for by_numbers in (False, True):  # a tensor of one number may say how large the result is
             count, move = _Count(self.limit), _Twins()
@@ -2056,7 +2054,7 @@ class _Counted:
             try:
                 with torch.no_grad(), torch.device("meta"), count:
                     move(function)(*first, *move(args[1:]), **move(kwargs))
-                return count.made * factor, count.work * factor, not by_numbers
+                return count.made, count.work, not by_numbers
             except GraphError:
                 raise _too_much(name, self.spent + count.made, self.limit) from None
             except Exception as error:
@@ -2114,6 +2112,8 @@ def _work_of(
     name, work = func._schema.name, max(sum(each.numel() for each in tensors) for tensors in (given, made))
     if func._overloadpacket in flop_registry:
         return max(work, int(flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)) // 2)
+    if name.removeprefix("aten::") in _DECOMPOSITIONS:
+        return work * max(max(each.shape[-2:], default=1) for each in given)
     if "dist_forward" in name or name == "aten::addbmm":  # each row with each row
         return max(work, given[-2].numel() * given[-1].shape[-2 if "cdist" in name else -1])
     if "_pool" in name and "adaptive" not in name and len(args) > 1 and isinstance(args[1], (list, tuple)):
@@ -4175,10 +4175,8 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         self._no_split_modules = [type(self.trunk).__name__]
         self._checkpoints = False
         self.supports_gradient_checkpointing = can_checkpoint(self.trunk)
-        self._runs_fused, self._fused = (
-            True,
-            [module for module in self.trunk.modules() if getattr(module, "fused_attn", False)],
-        )
+        self._runs_fused = True
+        self._fused = [module for module in self.trunk.modules() if getattr(module, "fused_attn", False)]
         self.follow_attn_implementation()
         self.post_init()  # type: ignore[no-untyped-call]
 

@@ -156,12 +156,12 @@ def kept_trunk_source(config: TimmTowerConfig, state: Mapping[str, Tensor], acce
     return source
 
 
-def warn_of_training(config: TimmTowerConfig, trunk: nn.Module) -> None:
+def warn_of_training(source: Mapping[str, object], trunk: nn.Module) -> None:
     """Say before hours of training that a trunk which is stored elsewhere moves, and will be in no save unasked."""
-    if config.trunk_source is None or not trunk.training or not _moves(trunk):
+    if not trunk.training or not _moves(trunk):
         return
     warnings.warn(
-        f"the trunk of this tower is stored in {shown(config.trunk_source.get('repo_id'))}, and will be another one "
+        f"the trunk of this tower is stored in {shown(source.get('repo_id'))}, and will be another one "
         f"after training: saves will be refused. lock(freeze_bn_stats=True) keeps it as it is. {_REMEDY}",
         stacklevel=4,
     )

@@ -102,10 +102,8 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         self._no_split_modules = [type(self.trunk).__name__]
         self._checkpoints = False
         self.supports_gradient_checkpointing = can_checkpoint(self.trunk)
-        self._runs_fused, self._fused = (
-            True,
-            [module for module in self.trunk.modules() if getattr(module, "fused_attn", False)],
-        )
+        self._runs_fused = True
+        self._fused = [module for module in self.trunk.modules() if getattr(module, "fused_attn", False)]
         self.follow_attn_implementation()
         self.post_init()  # type: ignore[no-untyped-call]
 

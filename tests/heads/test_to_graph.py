@@ -462,10 +462,13 @@ def test_a_forward_that_makes_too_much_is_refused_before_it_does(kind: str) -> N
 
 
 LARGE = [{"op": "Tensor.sum", "in": ["x"]}, {"op": "Tensor.repeat", "in": ["%0", 1, 5000, 5000]}]
+SQUARE = [{"op": "Tensor.sum", "in": ["x"]}, {"op": "Tensor.repeat", "in": ["%0", 4200, 4200]}]
 WORK: dict[str, list[dict[str, Any]]] = {
     "a product of matrices": [*LARGE, {"op": "torch.matmul", "in": ["%1", "%1"]}],
     "distances": [*LARGE, {"op": "torch.cdist", "in": ["%1", "%1", 0.5]}],
     "a pool of a large window": [*LARGE, {"op": "F.max_pool2d", "in": ["%1", 1500, 1]}],
+    "singular values inside a norm": [*SQUARE, {"op": "linalg.matrix_norm", "in": ["%1", {"s": "nuc"}]}],
+    "a matrix that is inverted": [*SQUARE, {"op": "linalg.inv", "in": ["%1"]}],
     "a large tensor read again and again": LARGE + [{"op": "Tensor.sum", "in": ["%1"]}] * 9000,
     "a convolution": [
         *LARGE,

@@ -16,7 +16,7 @@ import torch.nn as nn
 from PIL import Image
 from safetensors.torch import load, load_file, save_file
 
-import hf_timm_tower.reader.head as registry
+import hf_timm_tower.heads.registry as registry
 from hf_timm_tower import (
     ArgumentError,
     ConfigError,

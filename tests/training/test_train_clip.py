@@ -237,6 +237,7 @@ def test_two_processes_train_as_one(loss: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.turn(1)
 def test_processes_that_would_train_apart_are_refused(tmp_path: Path) -> None:
     done = run_script("--output", str(tmp_path / "clip"), launcher=TOGETHER)
     assert done.returncode != 0
