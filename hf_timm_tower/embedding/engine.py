@@ -20,7 +20,7 @@ from .embedder import Block, Embedder, Outputs
 from .replicas import in_order, usable_cores
 from .sources import Source, in_batches
 
-BATCH_ON_CPU, BATCH_ON_ACCELERATOR = 4, 32
+BATCH_ON_CPU, BATCH_ON_ACCELERATOR = 8, 32
 """A single thread is no faster with larger batches, and one image alone costs a whole batch."""
 
 Workers = int | Literal["auto"]

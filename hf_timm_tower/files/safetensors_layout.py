@@ -32,6 +32,7 @@ MAX_HEADER_BYTES = 8 * 1024**2
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _MAX_RANK = 64
 _MAX_BYTES = 2**63 - 1
+_SIZES = range(2**63)
 # safetensors' name -> torch's; some of torch's types are missing in older versions.
 _TORCH_NAMES = dict(
     pair.split(":")
@@ -229,5 +230,5 @@ def _entry(key: str, info: Any, where: str) -> Entry:
 
 
 def _are_sizes(values: object) -> bool:
-    # `type(...) is int`: True is an int to isinstance.
-    return isinstance(values, list) and all(type(n) is int and 0 <= n <= _MAX_BYTES for n in values)
+    # by types: True is an int to isinstance
+    return isinstance(values, list) and set(map(type, values)) <= {int} and all(map(_SIZES.__contains__, values))

@@ -147,7 +147,8 @@ def _tensors(
         elif pages is not None and offset % ALIGNMENT == 0:
             # A storage for each tensor, not one for all: else every writer that looks for shared storage (torch.save,
             # the reference's save_file, transformers) would take the whole file for one tied tensor.
-            tensor = torch.frombuffer(pages, dtype=entry.dtype, count=count, offset=offset).view(entry.shape)
+            tensor = torch.frombuffer(pages, dtype=entry.dtype, count=count, offset=offset)
+            tensor = tensor if len(entry.shape) == 1 else tensor.view(entry.shape)
         else:
             raw = _aligned_bytes(entry.end - entry.begin)
             if _read(descriptor, raw.numpy().data, offset) < raw.numel():

@@ -165,9 +165,13 @@ class _Construction(TorchFunctionMode):
             if self.skip:
                 budget.charge("computed", written.nbytes)
             return func(*args, **kwargs)
+        if func in _SIZED and "out" not in kwargs:
+            made = _size_of(func, args, kwargs)
+            budget.charge_made(made)
+            return _released(budget, func(*args, **kwargs), made)
         leaves = _leaves((args, kwargs))
         inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        if not inputs and (func in _SIZED or "device" in kwargs or name in _FACTORIES):
+        if not inputs and ("device" in kwargs or name in _FACTORIES):
             made = _size_of(func, args, kwargs)
             budget.charge_made(made)
             return _released(budget, func(*args, **kwargs), made)

@@ -14,6 +14,7 @@ import torch.nn as nn
 
 from ..heads.isolation import copy_module
 from ..reader.freezing import frozen_names, hold, hold_all, hold_at_call, is_held, keeps_statistics
+from ..reader.trunk import every_module
 from .layer_groups import smallest_cover
 
 
@@ -28,9 +29,10 @@ def freeze(tower: nn.Module, frozen: Collection[str], statistics: Collection[str
 def note_fixed(tower: nn.Module) -> None:
     """Remember which parameters head and trunk were made with as not trainable; to be called when they are made."""
     fixed: list[str] = []
-    if any(
-        each is not None and not each.requires_grad for part in tower.modules() for each in part._parameters.values()
-    ):
+    with torch._C.DisableTorchFunction():  # inside `skip_init` every look at a tensor goes through Python
+        parameters = (each for part in every_module(tower) for each in part._parameters.values())
+        all_train = all(each is None or each.requires_grad for each in parameters)
+    if not all_train:
         named = tower.named_parameters()
         fixed += [name for name, each in named if name.startswith("head.") and not each.requires_grad]
         fixed += [f"trunk.{name}" for name in _frozen_by_timm(tower.trunk)]  # type: ignore[arg-type]

@@ -329,9 +329,24 @@ class Copying(nn.Linear):
         self.weight.data.copy_(state_dict[prefix + "weight"])
 
 
-@pytest.mark.parametrize("kind", [Transposing, Copying])
-def test_a_module_whose_state_dict_is_not_its_tensors_is_never_silently_wrong(kind: type[nn.Linear]) -> None:
-    saved, loaded = kind(4, 4), kind(4, 4)
+def hooked(width: int, height: int) -> nn.Linear:
+    """Stores its weight the other way round, by hooks alone."""
+
+    def turn(module: nn.Module, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
+        state[prefix + "weight"] = nn.Parameter(state[prefix + "weight"].detach().t())
+
+    layer = nn.Linear(width, height)
+    layer.register_state_dict_post_hook(turn)
+    layer.register_load_state_dict_pre_hook(turn)
+    return layer
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("kind", [Transposing, Copying, hooked])
+def test_a_module_whose_state_dict_is_not_its_tensors_is_never_silently_wrong(
+    kind: Callable[[int, int], nn.Module], inside: bool
+) -> None:
+    saved, loaded = (nn.Sequential(kind(4, 4)) if inside else kind(4, 4) for _ in range(2))
     with pytest.raises(WeightsError, match="did not reach"):
         assign_weights(loaded, saved.state_dict(), source="x")
 
