@@ -41,7 +41,7 @@ class TimmTowerEmbeddings(EmbeddingFunction):  # type: ignore[misc]  # lancedb c
         revision: Branch, tag or commit.
         device: Where to run; None: on the CPU.
         normalize: Scale embeddings to length 1.
-        batch_size: Images that run at once; None: 4 on a CPU, 32 elsewhere.
+        batch_size: Images that run at once; None: 8 on a CPU, 32 elsewhere.
         num_workers: Processes beside this one; None: as `tower.embed` chooses.
     """
 

@@ -44,7 +44,7 @@ class EmbeddingMixin(nn.Module):
             images: A folder (its image files and tar shards, sorted), a file, a list of paths; PIL images, bytes of
                 image files, arrays, tensors (uint8 or floats in [0, 1], not yet transformed); a `datasets` table; a
                 WebDataset shard or pipeline; any iterable of these, also as tuples (image, ...) or mappings.
-            batch_size: Images that run at once; None: 4 on a CPU (there in each process), 32 elsewhere.
+            batch_size: Images that run at once; None: 8 on a CPU (there in each process), 32 elsewhere.
             num_workers: Processes: on a CPU, of one thread each, that decode and run the tower; elsewhere, that decode
                 in front of it. `"auto"`: one for each core that this process may use, fewer for few images; 0: none.
             normalize: Scale every embedding to length 1.

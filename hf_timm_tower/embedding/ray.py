@@ -64,7 +64,7 @@ def embed_dataset(
         trust_remote_code: Run a head that is stored as code.
         column: Of the images; it stays in the result where it holds paths.
         id_column: Names an image in errors.
-        batch_size: Images that run at once; None: 4 on a CPU, 32 on a GPU.
+        batch_size: Images that run at once; None: 8 on a CPU, 32 on a GPU.
         normalize: Scale every embedding to length 1.
         dtype: Of the result; bfloat16 is given as float32, which Arrow has.
         return_tokens: Also a column `tokens`.

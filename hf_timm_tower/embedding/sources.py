@@ -50,7 +50,7 @@ def open_source(images: Any, column: str | None = None) -> Source:
     """What the caller gave -> a source.
 
     Args:
-        images: A folder, an image file or a `.tar` shard; one PIL image, array, tensor or bytes; a batch `[N, ...]`; a
+        images: A folder, an image file, a `.tar` shard or a list of them; one PIL image, array, tensor or bytes; a batch `[N, ...]`; a
             `datasets` table; any iterable of images, paths, tuples that begin with one, or mappings.
         column: The image's key, in mappings and tables; None: the usual names are looked for.
 
@@ -70,6 +70,9 @@ def open_source(images: Any, column: str | None = None) -> Source:
 
         kind, length, rows = source_of_table(images, column)
         return Source(lambda: _pairs(rows(), column), length, kind)
+    if isinstance(images, (list, tuple)) and images and all(map(_is_shard, images)):
+        shards = list(map(os.fspath, images))
+        return Source(lambda: itertools.chain.from_iterable(map(members_of_tar, shards)), None, "webdataset shards")
     length = len(images) if isinstance(images, Sized) else None
     if not isinstance(images, Iterable):
         if length is None or not hasattr(images, "__getitem__"):
@@ -89,9 +92,13 @@ def _source_of_path(path: str) -> Source:
         return Source(lambda: files_of_folder(path), None, "folder", place)
     if not os.path.lexists(path):
         raise FolderError(f"{shown(path)}: no such file or folder")
-    if path.endswith(".tar"):
+    if _is_shard(path):
         return Source(lambda: members_of_tar(path), None, "webdataset shard", place)
     return Source(lambda: _pairs([path], None), 1, "file", place)
+
+
+def _is_shard(image: Any) -> bool:
+    return isinstance(image, (str, os.PathLike)) and os.fspath(image).endswith(".tar")
 
 
 def _pairs(rows: Iterable[Any], column: str | None) -> Iterator[tuple[str, Any]]:

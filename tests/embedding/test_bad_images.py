@@ -174,14 +174,27 @@ def test_damaged_files_give_timms_pixels_or_one_line(tower: TimmModel) -> None:
     assert 20 < refused < 250
 
 
-def test_a_shard_that_breaks_off_is_listed_and_what_comes_before_is_embedded(tower: TimmModel, tmp_path: Path) -> None:
-    place = tmp_path / "shard.tar"
+def write_shard(place: Path) -> None:
     with tarfile.open(place, "w") as archive:
         for number in range(3):
             data = encoded(picture(), "PNG")
             member = tarfile.TarInfo(f"{number}.png")
             member.size = len(data)
             archive.addfile(member, BytesIO(data))
+
+
+def test_a_list_of_shards_is_their_images(tower: TimmModel, tmp_path: Path) -> None:
+    shards = [tmp_path / name for name in ("b.tar", "a.tar")]
+    for shard in shards:
+        write_shard(shard)
+    found = tower.embed([*shards, tmp_path / "c.tar"], num_workers=0, errors="collect", progress=False)
+    assert found.ids == [f"{name}.tar/{number}.png" for name in "ba" for number in range(3)]
+    assert [failure.id for failure in found.failures] == ["c.tar"]
+
+
+def test_a_shard_that_breaks_off_is_listed_and_what_comes_before_is_embedded(tower: TimmModel, tmp_path: Path) -> None:
+    place = tmp_path / "shard.tar"
+    write_shard(place)
     place.write_bytes(place.read_bytes()[: 2 * 512 + len(encoded(picture(), "PNG")) + 2000])
     found = tower.embed(tmp_path, num_workers=0, errors="collect", progress=False)
     assert found.ids[0] == "shard.tar/0.png"
