@@ -18,7 +18,7 @@ from .files.ties import same_bits
 from .heads.isolation import copy_head
 from .reader.config import TimmTowerConfig
 from .reader.errors import HeadError, TowerError, WeightsError
-from .reader.freezing import hold_at_call
+from .reader.freezing import eval_before_forward
 from .reader.tower import Tower
 from .reader.trunk import native_size
 from .trunk_changes import compare_training, what_changed
@@ -129,7 +129,7 @@ def _wraps_own_forward(replaced: Any, module: nn.Module) -> bool:
 
 def _is_structural(hook: Any) -> bool:
     """Hooks that are part of what a module is: torch's old weight and spectral norm, and frozen statistics."""
-    return hook is hold_at_call or type(hook).__module__.startswith("torch.nn.utils.")
+    return hook is eval_before_forward or type(hook).__module__.startswith("torch.nn.utils.")
 
 
 def _may_change(hook: Any) -> bool:

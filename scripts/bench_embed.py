@@ -8,8 +8,9 @@ compared. On stdout comes one table in Markdown: medians, from the least to the 
 
 The rows:
 
-- `limit`: cores / (seconds to decode and prepare an image + seconds of the model for an image, on one thread): no
-  program that does both on these cores is faster. By CPU time, so that it holds on a busy machine too;
+- `limit`: cores / (seconds to decode and prepare an image + seconds of the model for an image, on one thread, in
+  batches of 8 or of 32, whichever is faster): no program that does both on these cores is faster. By CPU time, so that
+  it holds on a busy machine too, and by turns with the ways;
 - `ours`: `tower.embed(paths)`; `ours, one process`: with `num_workers=0`, which has one thread;
 - `loop, N workers`: a `DataLoader` around a dataset of files, as open_clip's README has it, in batches of 32;
 - `timm, N workers`: `timm.data.create_loader`, as timm's own `inference.py`;
@@ -192,10 +193,12 @@ def limit(folder: Path, paths: list[str]) -> tuple[float, float]:
         for row in range(len(few)):
             files[row]
         prepared.append((time.process_time() - start) / len(few))
-        start = time.process_time()
-        with torch.no_grad():
-            tower(batch)
-        modelled.append((time.process_time() - start) / len(few))
+        for size in (8, BATCH):
+            start = time.process_time()
+            with torch.no_grad():
+                for part in batch.split(size):
+                    tower(part)
+            modelled.append((time.process_time() - start) / len(few))
     return min(prepared), min(modelled)
 
 
@@ -210,16 +213,16 @@ def child(way: str, folder: Path, images: Path) -> Any:
 
 
 def compare(name: str, ways: list[str], repeat: int, seconds: float) -> dict[str, Any]:
-    """Measure all ways with one model: way -> its runs, and `limit` -> seconds to prepare and of the model."""
+    """Measure all ways with one model: way -> its runs, and `limit` -> median seconds to prepare and of the model."""
     with tempfile.TemporaryDirectory() as scratch:
         folder, few, images = (Path(scratch, part) for part in ("tower", "few", "images"))
         prepare(name, folder)
         photographs(few, BATCH)
-        costs = child("limit", folder, few)
-        count = round(seconds * len(os.sched_getaffinity(0)) / sum(costs) / BATCH) * BATCH
+        count = round(seconds * len(os.sched_getaffinity(0)) / sum(child("limit", folder, few)) / BATCH) * BATCH
         photographs(images, max(count, 2 * BATCH))
-        found: dict[str, Any] = {"limit": costs, **{way: [] for way in ways}}
+        limits, found = [], {way: [] for way in ways}
         for _ in range(repeat):
+            limits.append(child("limit", folder, few))
             for way in ways:
                 found[way].append(child(way, folder, images))
                 print(f"{name}, {way}: {found[way][-1]['rate']:.1f} images/s", file=sys.stderr, flush=True)
@@ -228,7 +231,7 @@ def compare(name: str, ways: list[str], repeat: int, seconds: float) -> dict[str
         head = torch.tensor(found[way][0]["head"])
         if head.shape != expected.shape or (head - expected).abs().max() > TOLERANCE * expected.abs().max():
             print(f"{name}: {way} gives other embeddings: {(head - expected).abs().max():.2g}", file=sys.stderr)
-    return found
+    return {"limit": list(map(statistics.median, zip(*limits, strict=True))), **found}
 
 
 def table(found: dict[str, dict[str, Any]], ways: list[str]) -> str:

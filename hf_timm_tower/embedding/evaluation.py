@@ -268,16 +268,16 @@ def folder_labels(ids: Sequence[str]) -> list[str]:
         ids: Paths below the folder: `cat/1.jpg` is a `cat`, and so is `cat/indoors/2.jpg`.
 
     Raises:
-        ArgumentError: an image lies in no such folder.
+        ArgumentError: an image is in no such folder.
     """
     for name in ids:
         if "/" not in name.lstrip("/"):
-            raise ArgumentError(f"{shown(name)} lies in no folder that could name its class")
+            raise ArgumentError(f"{shown(name)} is in no folder that could name its class")
     return [name.lstrip("/").partition("/")[0] for name in ids]
 
 
 def evaluate_folders(test: StoredEmbeddings, train: StoredEmbeddings | None = None) -> dict[str, Evaluation]:
-    """Stored embeddings of images that lie in one folder for each class.
+    """Stored embeddings of images in one folder for each class.
 
     Args:
         test: What is measured.
@@ -287,7 +287,7 @@ def evaluate_folders(test: StoredEmbeddings, train: StoredEmbeddings | None = No
         `knn`, `linear_probe` and `retrieval` of the test images among the training images, or `retrieval` alone.
 
     Raises:
-        ArgumentError: images lie in no folder, the sets do not fit together, or two towers made them.
+        ArgumentError: images are in no folder, the sets do not fit together, or two towers made them.
     """
     ids, rows = test.load()
     labels = folder_labels(ids)

@@ -50,8 +50,9 @@ def open_source(images: Any, column: str | None = None) -> Source:
     """What the caller gave -> a source.
 
     Args:
-        images: A folder, an image file, a `.tar` shard or a list of them; one PIL image, array, tensor or bytes; a batch `[N, ...]`; a
-            `datasets` table; any iterable of images, paths, tuples that begin with one, or mappings.
+        images: A folder, an image file, a `.tar` shard or a list of them; one PIL image, array, tensor or bytes; a
+            batch `[N, ...]`; a `datasets` table; any iterable of images, paths, tuples that begin with one, or
+            mappings.
         column: The image's key, in mappings and tables; None: the usual names are looked for.
 
     Raises:

@@ -328,19 +328,19 @@ def keeps_statistics(module: nn.Module) -> bool:
         for name, buffer in buffers.items()
     )
 
-def hold_at_call(module: nn.Module, inputs: Any) -> None:
+def eval_before_forward(module: nn.Module, inputs: Any) -> None:
     """The hook."""
     module.training = False
 
-def is_held(module: nn.Module) -> bool:
+def has_frozen_statistics(module: nn.Module) -> bool:
     """Whether the module's statistics are frozen."""
-    return any(hook is hold_at_call for hook in module._forward_pre_hooks.values())
+    return any(hook is eval_before_forward for hook in module._forward_pre_hooks.values())
 
-def hold(module: nn.Module) -> None:
+def freeze_statistics(module: nn.Module) -> None:
     """Freeze the module's statistics."""
-    if not is_held(module):
+    if not has_frozen_statistics(module):
         # before other hooks: that of the old spectral norm looks at the mode too
-        module.register_forward_pre_hook(hold_at_call, prepend=True)
+        module.register_forward_pre_hook(eval_before_forward, prepend=True)
     module.training = False
 
 def keep_statistics(tower: nn.Module) -> None:
@@ -349,13 +349,13 @@ def keep_statistics(tower: nn.Module) -> None:
     They go there by themselves before each forward. But a module that took the place of another since (`SyncBatchNorm`
     for `BatchNorm`) has no hook yet; it gets one here.
     """
-    names: tuple[str, ...] = getattr(tower, "_held_statistics", ())
+    names: tuple[str, ...] = getattr(tower, "_frozen_statistics", ())
     if not names:
         return
     modules = dict(tower.named_modules())
     for name in names:
         if name in modules and keeps_statistics(modules[name]):
-            hold(modules[name])
+            freeze_statistics(modules[name])
 
 def check_frozen(frozen: dict[str, Any] | None) -> None:
     """Refuse, by `ConfigError`, what is not a frozen state: `parameters` and `statistics`, each a list of names."""
@@ -376,8 +376,8 @@ def frozen_names(tower: nn.Module, frozen: dict[str, Any]) -> tuple[set[str], se
     first_names = {id(parameter): name for name, parameter in tower.named_parameters()}
     every_name = dict(tower.named_parameters(remove_duplicate=False))
     parameters = _names_under(frozen.get("parameters", []), every_name, "parameters")
-    keepers = [name for name, module in tower.named_modules() if keeps_statistics(module)]
-    statistics = _names_under(frozen.get("statistics", []), keepers, "statistics")
+    with_statistics = [name for name, module in tower.named_modules() if keeps_statistics(module)]
+    statistics = _names_under(frozen.get("statistics", []), with_statistics, "statistics")
     return {first_names[id(every_name[name])] for name in parameters}, statistics
 
 def apply_frozen(tower: nn.Module, frozen: dict[str, Any] | None) -> None:
@@ -388,14 +388,14 @@ def apply_frozen(tower: nn.Module, frozen: dict[str, Any] | None) -> None:
     for name, parameter in tower.named_parameters():
         if name in parameters:
             parameter.requires_grad_(False)
-    hold_all(tower, statistics)
+    freeze_statistics_of(tower, statistics)
 
-def hold_all(tower: nn.Module, names: Collection[str]) -> None:
+def freeze_statistics_of(tower: nn.Module, names: Collection[str]) -> None:
     """Freeze the statistics of the modules of these names in the tower."""
     for name, module in tower.named_modules():
         if name in names:
-            hold(module)
-    tower._held_statistics = tuple(sorted(names))  # type: ignore[assignment]
+            freeze_statistics(module)
+    tower._frozen_statistics = tuple(sorted(names))  # type: ignore[assignment]
 
 def _names_under(entries: Sequence[str], names: Iterable[str], key: str) -> set[str]:
     """The names that the entries stand for: each for itself and all under it."""
@@ -3426,7 +3426,7 @@ class StoredTower:
     fingerprint: dict[str, Any] | None = None  # the JSON of `fingerprint.json`, where it was read
 
 def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
-    """Key -> tensor of a tower's weight files, which lie in one folder with their index.
+    """Key -> tensor of a tower's weight files, which are in one folder with their index.
 
     Tensors are mapped; those at odd addresses are copied, since kernels may give other last bits for them. Keys that
     the index calls tied or shared hold one tensor. `FormatError` where a file is damaged, or the index does not fit.

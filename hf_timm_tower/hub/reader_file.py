@@ -4,7 +4,7 @@ transformers and timm alone then load the tower, under `trust_remote_code=True`.
 in the order of their imports, with the imports of other packages gathered at the top: plain concatenation, so that
 whoever wants to trust it can read it from top to bottom and compare it with the package.
 
-    python -m hf_timm_tower.hub.reader_file      writes the copy that lies in the package
+    python -m hf_timm_tower.hub.reader_file      writes the copy that is in the package
 """
 
 import ast

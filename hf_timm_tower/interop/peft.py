@@ -23,7 +23,7 @@ from transformers.utils.hub import cached_file
 from ..files.json import write_json
 from ..files.open_folder import read_json
 from ..reader.errors import ArgumentError, ConfigError, WeightsError
-from ..reader.freezing import hold, keeps_statistics
+from ..reader.freezing import freeze_statistics, keeps_statistics
 from ..reader.trunk import float_dtype, native_size
 from ..training.freezing import freeze, restore_frozen
 
@@ -279,7 +279,7 @@ def _settle(tower: nn.Module) -> None:
     """Keep the trunk's statistics, and fixed what the head was made with as fixed."""
     for module in tower.trunk.modules():  # type: ignore[union-attr]
         if keeps_statistics(module):
-            hold(module)
+            freeze_statistics(module)
     fixed = getattr(tower, "_fixed_in_head", ())
     for name, parameter in tower.named_parameters():
         if _COPY.sub("", name) in fixed:

@@ -45,7 +45,7 @@ class StoredTower:
 
 
 def read_weight_files(files: Sequence[Path]) -> dict[str, torch.Tensor]:
-    """Key -> tensor of a tower's weight files, which lie in one folder with their index.
+    """Key -> tensor of a tower's weight files, which are in one folder with their index.
 
     Tensors are mapped; those at odd addresses are copied, since kernels may give other last bits for them. Keys that
     the index calls tied or shared hold one tensor. `FormatError` where a file is damaged, or the index does not fit.

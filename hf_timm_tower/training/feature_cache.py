@@ -26,7 +26,7 @@ from ..files.fingerprint import TOLERANCES, weight_digests
 from ..files.private_draws import private_draws
 from ..heads.batch_formula import same_bytes
 from ..reader.errors import ArgumentError, ConfigError, FolderError, FormatError
-from ..reader.freezing import is_held, keeps_statistics
+from ..reader.freezing import has_frozen_statistics, keeps_statistics
 from ..reader.skip_init import tensors_in
 from ..reader.tower import HeadInput, run_head
 from ..reader.trunk import eval_mode, float_dtype
@@ -244,7 +244,7 @@ def _check_trunk_frozen(tower: Any) -> None:
     moving = [
         name
         for name, module in tower.trunk.named_modules()
-        if module.training and keeps_statistics(module) and not is_held(module)
+        if module.training and keeps_statistics(module) and not has_frozen_statistics(module)
     ]
     if moving:
         raise ConfigError(

@@ -13,7 +13,14 @@ import torch
 import torch.nn as nn
 
 from ..heads.isolation import copy_module
-from ..reader.freezing import frozen_names, hold, hold_all, hold_at_call, is_held, keeps_statistics
+from ..reader.freezing import (
+    eval_before_forward,
+    freeze_statistics,
+    freeze_statistics_of,
+    frozen_names,
+    has_frozen_statistics,
+    keeps_statistics,
+)
 from ..reader.trunk import every_module
 from .layer_groups import smallest_cover
 
@@ -23,7 +30,7 @@ def freeze(tower: nn.Module, frozen: Collection[str], statistics: Collection[str
     fixed = _fixed(tower)
     for name, parameter in tower.named_parameters():
         _set_grad(parameter, name not in frozen and name not in fixed)
-    hold_only(tower, statistics)
+    freeze_only_statistics_of(tower, statistics)
 
 
 def note_fixed(tower: nn.Module) -> None:
@@ -49,11 +56,12 @@ def describe_frozen(tower: nn.Module) -> dict[str, list[str]] | None:
     fixed = _fixed(tower)
     parameters = {name: parameter for name, parameter in tower.named_parameters() if _can_train(parameter)}
     frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad and name not in fixed]
-    held = [name for name, module in tower.named_modules() if is_held(module)]
+    with_statistics = [name for name, module in tower.named_modules() if keeps_statistics(module)]
+    frozen_modules = [name for name, module in tower.named_modules() if has_frozen_statistics(module)]
     state = {
         # a module whose other parameters never train is frozen as a whole
         "parameters": smallest_cover(frozen, [name for name in parameters if name not in fixed]),
-        "statistics": smallest_cover(held, [name for name, part in tower.named_modules() if keeps_statistics(part)]),
+        "statistics": smallest_cover(frozen_modules, with_statistics),
     }
     return {key: names for key, names in state.items() if names} or None
 
@@ -82,18 +90,18 @@ def head_without_lock(tower: nn.Module) -> Iterator[nn.Module]:
         for name, parameter in tower.named_parameters()
         if name.startswith("head.") and name not in fixed and not parameter.requires_grad
     ]
-    held = [(module, module.training) for module in head.modules() if is_held(module)]
+    frozen_modules = [(module, module.training) for module in head.modules() if has_frozen_statistics(module)]
     try:
-        for module, _ in held:
-            release(module, head.training)
+        for module, _ in frozen_modules:
+            unfreeze_statistics(module, head.training)
         for parameter in frozen:
             _set_grad(parameter, True)
         yield head
     finally:
         for parameter in frozen:
             _set_grad(parameter, False)
-        for module, mode in held:
-            hold(module)
+        for module, mode in frozen_modules:
+            freeze_statistics(module)
             module.training = mode
 
 
@@ -128,7 +136,7 @@ def needs_graph(module: nn.Module, *inputs: Any) -> bool:
             return True
         if part._forward_pre_hooks:
             for hook in part._forward_pre_hooks.values():
-                if hook is not hold_at_call:
+                if hook is not eval_before_forward:
                     return True
         if part._parameters:
             for parameter in part._parameters.values():
@@ -169,17 +177,17 @@ def _set_grad(parameter: nn.Parameter, trains: bool) -> None:
         parameter.requires_grad_(trains)
 
 
-def release(module: nn.Module, training: bool) -> None:
+def unfreeze_statistics(module: nn.Module, training: bool) -> None:
     """Let them move again."""
     # not by the handle that registering gave: a copy of the module has none
-    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is hold_at_call]:
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is eval_before_forward]:
         del module._forward_pre_hooks[key]
     module.training = training
 
 
-def hold_only(tower: nn.Module, names: Collection[str]) -> None:
+def freeze_only_statistics_of(tower: nn.Module, names: Collection[str]) -> None:
     """Freeze the statistics of the modules of these names in the tower, and of no others."""
     for name, module in tower.named_modules():
-        if is_held(module) and name not in names:
-            release(module, tower.training)
-    hold_all(tower, names)
+        if has_frozen_statistics(module) and name not in names:
+            unfreeze_statistics(module, tower.training)
+    freeze_statistics_of(tower, names)

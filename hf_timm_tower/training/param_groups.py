@@ -10,7 +10,7 @@ from timm.models._manipulate import group_with_matcher
 from timm.optim._param_groups import auto_group_layers
 
 from ..reader.errors import ArgumentError
-from ..reader.freezing import is_held
+from ..reader.freezing import has_frozen_statistics
 from .layer_groups import layer_groups
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -144,7 +144,7 @@ def summary_table(tower: nn.Module) -> str:
             sum(size for size, _ in sizes),
             sum(size for size, trains in sizes if trains),
             len(group.statistics),
-            sum(is_held(modules[name]) for name in group.statistics),
+            sum(has_frozen_statistics(modules[name]) for name in group.statistics),
         ]
         totals = [total + count for total, count in zip(totals, counts, strict=True)]
         rows.append((group.name, _short(group.modules), *_cells(counts)))

@@ -180,7 +180,7 @@ def test_results_stand_in_the_cards_table_and_model_index(digits: Digits, tmp_pa
 
 def test_the_class_of_an_image_is_the_first_folder_of_its_path() -> None:
     assert folder_labels(["cat/1.jpg", "dog/indoors/2.jpg"]) == ["cat", "dog"]
-    with pytest.raises(ArgumentError, match=r"'3.jpg' lies in no folder"):
+    with pytest.raises(ArgumentError, match=r"'3.jpg' is in no folder"):
         folder_labels(["cat/1.jpg", "3.jpg"])
 
 

@@ -24,7 +24,7 @@ from hf_timm_tower import (
     TimmTowerModel,
     align_weights,
 )
-from hf_timm_tower.reader.freezing import is_held
+from hf_timm_tower.reader.freezing import has_frozen_statistics
 
 from ..home_processes import make_environment
 from ..hub_worker import HubWorker
@@ -141,7 +141,7 @@ def test_a_segmenter_on_each_kind_of_trunk_comes_back_bit_for_bit(
         align_weights(tmp_path / place)
         with torch.no_grad():
             maps, logits = model.backbone(images).feature_maps, model(images).logits
-        held = {name for name, module in backbone.named_modules() if is_held(module)}
+        held = {name for name, module in backbone.named_modules() if has_frozen_statistics(module)}
         assert bool(held) == (place == "frozen")
         expected = {"images": images, "maps": maps, "logits": logits, "frozen": frozen, "held": held}
         torch.save({**expected, "state": model.state_dict()}, tmp_path / place / "expected.pt")

@@ -11,7 +11,7 @@ import torch.nn as nn
 from timm.models import group_parameters
 
 from hf_timm_tower import ConfigError, TimmModel
-from hf_timm_tower.reader.freezing import is_held
+from hf_timm_tower.reader.freezing import has_frozen_statistics
 from hf_timm_tower.reader.skip_init import skip_init
 from hf_timm_tower.reader.trunk import eval_mode
 from hf_timm_tower.training.freezing import note_fixed
@@ -65,8 +65,8 @@ def build(architecture: str, image_size: int | None = None, **model_kwargs: obje
 
 
 def check_partition(tower: TimmModel, groups: list[LayerGroup]) -> None:
-    held = Counter(name for group in groups for name in group.parameters)
-    assert held == Counter(name for name, _ in tower.named_parameters())
+    frozen_statistics = Counter(name for group in groups for name in group.parameters)
+    assert frozen_statistics == Counter(name for name, _ in tower.named_parameters())
     assert len({group.name for group in groups}) == len(groups)
     assert len(groups) >= 4, "a model of several blocks"
     statistics = Counter(name for group in groups for name in group.statistics)
@@ -132,8 +132,8 @@ def check_run(tower: TimmModel, groups: list[LayerGroup], by_last_run: bool) -> 
     trunk = [group for group in groups if group.part == "trunk"]
     index_of = {name: index for index, group in enumerate(trunk) for name in group.parameters}
     lock(tower, len(trunk) // 2, freeze_bn_stats=True)
-    held = {name for name, module in tower.named_modules() if is_held(module)}
-    assert held == {name for group in trunk[: len(trunk) - len(trunk) // 2] for name in group.statistics}
+    frozen_statistics = {name for name, module in tower.named_modules() if has_frozen_statistics(module)}
+    assert frozen_statistics == {name for group in trunk[: len(trunk) - len(trunk) // 2] for name in group.statistics}
     tower.trunk.train()  # behind the tower's back
     runs: list[tuple[str, bool]] = []
     in_graph: dict[str, bool] = {}
@@ -152,9 +152,9 @@ def check_run(tower: TimmModel, groups: list[LayerGroup], by_last_run: bool) -> 
     tower.trunk.to("meta")(torch.empty(2, tower.config.in_chans, *tower.config.image_size, device="meta"))
     frozen = {name.rpartition(".")[0] for name, p in tower.trunk.named_parameters("trunk") if not p.requires_grad}
     assert not [name for name in frozen if in_graph.get(name) and _is_frozen(tower, name)]
-    keepers = {name for group in groups for name in group.statistics}
-    assert {name for name, training in runs if name in keepers and not training} <= held
-    assert not [name for name, training in runs if name in held and training]
+    with_statistics = {name for group in groups for name in group.statistics}
+    assert {name for name, training in runs if name in with_statistics and not training} <= frozen_statistics
+    assert not [name for name, training in runs if name in frozen_statistics and training]
     first: dict[int, int] = {}
     last: dict[int, int] = {}
     for step, (name, _) in enumerate(runs):

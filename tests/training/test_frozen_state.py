@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_timm_tower import ConfigError, TimmModel, TimmTowerConfig
-from hf_timm_tower.reader.freezing import is_held
+from hf_timm_tower.reader.freezing import has_frozen_statistics
 
 
 def trainable(tower: nn.Module) -> set[str]:
@@ -93,7 +93,7 @@ def test_frozen_state_comes_back(tmp_path: Path, head: Any, arguments: dict[str,
 
 def state_of(tower: TimmModel) -> tuple[Any, ...]:
     """All that a lock or unlock may leave behind."""
-    held = [name for name, module in tower.named_modules() if is_held(module)]
+    held = [name for name, module in tower.named_modules() if has_frozen_statistics(module)]
     modes = [module.training for module in copy.deepcopy(tower).train().modules()]
     return trainable(tower), held, modes, tower.config.frozen
 

@@ -14,7 +14,7 @@ from packaging.version import Version
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_timm_tower import ArgumentError, TimmTowerConfig, TimmTowerForImageClassification
-from hf_timm_tower.reader.freezing import is_held
+from hf_timm_tower.reader.freezing import has_frozen_statistics
 from hf_timm_tower.training.layer_groups import layer_groups
 from hf_timm_tower.training.unfreeze_schedule import UnfreezeSchedule, parse_schedule
 
@@ -101,8 +101,8 @@ def groups_of(model: TimmTowerForImageClassification, opened: int) -> tuple[set[
     trunk = [group for group in layer_groups(model) if group.part == "trunk"]
     closed = trunk[: len(trunk) - opened]
     frozen = {name for group in closed for name in group.parameters}
-    held = {name for group in closed for name in group.statistics}
-    return {name for name, _ in model.named_parameters()} - frozen, held
+    frozen_statistics = {name for group in closed for name in group.statistics}
+    return {name for name, _ in model.named_parameters()} - frozen, frozen_statistics
 
 
 # --- schedules
@@ -156,7 +156,9 @@ def test_what_is_open_follows_from_the_epoch_alone() -> None:
     for epoch in (3, 0, 2, 2, 1, 3, 1, 0):
         schedule.apply(model, epoch)
         opened = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        assert (opened, {name for name, module in model.named_modules() if is_held(module)}) == expected[epoch]
+        assert (opened, {name for name, module in model.named_modules() if has_frozen_statistics(module)}) == expected[
+            epoch
+        ]
         assert not schedule.apply(model, epoch), "a second time changes nothing"
 
 
@@ -174,9 +176,9 @@ def test_what_is_closed_keeps_its_bits_and_what_is_open_moves(optim: str, tmp_pa
     assert len(watch.open) == 4 * STEPS
     for step, opened in enumerate(watch.open):
         total = sum(group.part == "trunk" for group in layer_groups(model))
-        trains, held = groups_of(model, (0, 2, 0, total)[step // STEPS])
+        trains, frozen_statistics = groups_of(model, (0, 2, 0, total)[step // STEPS])
         assert opened == trains
-        moving = {name for name in statistics if name.rpartition(".")[0] not in held}
+        moving = {name for name in statistics if name.rpartition(".")[0] not in frozen_statistics}
         moved = watch.moved(step)
         assert {name for name in moved if "num_batches_tracked" not in name} == trains | moving, f"step {step}"
 
