@@ -32,7 +32,6 @@ MAX_HEADER_BYTES = 8 * 1024**2
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _MAX_RANK = 64
 _MAX_BYTES = 2**63 - 1
-_SIZES = range(2**63)
 # safetensors' name -> torch's; some of torch's types are missing in older versions.
 _TORCH_NAMES = dict(
     pair.split(":")
@@ -229,6 +228,7 @@ def _entry(key: str, info: Any, where: str) -> Entry:
     return Entry(key, dtype, tuple(shape), *offsets)
 
 
-def _are_sizes(values: object) -> bool:
+def _are_sizes(values: Any) -> bool:
     # by types: True is an int to isinstance
-    return isinstance(values, list) and set(map(type, values)) <= {int} and all(map(_SIZES.__contains__, values))
+    ints = isinstance(values, list) and set(map(type, values)) <= {int}
+    return ints and (not values or (min(values) >= 0 and max(values) <= _MAX_BYTES))
