@@ -32,7 +32,6 @@ _MOST_FILES = 1000
 _ALIGNMENT = 64  # bytes; what torch's CPU allocator aligns to
 _STATE_METHODS = ("__setattr__", "state_dict", "load_state_dict", "_save_to_state_dict", "get_extra_state")
 _STATE_LOADERS = (nn.Module._load_from_state_dict, _NormBase._load_from_state_dict)  # the second reads old files too
-_STATE_HOOKS = [name for name in vars(nn.Module()) if "state_dict" in name]
 
 
 @dataclass(frozen=True)
@@ -284,19 +283,29 @@ def _places(module: nn.Module) -> dict[str, tuple[dict[str, Any], str]] | None:
     `_load_from_state_dict` is for state dicts of other models.
     """
     found: dict[str, tuple[dict[str, Any], str]] = {}
+    plain: dict[type, bool] = {}  # by class: a trunk has hundreds of modules of a few
     for prefix, part in module.named_modules(remove_duplicate=False):
         kind = type(part)
-        own_methods = any(getattr(kind, name) is not getattr(nn.Module, name) for name in _STATE_METHODS)
+        if kind not in plain:
+            plain[kind] = all(getattr(kind, name) is getattr(nn.Module, name) for name in _STATE_METHODS)
         is_tower = not prefix and not part._parameters and not part._buffers
-        if own_methods or not (is_tower or kind._load_from_state_dict in _STATE_LOADERS):
+        if not plain[kind] or not (is_tower or kind._load_from_state_dict in _STATE_LOADERS) or _has_state_hooks(part):
             return None
-        if any(getattr(part, name) for name in _STATE_HOOKS):
-            return None
+        start, computed = f"{prefix}." if prefix else "", part._non_persistent_buffers_set
         for table in (part._parameters, part._buffers):
             for name, tensor in table.items():
-                if tensor is not None and name not in part._non_persistent_buffers_set:
-                    found[f"{prefix}.{name}" if prefix else name] = (table, name)
+                if tensor is not None and name not in computed:
+                    found[start + name] = (table, name)
     return found
+
+
+def _has_state_hooks(part: nn.Module) -> bool:
+    return bool(
+        part._state_dict_hooks
+        or part._state_dict_pre_hooks
+        or part._load_state_dict_pre_hooks
+        or part._load_state_dict_post_hooks
+    )
 
 
 def _load_strictly(module: nn.Module, values: dict[str, torch.Tensor], source: str) -> None:
