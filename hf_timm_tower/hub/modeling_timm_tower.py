@@ -6,7 +6,6 @@ in the order of their imports. It reads JSON and safetensors, builds a timm mode
 
 from PIL import Image, ImageOps
 import base64
-import binascii
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -39,15 +38,11 @@ from threading import get_ident
 import timm
 from timm.data.transforms import CenterCropOrPad, MaybeToTensor, ResizeKeepRatio
 from timm.data.transforms_factory import create_transform
-from timm.layers import norm as timm_norm
 import timm.layers
 from timm.layers.attention_pool2d import AttentionPool2d, RotAttentionPool2d
-from timm.layers.drop import DropPath
-from timm.layers.layer_scale import LayerScale
 from timm.layers.mlp import Mlp
 from timm.layers.norm_act import BatchNormAct2d
 from timm.utils.attention_extract import AttentionExtract
-from torch import nn
 import torch
 from torch.distributions.dirichlet import _Dirichlet
 import torch.nn as nn
@@ -1421,6 +1416,7 @@ FORMULAS: dict[str, Callable[[Any, Any], Any]] = {
 }
 """Operators of a formula in the batch size; powers are square roots only."""
 
+_KEY = re.compile(r"[^.\x00-\x1f\x7f]{1,200}")
 _KEYWORD = re.compile(r"[a-z][a-zA-Z0-9_]{0,40}")
 _REFERENCE = re.compile(r"%(\d{1,6})((?:\.\d{1,4}){0,4})")
 _CONSTANT = re.compile(r"#([0-9]{1,6})")
@@ -1433,13 +1429,17 @@ _WORDS = frozenset(
     donot_use_mm_for_euclid_dist
     """.split()
 )
-_SIZED_BY_NUMBERS = frozenset(
+MADE_OF_NUMBERS = frozenset(
+    "torch.zeros torch.ones torch.full torch.rand torch.randn torch.randint torch.arange torch.eye torch.linspace "
+    "torch.logspace torch.randperm torch.tril_indices torch.triu_indices".split()
+)
+"""Operations that make a tensor of numbers alone."""
+_SIZED_BY_NUMBERS = MADE_OF_NUMBERS | frozenset(
     """
-    torch.zeros torch.ones torch.full torch.rand torch.randn torch.randint torch.arange torch.eye torch.linspace
-    torch.logspace torch.randperm torch.normal torch.tile torch.repeat_interleave torch.tril_indices torch.triu_indices
-    torch.broadcast_to torch.tensor_split torch.chunk Tensor.new_full Tensor.new_ones Tensor.new_zeros Tensor.expand
-    Tensor.repeat Tensor.tile Tensor.repeat_interleave Tensor.broadcast_to Tensor.tensor_split Tensor.chunk
-    F.interpolate F.upsample F.one_hot F.pad F.adaptive_avg_pool2d F.adaptive_max_pool2d
+    torch.normal torch.tile torch.repeat_interleave torch.broadcast_to torch.tensor_split torch.chunk Tensor.new_full
+    Tensor.new_ones Tensor.new_zeros Tensor.expand Tensor.repeat Tensor.tile Tensor.repeat_interleave
+    Tensor.broadcast_to Tensor.tensor_split Tensor.chunk F.interpolate F.upsample F.one_hot F.pad
+    F.adaptive_avg_pool2d F.adaptive_max_pool2d
     """.split()
 )
 """Operations whose numbers alone say how large the result is. What sizes and numbers do together is counted when the
@@ -1480,46 +1480,61 @@ class Program:
 
 # --- small pieces: each takes a value and where it stands, and gives it back checked
 
-def only(value: dict[str, Json], known: Set[str], where: str) -> None:
-    unknown = sorted(str(key) for key in value if key not in known)
-    if unknown:
-        raise GraphError(f"{where}: unknown keys {shown(unknown[:4])}; expected some of {sorted(known)}")
+def _are_sizes(value: Json, least: int = 0, most: int = 2**40, *, may_vary: bool = False) -> bool:
+    return (isinstance(value, list) and len(value) <= 8) and all(
+        (size is None and may_vary) or (type(size) is int and least <= size <= most) for size in value
+    )
 
-def read_list(value: Json, where: str, most: int) -> list[Json]:
+def _is_key(value: Json) -> bool:
+    return isinstance(value, str) and bool(_KEY.fullmatch(value)) and not value.startswith("__")
+
+_KINDS: dict[str, tuple[str, Callable[[Json], bool]]] = {
+    "value": ("anything", lambda value: True),
+    "object": ("an object", lambda value: isinstance(value, dict)),
+    "flag": ("true or false", lambda value: type(value) is bool),
+    "name": ("a name", lambda value: isinstance(value, str) and len(value) <= 2000),
+    "key": ("a name for a module or tensor", _is_key),
+    "dtype": (f"one of {sorted(DTYPES)}", lambda value: isinstance(value, str) and value in DTYPES),
+    "shape": ("a shape", _are_sizes),
+    "order": ("an order of dimensions", lambda value: _are_sizes(value) and sorted(value) == [*range(len(value))]),
+    "input": (
+        "a shape with null for the sizes that may vary",
+        lambda value: value != [] and _are_sizes(value, 1, 2**31, may_vary=True),
+    ),
+    "device": ("'input' or 'cuda'", lambda value: value in ("input", "cuda")),
+    "precision": ("null or a dtype", lambda value: value in (None, "float16", "bfloat16", "float32")),
+}
+"""What stands in a graph beside calls: its words in an error, and its test."""
+
+def read_value(value: Json, kind: str, where: str) -> Any:
+    """A value of one of these kinds; lists become tuples, names of dtypes these."""
+    expected, fits = _KINDS[kind]
+    if not fits(value):
+        raise GraphError(f"{where}: expected {expected}, found {shown(value)}")
+    return DTYPES[value] if kind == "dtype" else tuple(value) if kind in ("shape", "order", "input") else value
+
+def read_list(value: Json, where: str, most: int = MAX_GRAPH_ITEMS) -> list[Json]:
     if not isinstance(value, list) or len(value) > most:
         raise GraphError(f"{where}: expected a list of at most {most} items, found {shown(value)}")
     return value
 
-def read_text(value: Json, where: str) -> str:
-    if not isinstance(value, str) or len(value) > 2000:
-        raise GraphError(f"{where}: expected a name, found {shown(value)}")
-    return value
+def read_rows(rows: Json, kinds: str, where: str, most: int = MAX_GRAPH_ITEMS) -> tuple[tuple[Any, ...], ...]:
+    """A list of lists, each with one value of each of these kinds."""
+    names = kinds.split()
+    for row in read_list(rows, where, most):
+        if not isinstance(row, list) or len(row) != len(names):
+            raise GraphError(f"{where}: expected [{', '.join(names)}], found {shown(row)}")
+    return tuple(tuple(map(read_value, row, names, [where] * len(row))) for row in rows)
 
-def read_pair(value: Json, where: str) -> tuple[Json, Json]:
-    if not isinstance(value, list) or len(value) != 2:
-        raise GraphError(f"{where}: expected a pair, found {shown(value)}")
-    return value[0], value[1]
-
-def read_names(value: Json, where: str) -> tuple[str, str]:
-    first, second = read_pair(value, where)
-    return read_text(first, where), read_text(second, where)
-
-def read_dtype(value: Json, where: str) -> torch.dtype:
-    if not isinstance(value, str) or value not in DTYPES:
-        raise GraphError(f"{where}: {shown(value)} is not a dtype; expected one of {sorted(DTYPES)}")
-    return DTYPES[value]
-
-def _flag(value: Json, where: str) -> bool:
-    if type(value) is not bool:
-        raise GraphError(f"{where}: {shown(value)} is neither true nor false")
-    return value
+def only(value: Json, known: Set[str], where: str) -> None:
+    unknown = sorted(str(key) for key in read_value(value, "object", where) if key not in known)
+    if unknown:
+        raise GraphError(f"{where}: unknown keys {shown(unknown[:4])}; expected some of {sorted(known)}")
 
 # --- programs
 
 def read_program(value: Json, where: str, modules: set[str], constants: int) -> Program:
     """The forward of one mode; `modules` are the names it may call, `constants` how many tensors it may refer to."""
-    if not isinstance(value, dict):
-        raise GraphError(f"{where}: expected an object with nodes and output")
     only(value, {"nodes", "output"}, where)
     nodes: list[Node] = []
     names: set[str] = set()
@@ -1532,14 +1547,11 @@ def read_program(value: Json, where: str, modules: set[str], constants: int) -> 
 
 def _node(value: Json, reader: "_ValueReader", modules: set[str]) -> Node:
     where = reader.where
-    if not isinstance(value, dict):
-        raise GraphError(f"{where}: expected an object, found {shown(value)}")
+    only(value, {"op", "call", "write", "in", "kw", "no_grad", "autocast"}, where)
     kinds = [kind for kind in ("op", "call", "write") if kind in value]
     if len(kinds) != 1:
         raise GraphError(f"{where}: expected exactly one of op, call, write")
-    kind = kinds[0]
-    only(value, {kind, "in", "kw", "no_grad", "autocast"}, where)
-    target = read_text(value[kind], where)
+    kind, target = kinds[0], read_value(value[kinds[0]], "name", where)
     if kind == "op" and target not in OPS:
         raise GraphError(
             f"{where}: {shown(target)} is not an operation that a stored head may use (or this torch lacks it)"
@@ -1547,25 +1559,17 @@ def _node(value: Json, reader: "_ValueReader", modules: set[str]) -> Node:
     if kind == "call" and target not in modules:
         raise GraphError(f"{where}: calls {shown(target)}, which is not a layer of the head")
     reader.op = target if kind == "op" else ""
-    args = tuple(reader.read(item) for item in read_list(value.get("in", []), where, MAX_GRAPH_ITEMS))
-    keywords = value.get("kw", {})
-    if not isinstance(keywords, dict) or not all(isinstance(key, str) and _KEYWORD.fullmatch(key) for key in keywords):
-        raise GraphError(f"{where}: keyword arguments {shown(keywords)} are not an object of plain names")
+    args = tuple(reader.items(value.get("in", [])))
+    keywords = read_value(value.get("kw", {}), "object", where)
+    if not all(isinstance(key, str) and _KEYWORD.fullmatch(key) for key in keywords):
+        raise GraphError(f"{where}: keyword arguments {shown(keywords)} are not plain names")
     kwargs = tuple((key, reader.read(item)) for key, item in keywords.items())
     if kind == "write" and (kwargs or len(args) != 1 or getattr(args[0], "kind", None) not in _TENSORS):
         raise GraphError(f"{where}: a write takes exactly one tensor")
     if target in _SIZED_BY_NUMBERS and reader.product > MAX_ELEMENTS:
         raise GraphError(f"{where}: {target} asks for {reader.product:.3g} elements, more than {MAX_ELEMENTS}")
-    return Node(kind, target, args, kwargs, _flag(value.get("no_grad", False), where), _autocast(value, where))
-
-def _autocast(value: dict[str, Json], where: str) -> tuple[tuple[str, bool, str | None], ...]:
-    regions = []
-    for item in read_list(value.get("autocast", []), f"{where}.autocast", 8):
-        valid = isinstance(item, list) and len(item) == 3 and item[0] in ("input", "cuda") and type(item[1]) is bool
-        if not valid or item[2] not in (None, "float16", "bfloat16", "float32"):
-            raise GraphError(f"{where}: autocast {shown(item)} is not [device, enabled, dtype]")
-        regions.append((item[0], item[1], item[2]))
-    return tuple(regions)
+    autocast: Any = read_rows(value.get("autocast", []), "device flag precision", f"{where}.autocast", 8)
+    return Node(kind, target, args, kwargs, read_value(value.get("no_grad", False), "flag", where), autocast)
 
 class _ValueReader:
     """Reads the arguments of one node; references may only point to nodes before it. `names` takes those of tensors."""
@@ -1587,28 +1591,31 @@ class _ValueReader:
         if isinstance(value, str):
             return self._reference(value)
         if isinstance(value, list):
-            return [self.read(item) for item in read_list(value, self.where, MAX_GRAPH_ITEMS)]
+            return self.items(value)
         if isinstance(value, dict) and len(value) == 1:
-            ((tag, inner),) = value.items()
-            return self._tagged(tag, inner)
+            return self._tagged(*next(iter(value.items())))
         raise GraphError(f"{self.where}: {shown(value)} is not an argument")
+
+    def items(self, values: Json) -> list[Any]:
+        """Each value of a list, decoded."""
+        return [self.read(item) for item in read_list(values, self.where)]
 
     def _tagged(self, tag: str, inner: Json) -> Any:
         if tag == "t":
-            return tuple(self.read(item) for item in read_list(inner, self.where, MAX_GRAPH_ITEMS))
+            return tuple(self.items(inner))
         if tag in ("d", "ordered"):
-            pairs = [read_pair(item, self.where) for item in read_list(inner, self.where, MAX_GRAPH_ITEMS)]
+            pairs = read_rows(inner, "value value", self.where)
             return Late(tag, tuple((self._dict_key(key), self.read(item)) for key, item in pairs))
         if tag == "s":
             return self._string(inner)
         if tag == "slice" and isinstance(inner, list) and len(inner) == 3:
-            return Late(tag, tuple(self.read(item) for item in inner))
+            return Late(tag, tuple(self.items(inner)))
         if tag == "..." and inner is True:
             return Ellipsis
         if tag == "f" and inner in ("inf", "-inf", "nan"):
             return float(inner)
         if tag == "complex" and isinstance(inner, list) and len(inner) == 2:
-            parts = [self.read(item) for item in inner]
+            parts = self.items(inner)
             if all(isinstance(part, (int, float)) for part in parts):
                 return complex(*parts)
         if tag == "n":
@@ -1619,7 +1626,7 @@ class _ValueReader:
         if tag == "dtype" and isinstance(inner, str) and inner.startswith("$"):
             return Late(tag, self._reference(inner))
         if tag == "dtype":
-            return read_dtype(inner, self.where)
+            return read_value(inner, "dtype", self.where)
         if tag == "memory" and isinstance(inner, str) and inner in MEMORY_FORMATS:
             return MEMORY_FORMATS[inner]
         if tag == "layout" and inner == "strided":
@@ -1695,8 +1702,18 @@ MAX_MODULE_DEPTH = 32
 MAX_GRAPH_DEPTH = 16
 MAX_EMBEDDED_BYTES = 1 << 20
 
+_HEAD = "the stored head"
 _GRAPH_KEYS = frozenset("version input modules ties frozen dtypes layouts held constants forward train eval".split())
-_KEY = re.compile(r"[^.\x00-\x1f\x7f]{1,200}")
+# Lists of a graph, and what stands in each of their rows; of `held`: module, its mode in train, in eval.
+_ROWS = {"ties": "name name", "dtypes": "name dtype", "layouts": "name order", "held": "name flag flag"}
+_MODULE_KEYS = {
+    "layer": {"name", "layer", "args"},
+    "container": {"name", "container"},
+    "same": {"name", "same"},
+    "part": {"name", "part", "params", "buffers", "values"},
+}
+CONTAINERS: dict[str, type[nn.Module]] = {each.__name__: each for each in (nn.Sequential, nn.ModuleList, nn.ModuleDict)}
+
 # --- records: a stored head without any JSON left in it
 
 TensorSpec = tuple[str, tuple[int, ...], torch.dtype]
@@ -1706,17 +1723,20 @@ TensorSpec = tuple[str, tuple[int, ...], torch.dtype]
 class ModuleSpec:
     """One module: a layer of the table, a torch container, a plain part, or another name of an earlier module.
 
-    `values` are buffers that are not in the state dict, with their values.
+    `of` is the layer's, container's or earlier module's name; `values` are buffers that are not in the state dict.
     """
 
     name: str
     kind: str
-    layer: str = ""
+    of: str = ""
     args: Any = None
-    same: str = ""
     params: tuple[TensorSpec, ...] = ()
     buffers: tuple[TensorSpec, ...] = ()
     values: tuple[tuple[str, torch.Tensor], ...] = ()
+
+    def tensor_names(self) -> list[str]:
+        """Names of all of its own tensors."""
+        return [str(item[0]) for item in (*self.params, *self.buffers, *self.values)]
 
 @dataclass(frozen=True)
 class Graph:
@@ -1736,39 +1756,29 @@ class Graph:
 
 def parse_graph(graph: Json) -> Graph:
     """Turn untrusted JSON into an audited `Graph`. Raises GraphError naming what was found and what was expected."""
-    if not isinstance(graph, dict):
-        raise GraphError(f"a stored head is a JSON object, found {type(graph).__name__}")
-    version = graph.get("version")
+    version = read_value(graph, "object", _HEAD).get("version")
     if type(version) is not int or version != VERSION:
         raise GraphError(
             f"the stored head has graph version {shown(version)}; this package reads version {VERSION}. A newer one "
             "needs a newer hf_timm_tower"
         )
     check_extent(graph)
-    only(graph, _GRAPH_KEYS, "the stored head")
+    only(graph, _GRAPH_KEYS, _HEAD)
+    only(graph.get("input"), {"shape"}, "input")
     left = [MAX_EMBEDDED_BYTES]
     modules = tuple(_module(item, left) for item in read_list(graph.get("modules"), "modules", MAX_MODULES))
     _check_module_names(modules)
-    constants = [_tensor(item, left, f"constants[{i}]") for i, item in enumerate(_entries(graph, "constants"))]
+    embedded = enumerate(read_list(graph.get("constants", []), "constants"))
+    constants = tuple(_tensor(item, left, f"constants[{index}]") for index, item in embedded)
     programs = _programs(graph, _callable_names(modules), len(constants))
     if not programs and modules[0].kind not in ("layer", "container"):
         raise GraphError("the stored head has no forward, and its root is not a layer that brings its own")
     if programs and modules[0].kind != "part":
         raise GraphError("the stored head has a forward of its own, so its root must be a part")
-    return Graph(
-        shape=_input_shape(graph.get("input")),
-        modules=modules,
-        ties=tuple(read_names(item, "ties") for item in _entries(graph, "ties")),
-        frozen=frozenset(read_text(item, "frozen") for item in _entries(graph, "frozen")),
-        dtypes=tuple(
-            (read_text(name, "dtypes"), read_dtype(dtype, "dtypes"))
-            for name, dtype in (read_pair(item, "dtypes") for item in _entries(graph, "dtypes"))
-        ),
-        layouts=tuple(_layout(item) for item in _entries(graph, "layouts")),
-        held=tuple(_held(item) for item in _entries(graph, "held")),
-        constants=tuple(constants),
-        programs=programs,
-    )
+    rows: Any = {key: read_rows(graph.get(key, []), kinds, key) for key, kinds in _ROWS.items()}
+    frozen = frozenset(read_value(item, "name", "frozen") for item in read_list(graph.get("frozen", []), "frozen"))
+    shape = read_value(graph["input"].get("shape"), "input", "input.shape")
+    return Graph(shape=shape, modules=modules, frozen=frozen, constants=constants, programs=programs, **rows)
 
 def check_extent(graph: Json) -> None:
     """Bound nesting, the number of values and the length of texts, without recursion and before anything else."""
@@ -1793,14 +1803,11 @@ def check_extent(graph: Json) -> None:
             return
     raise GraphError(f"the stored head is nested deeper than {MAX_GRAPH_DEPTH} levels")
 
-def _entries(graph: dict[str, Json], key: str) -> list[Json]:
-    return read_list(graph.get(key, []), key, MAX_GRAPH_ITEMS)
-
 def _callable_names(modules: Sequence[ModuleSpec]) -> set[str]:
     names: set[str] = set()
     for module in modules:
-        whole = module.kind == "layer" or (module.kind == "container" and module.layer == "Sequential")
-        if (whole or module.same in names) and module.name:
+        whole = module.kind == "layer" or (module.kind == "container" and module.of == "Sequential")
+        if (whole or (module.kind == "same" and module.of in names)) and module.name:
             names.add(module.name)
     return names
 
@@ -1811,31 +1818,19 @@ def _programs(graph: dict[str, Json], names: set[str], constants: int) -> dict[b
     read = [read_program(graph[key], key, names, constants) for key in keys]
     return {True: read[0], False: read[-1]} if read else {}
 
-# --- small pieces: each takes a value and where it stands, and gives it back checked
-
-def read_shape(value: Json, where: str) -> tuple[int, ...]:
-    sizes = read_list(value, where, 8)
-    if not all(type(size) is int and 0 <= size <= 2**40 for size in sizes):
-        raise GraphError(f"{where}: {shown(value)} is not a shape")
-    return tuple(sizes)
-
-def _key(value: Json, where: str) -> str:
-    if not isinstance(value, str) or not _KEY.fullmatch(value) or value.startswith("__"):
-        raise GraphError(f"{where}: {shown(value)} is not a name for a module or tensor")
-    return value
+# --- modules
 
 def _tensor(value: Json, left: list[int], where: str) -> torch.Tensor:
     """A tensor embedded in the graph; ``left`` holds the bytes that the graph may still embed and is reduced."""
-    if not isinstance(value, dict) or set(value) != {"shape", "dtype", "data"}:
-        raise GraphError(f"{where}: expected an object of shape, dtype and data")
-    shape, dtype = read_shape(value["shape"], where), read_dtype(value["dtype"], where)
+    only(value, {"shape", "dtype", "data"}, where)
+    shape, dtype = (read_value(value.get(kind), kind, where) for kind in ("shape", "dtype"))
     nbytes = math.prod(shape) * dtype.itemsize
     left[0] -= nbytes
     if left[0] < 0:
         raise GraphError(f"{where}: the tensors inside a stored head exceed {MAX_EMBEDDED_BYTES} bytes")
     try:
-        data = base64.b64decode(value["data"], validate=True) if isinstance(value["data"], str) else b""
-    except (binascii.Error, ValueError) as error:
+        data = base64.b64decode(value.get("data"), validate=True)
+    except (TypeError, ValueError) as error:
         raise GraphError(f"{where}: data is not base64: {error}") from None
     if len(data) != nbytes:
         raise GraphError(f"{where}: {len(data)} bytes of data, expected {nbytes} for {shape} of {dtype}")
@@ -1845,78 +1840,32 @@ def _tensor(value: Json, left: list[int], where: str) -> torch.Tensor:
         raise GraphError(f"{where}: a bool tensor holds only 0 and 1")
     return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
 
-# --- modules
-
-def _input_shape(value: Json) -> tuple[int | None, ...]:
-    if not isinstance(value, dict) or set(value) != {"shape"}:
-        raise GraphError(f"input: expected an object with the input's shape, found {shown(value)}")
-    sizes = read_list(value["shape"], "input.shape", 8)
-    if not sizes or not all(size is None or (type(size) is int and 0 < size <= 2**31) for size in sizes):
-        raise GraphError(f"input.shape: {shown(sizes)} is not a shape with null for the sizes that may vary")
-    return tuple(sizes)
-
-def _layout(value: Json) -> tuple[str, tuple[int, ...]]:
-    name, order = read_pair(value, "layouts")
-    dims = read_list(order, "layouts", 8)
-    if not all(type(dim) is int for dim in dims) or sorted(dims) != list(range(len(dims))):
-        raise GraphError(f"layouts: {shown(order)} is not an order of dimensions")
-    return read_text(name, "layouts"), tuple(dims)
-
-def _held(value: Json) -> tuple[str, bool, bool]:
-    if not (isinstance(value, list) and len(value) == 3 and all(type(flag) is bool for flag in value[1:])):
-        raise GraphError(f"held: expected [module, in train, in eval], found {shown(value)}")
-    return read_text(value[0], "held"), value[1], value[2]
-
 def _module(value: Json, left: list[int]) -> ModuleSpec:
-    if not isinstance(value, dict):
-        raise GraphError(f"modules: expected objects, found {shown(value)}")
-    name = read_text(value.get("name"), "modules.name")
+    name = read_value(read_value(value, "object", "modules").get("name"), "name", "modules.name")
     where = f"module {shown(name)}"
-    if "layer" in value:
-        only(value, {"name", "layer", "args"}, where)
-        return ModuleSpec(name, "layer", layer=read_text(value["layer"], where), args=value.get("args"))
-    if "container" in value:
-        only(value, {"name", "container"}, where)
-        if value["container"] not in ("Sequential", "ModuleList", "ModuleDict"):
-            raise GraphError(f"{where}: unknown container {shown(value['container'])}")
-        return ModuleSpec(name, "container", layer=value["container"])
-    if "same" in value:
-        only(value, {"name", "same"}, where)
-        return ModuleSpec(name, "same", same=read_text(value["same"], where))
-    only(value, {"name", "part", "params", "buffers", "values"}, where)
-    if value.get("part") is not True:
-        raise GraphError(f"{where}: is neither a layer, a container, another name, nor a part")
-    values = []
-    for item in read_list(value.get("values", []), where, MAX_GRAPH_ITEMS):
-        key, tensor = read_pair(item, where)
-        values.append((_key(key, where), _tensor(tensor, left, f"{where}, buffer {shown(key)}")))
-    params, buffers = (
-        tuple(_tensor_spec(item, where) for item in read_list(value.get(kind, []), where, MAX_GRAPH_ITEMS))
-        for kind in ("params", "buffers")
-    )
-    spec = ModuleSpec(name, "part", params=params, buffers=buffers, values=tuple(values))
-    if len(_tensor_names(spec)) != len(params) + len(buffers) + len(values):
+    kind = next((kind for kind in _MODULE_KEYS if kind in value), "part")
+    only(value, _MODULE_KEYS[kind], where)
+    of = "" if kind == "part" else read_value(value[kind], "name", where)
+    if (kind == "part" and value.get("part") is not True) or (kind == "container" and of not in CONTAINERS):
+        raise GraphError(f"{where}: is no layer, no part, not another name, and none of {', '.join(CONTAINERS)}")
+    params, buffers = (read_rows(value.get(key, []), "key shape dtype", where) for key in ("params", "buffers"))
+    rows = read_rows(value.get("values", []), "key value", where)
+    values = tuple((key, _tensor(tensor, left, f"{where}, buffer {shown(key)}")) for key, tensor in rows)
+    spec = ModuleSpec(name, kind, of, value.get("args"), params, buffers, values)
+    if len(set(spec.tensor_names())) != len(spec.tensor_names()):
         raise GraphError(f"{where}: two tensors have the same name")
     return spec
-
-def _tensor_names(spec: ModuleSpec) -> set[str]:
-    return {item[0] for item in (*spec.params, *spec.buffers)} | {item[0] for item in spec.values}
-
-def _tensor_spec(value: Json, where: str) -> TensorSpec:
-    if not isinstance(value, list) or len(value) != 3:
-        raise GraphError(f"{where}: expected [name, shape, dtype], found {shown(value)}")
-    return _key(value[0], where), read_shape(value[1], where), read_dtype(value[2], where)
 
 def _check_module_names(modules: Sequence[ModuleSpec]) -> None:
     if not modules or modules[0].name != "" or modules[0].kind == "same":
         raise GraphError("modules: the first one must be the head itself, named ''")
     seen = {"": modules[0]}
-    tensors = {"": _tensor_names(modules[0])}
+    tensors = {"": modules[0].tensor_names()}
     sizes: dict[str, list[str]] = {"": []}
     for module in modules[1:]:
-        name, same = module.name, module.same
+        name, same = module.name, module.of if module.kind == "same" else ""
         parent, _, key = name.rpartition(".")
-        _key(key, f"module {shown(name)}")
+        read_value(key, "key", f"module {shown(name)}")
         if name in seen:
             raise GraphError(f"modules: {shown(name)} is there twice")
         if name.count(".") >= MAX_MODULE_DEPTH:
@@ -1932,7 +1881,7 @@ def _check_module_names(modules: Sequence[ModuleSpec]) -> None:
         if key in tensors[parent]:
             raise GraphError(f"modules: {shown(name)} has the name of a tensor")
         seen[name] = module
-        tensors[name] = _tensor_names(module)
+        tensors[name] = module.tensor_names()
         sizes.setdefault(parent, []).append(same or name)
     _check_paths(sizes)
 
@@ -1984,12 +1933,6 @@ _DECOMPOSITIONS = frozenset(
     "cholesky_solve linalg_solve_triangular".split()
 )
 """Of aten, inside of norms and solvers too: work grows with the cube of a matrix's width, its bytes with the square."""
-_SIZED_BY_VALUE = frozenset(
-    "torch.zeros torch.ones torch.full torch.rand torch.randn torch.randint torch.arange torch.eye torch.linspace "
-    "torch.logspace torch.randperm torch.tril_indices torch.triu_indices".split()
-)
-"""They make a tensor of numbers alone."""
-
 RECORDING: ContextVar[bool] = ContextVar("recording", default=False)
 """Set while a head of this process is recorded to be stored: looking at sizes would be recorded too."""
 
@@ -2050,7 +1993,7 @@ class _Counted:
         for by_numbers in (False, True):  # a tensor of one number may say how large the result is
             count, move = _Count(self.limit), _Twins()
             first, move.keeps_numbers = move(args[:1]), by_numbers
-            first = move(args[:1]) if name in _SIZED_BY_VALUE else first
+            first = move(args[:1]) if name in MADE_OF_NUMBERS else first
             try:
                 with torch.no_grad(), torch.device("meta"), count:
                     move(function)(*first, *move(args[1:]), **move(kwargs))
@@ -2164,82 +2107,76 @@ _SIZES_RESULT = frozenset(
     "output_size padding stride dilation output_padding scale_factor size upscale_factor kernel_size".split()
 )
 
-_CONV_ARGS = "in_channels out_channels kernel_size stride padding dilation groups bias? padding_mode"
-_DECONV_ARGS = "in_channels out_channels kernel_size stride padding output_padding groups bias? dilation padding_mode"
-_BATCH_ARGS = "num_features eps momentum affine track_running_stats"
-_RNN_ARGS = "input_size hidden_size num_layers bias batch_first dropout bidirectional"
-_MAX_POOL_ARGS = "kernel_size stride padding dilation return_indices ceil_mode"
-
-NN_LAYERS = {
-    "Linear": "in_features out_features bias?",
-    "Bilinear": "in1_features in2_features out_features bias?",
-    "Identity": "",
-    "Flatten": "start_dim end_dim",
-    "Unflatten": "dim unflattened_size",
-    "Conv1d": _CONV_ARGS, "Conv2d": _CONV_ARGS, "Conv3d": _CONV_ARGS,
-    "ConvTranspose1d": _DECONV_ARGS, "ConvTranspose2d": _DECONV_ARGS, "ConvTranspose3d": _DECONV_ARGS,
-    "BatchNorm1d": _BATCH_ARGS, "BatchNorm2d": _BATCH_ARGS, "BatchNorm3d": _BATCH_ARGS,
-    "InstanceNorm1d": _BATCH_ARGS, "InstanceNorm2d": _BATCH_ARGS, "InstanceNorm3d": _BATCH_ARGS,
-    "LayerNorm": "normalized_shape eps elementwise_affine bias?",
-    "RMSNorm": "normalized_shape eps elementwise_affine",
-    "GroupNorm": "num_groups num_channels eps affine",
-    "LocalResponseNorm": "size alpha beta k",
-    "Embedding": "num_embeddings embedding_dim padding_idx max_norm norm_type scale_grad_by_freq sparse",
-    "Dropout": "p inplace", "Dropout1d": "p inplace", "Dropout2d": "p inplace", "Dropout3d": "p inplace",
-    "AlphaDropout": "p inplace", "FeatureAlphaDropout": "p inplace",
-    "ReLU": "inplace", "ReLU6": "inplace", "SiLU": "inplace", "Mish": "inplace", "SELU": "inplace",
-    "Hardswish": "inplace", "Hardsigmoid": "inplace", "GELU": "approximate",
-    "ELU": "alpha inplace", "CELU": "alpha inplace", "LeakyReLU": "negative_slope inplace",
-    "RReLU": "lower upper inplace", "Hardtanh": "min_val max_val inplace", "Threshold": "threshold value inplace",
-    "Softplus": "beta threshold", "Softshrink": "lambd", "Hardshrink": "lambd", "GLU": "dim",
-    "Sigmoid": "", "Tanh": "", "Tanhshrink": "", "Softsign": "", "LogSigmoid": "", "Softmax2d": "",
-    "Softmax": "dim", "LogSoftmax": "dim", "Softmin": "dim",
-    "PReLU": "num_parameters init",
-    "AdaptiveAvgPool1d": "output_size", "AdaptiveAvgPool2d": "output_size", "AdaptiveAvgPool3d": "output_size",
-    "AdaptiveMaxPool1d": "output_size return_indices", "AdaptiveMaxPool2d": "output_size return_indices",
-    "AdaptiveMaxPool3d": "output_size return_indices",
-    "AvgPool1d": "kernel_size stride padding ceil_mode count_include_pad",
-    "AvgPool2d": "kernel_size stride padding ceil_mode count_include_pad divisor_override",
-    "AvgPool3d": "kernel_size stride padding ceil_mode count_include_pad divisor_override",
-    "MaxPool1d": _MAX_POOL_ARGS, "MaxPool2d": _MAX_POOL_ARGS, "MaxPool3d": _MAX_POOL_ARGS,
-    "LPPool1d": "norm_type kernel_size stride ceil_mode", "LPPool2d": "norm_type kernel_size stride ceil_mode",
-    "ZeroPad1d": "padding", "ZeroPad2d": "padding", "ReflectionPad1d": "padding", "ReflectionPad2d": "padding",
-    "ReplicationPad1d": "padding", "ReplicationPad2d": "padding",
-    "ConstantPad1d": "padding value", "ConstantPad2d": "padding value",
-    "Upsample": "size scale_factor mode align_corners recompute_scale_factor",
-    "PixelShuffle": "upscale_factor", "PixelUnshuffle": "downscale_factor", "ChannelShuffle": "groups",
-    "Fold": "output_size kernel_size dilation padding stride", "Unfold": "kernel_size dilation padding stride",
-    "CosineSimilarity": "dim eps", "PairwiseDistance": "norm eps keepdim",
-    "RNN": _RNN_ARGS + " nonlinearity", "GRU": _RNN_ARGS, "LSTM": _RNN_ARGS + " proj_size",
-    "RNNCell": "input_size hidden_size bias nonlinearity", "GRUCell": "input_size hidden_size bias",
-    "LSTMCell": "input_size hidden_size bias",
-}  # fmt: skip
-"""Argument names of each `torch.nn` layer. Attributes have the same names; ``bias?`` reads `bias is not None`."""
-
-_ENCODER_LAYER_ARGS = "d_model nhead dim_feedforward dropout activation layer_norm_eps batch_first norm_first bias"
-_OTHER_LAYERS: dict[str, tuple[Any, str]] = {
-    "MultiheadAttention": (
-        nn.MultiheadAttention,
-        "embed_dim num_heads dropout add_zero_attn kdim vdim batch_first bias add_bias_kv",
-    ),
-    "TransformerEncoderLayer": (nn.TransformerEncoderLayer, _ENCODER_LAYER_ARGS),
-    "TransformerDecoderLayer": (nn.TransformerDecoderLayer, _ENCODER_LAYER_ARGS),
-    "TransformerEncoder": (nn.TransformerEncoder, "layer num_layers norm enable_nested_tensor mask_check"),
-    "TransformerDecoder": (nn.TransformerDecoder, "layer num_layers norm"),
-    "timm.DropPath": (DropPath, "drop_prob scale_by_keep"),
-    "timm.LayerScale": (LayerScale, "dim inplace"),
-    "timm.LayerNorm": (timm_norm.LayerNorm, "num_channels eps affine"),
-    "timm.LayerNorm2d": (timm_norm.LayerNorm2d, "num_channels eps affine"),
-    "timm.RmsNorm": (timm_norm.RmsNorm, "channels eps affine"),
-    "timm.RmsNorm2d": (getattr(timm_norm, "RmsNorm2d", None), "channels eps affine"),
+LAYER_ARGUMENTS: dict[str, str] = {
+    name: arguments
+    for line in """
+Bilinear: in1_features in2_features out_features bias?
+Linear: in_features out_features bias?
+Flatten: start_dim end_dim
+Unflatten: dim unflattened_size
+Identity Sigmoid Tanh Tanhshrink Softsign LogSigmoid Softmax2d:
+ReLU ReLU6 SiLU Mish SELU Hardswish Hardsigmoid: inplace
+ELU CELU: alpha inplace
+GELU: approximate
+LeakyReLU: negative_slope inplace
+RReLU: lower upper inplace
+Hardtanh: min_val max_val inplace
+Threshold: threshold value inplace
+Softplus: beta threshold
+Softshrink Hardshrink: lambd
+Softmax LogSoftmax Softmin GLU: dim
+PReLU: num_parameters init
+Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout: p inplace
+Conv1d Conv2d Conv3d: in_channels out_channels kernel_size stride padding dilation groups bias? padding_mode
+ConvTranspose1d ConvTranspose2d ConvTranspose3d: \
+    in_channels out_channels kernel_size stride padding output_padding groups bias? dilation padding_mode
+BatchNorm1d BatchNorm2d BatchNorm3d InstanceNorm1d InstanceNorm2d InstanceNorm3d: \
+    num_features eps momentum affine track_running_stats
+LayerNorm: normalized_shape eps elementwise_affine bias?
+RMSNorm: normalized_shape eps elementwise_affine
+GroupNorm: num_groups num_channels eps affine
+LocalResponseNorm: size alpha beta k
+Embedding: num_embeddings embedding_dim padding_idx max_norm norm_type scale_grad_by_freq sparse
+AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d: output_size
+AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d: output_size return_indices
+AvgPool1d: kernel_size stride padding ceil_mode count_include_pad
+AvgPool2d AvgPool3d: kernel_size stride padding ceil_mode count_include_pad divisor_override
+MaxPool1d MaxPool2d MaxPool3d: kernel_size stride padding dilation return_indices ceil_mode
+LPPool1d LPPool2d: norm_type kernel_size stride ceil_mode
+ZeroPad1d ZeroPad2d ReflectionPad1d ReflectionPad2d ReplicationPad1d ReplicationPad2d: padding
+ConstantPad1d ConstantPad2d: padding value
+Upsample: size scale_factor mode align_corners recompute_scale_factor
+PixelShuffle: upscale_factor
+PixelUnshuffle: downscale_factor
+ChannelShuffle: groups
+Fold: output_size kernel_size dilation padding stride
+Unfold: kernel_size dilation padding stride
+CosineSimilarity: dim eps
+PairwiseDistance: norm eps keepdim
+RNN: input_size hidden_size num_layers bias batch_first dropout bidirectional nonlinearity
+GRU: input_size hidden_size num_layers bias batch_first dropout bidirectional
+LSTM: input_size hidden_size num_layers bias batch_first dropout bidirectional proj_size
+RNNCell: input_size hidden_size bias nonlinearity
+GRUCell LSTMCell: input_size hidden_size bias
+MultiheadAttention: embed_dim num_heads dropout add_zero_attn kdim vdim batch_first bias add_bias_kv
+TransformerEncoderLayer TransformerDecoderLayer: \
+    d_model nhead dim_feedforward dropout activation layer_norm_eps batch_first norm_first bias
+TransformerEncoder: layer num_layers norm enable_nested_tensor mask_check
+TransformerDecoder: layer num_layers norm
+timm.DropPath: drop_prob scale_by_keep
+timm.LayerScale: dim inplace
+timm.LayerNorm timm.LayerNorm2d: num_channels eps affine
+timm.RmsNorm timm.RmsNorm2d: channels eps affine
+""".strip().splitlines()
+    for names, _, arguments in [line.partition(":")]
+    for name in names.split()
 }
+"""Arguments of each layer. Attributes have the same names; ``bias?`` reads `bias is not None`."""
+
 LAYERS: dict[str, tuple[type[nn.Module], frozenset[str]]] = {
-    name: (cls, frozenset(names.replace("?", "").split()))
-    for name, (cls, names) in (
-        *((name, (getattr(nn, name, None), names)) for name, names in NN_LAYERS.items()),
-        *_OTHER_LAYERS.items(),
-    )
-    if cls is not None  # older versions lack some
+    name: (cls, frozenset(arguments.replace("?", "").split()))
+    for name, arguments in LAYER_ARGUMENTS.items()
+    if (cls := getattr(timm.layers if "." in name else nn, name.removeprefix("timm."), None))  # older ones lack some
 }
 """Name in a graph -> the class, and the arguments that must be there."""
 
@@ -2313,12 +2250,6 @@ over the audited nodes; no text is ever turned into code.
 
 # A call of a layer runs all that is in it. The longest of the heads in this package's tests runs 102 modules and calls.
 MAX_STEPS = 50_000
-
-_CONTAINERS: dict[str, type[nn.Module]] = {
-    "Sequential": nn.Sequential,
-    "ModuleList": nn.ModuleList,
-    "ModuleDict": nn.ModuleDict,
-}
 
 class HeadPart(nn.Module):
     """A module of the user's own, reduced to what it holds: parameters, buffers, children."""
@@ -2473,12 +2404,10 @@ def _tensor_of(head: nn.Module, name: str) -> Any:
 
 def submodule(head: nn.Module, name: str) -> nn.Module:
     """The module of a dotted name; unlike `get_submodule` also where a method has the name of a module (``half``)."""
-    module = head
+    module: Any = head
     for key in name.split(".") if name else ():
-        child = module._modules[key]
-        assert child is not None
-        module = child
-    return module
+        module = module._modules[key]
+    return module  # type: ignore[no-any-return]
 
 def construct(graph: Any, *, budget: Budget | None = None) -> nn.Module:
     """Build the head of an untrusted graph: parse, audit, construct; nothing of it is ever run as code.
@@ -2497,7 +2426,7 @@ def construct(graph: Any, *, budget: Budget | None = None) -> nn.Module:
 def _assemble(graph: Graph) -> nn.Module:
     built: dict[str, nn.Module] = {}
     for spec in graph.modules:
-        module = built[spec.same] if spec.kind == "same" else _construct(graph, spec)
+        module = built[spec.of] if spec.kind == "same" else _construct(graph, spec)
         built[spec.name] = module
         if spec.name:
             parent, _, key = spec.name.rpartition(".")
@@ -2522,27 +2451,22 @@ def _check_steps(graph: Graph, root: nn.Module) -> None:
 
 def _construct(graph: Graph, spec: ModuleSpec) -> nn.Module:
     if spec.kind == "layer":
-        return build_layer(spec.layer, spec.args)
+        return build_layer(spec.of, spec.args)
     if spec.kind == "container":
-        return _CONTAINERS[spec.layer]()
+        return CONTAINERS[spec.of]()
     module = GraphHead(graph) if spec.name == "" else HeadPart()
-    for tensor in spec.params:
-        value = _reserve(tensor, spec)
-        grad = value.is_floating_point() or value.is_complex()
-        module._parameters[tensor[0]] = nn.Parameter(value, requires_grad=grad)
-    for tensor in spec.buffers:
-        module._buffers[tensor[0]] = _reserve(tensor, spec)
+    try:
+        made = {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in (*spec.params, *spec.buffers)}
+    except RuntimeError as error:
+        raise GraphError(f"module {shown(spec.name)}: its tensors cannot be made: {error}") from None
+    for name, _, dtype in spec.params:
+        grad = dtype.is_floating_point or dtype.is_complex
+        module._parameters[name] = nn.Parameter(made.pop(name), requires_grad=grad)
+    module._buffers.update(made)
     for name, value in spec.values:
         module._buffers[name] = value.clone()
         module._non_persistent_buffers_set.add(name)
     return module
-
-def _reserve(tensor: TensorSpec, spec: ModuleSpec) -> torch.Tensor:
-    name, shape, dtype = tensor
-    try:
-        return torch.empty(shape, dtype=dtype)
-    except RuntimeError as error:
-        raise GraphError(f"module {shown(spec.name)}: {shown(name)} cannot be made: {error}") from None
 
 def _finish(graph: Graph, root: nn.Module) -> None:
     """Dtypes, ties, frozen parameters and held modes, by names that must exist."""

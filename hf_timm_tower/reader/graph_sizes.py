@@ -11,11 +11,12 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .errors import GraphError, shown
+from .graph_program import MADE_OF_NUMBERS
 from .skip_init import MetaTwins, tensors_in
 
 # What all calls of one forward may make together: 128 MiB, and 1024 times the input and 64 times the weights. Attention
@@ -39,13 +40,6 @@ _DECOMPOSITIONS = frozenset(
     "cholesky_solve linalg_solve_triangular".split()
 )
 """Of aten, inside of norms and solvers too: work grows with the cube of a matrix's width, its bytes with the square."""
-_SIZED_BY_VALUE = frozenset(
-    "torch.zeros torch.ones torch.full torch.rand torch.randn torch.randint torch.arange torch.eye torch.linspace "
-    "torch.logspace torch.randperm torch.tril_indices torch.triu_indices".split()
-)
-"""They make a tensor of numbers alone."""
-
-
 RECORDING: ContextVar[bool] = ContextVar("recording", default=False)
 """Set while a head of this process is recorded to be stored: looking at sizes would be recorded too."""
 
@@ -108,7 +102,7 @@ class _Counted:
         for by_numbers in (False, True):  # a tensor of one number may say how large the result is
             count, move = _Count(self.limit), _Twins()
             first, move.keeps_numbers = move(args[:1]), by_numbers
-            first = move(args[:1]) if name in _SIZED_BY_VALUE else first
+            first = move(args[:1]) if name in MADE_OF_NUMBERS else first
             try:
                 with torch.no_grad(), torch.device("meta"), count:
                     move(function)(*first, *move(args[1:]), **move(kwargs))
