@@ -22,8 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import sha_fileobj
 import inspect
 from io import BytesIO
-from itertools import groupby
-import itertools
+from itertools import accumulate, groupby, repeat
 import json
 import math
 import numpy as np
@@ -44,9 +43,7 @@ from timm.layers.mlp import Mlp
 from timm.layers.norm_act import BatchNormAct2d
 from timm.utils.attention_extract import AttentionExtract
 import torch
-from torch.distributions.dirichlet import _Dirichlet
 import torch.nn as nn
-import torch.nn.functional as functional
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
@@ -183,10 +180,7 @@ FORBIDDEN = {
     "file": "it names a file to read",
     "url": "it names a file to fetch",
     "hf_hub_id": "it names a repository to fetch",
-    "features_only": "use tower.forward_intermediates",
-    "out_indices": "use tower.forward_intermediates",
-    "feature_cls": "use tower.forward_intermediates",
-    "feature_cfg": "use tower.forward_intermediates",
+    **dict.fromkeys("features_only out_indices feature_cls feature_cfg".split(), "use tower.forward_intermediates"),
     "model_cfg": "give the architecture's name and its arguments",
     "device": "move the tower with tower.to(device)",
     "dtype": "cast the tower with tower.to(dtype)",
@@ -204,21 +198,18 @@ RECORDED = ("img_size",)
 @lru_cache(maxsize=1)
 def allowed_classes() -> dict[str, type[nn.Module]]:
     """Full name -> class, for every public module class of `torch.nn` and `timm.layers`."""
-    table: dict[str, type[nn.Module]] = {}
-    for prefix, module in (("torch.nn", nn), ("timm.layers", timm.layers)):
-        for name in dir(module):
-            value = getattr(module, name)
-            if isinstance(value, type) and issubclass(value, nn.Module) and not name.startswith("_"):
-                table[f"{prefix}.{name}"] = value
-    return table
+    return {
+        f"{prefix}.{name}": value
+        for prefix, module in (("torch.nn", nn), ("timm.layers", timm.layers))
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, type) and issubclass(value, nn.Module) and not name.startswith("_")
+    }
 
 @lru_cache(maxsize=1)
 def _class_names() -> dict[type[nn.Module], str]:
-    names: dict[type[nn.Module], str] = {}
-    for name, cls in allowed_classes().items():
-        if cls not in names or name.rsplit(".", 1)[1] == cls.__name__:
-            names[cls] = name
-    return names
+    table = allowed_classes()
+    first = {cls: name for name, cls in reversed(table.items())}
+    return first | {cls: name for name, cls in table.items() if name.endswith(f".{cls.__name__}")}
 
 def encode(value: Any, where: str, depth: int = 0) -> Any:
     """A Python value -> JSON; `ConfigError` names a value that cannot be stored, and where it is."""
@@ -690,8 +681,6 @@ def _check(config: TimmTowerConfig) -> None:
     model_args = dict(config.model_args or {})
     check_names(model_args, recorded=(*RECORDED, *(FROM_TRUNK if config.classifier == "reset" else ())))
     config.model_args = {key: encode(value, inner("model_args", key)) for key, value in sorted(model_args.items())}
-    for key, value in config.model_args.items():
-        decode(value, inner("model_args", key))
     config.drop = float(config.drop)
     check_frozen(config.frozen)
     if config.tower_kwargs and config.tower_class is None:
@@ -1337,7 +1326,7 @@ def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
 
 def _draw_dirichlet(concentration: torch.Tensor) -> torch.Tensor:
     """What `torch.distributions.Dirichlet` and `Beta` draw with, gradient included."""
-    return _Dirichlet.apply(concentration)  # type: ignore[no-any-return]
+    return torch.distributions.dirichlet._Dirichlet.apply(concentration)  # type: ignore[no-any-return]
 
 def _build_table() -> dict[str, Callable[..., Any]]:
     table: dict[str, Callable[..., Any]] = {}
@@ -1355,7 +1344,7 @@ def _build_table() -> dict[str, Callable[..., Any]]:
 OP_SPACES: tuple[tuple[str, Any, str], ...] = (
     ("torch", torch, _BOTH + _TORCH),
     ("Tensor", torch.Tensor, _TENSOR + _BOTH),
-    ("F", functional, _FUNCTIONAL),
+    ("F", nn.functional, _FUNCTIONAL),
     ("linalg", torch.linalg, _LINALG),
     ("special", torch.special, _SPECIAL),
     ("fft", torch.fft, _FFT),
@@ -1923,7 +1912,7 @@ class Sizes:
     """What is known of the sizes in one head: which calls were looked at, and what they make."""
 
     def __init__(self) -> None:
-        self.known: dict[Any, tuple[int, int]] = {}
+        self.known: dict[Any, tuple[int, int, bool]] = {}
 
     def start(self, head: nn.Module, x: torch.Tensor) -> "_Counted | None":
         """The count of one forward; None where torch compiles or exports the head, which calls nothing for real."""
@@ -1940,7 +1929,7 @@ class Sizes:
 class _Counted:
     """Bytes that one forward has made so far, and its work."""
 
-    def __init__(self, known: dict[Any, tuple[int, int]], key: tuple[Any, ...], limit: int, most_work: int) -> None:
+    def __init__(self, known: dict[Any, Any], key: tuple[Any, ...], limit: int, most_work: int) -> None:
         self.known, self.key, self.limit, self.most_work = known, key, limit, most_work
         self.spent = self.worked = 0
 
@@ -1948,14 +1937,11 @@ class _Counted:
         """Count a call that is about to be made. Raises GraphError if the forward makes too much with it."""
         tensors = tensors_in((args, kwargs))
         key = (*self.key, index, *((tensor.shape, tensor.dtype) for tensor in tensors))
-        found = self.known.get(key)
-        if found is None:
-            made, work, lasting = self._measure(name, function, args, kwargs, tensors)
-            found = made, work
-            if lasting:
-                self.known[key] = found
-        self.spent += found[0]
-        self.worked += found[1]
+        made, work, lasting = self.known.get(key) or self._measure(name, function, args, kwargs, tensors)
+        if lasting:
+            self.known[key] = made, work, lasting
+        self.spent += made
+        self.worked += work
         if self.spent > self.limit:
             raise _too_much(name, self.spent, self.limit)
         if self.worked > self.most_work:
@@ -2610,15 +2596,15 @@ def make_code_head(spec: dict[str, Any], place: str, **download: Any) -> nn.Modu
     `HeadError` where it is not the file that was saved, or its code fails. `download`: `revision`, `token` and so on.
     """
     check_code_spec(spec)
-    file = code_file({"head": spec}) or ""
-    path = cached_file(place, file, **download)
+    file = f"{shown(place)[1:-1]}: {HEAD_CODE_FILE}"
+    path = cached_file(place, HEAD_CODE_FILE, **download)
     if path is None or hashlib.sha256(Path(path).read_bytes()).hexdigest() != spec["sha256"]:
-        raise HeadError(f"{shown(place)[1:-1]}: {file} is not the code that this tower was saved with")
-    cls: Any = get_class_from_dynamic_module(f"{file.removesuffix('.py')}.{spec['class']}", place, **download)
+        raise HeadError(f"{file} is not the code that this tower was saved with")
+    cls: Any = get_class_from_dynamic_module(f"{Path(HEAD_CODE_FILE).stem}.{spec['class']}", place, **download)
     try:
         return head_of_class(cls, spec)
     except Exception as error:  # a constructor may raise anything
-        raise HeadError(f"{shown(place)[1:-1]}: the head in {file} fails: {type(error).__name__}: {error}") from error
+        raise HeadError(f"{file}: the head in it fails: {type(error).__name__}: {error}") from error
 
 def head_of_class(cls: type[nn.Module], spec: Mapping[str, Any]) -> nn.Module:
     """A head of code from its class: constructor arguments, dtype, and which parameters were made not to train."""
@@ -2799,7 +2785,7 @@ def _resized(images: torch.Tensor, size: Sequence[int], mode: InterpolationMode)
 
 def _nearest(before: int, after: int) -> list[int]:
     """The pixels that PIL takes: it adds up the step in double precision, where torch's modes multiply in single."""
-    positions = itertools.accumulate(itertools.repeat(before / after, after - 1), initial=before / after * 0.5)
+    positions = accumulate(repeat(before / after, after - 1), initial=before / after * 0.5)
     return [min(int(position), before - 1) for position in positions]
 
 def load_pixels(image: Image.Image) -> None:
@@ -3687,27 +3673,23 @@ def forward_hidden(
         raise ConfigError(f"{type(trunk).__name__} has no forward_intermediates in timm {timm.__version__}")
     layers: Any = trunk.feature_info
     first, thread, taken = _first_block(trunk), get_ident(), list[torch.Tensor]()
-    length = len(layers) + (first is not None)
+    stems = 0 if first is None else 1
+    length = len(layers) + stems
     places = _chosen(wanted, length)
-    stems = length - len(layers)
 
     def take(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if not taken and get_ident() == thread:
-            taken.extend(_tensors((*args, *kwargs.values())))
+            taken.extend(tensors_in((args, kwargs)))
 
     run: Any = trunk.forward_intermediates
-    has_prefix = bool(getattr(trunk, "num_prefix_tokens", 0))
-    has_prefix = has_prefix and "return_prefix_tokens" in inspect.signature(run).parameters
+    taken_apart = "return_prefix_tokens" in inspect.signature(run).parameters
+    has_prefix = taken_apart and bool(getattr(trunk, "num_prefix_tokens", 0))
     extra: dict[str, Any] = {"return_prefix_tokens": True} if has_prefix else {}
     if isinstance(images, dict):
         extra["output_fmt"] = "NLC"  # patches of any aspect make no map
-    hook = None if first is None else first.register_forward_pre_hook(take, with_kwargs=True)
-    try:
-        indices = sorted({max(place - stems, 0) for place in places})
+    indices = sorted({max(place - stems, 0) for place in places})
+    with nullcontext() if first is None else first.register_forward_pre_hook(take, with_kwargs=True):
         features, found = run(images, indices=indices, **extra)
-    finally:
-        if hook is not None:
-            hook.remove()
     as_tokens = isinstance(features, torch.Tensor) and features.ndim == 3
     states = dict(zip((index + stems for index in indices), found, strict=True))
     if stems and 0 in places:
@@ -3733,8 +3715,7 @@ def _first_block(trunk: nn.Module) -> nn.Module | None:
     names = [layer["module"] for layer in layers[:2]]
     if len({name.rstrip("0123456789") for name in names}) > 1:
         return None
-    modules = dict(trunk.named_modules())
-    name = names[0]
+    modules, name = dict(trunk.named_modules()), names[0]
     if name not in modules:  # some lists of timm name a module otherwise than the model does
         name = next(each for each in modules if each.endswith(("blocks.0", "stages.0")))
     # The list may name the last block of each stage.
@@ -3744,13 +3725,6 @@ def _first_block(trunk: nn.Module) -> nn.Module | None:
     # A sequence that begins with the stem takes the image.
     own = next(trunk.parameters())
     return None if any(parameter is own for parameter in block.parameters()) else block
-
-def _tensors(values: Any) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
 
 def _stem_output(trunk: nn.Module, taken: list[torch.Tensor], width: int, grid: Sequence[int] | None) -> torch.Tensor:
     """Of what the first block took, the features; as a map where there is a `grid` of the first layer's."""
@@ -4556,11 +4530,8 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
             pixel_values: `[B, in_chans, H, W]`, floating; cast to the model's dtype.
             labels: `[B]` integers for one label each, `[B, num_labels]` floats for several, floats for regression;
                 the loss follows `config.problem_type`.
-            output_hidden_states: As `TimmTowerModel.forward`.
-            return_dict: As `TimmTowerModel.forward`.
-            output_attentions: As `TimmTowerModel.forward`.
-            interpolate_pos_encoding: As `TimmTowerModel.forward`.
-            patches, patch_coord, patch_valid: As `TimmTowerModel.forward`.
+            output_hidden_states, return_dict, output_attentions, interpolate_pos_encoding, patches, patch_coord,
+                patch_valid: As `TimmTowerModel.forward`.
 
         Raises:
             HeadError: the embedding is not `[B, embed_dim]`.

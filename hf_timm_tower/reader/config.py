@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from .errors import ConfigError, FormatError, TowerError, did_you_mean, file_errors, one_line, shown
 from .freezing import check_frozen
-from .model_args import FROM_TRUNK, RECORDED, check_names, decode, encode, inner
+from .model_args import FROM_TRUNK, RECORDED, check_names, encode, inner
 
 FORMAT_VERSION = 1
 
@@ -297,8 +297,6 @@ def _check(config: TimmTowerConfig) -> None:
     model_args = dict(config.model_args or {})
     check_names(model_args, recorded=(*RECORDED, *(FROM_TRUNK if config.classifier == "reset" else ())))
     config.model_args = {key: encode(value, inner("model_args", key)) for key, value in sorted(model_args.items())}
-    for key, value in config.model_args.items():
-        decode(value, inner("model_args", key))
     config.drop = float(config.drop)
     check_frozen(config.frozen)
     if config.tower_kwargs and config.tower_class is None:

@@ -12,8 +12,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
-from torch.distributions.dirichlet import _Dirichlet
+import torch.nn as nn
 
 # Both functions of torch and methods of a tensor.
 _BOTH = """
@@ -112,7 +111,7 @@ def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
 
 def _draw_dirichlet(concentration: torch.Tensor) -> torch.Tensor:
     """What `torch.distributions.Dirichlet` and `Beta` draw with, gradient included."""
-    return _Dirichlet.apply(concentration)  # type: ignore[no-any-return]
+    return torch.distributions.dirichlet._Dirichlet.apply(concentration)  # type: ignore[no-any-return]
 
 
 def _build_table() -> dict[str, Callable[..., Any]]:
@@ -132,7 +131,7 @@ def _build_table() -> dict[str, Callable[..., Any]]:
 OP_SPACES: tuple[tuple[str, Any, str], ...] = (
     ("torch", torch, _BOTH + _TORCH),
     ("Tensor", torch.Tensor, _TENSOR + _BOTH),
-    ("F", functional, _FUNCTIONAL),
+    ("F", nn.functional, _FUNCTIONAL),
     ("linalg", torch.linalg, _LINALG),
     ("special", torch.special, _SPECIAL),
     ("fft", torch.fft, _FFT),

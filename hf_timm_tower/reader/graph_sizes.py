@@ -48,7 +48,7 @@ class Sizes:
     """What is known of the sizes in one head: which calls were looked at, and what they make."""
 
     def __init__(self) -> None:
-        self.known: dict[Any, tuple[int, int]] = {}
+        self.known: dict[Any, tuple[int, int, bool]] = {}
 
     def start(self, head: nn.Module, x: torch.Tensor) -> "_Counted | None":
         """The count of one forward; None where torch compiles or exports the head, which calls nothing for real."""
@@ -66,7 +66,7 @@ class Sizes:
 class _Counted:
     """Bytes that one forward has made so far, and its work."""
 
-    def __init__(self, known: dict[Any, tuple[int, int]], key: tuple[Any, ...], limit: int, most_work: int) -> None:
+    def __init__(self, known: dict[Any, Any], key: tuple[Any, ...], limit: int, most_work: int) -> None:
         self.known, self.key, self.limit, self.most_work = known, key, limit, most_work
         self.spent = self.worked = 0
 
@@ -74,14 +74,11 @@ class _Counted:
         """Count a call that is about to be made. Raises GraphError if the forward makes too much with it."""
         tensors = tensors_in((args, kwargs))
         key = (*self.key, index, *((tensor.shape, tensor.dtype) for tensor in tensors))
-        found = self.known.get(key)
-        if found is None:
-            made, work, lasting = self._measure(name, function, args, kwargs, tensors)
-            found = made, work
-            if lasting:
-                self.known[key] = found
-        self.spent += found[0]
-        self.worked += found[1]
+        made, work, lasting = self.known.get(key) or self._measure(name, function, args, kwargs, tensors)
+        if lasting:
+            self.known[key] = made, work, lasting
+        self.spent += made
+        self.worked += work
         if self.spent > self.limit:
             raise _too_much(name, self.spent, self.limit)
         if self.worked > self.most_work:

@@ -126,15 +126,15 @@ def make_code_head(spec: dict[str, Any], place: str, **download: Any) -> nn.Modu
     `HeadError` where it is not the file that was saved, or its code fails. `download`: `revision`, `token` and so on.
     """
     check_code_spec(spec)
-    file = code_file({"head": spec}) or ""
-    path = cached_file(place, file, **download)
+    file = f"{shown(place)[1:-1]}: {HEAD_CODE_FILE}"
+    path = cached_file(place, HEAD_CODE_FILE, **download)
     if path is None or hashlib.sha256(Path(path).read_bytes()).hexdigest() != spec["sha256"]:
-        raise HeadError(f"{shown(place)[1:-1]}: {file} is not the code that this tower was saved with")
-    cls: Any = get_class_from_dynamic_module(f"{file.removesuffix('.py')}.{spec['class']}", place, **download)
+        raise HeadError(f"{file} is not the code that this tower was saved with")
+    cls: Any = get_class_from_dynamic_module(f"{Path(HEAD_CODE_FILE).stem}.{spec['class']}", place, **download)
     try:
         return head_of_class(cls, spec)
     except Exception as error:  # a constructor may raise anything
-        raise HeadError(f"{shown(place)[1:-1]}: the head in {file} fails: {type(error).__name__}: {error}") from error
+        raise HeadError(f"{file}: the head in it fails: {type(error).__name__}: {error}") from error
 
 
 def head_of_class(cls: type[nn.Module], spec: Mapping[str, Any]) -> nn.Module:

@@ -5,11 +5,11 @@ The block is what timm's `pretrained_cfg` says of preprocessing, and `padding` (
 before mean and std) and `channel_order` (`BGR`: reversed last; mean, std and color are R, G, B in either case).
 """
 
-import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, repeat
 from typing import Any
 
 import torch
@@ -191,7 +191,7 @@ def _resized(images: torch.Tensor, size: Sequence[int], mode: InterpolationMode)
 
 def _nearest(before: int, after: int) -> list[int]:
     """The pixels that PIL takes: it adds up the step in double precision, where torch's modes multiply in single."""
-    positions = itertools.accumulate(itertools.repeat(before / after, after - 1), initial=before / after * 0.5)
+    positions = accumulate(repeat(before / after, after - 1), initial=before / after * 0.5)
     return [min(int(position), before - 1) for position in positions]
 
 
