@@ -100,7 +100,11 @@ def parse_graph(graph: Json) -> Graph:
     _check_module_names(modules)
     embedded = enumerate(read_list(graph.get("constants", []), "constants"))
     constants = tuple(_tensor(item, left, f"constants[{index}]") for index, item in embedded)
-    programs = _programs(graph, _callable_names(modules), len(constants))
+    # What a call may name: what brings a forward of its own.
+    names = {each.name for each in modules[1:] if (each.kind, each.of) == ("container", "Sequential")}
+    names |= {each.name for each in modules[1:] if each.kind == "layer"}
+    names |= {each.name for each in modules if each.kind == "same" and each.of in names}
+    programs = _programs(graph, names, len(constants))
     if not programs and modules[0].kind not in ("layer", "container"):
         raise GraphError("the stored head has no forward, and its root is not a layer that brings its own")
     if programs and modules[0].kind != "part":
@@ -133,15 +137,6 @@ def check_extent(graph: Json) -> None:
         if not level:
             return
     raise GraphError(f"the stored head is nested deeper than {MAX_GRAPH_DEPTH} levels")
-
-
-def _callable_names(modules: Sequence[ModuleSpec]) -> set[str]:
-    names: set[str] = set()
-    for module in modules:
-        whole = module.kind == "layer" or (module.kind == "container" and module.of == "Sequential")
-        if (whole or (module.kind == "same" and module.of in names)) and module.name:
-            names.add(module.name)
-    return names
 
 
 def _programs(graph: dict[str, Json], names: set[str], constants: int) -> dict[bool, Program]:
@@ -197,7 +192,7 @@ def _check_module_names(modules: Sequence[ModuleSpec]) -> None:
     if not modules or modules[0].name != "" or modules[0].kind == "same":
         raise GraphError("modules: the first one must be the head itself, named ''")
     seen = {"": modules[0]}
-    tensors = {"": modules[0].tensor_names()}
+    tensors = {"": set(modules[0].tensor_names())}
     sizes: dict[str, list[str]] = {"": []}
     for module in modules[1:]:
         name, same = module.name, module.of if module.kind == "same" else ""
@@ -218,7 +213,7 @@ def _check_module_names(modules: Sequence[ModuleSpec]) -> None:
         if key in tensors[parent]:
             raise GraphError(f"modules: {shown(name)} has the name of a tensor")
         seen[name] = module
-        tensors[name] = module.tensor_names()
+        tensors[name] = set(module.tensor_names())
         sizes.setdefault(parent, []).append(same or name)
     _check_paths(sizes)
 
