@@ -3648,21 +3648,13 @@ _NHWC_INSIDE = {"PyramidVisionTransformerV2", "VisionTransformerSAM", "VOLO"}
 def forward_hidden(
     trunk: nn.Module, images: Any, wanted: bool | int | Sequence[int]
 ) -> tuple[Any, tuple[torch.Tensor | None, ...]]:
-    """Run a trunk and keep what its layers give.
+    """Run a trunk on images `[B, in_chans, H, W]`, or a dict of patches, and keep what its layers give.
 
-    Args:
-        trunk: The trunk.
-        images: `[B, in_chans, H, W]`, or a dict of patches.
-        wanted: True for all; an index, or several: all other places of the tuple are None.
+    Returns the trunk's features, and a tuple: what its stem gives, then each block or stage as timm's
+    `forward_intermediates` has it. Tokens `[B, N, C]`, prefix tokens first, where the features are tokens; maps
+    `[B, C, H, W]` elsewhere. `wanted` is True for all, or an index, or several: all other places are None.
 
-    Returns:
-        The trunk's features, and a tuple: what its stem gives, then each block or stage as timm's
-        `forward_intermediates` has it. Tokens `[B, N, C]`, prefix tokens first, where the features are tokens; maps
-        `[B, C, H, W]` elsewhere.
-
-    Raises:
-        ConfigError: timm has no intermediates of this trunk.
-        ArgumentError: there is no such index.
+    `ConfigError` where timm has no intermediates of this trunk, `ArgumentError` where there is no such index.
     """
     if not hasattr(trunk, "forward_intermediates"):
         raise ConfigError(f"{type(trunk).__name__} has no forward_intermediates in timm {timm.__version__}")
@@ -3998,14 +3990,7 @@ MODEL_TAGS = ("timm",)
 DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
 
 class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
-    """What the transformers models of a tower share.
-
-    Args:
-        config: Completed, as every folder has it; the model's own `config` is a copy.
-
-    Raises:
-        ConfigError, HeadError: the config describes no tower that can be built in this process.
-    """
+    """What the transformers models of a tower share. They take a completed config, and have a copy of it."""
 
     config: TimmTowerConfig
     config_class = TimmTowerConfig

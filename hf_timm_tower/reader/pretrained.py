@@ -52,14 +52,7 @@ DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_onl
 
 
 class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
-    """What the transformers models of a tower share.
-
-    Args:
-        config: Completed, as every folder has it; the model's own `config` is a copy.
-
-    Raises:
-        ConfigError, HeadError: the config describes no tower that can be built in this process.
-    """
+    """What the transformers models of a tower share. They take a completed config, and have a copy of it."""
 
     config: TimmTowerConfig
     config_class = TimmTowerConfig
