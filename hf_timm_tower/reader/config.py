@@ -41,16 +41,13 @@ PROJECTIONS = ("linear", "mlp", "none")
 # when a config is read, and dropped with a warning when a tower is saved. `custom_pipelines` names code: never written;
 # `use_cache` is set by Trainer where gradients are checkpointed.
 _TRANSFORMERS_KEYS = frozenset(
-    (
-        *"""
-        model_type transformers_version architectures auto_map custom_pipelines dtype torch_dtype quantization_config
-        name_or_path _name_or_path _commit_hash num_labels id2label label2id problem_type output_hidden_states
-        output_attentions return_dict use_return_dict attn_implementation _attn_implementation experts_implementation
-        _experts_implementation chunk_size_feed_forward is_encoder_decoder per_layer_config tie_last_hidden_states
-        use_cache hidden_size
-        """.split(),
-        *_OUTPUTS,
-    )
+    """
+    model_type transformers_version architectures auto_map custom_pipelines dtype torch_dtype quantization_config
+    name_or_path _name_or_path _commit_hash num_labels id2label label2id problem_type output_hidden_states
+    output_attentions return_dict use_return_dict attn_implementation _attn_implementation experts_implementation
+    _experts_implementation chunk_size_feed_forward is_encoder_decoder per_layer_config tie_last_hidden_states
+    use_cache hidden_size out_indices out_features
+    """.split()
 )
 
 
@@ -170,13 +167,14 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         if unknown := sorted(kwargs.keys() - _TRANSFORMERS_KEYS):
             lines = [f"{shown(key)[1:-1]}={shown(kwargs[key])}{did_you_mean(key, OUR_FIELDS)}" for key in unknown[:5]]
             raise ConfigError(f"TimmTowerConfig: {len(unknown)} unknown keys: {', '.join(lines)}")
-        if "hidden_size" in kwargs:
-            hidden_size = kwargs.pop("hidden_size")
-            if self.embed_dim is not None and hidden_size != self.embed_dim:
-                raise ConfigError(f"hidden_size={shown(hidden_size)} is another name of embed_dim={self.embed_dim}")
-            self.embed_dim = hidden_size
+        width = kwargs.pop("hidden_size", self.embed_dim)
+        if self.embed_dim not in (None, width):
+            raise ConfigError(f"hidden_size={shown(width)} is another name of embed_dim={self.embed_dim}")
+        self.embed_dim = width
         self.proj = self.proj or None
-        _check_values({**kwargs, **vars(self)})
+        values = {**kwargs, **vars(self)}
+        for name in _misfits_of(values):
+            raise ConfigError(f"{name}={shown(values[name])}: expected {_RULES[name][0]}")
         _check(self)
         self.timm_version = self.timm_version or timm.__version__
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
@@ -240,11 +238,7 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         for name in ("custom_pipelines", *_NOT_STORED):
             written.pop(name, None)
         dropped = sorted(set(written) - set(OUR_FIELDS) - _TRANSFORMERS_KEYS)
-        for name in written.keys() - set(OUR_FIELDS):
-            try:
-                _check_values({name: written[name]})
-            except ConfigError:
-                dropped.append(name)
+        dropped += _misfits_of({name: value for name, value in written.items() if name not in OUR_FIELDS})
         if dropped:
             warnings.warn(f"not stored: a tower has no such fields: {', '.join(map(shown, dropped))}", stacklevel=2)
         return {name: value for name, value in written.items() if name not in dropped}
@@ -278,10 +272,9 @@ def _catch_strict_errors() -> None:
 _catch_strict_errors()
 
 
-def _check_values(values: dict[str, Any]) -> None:
-    for name, (expected, fits) in _RULES.items():
-        if values.get(name) is not None and not fits(values[name]):
-            raise ConfigError(f"{name}={shown(values[name])}: expected {expected}")
+def _misfits_of(values: dict[str, Any]) -> list[str]:
+    """Names of values that do not keep their rule."""
+    return [name for name, (_, fits) in _RULES.items() if values.get(name) is not None and not fits(values[name])]
 
 
 def _check(config: TimmTowerConfig) -> None:

@@ -116,10 +116,7 @@ class _Run:
     """One forward: the results so far."""
 
     def __init__(self, head: nn.Module, x: torch.Tensor, constants: list[torch.Tensor], sizes: Sizes) -> None:
-        self.head = head
-        self.x = x
-        self.batch = x.shape[0]
-        self.constants = constants
+        self.head, self.x, self.batch, self.constants = head, x, x.shape[0], constants
         self.results: list[Any] = []
         self.counted = sizes.start(head, x)
 
