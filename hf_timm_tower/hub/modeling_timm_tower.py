@@ -446,7 +446,7 @@ _TRANSFORMERS_KEYS = frozenset(
 # Chosen by whoever loads a model. In a tower's file the classes of transformers alone would obey it.
 _NOT_STORED = {"attn_implementation", "_attn_implementation", "experts_implementation", "quantization_config"}
 
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
+FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 def _is_whole(value: Any, most: int, least: int = 1) -> bool:
@@ -458,7 +458,7 @@ def _are_labels(value: Any) -> bool:
 
 _WIDTH = (f"a whole number from 1 to {MAX_EMBED_DIM}", lambda value: _is_whole(value, MAX_EMBED_DIM))
 _TABLE = (f"an object of at most {MAX_LABELS} labels", _are_labels)
-_DTYPE = (f"one of {', '.join(_DTYPES)}", lambda value: isinstance(value, torch.dtype) or value in _DTYPES)
+_DTYPE = (f"one of {', '.join(FLOAT_DTYPES)}", lambda value: isinstance(value, torch.dtype) or value in FLOAT_DTYPES)
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "embed_dim": _WIDTH,
     "num_features": _WIDTH,
@@ -2547,8 +2547,6 @@ def code_file(config: dict[str, Any]) -> str | None:
 
 # --- heads that are stored as code
 
-_CODE_DTYPES = {each: getattr(torch, each) for each in ("float16", "bfloat16", "float32", "float64")}
-
 def refuse_code(spec: dict[str, Any], *, repo: str, revision: str | None) -> HeadError:
     """The error for a head of code that is not trusted: `config.head` of a repository, or of a folder (no revision)."""
     file = code_file({"head": spec})
@@ -2570,7 +2568,7 @@ def check_code_spec(spec: Any) -> None:
         and isinstance(spec.get("sha256"), str)
         and isinstance(spec.get("kwargs"), dict)
         and isinstance(spec.get("frozen", []), list)
-        and spec.get("dtype", "float32") in _CODE_DTYPES
+        and spec.get("dtype", "float32") in FLOAT_DTYPES
     )
     if not fits:
         raise HeadError("config.head: a head of code has a file, class, kwargs and sha256")
@@ -2595,7 +2593,7 @@ def head_of_class(cls: type[nn.Module], spec: Mapping[str, Any]) -> nn.Module:
     """A head of code from its class: constructor arguments, dtype, and which parameters were made not to train."""
     head = cls(**spec["kwargs"])
     if "dtype" in spec:
-        head.to(_CODE_DTYPES[spec["dtype"]])
+        head.to(DTYPES[spec["dtype"]])
     if "frozen" in spec:
         frozen = set(map(str, spec["frozen"]))
         for name, parameter in head.named_parameters():

@@ -54,7 +54,7 @@ _TRANSFORMERS_KEYS = frozenset(
 # Chosen by whoever loads a model. In a tower's file the classes of transformers alone would obey it.
 _NOT_STORED = {"attn_implementation", "_attn_implementation", "experts_implementation", "quantization_config"}
 
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
+FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
@@ -69,7 +69,7 @@ def _are_labels(value: Any) -> bool:
 
 _WIDTH = (f"a whole number from 1 to {MAX_EMBED_DIM}", lambda value: _is_whole(value, MAX_EMBED_DIM))
 _TABLE = (f"an object of at most {MAX_LABELS} labels", _are_labels)
-_DTYPE = (f"one of {', '.join(_DTYPES)}", lambda value: isinstance(value, torch.dtype) or value in _DTYPES)
+_DTYPE = (f"one of {', '.join(FLOAT_DTYPES)}", lambda value: isinstance(value, torch.dtype) or value in FLOAT_DTYPES)
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "embed_dim": _WIDTH,
     "num_features": _WIDTH,
