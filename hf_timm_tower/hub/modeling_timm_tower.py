@@ -2054,8 +2054,6 @@ Anything else (a subclass, a parametrized layer, a patched method) is a plain pa
 
 _MAX_STACKED = 64
 """Most layers a recurrent network or a transformer stack may have; GPT-2 XL and ViT-22B have 48."""
-_MAX_GROWTH = 2**31
-_MAX_INT = 2**31
 _STRINGS = frozenset(
     "zeros reflect replicate circular same valid none tanh relu gelu nearest linear bilinear bicubic trilinear area "
     "nearest-exact".split()
@@ -2163,7 +2161,7 @@ def _check_growth(name: str, values: Mapping[str, Any]) -> None:
     for key in _SIZES_RESULT & values.keys():
         for number in values[key] if isinstance(values[key], tuple) else (values[key],):
             total *= max(abs(number), 1) if isinstance(number, (int, float)) else 1
-    if not total <= _MAX_GROWTH:
+    if not total <= MAX_ELEMENTS:
         raise GraphError(f"layer {name}: sizes {shown(dict(values))} are beyond what a layer can need")
 
 def _build_stack(cls: Any, args: Mapping[str, Any], values: dict[str, Any]) -> nn.Module:
@@ -2186,7 +2184,7 @@ def _argument(value: Any, where: str, depth: int = 0) -> Any:
     """Constructor argument from JSON: plain numbers, words of the list above, or tuples of them."""
     if value is None or isinstance(value, bool) or (type(value) is float):
         return value
-    if type(value) is int and abs(value) <= _MAX_INT:
+    if type(value) is int and abs(value) <= MAX_ELEMENTS:
         return value
     if isinstance(value, str) and value in _STRINGS:
         return value
@@ -4245,13 +4243,12 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         stored = loading.stored = model._read(checkpoint_files, loading)
         folder = Path(checkpoint_files[0]).parent
         refuse_changed(stored.config, model.config, folder)
-        weights = dict(stored.weights)
         saved_with_one = type(model).__name__.removeprefix("FSDP") in (stored.config.architectures or ())
-        if model._has_classifier and not has_classifier(weights) and not saved_with_one:
+        if model._has_classifier and not has_classifier(stored.weights) and not saved_with_one:
             loading.fresh += [f"{CLASSIFIER}.{name}" for name in model.classifier.state_dict()]
         if not model._has_classifier:
-            loading.left_out += [key for key in weights if key.startswith(f"{CLASSIFIER}.")]
-            weights = {key: tensor for key, tensor in weights.items() if key not in loading.left_out}
+            loading.left_out += [key for key in stored.weights if key.startswith(f"{CLASSIFIER}.")]
+        weights = {key: tensor for key, tensor in stored.weights.items() if key not in loading.left_out}
         if load_config.hf_quantizer is not None or load_config.ignore_mismatched_sizes or len(devices) > 1:
             return stock(model, weights, None, load_config, *args, **kwargs)
         model._buffers_to = None if loading.keeps_dtypes else floating_dtype(load_config.dtype)

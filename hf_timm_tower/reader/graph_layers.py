@@ -11,11 +11,10 @@ import timm.layers
 import torch.nn as nn
 
 from .errors import ConfigError, GraphError, shown
+from .graph_program import MAX_ELEMENTS
 
 _MAX_STACKED = 64
 """Most layers a recurrent network or a transformer stack may have; GPT-2 XL and ViT-22B have 48."""
-_MAX_GROWTH = 2**31
-_MAX_INT = 2**31
 _STRINGS = frozenset(
     "zeros reflect replicate circular same valid none tanh relu gelu nearest linear bilinear bicubic trilinear area "
     "nearest-exact".split()
@@ -125,7 +124,7 @@ def _check_growth(name: str, values: Mapping[str, Any]) -> None:
     for key in _SIZES_RESULT & values.keys():
         for number in values[key] if isinstance(values[key], tuple) else (values[key],):
             total *= max(abs(number), 1) if isinstance(number, (int, float)) else 1
-    if not total <= _MAX_GROWTH:
+    if not total <= MAX_ELEMENTS:
         raise GraphError(f"layer {name}: sizes {shown(dict(values))} are beyond what a layer can need")
 
 
@@ -151,7 +150,7 @@ def _argument(value: Any, where: str, depth: int = 0) -> Any:
     """Constructor argument from JSON: plain numbers, words of the list above, or tuples of them."""
     if value is None or isinstance(value, bool) or (type(value) is float):
         return value
-    if type(value) is int and abs(value) <= _MAX_INT:
+    if type(value) is int and abs(value) <= MAX_ELEMENTS:
         return value
     if isinstance(value, str) and value in _STRINGS:
         return value

@@ -319,13 +319,12 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         stored = loading.stored = model._read(checkpoint_files, loading)
         folder = Path(checkpoint_files[0]).parent
         refuse_changed(stored.config, model.config, folder)
-        weights = dict(stored.weights)
         saved_with_one = type(model).__name__.removeprefix("FSDP") in (stored.config.architectures or ())
-        if model._has_classifier and not has_classifier(weights) and not saved_with_one:
+        if model._has_classifier and not has_classifier(stored.weights) and not saved_with_one:
             loading.fresh += [f"{CLASSIFIER}.{name}" for name in model.classifier.state_dict()]
         if not model._has_classifier:
-            loading.left_out += [key for key in weights if key.startswith(f"{CLASSIFIER}.")]
-            weights = {key: tensor for key, tensor in weights.items() if key not in loading.left_out}
+            loading.left_out += [key for key in stored.weights if key.startswith(f"{CLASSIFIER}.")]
+        weights = {key: tensor for key, tensor in stored.weights.items() if key not in loading.left_out}
         if load_config.hf_quantizer is not None or load_config.ignore_mismatched_sizes or len(devices) > 1:
             return stock(model, weights, None, load_config, *args, **kwargs)
         model._buffers_to = None if loading.keeps_dtypes else floating_dtype(load_config.dtype)
