@@ -13,7 +13,7 @@ from contextvars import ContextVar
 import copy
 from dataclasses import asdict, dataclass, field, fields, replace
 import difflib
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 import hashlib
 from huggingface_hub import hf_hub_download
 from huggingface_hub.dataclasses import strict
@@ -633,28 +633,23 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
 OUR_FIELDS = tuple(name for name in TimmTowerConfig.__annotations__ if name not in ("attribute_map", *_OUTPUTS))
 
-def _catch_strict_errors() -> None:
-    """Let the constructor raise `ConfigError` where `@strict`, or transformers on its own keys, would raise another."""
-    validated = TimmTowerConfig.__init__
+@wraps(TimmTowerConfig.__init__)  # keeps inspect.signature as it was
+def _checked_init(self: TimmTowerConfig, /, **kwargs: Any) -> None:
+    """The constructor: `ConfigError` where `@strict`, or transformers on its own keys, would raise another."""
+    version = kwargs.get("format_version", FORMAT_VERSION)
+    if not _is_whole(version, FORMAT_VERSION):
+        raise FormatError(
+            f"format_version={shown(version)}: expected a whole number from 1 to {FORMAT_VERSION}; a later version "
+            "needs a newer hf_timm_tower. Upgrade it: pip install -U hf_timm_tower"
+        )
+    try:
+        _checked_init.__wrapped__(self, **kwargs)
+    except TowerError:
+        raise
+    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"TimmTowerConfig: {one_line(error.__cause__ or error)}") from error
 
-    def __init__(self: TimmTowerConfig, /, **kwargs: Any) -> None:
-        version = kwargs.get("format_version", FORMAT_VERSION)
-        if not _is_whole(version, FORMAT_VERSION):
-            raise FormatError(
-                f"format_version={shown(version)}: expected a whole number from 1 to {FORMAT_VERSION}; a later version "
-                "needs a newer hf_timm_tower. Upgrade it: pip install -U hf_timm_tower"
-            )
-        try:
-            validated(self, **kwargs)
-        except TowerError:
-            raise
-        except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"TimmTowerConfig: {one_line(error.__cause__ or error)}") from error
-
-    __init__.__wrapped__ = validated  # type: ignore[attr-defined]  # keeps inspect.signature as it was
-    TimmTowerConfig.__init__ = __init__  # type: ignore[method-assign, assignment]
-
-_catch_strict_errors()
+TimmTowerConfig.__init__ = _checked_init  # type: ignore[method-assign, assignment]
 
 def _misfits_of(values: dict[str, Any]) -> list[str]:
     """Names of values that do not keep their rule."""
@@ -4267,11 +4262,11 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             HeadError: the head is not the one that was loaded.
             FolderError: the folder holds a tower's own files, which would stay beside the new ones.
         """
-        wanted, (trunk_source, here) = self.config.head, (self.config.trunk_source, Path(save_directory))
+        config, here = self.config, Path(save_directory)
+        is_code = config.head is not None and config.head.get("form") == CODE
         with plain_defaults(), skip_init(Budget.default()):
-            same = wanted is not None and wanted.get("form") == CODE
-            built = self.head if same else self._build(self.config, False, None).head
-        if repr(built) != repr(self.head) or type(built) is not type(self.head) or trunk_source is not None:
+            built = self.head if is_code else self._build(config, False, None).head
+        if repr(built) != repr(self.head) or type(built) is not type(self.head) or config.trunk_source is not None:
             raise HeadError(
                 "the head was replaced, or its trunk is stored in another repository: only hf_timm_tower can save this "
                 "tower so that it comes back; install it (pip install hf_timm_tower)"

@@ -8,6 +8,7 @@ own pool), after which the config is a full description.
 import difflib
 import warnings
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, ClassVar, Literal
 
 import timm
@@ -247,29 +248,24 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 OUR_FIELDS = tuple(name for name in TimmTowerConfig.__annotations__ if name not in ("attribute_map", *_OUTPUTS))
 
 
-def _catch_strict_errors() -> None:
-    """Let the constructor raise `ConfigError` where `@strict`, or transformers on its own keys, would raise another."""
-    validated = TimmTowerConfig.__init__
-
-    def __init__(self: TimmTowerConfig, /, **kwargs: Any) -> None:
-        version = kwargs.get("format_version", FORMAT_VERSION)
-        if not _is_whole(version, FORMAT_VERSION):
-            raise FormatError(
-                f"format_version={shown(version)}: expected a whole number from 1 to {FORMAT_VERSION}; a later version "
-                "needs a newer hf_timm_tower. Upgrade it: pip install -U hf_timm_tower"
-            )
-        try:
-            validated(self, **kwargs)
-        except TowerError:
-            raise
-        except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"TimmTowerConfig: {one_line(error.__cause__ or error)}") from error
-
-    __init__.__wrapped__ = validated  # type: ignore[attr-defined]  # keeps inspect.signature as it was
-    TimmTowerConfig.__init__ = __init__  # type: ignore[method-assign, assignment]
+@wraps(TimmTowerConfig.__init__)  # keeps inspect.signature as it was
+def _checked_init(self: TimmTowerConfig, /, **kwargs: Any) -> None:
+    """The constructor: `ConfigError` where `@strict`, or transformers on its own keys, would raise another."""
+    version = kwargs.get("format_version", FORMAT_VERSION)
+    if not _is_whole(version, FORMAT_VERSION):
+        raise FormatError(
+            f"format_version={shown(version)}: expected a whole number from 1 to {FORMAT_VERSION}; a later version "
+            "needs a newer hf_timm_tower. Upgrade it: pip install -U hf_timm_tower"
+        )
+    try:
+        _checked_init.__wrapped__(self, **kwargs)
+    except TowerError:
+        raise
+    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"TimmTowerConfig: {one_line(error.__cause__ or error)}") from error
 
 
-_catch_strict_errors()
+TimmTowerConfig.__init__ = _checked_init  # type: ignore[method-assign, assignment]
 
 
 def _misfits_of(values: dict[str, Any]) -> list[str]:

@@ -347,11 +347,11 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             HeadError: the head is not the one that was loaded.
             FolderError: the folder holds a tower's own files, which would stay beside the new ones.
         """
-        wanted, (trunk_source, here) = self.config.head, (self.config.trunk_source, Path(save_directory))
+        config, here = self.config, Path(save_directory)
+        is_code = config.head is not None and config.head.get("form") == CODE
         with plain_defaults(), skip_init(Budget.default()):
-            same = wanted is not None and wanted.get("form") == CODE
-            built = self.head if same else self._build(self.config, False, None).head
-        if repr(built) != repr(self.head) or type(built) is not type(self.head) or trunk_source is not None:
+            built = self.head if is_code else self._build(config, False, None).head
+        if repr(built) != repr(self.head) or type(built) is not type(self.head) or config.trunk_source is not None:
             raise HeadError(
                 "the head was replaced, or its trunk is stored in another repository: only hf_timm_tower can save this "
                 "tower so that it comes back; install it (pip install hf_timm_tower)"
