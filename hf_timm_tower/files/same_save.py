@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..reader.config import TimmTowerConfig
-from ..reader.errors import ConfigError, FormatError, shown
+from ..reader.errors import ConfigError, FormatError, did_you_mean, shown
 from ..reader.image_processing import (
     PROCESSOR_AUTO_MAP,
     PROCESSOR_FACTS,
@@ -24,7 +24,6 @@ from ..reader.image_processing import (
     STANDARD_KEYS,
     completed_preprocess,
     facts_of,
-    near_fact,
     standard_keys,
 )
 from .names import CONFIG_NAME, FINGERPRINT_NAME, INDEX_NAME, PREPROCESSOR_NAME, PROCESSOR_NAME
@@ -175,4 +174,4 @@ def _differences(found: Mapping[str, Any], config: TimmTowerConfig) -> list[str]
         if name not in found or name not in expected or found[name] != expected[name]
     ]
     unknown = sorted(set(found) - set(expected) - set(STANDARD_KEYS) - PROCESSOR_KEYS, key=str)
-    return differ + [f"unknown {shown(name)}{near_fact(name)}" for name in unknown[:4]]
+    return differ + [f"unknown {shown(name)}{did_you_mean(name, PROCESSOR_FACTS)}" for name in unknown[:4]]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..reader.errors import GraphError
-from ..reader.graph_layers import LAYERS, NN_LAYERS, build_layer
+from ..reader.graph_layers import LAYER_ARGUMENTS, LAYERS, build_layer
 from .arguments import encode_float
 
 Reader = Callable[[Any], Any]
@@ -66,7 +66,7 @@ _OTHER: dict[str, dict[str, Reader]] = {
 def _readers() -> dict[str, dict[str, Reader]]:
     readers = {}
     for name, (_, arguments) in LAYERS.items():
-        asked = {part.rstrip("?") for part in NN_LAYERS.get(name, "").split() if part.endswith("?")}
+        asked = {part.rstrip("?") for part in LAYER_ARGUMENTS[name].split() if part.endswith("?")}
         plain = {key: _has(key) if key in asked else _attribute(key) for key in sorted(arguments)}
         readers[name] = {**plain, **_OTHER.get(name, {})}
     return readers

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.distributions.dirichlet import _Dirichlet
 
-from ..reader.graph_ops import OP_SPACES, OPS, TENSOR_PROPERTIES
+from ..reader.graph_ops import OP_NAMES, TENSOR_PROPERTIES
 
 RANDOM_NAMES = frozenset(
     """
@@ -34,10 +34,8 @@ def _function_key(function: Any) -> Any:
 
 def _names() -> dict[Any, str]:
     names: dict[Any, str] = {}
-    for prefix, space, listed in OP_SPACES:
-        for name in listed.split():
-            if f"{prefix}.{name}" in OPS:
-                names.setdefault(_function_key(getattr(space, name)), f"{prefix}.{name}")
+    for prefix, space, name in OP_NAMES:
+        names.setdefault(_function_key(getattr(space, name)), f"{prefix}.{name}")
     for name in TENSOR_PROPERTIES:
         names[("get", id(getattr(torch.Tensor, name)))] = f"Tensor.{name}"
     for empty, zeros in ((torch.empty, "torch.zeros"), (torch.empty_like, "torch.zeros_like")):

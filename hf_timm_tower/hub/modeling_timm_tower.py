@@ -6,7 +6,6 @@ in the order of their imports. It reads JSON and safetensors, builds a timm mode
 
 from PIL import Image, ImageOps
 import base64
-import binascii
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -14,7 +13,7 @@ from contextvars import ContextVar
 import copy
 from dataclasses import asdict, dataclass, field, fields, replace
 import difflib
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 import hashlib
 from huggingface_hub import hf_hub_download
 from huggingface_hub.dataclasses import strict
@@ -23,8 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import sha_fileobj
 import inspect
 from io import BytesIO
-from itertools import groupby
-import itertools
+from itertools import accumulate, groupby, repeat
 import json
 import math
 import numpy as np
@@ -39,19 +37,13 @@ from threading import get_ident
 import timm
 from timm.data.transforms import CenterCropOrPad, MaybeToTensor, ResizeKeepRatio
 from timm.data.transforms_factory import create_transform
-from timm.layers import norm as timm_norm
 import timm.layers
 from timm.layers.attention_pool2d import AttentionPool2d, RotAttentionPool2d
-from timm.layers.drop import DropPath
-from timm.layers.layer_scale import LayerScale
 from timm.layers.mlp import Mlp
 from timm.layers.norm_act import BatchNormAct2d
 from timm.utils.attention_extract import AttentionExtract
-from torch import nn
 import torch
-from torch.distributions.dirichlet import _Dirichlet
 import torch.nn as nn
-import torch.nn.functional as functional
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
@@ -61,13 +53,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 from torchvision.transforms import InterpolationMode, Normalize, Resize
 from torchvision.transforms.v2 import functional as tv_functional
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.generic import ModelOutput
 from transformers.utils.hub import cached_file
 from transformers.utils.loading_report import LoadStateDictInfo
@@ -155,6 +146,11 @@ def one_line(text: object, limit: int = 300) -> str:
     words = " ".join(str(text).split())
     return words if len(words) <= limit else words[: limit - 3] + "..."
 
+def did_you_mean(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
+    """` (did you mean ...?)`, or nothing where no known name is like this one."""
+    near = difflib.get_close_matches(name[:64], known, n=2, cutoff=cutoff)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
+
 # --- model_args.py
 
 """Arguments of `timm.create_model` as JSON, and back.
@@ -183,10 +179,7 @@ FORBIDDEN = {
     "file": "it names a file to read",
     "url": "it names a file to fetch",
     "hf_hub_id": "it names a repository to fetch",
-    "features_only": "use tower.forward_intermediates",
-    "out_indices": "use tower.forward_intermediates",
-    "feature_cls": "use tower.forward_intermediates",
-    "feature_cfg": "use tower.forward_intermediates",
+    **dict.fromkeys("features_only out_indices feature_cls feature_cfg".split(), "use tower.forward_intermediates"),
     "model_cfg": "give the architecture's name and its arguments",
     "device": "move the tower with tower.to(device)",
     "dtype": "cast the tower with tower.to(dtype)",
@@ -204,21 +197,18 @@ RECORDED = ("img_size",)
 @lru_cache(maxsize=1)
 def allowed_classes() -> dict[str, type[nn.Module]]:
     """Full name -> class, for every public module class of `torch.nn` and `timm.layers`."""
-    table: dict[str, type[nn.Module]] = {}
-    for prefix, module in (("torch.nn", nn), ("timm.layers", timm.layers)):
-        for name in dir(module):
-            value = getattr(module, name)
-            if isinstance(value, type) and issubclass(value, nn.Module) and not name.startswith("_"):
-                table[f"{prefix}.{name}"] = value
-    return table
+    return {
+        f"{prefix}.{name}": value
+        for prefix, module in (("torch.nn", nn), ("timm.layers", timm.layers))
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, type) and issubclass(value, nn.Module) and not name.startswith("_")
+    }
 
 @lru_cache(maxsize=1)
 def _class_names() -> dict[type[nn.Module], str]:
-    names: dict[type[nn.Module], str] = {}
-    for name, cls in allowed_classes().items():
-        if cls not in names or name.rsplit(".", 1)[1] == cls.__name__:
-            names[cls] = name
-    return names
+    table = allowed_classes()
+    first = {cls: name for name, cls in reversed(table.items())}
+    return first | {cls: name for name, cls in table.items() if name.endswith(f".{cls.__name__}")}
 
 def encode(value: Any, where: str, depth: int = 0) -> Any:
     """A Python value -> JSON; `ConfigError` names a value that cannot be stored, and where it is."""
@@ -435,7 +425,6 @@ FOR_TIMM = "_not a timm checkpoint, load it with hf_timm_tower.TimmModel.from_pr
 
 _LABELS = ("num_labels", "id2label", "label2id")
 _OUTPUTS = ("out_indices", "out_features")
-_OF_TRANSFORMERS = {"id2label", "label2id", "dtype", "problem_type", "architectures", "output_hidden_states"}
 
 ATTENTION_POOLS = ("abs_attn", "rot_attn")
 OUR_POOLS = ("token_avg", "default", "none")
@@ -445,23 +434,55 @@ PROJECTIONS = ("linear", "mlp", "none")
 # when a config is read, and dropped with a warning when a tower is saved. `custom_pipelines` names code: never written;
 # `use_cache` is set by Trainer where gradients are checkpointed.
 _TRANSFORMERS_KEYS = frozenset(
-    (
-        *"""
-        model_type transformers_version architectures auto_map custom_pipelines dtype torch_dtype quantization_config
-        name_or_path _name_or_path _commit_hash num_labels id2label label2id problem_type output_hidden_states
-        output_attentions return_dict use_return_dict attn_implementation _attn_implementation experts_implementation
-        _experts_implementation chunk_size_feed_forward is_encoder_decoder per_layer_config tie_last_hidden_states
-        use_cache hidden_size
-        """.split(),
-        *_OUTPUTS,
-    )
+    """
+    model_type transformers_version architectures auto_map custom_pipelines dtype torch_dtype quantization_config
+    name_or_path _name_or_path _commit_hash num_labels id2label label2id problem_type output_hidden_states
+    output_attentions return_dict use_return_dict attn_implementation _attn_implementation experts_implementation
+    _experts_implementation chunk_size_feed_forward is_encoder_decoder per_layer_config tie_last_hidden_states
+    use_cache hidden_size out_indices out_features
+    """.split()
 )
 
 # Chosen by whoever loads a model. In a tower's file the classes of transformers alone would obey it.
 _NOT_STORED = {"attn_implementation", "_attn_implementation", "experts_implementation", "quantization_config"}
 
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
+FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+
+def _is_whole(value: Any, most: int, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+def _are_labels(value: Any) -> bool:
+    pairs = value.items() if isinstance(value, dict) and len(value) <= MAX_LABELS else [(None, None)]
+    return all(isinstance(each, (str, int)) for pair in pairs for each in pair)
+
+_WIDTH = (f"a whole number from 1 to {MAX_EMBED_DIM}", lambda value: _is_whole(value, MAX_EMBED_DIM))
+_TABLE = (f"an object of at most {MAX_LABELS} labels", _are_labels)
+_DTYPE = (f"one of {', '.join(FLOAT_DTYPES)}", lambda value: isinstance(value, torch.dtype) or value in FLOAT_DTYPES)
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "embed_dim": _WIDTH,
+    "num_features": _WIDTH,
+    "in_chans": (f"a whole number from 1 to {MAX_IN_CHANS}", lambda value: _is_whole(value, MAX_IN_CHANS)),
+    "drop": ("a probability, 0 <= drop < 1", lambda value: not isinstance(value, bool) and 0 <= value < 1),
+    "pool": ("the name of a pool", lambda value: len(value) <= 64 and value.isprintable()),
+    "proj": (f"one of {', '.join(PROJECTIONS)}, or None for the trunk's own classifier", PROJECTIONS.__contains__),
+    "num_labels": (f"a whole number from 0 to {MAX_LABELS}", lambda value: _is_whole(value, MAX_LABELS, 0)),
+    # Before transformers writes a name for each label, and looks up a dtype in torch by its name.
+    "id2label": _TABLE,
+    "label2id": _TABLE,
+    "dtype": _DTYPE,
+    "torch_dtype": _DTYPE,
+    "problem_type": (f"one of {', '.join(_PROBLEMS)}", _PROBLEMS.__contains__),
+    "architectures": (
+        "a list of names",
+        lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    ),
+    "output_hidden_states": (
+        "true or false, or numbers of layers",
+        lambda value: all(isinstance(each, int) for each in (value if isinstance(value, (list, tuple)) else [value])),
+    ),
+}
+"""What a value must be where it is not None: in words, and its test."""
 
 @strict
 class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
@@ -531,17 +552,18 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         if kind != self.model_type:
             hint = ": load it with TimmModel.from_timm, or from_timm of this class" if kind == "timm_wrapper" else ""
             raise ConfigError(f"model_type is {shown(kind)}, not {self.model_type!r}{hint}")
-        unknown = {key: kwargs[key] for key in kwargs if key not in _TRANSFORMERS_KEYS}
-        if unknown:
-            raise ConfigError(_unknown_keys(unknown))
-        if "hidden_size" in kwargs:
-            hidden_size = kwargs.pop("hidden_size")
-            if self.embed_dim is not None and hidden_size != self.embed_dim:
-                raise ConfigError(f"hidden_size={shown(hidden_size)} is another name of embed_dim={self.embed_dim}")
-            self.embed_dim = hidden_size
+        if unknown := sorted(kwargs.keys() - _TRANSFORMERS_KEYS):
+            lines = [f"{shown(key)[1:-1]}={shown(kwargs[key])}{did_you_mean(key, OUR_FIELDS)}" for key in unknown[:5]]
+            raise ConfigError(f"TimmTowerConfig: {len(unknown)} unknown keys: {', '.join(lines)}")
+        width = kwargs.pop("hidden_size", self.embed_dim)
+        if self.embed_dim not in (None, width):
+            raise ConfigError(f"hidden_size={shown(width)} is another name of embed_dim={self.embed_dim}")
+        self.embed_dim = width
+        self.proj = self.proj or None
+        values = {**kwargs, **vars(self)}
+        for name in _misfits_of(values):
+            raise ConfigError(f"{name}={shown(values[name])}: expected {_RULES[name][0]}")
         _check(self)
-        of_transformers = {name: getattr(self, name) for name in _OF_TRANSFORMERS if name in vars(self)}
-        _check_of_transformers({**kwargs, **of_transformers})
         self.timm_version = self.timm_version or timm.__version__
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         # transformers gives every config two labels; whether somebody gave these is not seen afterwards
@@ -604,100 +626,40 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         for name in ("custom_pipelines", *_NOT_STORED):
             written.pop(name, None)
         dropped = sorted(set(written) - set(OUR_FIELDS) - _TRANSFORMERS_KEYS)
-        for name in _OF_TRANSFORMERS & written.keys():
-            try:
-                _check_of_transformers({name: written[name]})
-            except ConfigError:
-                dropped.append(name)
+        dropped += _misfits_of({name: value for name, value in written.items() if name not in OUR_FIELDS})
         if dropped:
             warnings.warn(f"not stored: a tower has no such fields: {', '.join(map(shown, dropped))}", stacklevel=2)
         return {name: value for name, value in written.items() if name not in dropped}
 
 OUR_FIELDS = tuple(name for name in TimmTowerConfig.__annotations__ if name not in ("attribute_map", *_OUTPUTS))
 
-def _catch_strict_errors() -> None:
-    """Let the constructor raise `ConfigError` where `@strict`, or transformers on its own keys, would raise another."""
-    validated = TimmTowerConfig.__init__
-
-    def __init__(self: TimmTowerConfig, /, **kwargs: Any) -> None:
-        _check_version(kwargs)
-        try:
-            validated(self, **kwargs)
-        except TowerError:
-            raise
-        except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"TimmTowerConfig: {one_line(error.__cause__ or error)}") from error
-
-    __init__.__wrapped__ = validated  # type: ignore[attr-defined]  # keeps inspect.signature as it was
-    TimmTowerConfig.__init__ = __init__  # type: ignore[method-assign, assignment]
-
-_catch_strict_errors()
-
-def _check_version(kwargs: dict[str, Any]) -> None:
+@wraps(TimmTowerConfig.__init__)  # keeps inspect.signature as it was
+def _checked_init(self: TimmTowerConfig, /, **kwargs: Any) -> None:
+    """The constructor: `ConfigError` where `@strict`, or transformers on its own keys, would raise another."""
     version = kwargs.get("format_version", FORMAT_VERSION)
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise FormatError(f"format_version={shown(version)}: expected a whole number from 1 to {FORMAT_VERSION}")
-    if version > FORMAT_VERSION:
+    if not _is_whole(version, FORMAT_VERSION):
         raise FormatError(
-            f"format_version={shown(version)}: this hf_timm_tower reads versions up to {FORMAT_VERSION}. "
-            "Upgrade it: pip install -U hf_timm_tower"
+            f"format_version={shown(version)}: expected a whole number from 1 to {FORMAT_VERSION}; a later version "
+            "needs a newer hf_timm_tower. Upgrade it: pip install -U hf_timm_tower"
         )
+    try:
+        _checked_init.__wrapped__(self, **kwargs)
+    except TowerError:
+        raise
+    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"TimmTowerConfig: {one_line(error.__cause__ or error)}") from error
 
-def _unknown_keys(unknown: dict[str, Any]) -> str:
-    lines = []
-    for key, value in sorted(unknown.items())[:5]:
-        near = difflib.get_close_matches(key[:80], OUR_FIELDS, n=2)
-        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-        lines.append(f"{shown(key)[1:-1]}={shown(value)}{hint}")
-    more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-    return f"TimmTowerConfig: unknown key{'s' if len(unknown) > 1 else ''} {', '.join(lines)}{more}"
+TimmTowerConfig.__init__ = _checked_init  # type: ignore[method-assign, assignment]
 
-def _check_of_transformers(values: dict[str, Any]) -> None:
-    """Before transformers writes a name for each label, and looks up a dtype in torch by its name."""
-    count, dtype, problem = (values.get(name) for name in ("num_labels", "dtype", "problem_type"))
-    if count is not None:
-        _check_int("num_labels", count, MAX_LABELS, least=0)
-    for name in ("id2label", "label2id"):
-        labels = values.get(name)
-        if labels is not None and not (
-            isinstance(labels, dict)
-            and len(labels) <= MAX_LABELS
-            and all(isinstance(each, (str, int)) for pair in labels.items() for each in pair)
-        ):
-            raise ConfigError(f"{name}={shown(labels)}: expected an object of at most {MAX_LABELS} labels")
-    for each in (dtype, values.get("torch_dtype")):
-        if each is not None and not isinstance(each, torch.dtype) and each not in _DTYPES:
-            raise ConfigError(f"dtype={shown(each)}: expected one of {', '.join(_DTYPES)}")
-    if problem not in (None, *_PROBLEMS):
-        raise ConfigError(f"problem_type={shown(problem)}: expected one of {', '.join(_PROBLEMS)}")
-    names = values.get("architectures") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"architectures={shown(names)}: expected a list of names")
-    inner = values.get("output_hidden_states")
-    numbers = inner if isinstance(inner, (list, tuple)) else [inner or 0]
-    if not all(isinstance(number, int) for number in numbers):
-        raise ConfigError(f"output_hidden_states={shown(inner)}: expected true or false, or numbers of layers")
+def _misfits_of(values: dict[str, Any]) -> list[str]:
+    """Names of values that do not keep their rule."""
+    return [name for name, (_, fits) in _RULES.items() if values.get(name) is not None and not fits(values[name])]
 
 def _check(config: TimmTowerConfig) -> None:
     check_architecture(config.architecture, config.timm_version)
-    _check_int("in_chans", config.in_chans, MAX_IN_CHANS)
-    for name in ("embed_dim", "num_features"):
-        if getattr(config, name) is not None:
-            _check_int(name, getattr(config, name), MAX_EMBED_DIM)
     for name in ("image_size", "feat_size"):
         if getattr(config, name) is not None:
             setattr(config, name, check_size(name, getattr(config, name)))
-    if isinstance(config.drop, bool) or not 0 <= config.drop < 1:
-        raise ConfigError(f"drop={shown(config.drop)}: expected a probability, 0 <= drop < 1")
-    if config.pool is not None and (len(config.pool) > 64 or not config.pool.isprintable()):
-        raise ConfigError(f"pool={shown(config.pool)}: not the name of a pool")
-    if config.proj == "":
-        config.proj = None
-    if config.proj is not None and config.proj not in PROJECTIONS:
-        raise ConfigError(
-            f"proj={shown(config.proj)}: expected one of {', '.join(PROJECTIONS)}, or None for the trunk's own "
-            "classifier"
-        )
     if config.classifier is None:
         attention = config.pool in ATTENTION_POOLS
         by_trunk = config.proj in (None, "none") and config.head is None and not attention
@@ -706,27 +668,19 @@ def _check(config: TimmTowerConfig) -> None:
     model_args = dict(config.model_args or {})
     check_names(model_args, recorded=(*RECORDED, *(FROM_TRUNK if config.classifier == "reset" else ())))
     config.model_args = {key: encode(value, inner("model_args", key)) for key, value in sorted(model_args.items())}
-    for key, value in config.model_args.items():
-        decode(value, inner("model_args", key))
     config.drop = float(config.drop)
     check_frozen(config.frozen)
     if config.tower_kwargs and config.tower_class is None:
         raise ConfigError(f"tower_kwargs={shown(config.tower_kwargs)}: only a subclass (tower_class) has any")
 
-def _check_int(name: str, value: Any, most: int, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ConfigError(f"{name}={shown(value)}: expected a whole number from {least} to {most}")
-
 def check_size(name: str, value: Any) -> list[int]:
     """An image size as `[height, width]` in pixels; `ConfigError` unless it is one or two whole numbers to 16384."""
-    pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else []
-    if len(pair) != 2 or any(
-        isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= MAX_IMAGE_SIZE for side in pair
-    ):
+    pair = [value, value] if isinstance(value, int) else value
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(_is_whole(s, MAX_IMAGE_SIZE) for s in pair):
         raise ConfigError(
             f"{name}={shown(value)}: expected an int or (height, width), each from 1 to {MAX_IMAGE_SIZE} pixels"
         )
-    return pair
+    return list(pair)
 
 def check_architecture(name: str, saved_with: str | None = None) -> None:
     """Refuse `arch` or `arch.tag` that this timm's registry does not have, by a `ConfigError` with near names.
@@ -1280,8 +1234,25 @@ or ``"F.linear"`` to the callable; a name that the installed torch lacks is abse
 uninitialised: ``torch.empty`` and its kin are recorded as zeros, which is one of the things they may give.
 """
 
-# Both functions of torch and methods of a tensor.
-_BOTH = """
+# An allow-list of names, by the prefixes under which a file has them.
+_OP_NAMES = {
+    "Tensor": """
+__add__ __and__ __eq__ __floordiv__ __ge__ __getitem__ __gt__ __iadd__ __iand__ __idiv__ __ifloordiv__ __imod__ __imul__
+__invert__ __ior__ __ipow__ __isub__ __itruediv__ __ixor__ __le__ __lt__ __matmul__ __mod__ __mul__ __ne__ __neg__
+__or__ __pow__ __radd__ __rand__ __rdiv__ __reversed__ __rfloordiv__ __rmatmul__ __rmod__ __rmul__ __ror__ __rpow__
+__rsub__ __rtruediv__ __rxor__ __setitem__ __sub__ __truediv__ __xor__ abs_ absolute_ acos_ acosh_ add_ addbmm_ addcdiv_
+addcmul_ addmm_ addmv_ addr_ asin_ asinh_ atan2_ atan_ atanh_ baddbmm_ bernoulli_ bfloat16 bitwise_and_ bitwise_not_
+bitwise_or_ bitwise_xor_ bool byte cauchy_ cdouble ceil_ cfloat char clamp_max_ clamp_min_ clip_ contiguous copy_
+copysign_ cos_ cosh_ cumprod_ cumsum_ deg2rad_ digamma_ div_ divide_ double eq_ erf_ erfc_ erfinv_ exp2_ expand
+expand_as expm1_ exponential_ fill_ fill_diagonal_ float floor_ floor_divide_ fmod_ frac_ ge_ geometric_ ger gt_ half
+index_add_ index_copy_ index_fill_ index_put_ int le_ lerp_ lgamma_ log10_ log1p_ log2_ log_ log_normal_ logical_and_
+logical_not_ logical_or_ logit_ long lt_ masked_fill_ masked_scatter_ mul_ multiply_ nan_to_num_ ne_ neg_ negative_
+new_full new_ones new_tensor new_zeros normal_ pow_ random_ reciprocal_ remainder_ renorm_ repeat requires_grad_
+reshape_as round_ rsqrt_ scatter_ scatter_add_ scatter_reduce_ sgn_ short sign_ sin_ sinc_ sinh_ sqrt_ square_ squeeze_
+sub_ subtract_ sum_to_size t_ tan_ to transpose_ tril_ triu_ true_divide_ trunc_ type type_as unfold uniform_ unique
+unsqueeze_ view view_as xlogy_ zero_ cpu cuda
+""",
+    "torch Tensor": """
 abs absolute acos acosh add addbmm addcdiv addcmul addmm addmv addr adjoint all amax amin aminmax angle any arccos
 arccosh arcsin arcsinh arctan arctan2 arctanh argmax argmin argsort argwhere asin asinh atan atan2 atanh baddbmm
 bernoulli bincount bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor bmm
@@ -1300,9 +1271,8 @@ rot90 round rsqrt scatter scatter_add scatter_reduce select select_scatter sgn s
 sinh slice_scatter slogdet softmax sort split split_with_sizes sqrt square squeeze std sub subtract sum svd swapaxes
 swapdims t take take_along_dim tan tanh tanh_ tensor_split tile topk trace transpose tril triu true_divide trunc unbind
 unflatten unique_consecutive unsqueeze var vdot vsplit where xlogy
-"""
-
-_TORCH = """
+""",
+    "torch": """
 adaptive_avg_pool1d adaptive_max_pool1d affine_grid_generator alpha_dropout atleast_1d atleast_2d atleast_3d avg_pool1d
 batch_norm bilinear binary_cross_entropy_with_logits block_diag broadcast_tensors bucketize cartesian_prod cat cdist
 celu celu_ chain_matmul channel_shuffle cholesky_solve column_stack combinations complex concat concatenate
@@ -1316,26 +1286,8 @@ rnn_relu_cell rnn_tanh rnn_tanh_cell rrelu rsub searchsorted selu stack std_mean
 triplet_margin_loss var_mean view_as_complex view_as_real vstack zeros_like _weight_norm arange as_tensor asarray
 bartlett_window blackman_window eye full hamming_window hann_window linspace logspace normal ones rand randint randn
 randperm scalar_tensor tensor tril_indices triu_indices zeros _standard_gamma _sample_dirichlet binomial
-"""
-
-_TENSOR = """
-__add__ __and__ __eq__ __floordiv__ __ge__ __getitem__ __gt__ __iadd__ __iand__ __idiv__ __ifloordiv__ __imod__ __imul__
-__invert__ __ior__ __ipow__ __isub__ __itruediv__ __ixor__ __le__ __lt__ __matmul__ __mod__ __mul__ __ne__ __neg__
-__or__ __pow__ __radd__ __rand__ __rdiv__ __reversed__ __rfloordiv__ __rmatmul__ __rmod__ __rmul__ __ror__ __rpow__
-__rsub__ __rtruediv__ __rxor__ __setitem__ __sub__ __truediv__ __xor__ abs_ absolute_ acos_ acosh_ add_ addbmm_ addcdiv_
-addcmul_ addmm_ addmv_ addr_ asin_ asinh_ atan2_ atan_ atanh_ baddbmm_ bernoulli_ bfloat16 bitwise_and_ bitwise_not_
-bitwise_or_ bitwise_xor_ bool byte cauchy_ cdouble ceil_ cfloat char clamp_max_ clamp_min_ clip_ contiguous copy_
-copysign_ cos_ cosh_ cumprod_ cumsum_ deg2rad_ digamma_ div_ divide_ double eq_ erf_ erfc_ erfinv_ exp2_ expand
-expand_as expm1_ exponential_ fill_ fill_diagonal_ float floor_ floor_divide_ fmod_ frac_ ge_ geometric_ ger gt_ half
-index_add_ index_copy_ index_fill_ index_put_ int le_ lerp_ lgamma_ log10_ log1p_ log2_ log_ log_normal_ logical_and_
-logical_not_ logical_or_ logit_ long lt_ masked_fill_ masked_scatter_ mul_ multiply_ nan_to_num_ ne_ neg_ negative_
-new_full new_ones new_tensor new_zeros normal_ pow_ random_ reciprocal_ remainder_ renorm_ repeat requires_grad_
-reshape_as round_ rsqrt_ scatter_ scatter_add_ scatter_reduce_ sgn_ short sign_ sin_ sinc_ sinh_ sqrt_ square_ squeeze_
-sub_ subtract_ sum_to_size t_ tan_ to transpose_ tril_ triu_ true_divide_ trunc_ type type_as unfold uniform_ unique
-unsqueeze_ view view_as xlogy_ zero_ cpu cuda
-"""
-
-_FUNCTIONAL = """
+""",
+    "F": """
 _threshold adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
 adaptive_max_pool1d_with_indices adaptive_max_pool2d adaptive_max_pool2d_with_indices adaptive_max_pool3d
 adaptive_max_pool3d_with_indices affine_grid alpha_dropout avg_pool1d avg_pool2d avg_pool3d batch_norm bilinear
@@ -1350,21 +1302,18 @@ multilabel_margin_loss multilabel_soft_margin_loss nll_loss normalize one_hot pa
 pixel_shuffle pixel_unshuffle poisson_nll_loss prelu relu relu6 relu_ rms_norm rrelu scaled_dot_product_attention selu
 selu_ sigmoid silu smooth_l1_loss soft_margin_loss softmax softmin softplus softshrink softsign tanh tanhshrink
 threshold threshold_ triplet_margin_loss unfold upsample
-"""
-
-_LINALG = """
+""",
+    "linalg": """
 cond cross det diagonal eigh eigvalsh householder_product inv lu_factor lstsq matmul matrix_rank matrix_exp
 matrix_norm matrix_power multi_dot norm pinv qr slogdet solve solve_triangular svd svdvals tensorinv tensorsolve
 vander vecdot vector_norm cholesky
-"""
-
-_SPECIAL = (
-    "digamma entr erf erfc erfcx erfinv exp2 expit expm1 gammaln i0 i0e i1 log1p log_softmax logit logsumexp "
-    "multigammaln ndtr ndtri psi round sinc softmax xlog1py xlogy"
-)
-
-_FFT = "fft ifft fft2 ifft2 fftn ifftn rfft irfft rfft2 irfft2 rfftn irfftn fftshift ifftshift fftfreq rfftfreq"
-
+""",
+    "special": """
+digamma entr erf erfc erfcx erfinv exp2 expit expm1 gammaln i0 i0e i1 log1p log_softmax logit logsumexp multigammaln
+ndtr ndtri psi round sinc softmax xlog1py xlogy
+""",
+    "fft": "fft ifft fft2 ifft2 fftn ifftn rfft irfft rfft2 irfft2 rfftn irfftn fftshift ifftshift fftfreq rfftfreq",
+}
 TENSOR_PROPERTIES = ("T", "mT", "H", "mH", "real", "imag", "data")
 
 def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
@@ -1375,30 +1324,31 @@ def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
 
 def _draw_dirichlet(concentration: torch.Tensor) -> torch.Tensor:
     """What `torch.distributions.Dirichlet` and `Beta` draw with, gradient included."""
-    return _Dirichlet.apply(concentration)  # type: ignore[no-any-return]
+    return torch.distributions.dirichlet._Dirichlet.apply(concentration)  # type: ignore[no-any-return]
 
-def _build_table() -> dict[str, Callable[..., Any]]:
-    table: dict[str, Callable[..., Any]] = {}
-    for prefix, space, listed in OP_SPACES:
-        for name in listed.split():
-            function = getattr(space, name, None)  # a name from the lists above, never from a file
-            if function is not None:
-                table[f"{prefix}.{name}"] = function
-    for name in TENSOR_PROPERTIES:
-        table[f"Tensor.{name}"] = attrgetter(name)
-    table["Tensor.set_data_"] = _set_data
-    table["torch.draw_dirichlet"] = _draw_dirichlet
-    return table
-
-OP_SPACES: tuple[tuple[str, Any, str], ...] = (
-    ("torch", torch, _BOTH + _TORCH),
-    ("Tensor", torch.Tensor, _TENSOR + _BOTH),
-    ("F", functional, _FUNCTIONAL),
-    ("linalg", torch.linalg, _LINALG),
-    ("special", torch.special, _SPECIAL),
-    ("fft", torch.fft, _FFT),
+_SPACES: dict[str, Any] = {
+    "torch": torch,
+    "Tensor": torch.Tensor,
+    "F": nn.functional,
+    "linalg": torch.linalg,
+    "special": torch.special,
+    "fft": torch.fft,
+}
+OP_NAMES = tuple(
+    (prefix, _SPACES[prefix], name)
+    for prefixes, names in _OP_NAMES.items()
+    for name in names.split()
+    for prefix in prefixes.split()
+    if hasattr(_SPACES[prefix], name)
 )
-OPS = _build_table()
+"""A function's prefix, where torch has it, and its name there, of those that this torch has."""
+
+OPS: dict[str, Callable[..., Any]] = {
+    **{f"{prefix}.{name}": getattr(space, name) for prefix, space, name in OP_NAMES},  # names from above, no file
+    **{f"Tensor.{name}": attrgetter(name) for name in TENSOR_PROPERTIES},
+    "Tensor.set_data_": _set_data,
+    "torch.draw_dirichlet": _draw_dirichlet,
+}
 
 # --- graph_program.py
 
@@ -1437,6 +1387,7 @@ FORMULAS: dict[str, Callable[[Any, Any], Any]] = {
 }
 """Operators of a formula in the batch size; powers are square roots only."""
 
+_KEY = re.compile(r"[^.\x00-\x1f\x7f]{1,200}")
 _KEYWORD = re.compile(r"[a-z][a-zA-Z0-9_]{0,40}")
 _REFERENCE = re.compile(r"%(\d{1,6})((?:\.\d{1,4}){0,4})")
 _CONSTANT = re.compile(r"#([0-9]{1,6})")
@@ -1449,13 +1400,17 @@ _WORDS = frozenset(
     donot_use_mm_for_euclid_dist
     """.split()
 )
-_SIZED_BY_NUMBERS = frozenset(
+MADE_OF_NUMBERS = frozenset(
+    "torch.zeros torch.ones torch.full torch.rand torch.randn torch.randint torch.arange torch.eye torch.linspace "
+    "torch.logspace torch.randperm torch.tril_indices torch.triu_indices".split()
+)
+"""Operations that make a tensor of numbers alone."""
+_SIZED_BY_NUMBERS = MADE_OF_NUMBERS | frozenset(
     """
-    torch.zeros torch.ones torch.full torch.rand torch.randn torch.randint torch.arange torch.eye torch.linspace
-    torch.logspace torch.randperm torch.normal torch.tile torch.repeat_interleave torch.tril_indices torch.triu_indices
-    torch.broadcast_to torch.tensor_split torch.chunk Tensor.new_full Tensor.new_ones Tensor.new_zeros Tensor.expand
-    Tensor.repeat Tensor.tile Tensor.repeat_interleave Tensor.broadcast_to Tensor.tensor_split Tensor.chunk
-    F.interpolate F.upsample F.one_hot F.pad F.adaptive_avg_pool2d F.adaptive_max_pool2d
+    torch.normal torch.tile torch.repeat_interleave torch.broadcast_to torch.tensor_split torch.chunk Tensor.new_full
+    Tensor.new_ones Tensor.new_zeros Tensor.expand Tensor.repeat Tensor.tile Tensor.repeat_interleave
+    Tensor.broadcast_to Tensor.tensor_split Tensor.chunk F.interpolate F.upsample F.one_hot F.pad
+    F.adaptive_avg_pool2d F.adaptive_max_pool2d
     """.split()
 )
 """Operations whose numbers alone say how large the result is. What sizes and numbers do together is counted when the
@@ -1496,46 +1451,61 @@ class Program:
 
 # --- small pieces: each takes a value and where it stands, and gives it back checked
 
-def only(value: dict[str, Json], known: Set[str], where: str) -> None:
-    unknown = sorted(str(key) for key in value if key not in known)
-    if unknown:
-        raise GraphError(f"{where}: unknown keys {shown(unknown[:4])}; expected some of {sorted(known)}")
+def _are_sizes(value: Json, least: int = 0, most: int = 2**40, *, may_vary: bool = False) -> bool:
+    return (isinstance(value, list) and len(value) <= 8) and all(
+        (size is None and may_vary) or (type(size) is int and least <= size <= most) for size in value
+    )
 
-def read_list(value: Json, where: str, most: int) -> list[Json]:
+def _is_key(value: Json) -> bool:
+    return isinstance(value, str) and bool(_KEY.fullmatch(value)) and not value.startswith("__")
+
+_KINDS: dict[str, tuple[str, Callable[[Json], bool]]] = {
+    "value": ("anything", lambda value: True),
+    "object": ("an object", lambda value: isinstance(value, dict)),
+    "flag": ("true or false", lambda value: type(value) is bool),
+    "name": ("a name", lambda value: isinstance(value, str) and len(value) <= 2000),
+    "key": ("a name for a module or tensor", _is_key),
+    "dtype": (f"one of {sorted(DTYPES)}", lambda value: isinstance(value, str) and value in DTYPES),
+    "shape": ("a shape", _are_sizes),
+    "order": ("an order of dimensions", lambda value: _are_sizes(value) and sorted(value) == [*range(len(value))]),
+    "input": (
+        "a shape with null for the sizes that may vary",
+        lambda value: value != [] and _are_sizes(value, 1, 2**31, may_vary=True),
+    ),
+    "device": ("'input' or 'cuda'", lambda value: value in ("input", "cuda")),
+    "precision": ("null or a dtype", lambda value: value in (None, "float16", "bfloat16", "float32")),
+}
+"""What stands in a graph beside calls: its words in an error, and its test."""
+
+def read_value(value: Json, kind: str, where: str) -> Any:
+    """A value of one of these kinds; lists become tuples, names of dtypes these."""
+    expected, fits = _KINDS[kind]
+    if not fits(value):
+        raise GraphError(f"{where}: expected {expected}, found {shown(value)}")
+    return DTYPES[value] if kind == "dtype" else tuple(value) if kind in ("shape", "order", "input") else value
+
+def read_list(value: Json, where: str, most: int = MAX_GRAPH_ITEMS) -> list[Json]:
     if not isinstance(value, list) or len(value) > most:
         raise GraphError(f"{where}: expected a list of at most {most} items, found {shown(value)}")
     return value
 
-def read_text(value: Json, where: str) -> str:
-    if not isinstance(value, str) or len(value) > 2000:
-        raise GraphError(f"{where}: expected a name, found {shown(value)}")
-    return value
+def read_rows(rows: Json, kinds: str, where: str, most: int = MAX_GRAPH_ITEMS) -> tuple[tuple[Any, ...], ...]:
+    """A list of lists, each with one value of each of these kinds."""
+    names = kinds.split()
+    for row in read_list(rows, where, most):
+        if not isinstance(row, list) or len(row) != len(names):
+            raise GraphError(f"{where}: expected [{', '.join(names)}], found {shown(row)}")
+    return tuple(tuple(map(read_value, row, names, [where] * len(row))) for row in rows)
 
-def read_pair(value: Json, where: str) -> tuple[Json, Json]:
-    if not isinstance(value, list) or len(value) != 2:
-        raise GraphError(f"{where}: expected a pair, found {shown(value)}")
-    return value[0], value[1]
-
-def read_names(value: Json, where: str) -> tuple[str, str]:
-    first, second = read_pair(value, where)
-    return read_text(first, where), read_text(second, where)
-
-def read_dtype(value: Json, where: str) -> torch.dtype:
-    if not isinstance(value, str) or value not in DTYPES:
-        raise GraphError(f"{where}: {shown(value)} is not a dtype; expected one of {sorted(DTYPES)}")
-    return DTYPES[value]
-
-def _flag(value: Json, where: str) -> bool:
-    if type(value) is not bool:
-        raise GraphError(f"{where}: {shown(value)} is neither true nor false")
-    return value
+def only(value: Json, known: Set[str], where: str) -> None:
+    unknown = sorted(str(key) for key in read_value(value, "object", where) if key not in known)
+    if unknown:
+        raise GraphError(f"{where}: unknown keys {shown(unknown[:4])}; expected some of {sorted(known)}")
 
 # --- programs
 
 def read_program(value: Json, where: str, modules: set[str], constants: int) -> Program:
     """The forward of one mode; `modules` are the names it may call, `constants` how many tensors it may refer to."""
-    if not isinstance(value, dict):
-        raise GraphError(f"{where}: expected an object with nodes and output")
     only(value, {"nodes", "output"}, where)
     nodes: list[Node] = []
     names: set[str] = set()
@@ -1548,14 +1518,11 @@ def read_program(value: Json, where: str, modules: set[str], constants: int) -> 
 
 def _node(value: Json, reader: "_ValueReader", modules: set[str]) -> Node:
     where = reader.where
-    if not isinstance(value, dict):
-        raise GraphError(f"{where}: expected an object, found {shown(value)}")
+    only(value, {"op", "call", "write", "in", "kw", "no_grad", "autocast"}, where)
     kinds = [kind for kind in ("op", "call", "write") if kind in value]
     if len(kinds) != 1:
         raise GraphError(f"{where}: expected exactly one of op, call, write")
-    kind = kinds[0]
-    only(value, {kind, "in", "kw", "no_grad", "autocast"}, where)
-    target = read_text(value[kind], where)
+    kind, target = kinds[0], read_value(value[kinds[0]], "name", where)
     if kind == "op" and target not in OPS:
         raise GraphError(
             f"{where}: {shown(target)} is not an operation that a stored head may use (or this torch lacks it)"
@@ -1563,25 +1530,17 @@ def _node(value: Json, reader: "_ValueReader", modules: set[str]) -> Node:
     if kind == "call" and target not in modules:
         raise GraphError(f"{where}: calls {shown(target)}, which is not a layer of the head")
     reader.op = target if kind == "op" else ""
-    args = tuple(reader.read(item) for item in read_list(value.get("in", []), where, MAX_GRAPH_ITEMS))
-    keywords = value.get("kw", {})
-    if not isinstance(keywords, dict) or not all(isinstance(key, str) and _KEYWORD.fullmatch(key) for key in keywords):
-        raise GraphError(f"{where}: keyword arguments {shown(keywords)} are not an object of plain names")
+    args = tuple(reader.items(value.get("in", [])))
+    keywords = read_value(value.get("kw", {}), "object", where)
+    if not all(isinstance(key, str) and _KEYWORD.fullmatch(key) for key in keywords):
+        raise GraphError(f"{where}: keyword arguments {shown(keywords)} are not plain names")
     kwargs = tuple((key, reader.read(item)) for key, item in keywords.items())
     if kind == "write" and (kwargs or len(args) != 1 or getattr(args[0], "kind", None) not in _TENSORS):
         raise GraphError(f"{where}: a write takes exactly one tensor")
     if target in _SIZED_BY_NUMBERS and reader.product > MAX_ELEMENTS:
         raise GraphError(f"{where}: {target} asks for {reader.product:.3g} elements, more than {MAX_ELEMENTS}")
-    return Node(kind, target, args, kwargs, _flag(value.get("no_grad", False), where), _autocast(value, where))
-
-def _autocast(value: dict[str, Json], where: str) -> tuple[tuple[str, bool, str | None], ...]:
-    regions = []
-    for item in read_list(value.get("autocast", []), f"{where}.autocast", 8):
-        valid = isinstance(item, list) and len(item) == 3 and item[0] in ("input", "cuda") and type(item[1]) is bool
-        if not valid or item[2] not in (None, "float16", "bfloat16", "float32"):
-            raise GraphError(f"{where}: autocast {shown(item)} is not [device, enabled, dtype]")
-        regions.append((item[0], item[1], item[2]))
-    return tuple(regions)
+    autocast: Any = read_rows(value.get("autocast", []), "device flag precision", f"{where}.autocast", 8)
+    return Node(kind, target, args, kwargs, read_value(value.get("no_grad", False), "flag", where), autocast)
 
 class _ValueReader:
     """Reads the arguments of one node; references may only point to nodes before it. `names` takes those of tensors."""
@@ -1603,28 +1562,31 @@ class _ValueReader:
         if isinstance(value, str):
             return self._reference(value)
         if isinstance(value, list):
-            return [self.read(item) for item in read_list(value, self.where, MAX_GRAPH_ITEMS)]
+            return self.items(value)
         if isinstance(value, dict) and len(value) == 1:
-            ((tag, inner),) = value.items()
-            return self._tagged(tag, inner)
+            return self._tagged(*next(iter(value.items())))
         raise GraphError(f"{self.where}: {shown(value)} is not an argument")
+
+    def items(self, values: Json) -> list[Any]:
+        """Each value of a list, decoded."""
+        return [self.read(item) for item in read_list(values, self.where)]
 
     def _tagged(self, tag: str, inner: Json) -> Any:
         if tag == "t":
-            return tuple(self.read(item) for item in read_list(inner, self.where, MAX_GRAPH_ITEMS))
+            return tuple(self.items(inner))
         if tag in ("d", "ordered"):
-            pairs = [read_pair(item, self.where) for item in read_list(inner, self.where, MAX_GRAPH_ITEMS)]
+            pairs = read_rows(inner, "value value", self.where)
             return Late(tag, tuple((self._dict_key(key), self.read(item)) for key, item in pairs))
         if tag == "s":
             return self._string(inner)
         if tag == "slice" and isinstance(inner, list) and len(inner) == 3:
-            return Late(tag, tuple(self.read(item) for item in inner))
+            return Late(tag, tuple(self.items(inner)))
         if tag == "..." and inner is True:
             return Ellipsis
         if tag == "f" and inner in ("inf", "-inf", "nan"):
             return float(inner)
         if tag == "complex" and isinstance(inner, list) and len(inner) == 2:
-            parts = [self.read(item) for item in inner]
+            parts = self.items(inner)
             if all(isinstance(part, (int, float)) for part in parts):
                 return complex(*parts)
         if tag == "n":
@@ -1635,7 +1597,7 @@ class _ValueReader:
         if tag == "dtype" and isinstance(inner, str) and inner.startswith("$"):
             return Late(tag, self._reference(inner))
         if tag == "dtype":
-            return read_dtype(inner, self.where)
+            return read_value(inner, "dtype", self.where)
         if tag == "memory" and isinstance(inner, str) and inner in MEMORY_FORMATS:
             return MEMORY_FORMATS[inner]
         if tag == "layout" and inner == "strided":
@@ -1711,8 +1673,18 @@ MAX_MODULE_DEPTH = 32
 MAX_GRAPH_DEPTH = 16
 MAX_EMBEDDED_BYTES = 1 << 20
 
+_HEAD = "the stored head"
 _GRAPH_KEYS = frozenset("version input modules ties frozen dtypes layouts held constants forward train eval".split())
-_KEY = re.compile(r"[^.\x00-\x1f\x7f]{1,200}")
+# Lists of a graph, and what stands in each of their rows; of `held`: module, its mode in train, in eval.
+_ROWS = {"ties": "name name", "dtypes": "name dtype", "layouts": "name order", "held": "name flag flag"}
+_MODULE_KEYS = {
+    "layer": {"name", "layer", "args"},
+    "container": {"name", "container"},
+    "same": {"name", "same"},
+    "part": {"name", "part", "params", "buffers", "values"},
+}
+CONTAINERS: dict[str, type[nn.Module]] = {each.__name__: each for each in (nn.Sequential, nn.ModuleList, nn.ModuleDict)}
+
 # --- records: a stored head without any JSON left in it
 
 TensorSpec = tuple[str, tuple[int, ...], torch.dtype]
@@ -1722,17 +1694,20 @@ TensorSpec = tuple[str, tuple[int, ...], torch.dtype]
 class ModuleSpec:
     """One module: a layer of the table, a torch container, a plain part, or another name of an earlier module.
 
-    `values` are buffers that are not in the state dict, with their values.
+    `of` is the layer's, container's or earlier module's name; `values` are buffers that are not in the state dict.
     """
 
     name: str
     kind: str
-    layer: str = ""
+    of: str = ""
     args: Any = None
-    same: str = ""
     params: tuple[TensorSpec, ...] = ()
     buffers: tuple[TensorSpec, ...] = ()
     values: tuple[tuple[str, torch.Tensor], ...] = ()
+
+    def tensor_names(self) -> list[str]:
+        """Names of all of its own tensors."""
+        return [str(item[0]) for item in (*self.params, *self.buffers, *self.values)]
 
 @dataclass(frozen=True)
 class Graph:
@@ -1752,39 +1727,33 @@ class Graph:
 
 def parse_graph(graph: Json) -> Graph:
     """Turn untrusted JSON into an audited `Graph`. Raises GraphError naming what was found and what was expected."""
-    if not isinstance(graph, dict):
-        raise GraphError(f"a stored head is a JSON object, found {type(graph).__name__}")
-    version = graph.get("version")
+    version = read_value(graph, "object", _HEAD).get("version")
     if type(version) is not int or version != VERSION:
         raise GraphError(
             f"the stored head has graph version {shown(version)}; this package reads version {VERSION}. A newer one "
             "needs a newer hf_timm_tower"
         )
     check_extent(graph)
-    only(graph, _GRAPH_KEYS, "the stored head")
+    only(graph, _GRAPH_KEYS, _HEAD)
+    only(graph.get("input"), {"shape"}, "input")
     left = [MAX_EMBEDDED_BYTES]
     modules = tuple(_module(item, left) for item in read_list(graph.get("modules"), "modules", MAX_MODULES))
     _check_module_names(modules)
-    constants = [_tensor(item, left, f"constants[{i}]") for i, item in enumerate(_entries(graph, "constants"))]
-    programs = _programs(graph, _callable_names(modules), len(constants))
+    embedded = enumerate(read_list(graph.get("constants", []), "constants"))
+    constants = tuple(_tensor(item, left, f"constants[{index}]") for index, item in embedded)
+    # What a call may name: what brings a forward of its own.
+    names = {each.name for each in modules[1:] if (each.kind, each.of) == ("container", "Sequential")}
+    names |= {each.name for each in modules[1:] if each.kind == "layer"}
+    names |= {each.name for each in modules if each.kind == "same" and each.of in names}
+    programs = _programs(graph, names, len(constants))
     if not programs and modules[0].kind not in ("layer", "container"):
         raise GraphError("the stored head has no forward, and its root is not a layer that brings its own")
     if programs and modules[0].kind != "part":
         raise GraphError("the stored head has a forward of its own, so its root must be a part")
-    return Graph(
-        shape=_input_shape(graph.get("input")),
-        modules=modules,
-        ties=tuple(read_names(item, "ties") for item in _entries(graph, "ties")),
-        frozen=frozenset(read_text(item, "frozen") for item in _entries(graph, "frozen")),
-        dtypes=tuple(
-            (read_text(name, "dtypes"), read_dtype(dtype, "dtypes"))
-            for name, dtype in (read_pair(item, "dtypes") for item in _entries(graph, "dtypes"))
-        ),
-        layouts=tuple(_layout(item) for item in _entries(graph, "layouts")),
-        held=tuple(_held(item) for item in _entries(graph, "held")),
-        constants=tuple(constants),
-        programs=programs,
-    )
+    rows: Any = {key: read_rows(graph.get(key, []), kinds, key) for key, kinds in _ROWS.items()}
+    frozen = frozenset(read_value(item, "name", "frozen") for item in read_list(graph.get("frozen", []), "frozen"))
+    shape = read_value(graph["input"].get("shape"), "input", "input.shape")
+    return Graph(shape=shape, modules=modules, frozen=frozen, constants=constants, programs=programs, **rows)
 
 def check_extent(graph: Json) -> None:
     """Bound nesting, the number of values and the length of texts, without recursion and before anything else."""
@@ -1809,17 +1778,6 @@ def check_extent(graph: Json) -> None:
             return
     raise GraphError(f"the stored head is nested deeper than {MAX_GRAPH_DEPTH} levels")
 
-def _entries(graph: dict[str, Json], key: str) -> list[Json]:
-    return read_list(graph.get(key, []), key, MAX_GRAPH_ITEMS)
-
-def _callable_names(modules: Sequence[ModuleSpec]) -> set[str]:
-    names: set[str] = set()
-    for module in modules:
-        whole = module.kind == "layer" or (module.kind == "container" and module.layer == "Sequential")
-        if (whole or module.same in names) and module.name:
-            names.add(module.name)
-    return names
-
 def _programs(graph: dict[str, Json], names: set[str], constants: int) -> dict[bool, Program]:
     keys = [key for key in ("forward", "train", "eval") if key in graph]
     if keys not in ([], ["forward"], ["train", "eval"]):
@@ -1827,31 +1785,19 @@ def _programs(graph: dict[str, Json], names: set[str], constants: int) -> dict[b
     read = [read_program(graph[key], key, names, constants) for key in keys]
     return {True: read[0], False: read[-1]} if read else {}
 
-# --- small pieces: each takes a value and where it stands, and gives it back checked
-
-def read_shape(value: Json, where: str) -> tuple[int, ...]:
-    sizes = read_list(value, where, 8)
-    if not all(type(size) is int and 0 <= size <= 2**40 for size in sizes):
-        raise GraphError(f"{where}: {shown(value)} is not a shape")
-    return tuple(sizes)
-
-def _key(value: Json, where: str) -> str:
-    if not isinstance(value, str) or not _KEY.fullmatch(value) or value.startswith("__"):
-        raise GraphError(f"{where}: {shown(value)} is not a name for a module or tensor")
-    return value
+# --- modules
 
 def _tensor(value: Json, left: list[int], where: str) -> torch.Tensor:
     """A tensor embedded in the graph; ``left`` holds the bytes that the graph may still embed and is reduced."""
-    if not isinstance(value, dict) or set(value) != {"shape", "dtype", "data"}:
-        raise GraphError(f"{where}: expected an object of shape, dtype and data")
-    shape, dtype = read_shape(value["shape"], where), read_dtype(value["dtype"], where)
+    only(value, {"shape", "dtype", "data"}, where)
+    shape, dtype = (read_value(value.get(kind), kind, where) for kind in ("shape", "dtype"))
     nbytes = math.prod(shape) * dtype.itemsize
     left[0] -= nbytes
     if left[0] < 0:
         raise GraphError(f"{where}: the tensors inside a stored head exceed {MAX_EMBEDDED_BYTES} bytes")
     try:
-        data = base64.b64decode(value["data"], validate=True) if isinstance(value["data"], str) else b""
-    except (binascii.Error, ValueError) as error:
+        data = base64.b64decode(value.get("data"), validate=True)
+    except (TypeError, ValueError) as error:
         raise GraphError(f"{where}: data is not base64: {error}") from None
     if len(data) != nbytes:
         raise GraphError(f"{where}: {len(data)} bytes of data, expected {nbytes} for {shape} of {dtype}")
@@ -1861,78 +1807,32 @@ def _tensor(value: Json, left: list[int], where: str) -> torch.Tensor:
         raise GraphError(f"{where}: a bool tensor holds only 0 and 1")
     return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
 
-# --- modules
-
-def _input_shape(value: Json) -> tuple[int | None, ...]:
-    if not isinstance(value, dict) or set(value) != {"shape"}:
-        raise GraphError(f"input: expected an object with the input's shape, found {shown(value)}")
-    sizes = read_list(value["shape"], "input.shape", 8)
-    if not sizes or not all(size is None or (type(size) is int and 0 < size <= 2**31) for size in sizes):
-        raise GraphError(f"input.shape: {shown(sizes)} is not a shape with null for the sizes that may vary")
-    return tuple(sizes)
-
-def _layout(value: Json) -> tuple[str, tuple[int, ...]]:
-    name, order = read_pair(value, "layouts")
-    dims = read_list(order, "layouts", 8)
-    if not all(type(dim) is int for dim in dims) or sorted(dims) != list(range(len(dims))):
-        raise GraphError(f"layouts: {shown(order)} is not an order of dimensions")
-    return read_text(name, "layouts"), tuple(dims)
-
-def _held(value: Json) -> tuple[str, bool, bool]:
-    if not (isinstance(value, list) and len(value) == 3 and all(type(flag) is bool for flag in value[1:])):
-        raise GraphError(f"held: expected [module, in train, in eval], found {shown(value)}")
-    return read_text(value[0], "held"), value[1], value[2]
-
 def _module(value: Json, left: list[int]) -> ModuleSpec:
-    if not isinstance(value, dict):
-        raise GraphError(f"modules: expected objects, found {shown(value)}")
-    name = read_text(value.get("name"), "modules.name")
+    name = read_value(read_value(value, "object", "modules").get("name"), "name", "modules.name")
     where = f"module {shown(name)}"
-    if "layer" in value:
-        only(value, {"name", "layer", "args"}, where)
-        return ModuleSpec(name, "layer", layer=read_text(value["layer"], where), args=value.get("args"))
-    if "container" in value:
-        only(value, {"name", "container"}, where)
-        if value["container"] not in ("Sequential", "ModuleList", "ModuleDict"):
-            raise GraphError(f"{where}: unknown container {shown(value['container'])}")
-        return ModuleSpec(name, "container", layer=value["container"])
-    if "same" in value:
-        only(value, {"name", "same"}, where)
-        return ModuleSpec(name, "same", same=read_text(value["same"], where))
-    only(value, {"name", "part", "params", "buffers", "values"}, where)
-    if value.get("part") is not True:
-        raise GraphError(f"{where}: is neither a layer, a container, another name, nor a part")
-    values = []
-    for item in read_list(value.get("values", []), where, MAX_GRAPH_ITEMS):
-        key, tensor = read_pair(item, where)
-        values.append((_key(key, where), _tensor(tensor, left, f"{where}, buffer {shown(key)}")))
-    params, buffers = (
-        tuple(_tensor_spec(item, where) for item in read_list(value.get(kind, []), where, MAX_GRAPH_ITEMS))
-        for kind in ("params", "buffers")
-    )
-    spec = ModuleSpec(name, "part", params=params, buffers=buffers, values=tuple(values))
-    if len(_tensor_names(spec)) != len(params) + len(buffers) + len(values):
+    kind = next((kind for kind in _MODULE_KEYS if kind in value), "part")
+    only(value, _MODULE_KEYS[kind], where)
+    of = "" if kind == "part" else read_value(value[kind], "name", where)
+    if (kind == "part" and value.get("part") is not True) or (kind == "container" and of not in CONTAINERS):
+        raise GraphError(f"{where}: is no layer, no part, not another name, and none of {', '.join(CONTAINERS)}")
+    params, buffers = (read_rows(value.get(key, []), "key shape dtype", where) for key in ("params", "buffers"))
+    rows = read_rows(value.get("values", []), "key value", where)
+    values = tuple((key, _tensor(tensor, left, f"{where}, buffer {shown(key)}")) for key, tensor in rows)
+    spec = ModuleSpec(name, kind, of, value.get("args"), params, buffers, values)
+    if len(set(spec.tensor_names())) != len(spec.tensor_names()):
         raise GraphError(f"{where}: two tensors have the same name")
     return spec
-
-def _tensor_names(spec: ModuleSpec) -> set[str]:
-    return {item[0] for item in (*spec.params, *spec.buffers)} | {item[0] for item in spec.values}
-
-def _tensor_spec(value: Json, where: str) -> TensorSpec:
-    if not isinstance(value, list) or len(value) != 3:
-        raise GraphError(f"{where}: expected [name, shape, dtype], found {shown(value)}")
-    return _key(value[0], where), read_shape(value[1], where), read_dtype(value[2], where)
 
 def _check_module_names(modules: Sequence[ModuleSpec]) -> None:
     if not modules or modules[0].name != "" or modules[0].kind == "same":
         raise GraphError("modules: the first one must be the head itself, named ''")
     seen = {"": modules[0]}
-    tensors = {"": _tensor_names(modules[0])}
+    tensors = {"": set(modules[0].tensor_names())}
     sizes: dict[str, list[str]] = {"": []}
     for module in modules[1:]:
-        name, same = module.name, module.same
+        name, same = module.name, module.of if module.kind == "same" else ""
         parent, _, key = name.rpartition(".")
-        _key(key, f"module {shown(name)}")
+        read_value(key, "key", f"module {shown(name)}")
         if name in seen:
             raise GraphError(f"modules: {shown(name)} is there twice")
         if name.count(".") >= MAX_MODULE_DEPTH:
@@ -1948,7 +1848,7 @@ def _check_module_names(modules: Sequence[ModuleSpec]) -> None:
         if key in tensors[parent]:
             raise GraphError(f"modules: {shown(name)} has the name of a tensor")
         seen[name] = module
-        tensors[name] = _tensor_names(module)
+        tensors[name] = set(module.tensor_names())
         sizes.setdefault(parent, []).append(same or name)
     _check_paths(sizes)
 
@@ -2000,12 +1900,6 @@ _DECOMPOSITIONS = frozenset(
     "cholesky_solve linalg_solve_triangular".split()
 )
 """Of aten, inside of norms and solvers too: work grows with the cube of a matrix's width, its bytes with the square."""
-_SIZED_BY_VALUE = frozenset(
-    "torch.zeros torch.ones torch.full torch.rand torch.randn torch.randint torch.arange torch.eye torch.linspace "
-    "torch.logspace torch.randperm torch.tril_indices torch.triu_indices".split()
-)
-"""They make a tensor of numbers alone."""
-
 RECORDING: ContextVar[bool] = ContextVar("recording", default=False)
 """Set while a head of this process is recorded to be stored: looking at sizes would be recorded too."""
 
@@ -2013,7 +1907,7 @@ class Sizes:
     """What is known of the sizes in one head: which calls were looked at, and what they make."""
 
     def __init__(self) -> None:
-        self.known: dict[Any, tuple[int, int]] = {}
+        self.known: dict[Any, tuple[int, int, bool]] = {}
 
     def start(self, head: nn.Module, x: torch.Tensor) -> "_Counted | None":
         """The count of one forward; None where torch compiles or exports the head, which calls nothing for real."""
@@ -2030,7 +1924,7 @@ class Sizes:
 class _Counted:
     """Bytes that one forward has made so far, and its work."""
 
-    def __init__(self, known: dict[Any, tuple[int, int]], key: tuple[Any, ...], limit: int, most_work: int) -> None:
+    def __init__(self, known: dict[Any, Any], key: tuple[Any, ...], limit: int, most_work: int) -> None:
         self.known, self.key, self.limit, self.most_work = known, key, limit, most_work
         self.spent = self.worked = 0
 
@@ -2038,14 +1932,11 @@ class _Counted:
         """Count a call that is about to be made. Raises GraphError if the forward makes too much with it."""
         tensors = tensors_in((args, kwargs))
         key = (*self.key, index, *((tensor.shape, tensor.dtype) for tensor in tensors))
-        found = self.known.get(key)
-        if found is None:
-            made, work, lasting = self._measure(name, function, args, kwargs, tensors)
-            found = made, work
-            if lasting:
-                self.known[key] = found
-        self.spent += found[0]
-        self.worked += found[1]
+        made, work, lasting = self.known.get(key) or self._measure(name, function, args, kwargs, tensors)
+        if lasting:
+            self.known[key] = made, work, lasting
+        self.spent += made
+        self.worked += work
         if self.spent > self.limit:
             raise _too_much(name, self.spent, self.limit)
         if self.worked > self.most_work:
@@ -2066,7 +1957,7 @@ class _Counted:
         for by_numbers in (False, True):  # a tensor of one number may say how large the result is
             count, move = _Count(self.limit), _Twins()
             first, move.keeps_numbers = move(args[:1]), by_numbers
-            first = move(args[:1]) if name in _SIZED_BY_VALUE else first
+            first = move(args[:1]) if name in MADE_OF_NUMBERS else first
             try:
                 with torch.no_grad(), torch.device("meta"), count:
                     move(function)(*first, *move(args[1:]), **move(kwargs))
@@ -2170,8 +2061,6 @@ Anything else (a subclass, a parametrized layer, a patched method) is a plain pa
 
 _MAX_STACKED = 64
 """Most layers a recurrent network or a transformer stack may have; GPT-2 XL and ViT-22B have 48."""
-_MAX_GROWTH = 2**31
-_MAX_INT = 2**31
 _STRINGS = frozenset(
     "zeros reflect replicate circular same valid none tanh relu gelu nearest linear bilinear bicubic trilinear area "
     "nearest-exact".split()
@@ -2180,82 +2069,76 @@ _SIZES_RESULT = frozenset(
     "output_size padding stride dilation output_padding scale_factor size upscale_factor kernel_size".split()
 )
 
-_CONV_ARGS = "in_channels out_channels kernel_size stride padding dilation groups bias? padding_mode"
-_DECONV_ARGS = "in_channels out_channels kernel_size stride padding output_padding groups bias? dilation padding_mode"
-_BATCH_ARGS = "num_features eps momentum affine track_running_stats"
-_RNN_ARGS = "input_size hidden_size num_layers bias batch_first dropout bidirectional"
-_MAX_POOL_ARGS = "kernel_size stride padding dilation return_indices ceil_mode"
-
-NN_LAYERS = {
-    "Linear": "in_features out_features bias?",
-    "Bilinear": "in1_features in2_features out_features bias?",
-    "Identity": "",
-    "Flatten": "start_dim end_dim",
-    "Unflatten": "dim unflattened_size",
-    "Conv1d": _CONV_ARGS, "Conv2d": _CONV_ARGS, "Conv3d": _CONV_ARGS,
-    "ConvTranspose1d": _DECONV_ARGS, "ConvTranspose2d": _DECONV_ARGS, "ConvTranspose3d": _DECONV_ARGS,
-    "BatchNorm1d": _BATCH_ARGS, "BatchNorm2d": _BATCH_ARGS, "BatchNorm3d": _BATCH_ARGS,
-    "InstanceNorm1d": _BATCH_ARGS, "InstanceNorm2d": _BATCH_ARGS, "InstanceNorm3d": _BATCH_ARGS,
-    "LayerNorm": "normalized_shape eps elementwise_affine bias?",
-    "RMSNorm": "normalized_shape eps elementwise_affine",
-    "GroupNorm": "num_groups num_channels eps affine",
-    "LocalResponseNorm": "size alpha beta k",
-    "Embedding": "num_embeddings embedding_dim padding_idx max_norm norm_type scale_grad_by_freq sparse",
-    "Dropout": "p inplace", "Dropout1d": "p inplace", "Dropout2d": "p inplace", "Dropout3d": "p inplace",
-    "AlphaDropout": "p inplace", "FeatureAlphaDropout": "p inplace",
-    "ReLU": "inplace", "ReLU6": "inplace", "SiLU": "inplace", "Mish": "inplace", "SELU": "inplace",
-    "Hardswish": "inplace", "Hardsigmoid": "inplace", "GELU": "approximate",
-    "ELU": "alpha inplace", "CELU": "alpha inplace", "LeakyReLU": "negative_slope inplace",
-    "RReLU": "lower upper inplace", "Hardtanh": "min_val max_val inplace", "Threshold": "threshold value inplace",
-    "Softplus": "beta threshold", "Softshrink": "lambd", "Hardshrink": "lambd", "GLU": "dim",
-    "Sigmoid": "", "Tanh": "", "Tanhshrink": "", "Softsign": "", "LogSigmoid": "", "Softmax2d": "",
-    "Softmax": "dim", "LogSoftmax": "dim", "Softmin": "dim",
-    "PReLU": "num_parameters init",
-    "AdaptiveAvgPool1d": "output_size", "AdaptiveAvgPool2d": "output_size", "AdaptiveAvgPool3d": "output_size",
-    "AdaptiveMaxPool1d": "output_size return_indices", "AdaptiveMaxPool2d": "output_size return_indices",
-    "AdaptiveMaxPool3d": "output_size return_indices",
-    "AvgPool1d": "kernel_size stride padding ceil_mode count_include_pad",
-    "AvgPool2d": "kernel_size stride padding ceil_mode count_include_pad divisor_override",
-    "AvgPool3d": "kernel_size stride padding ceil_mode count_include_pad divisor_override",
-    "MaxPool1d": _MAX_POOL_ARGS, "MaxPool2d": _MAX_POOL_ARGS, "MaxPool3d": _MAX_POOL_ARGS,
-    "LPPool1d": "norm_type kernel_size stride ceil_mode", "LPPool2d": "norm_type kernel_size stride ceil_mode",
-    "ZeroPad1d": "padding", "ZeroPad2d": "padding", "ReflectionPad1d": "padding", "ReflectionPad2d": "padding",
-    "ReplicationPad1d": "padding", "ReplicationPad2d": "padding",
-    "ConstantPad1d": "padding value", "ConstantPad2d": "padding value",
-    "Upsample": "size scale_factor mode align_corners recompute_scale_factor",
-    "PixelShuffle": "upscale_factor", "PixelUnshuffle": "downscale_factor", "ChannelShuffle": "groups",
-    "Fold": "output_size kernel_size dilation padding stride", "Unfold": "kernel_size dilation padding stride",
-    "CosineSimilarity": "dim eps", "PairwiseDistance": "norm eps keepdim",
-    "RNN": _RNN_ARGS + " nonlinearity", "GRU": _RNN_ARGS, "LSTM": _RNN_ARGS + " proj_size",
-    "RNNCell": "input_size hidden_size bias nonlinearity", "GRUCell": "input_size hidden_size bias",
-    "LSTMCell": "input_size hidden_size bias",
-}  # fmt: skip
-"""Argument names of each `torch.nn` layer. Attributes have the same names; ``bias?`` reads `bias is not None`."""
-
-_ENCODER_LAYER_ARGS = "d_model nhead dim_feedforward dropout activation layer_norm_eps batch_first norm_first bias"
-_OTHER_LAYERS: dict[str, tuple[Any, str]] = {
-    "MultiheadAttention": (
-        nn.MultiheadAttention,
-        "embed_dim num_heads dropout add_zero_attn kdim vdim batch_first bias add_bias_kv",
-    ),
-    "TransformerEncoderLayer": (nn.TransformerEncoderLayer, _ENCODER_LAYER_ARGS),
-    "TransformerDecoderLayer": (nn.TransformerDecoderLayer, _ENCODER_LAYER_ARGS),
-    "TransformerEncoder": (nn.TransformerEncoder, "layer num_layers norm enable_nested_tensor mask_check"),
-    "TransformerDecoder": (nn.TransformerDecoder, "layer num_layers norm"),
-    "timm.DropPath": (DropPath, "drop_prob scale_by_keep"),
-    "timm.LayerScale": (LayerScale, "dim inplace"),
-    "timm.LayerNorm": (timm_norm.LayerNorm, "num_channels eps affine"),
-    "timm.LayerNorm2d": (timm_norm.LayerNorm2d, "num_channels eps affine"),
-    "timm.RmsNorm": (timm_norm.RmsNorm, "channels eps affine"),
-    "timm.RmsNorm2d": (getattr(timm_norm, "RmsNorm2d", None), "channels eps affine"),
+LAYER_ARGUMENTS: dict[str, str] = {
+    name: arguments
+    for line in """
+Bilinear: in1_features in2_features out_features bias?
+Linear: in_features out_features bias?
+Flatten: start_dim end_dim
+Unflatten: dim unflattened_size
+Identity Sigmoid Tanh Tanhshrink Softsign LogSigmoid Softmax2d:
+ReLU ReLU6 SiLU Mish SELU Hardswish Hardsigmoid: inplace
+ELU CELU: alpha inplace
+GELU: approximate
+LeakyReLU: negative_slope inplace
+RReLU: lower upper inplace
+Hardtanh: min_val max_val inplace
+Threshold: threshold value inplace
+Softplus: beta threshold
+Softshrink Hardshrink: lambd
+Softmax LogSoftmax Softmin GLU: dim
+PReLU: num_parameters init
+Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout: p inplace
+Conv1d Conv2d Conv3d: in_channels out_channels kernel_size stride padding dilation groups bias? padding_mode
+ConvTranspose1d ConvTranspose2d ConvTranspose3d: \
+    in_channels out_channels kernel_size stride padding output_padding groups bias? dilation padding_mode
+BatchNorm1d BatchNorm2d BatchNorm3d InstanceNorm1d InstanceNorm2d InstanceNorm3d: \
+    num_features eps momentum affine track_running_stats
+LayerNorm: normalized_shape eps elementwise_affine bias?
+RMSNorm: normalized_shape eps elementwise_affine
+GroupNorm: num_groups num_channels eps affine
+LocalResponseNorm: size alpha beta k
+Embedding: num_embeddings embedding_dim padding_idx max_norm norm_type scale_grad_by_freq sparse
+AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d: output_size
+AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d: output_size return_indices
+AvgPool1d: kernel_size stride padding ceil_mode count_include_pad
+AvgPool2d AvgPool3d: kernel_size stride padding ceil_mode count_include_pad divisor_override
+MaxPool1d MaxPool2d MaxPool3d: kernel_size stride padding dilation return_indices ceil_mode
+LPPool1d LPPool2d: norm_type kernel_size stride ceil_mode
+ZeroPad1d ZeroPad2d ReflectionPad1d ReflectionPad2d ReplicationPad1d ReplicationPad2d: padding
+ConstantPad1d ConstantPad2d: padding value
+Upsample: size scale_factor mode align_corners recompute_scale_factor
+PixelShuffle: upscale_factor
+PixelUnshuffle: downscale_factor
+ChannelShuffle: groups
+Fold: output_size kernel_size dilation padding stride
+Unfold: kernel_size dilation padding stride
+CosineSimilarity: dim eps
+PairwiseDistance: norm eps keepdim
+RNN: input_size hidden_size num_layers bias batch_first dropout bidirectional nonlinearity
+GRU: input_size hidden_size num_layers bias batch_first dropout bidirectional
+LSTM: input_size hidden_size num_layers bias batch_first dropout bidirectional proj_size
+RNNCell: input_size hidden_size bias nonlinearity
+GRUCell LSTMCell: input_size hidden_size bias
+MultiheadAttention: embed_dim num_heads dropout add_zero_attn kdim vdim batch_first bias add_bias_kv
+TransformerEncoderLayer TransformerDecoderLayer: \
+    d_model nhead dim_feedforward dropout activation layer_norm_eps batch_first norm_first bias
+TransformerEncoder: layer num_layers norm enable_nested_tensor mask_check
+TransformerDecoder: layer num_layers norm
+timm.DropPath: drop_prob scale_by_keep
+timm.LayerScale: dim inplace
+timm.LayerNorm timm.LayerNorm2d: num_channels eps affine
+timm.RmsNorm timm.RmsNorm2d: channels eps affine
+""".strip().splitlines()
+    for names, _, arguments in [line.partition(":")]
+    for name in names.split()
 }
+"""Arguments of each layer. Attributes have the same names; ``bias?`` reads `bias is not None`."""
+
 LAYERS: dict[str, tuple[type[nn.Module], frozenset[str]]] = {
-    name: (cls, frozenset(names.replace("?", "").split()))
-    for name, (cls, names) in (
-        *((name, (getattr(nn, name, None), names)) for name, names in NN_LAYERS.items()),
-        *_OTHER_LAYERS.items(),
-    )
-    if cls is not None  # older versions lack some
+    name: (cls, frozenset(arguments.replace("?", "").split()))
+    for name, arguments in LAYER_ARGUMENTS.items()
+    if (cls := getattr(timm.layers if "." in name else nn, name.removeprefix("timm."), None))  # older ones lack some
 }
 """Name in a graph -> the class, and the arguments that must be there."""
 
@@ -2285,7 +2168,7 @@ def _check_growth(name: str, values: Mapping[str, Any]) -> None:
     for key in _SIZES_RESULT & values.keys():
         for number in values[key] if isinstance(values[key], tuple) else (values[key],):
             total *= max(abs(number), 1) if isinstance(number, (int, float)) else 1
-    if not total <= _MAX_GROWTH:
+    if not total <= MAX_ELEMENTS:
         raise GraphError(f"layer {name}: sizes {shown(dict(values))} are beyond what a layer can need")
 
 def _build_stack(cls: Any, args: Mapping[str, Any], values: dict[str, Any]) -> nn.Module:
@@ -2308,7 +2191,7 @@ def _argument(value: Any, where: str, depth: int = 0) -> Any:
     """Constructor argument from JSON: plain numbers, words of the list above, or tuples of them."""
     if value is None or isinstance(value, bool) or (type(value) is float):
         return value
-    if type(value) is int and abs(value) <= _MAX_INT:
+    if type(value) is int and abs(value) <= MAX_ELEMENTS:
         return value
     if isinstance(value, str) and value in _STRINGS:
         return value
@@ -2329,12 +2212,6 @@ over the audited nodes; no text is ever turned into code.
 
 # A call of a layer runs all that is in it. The longest of the heads in this package's tests runs 102 modules and calls.
 MAX_STEPS = 50_000
-
-_CONTAINERS: dict[str, type[nn.Module]] = {
-    "Sequential": nn.Sequential,
-    "ModuleList": nn.ModuleList,
-    "ModuleDict": nn.ModuleDict,
-}
 
 class HeadPart(nn.Module):
     """A module of the user's own, reduced to what it holds: parameters, buffers, children."""
@@ -2423,10 +2300,7 @@ class _Run:
     """One forward: the results so far."""
 
     def __init__(self, head: nn.Module, x: torch.Tensor, constants: list[torch.Tensor], sizes: Sizes) -> None:
-        self.head = head
-        self.x = x
-        self.batch = x.shape[0]
-        self.constants = constants
+        self.head, self.x, self.batch, self.constants = head, x, x.shape[0], constants
         self.results: list[Any] = []
         self.counted = sizes.start(head, x)
 
@@ -2489,12 +2363,10 @@ def _tensor_of(head: nn.Module, name: str) -> Any:
 
 def submodule(head: nn.Module, name: str) -> nn.Module:
     """The module of a dotted name; unlike `get_submodule` also where a method has the name of a module (``half``)."""
-    module = head
+    module: Any = head
     for key in name.split(".") if name else ():
-        child = module._modules[key]
-        assert child is not None
-        module = child
-    return module
+        module = module._modules[key]
+    return module  # type: ignore[no-any-return]
 
 def construct(graph: Any, *, budget: Budget | None = None) -> nn.Module:
     """Build the head of an untrusted graph: parse, audit, construct; nothing of it is ever run as code.
@@ -2513,7 +2385,7 @@ def construct(graph: Any, *, budget: Budget | None = None) -> nn.Module:
 def _assemble(graph: Graph) -> nn.Module:
     built: dict[str, nn.Module] = {}
     for spec in graph.modules:
-        module = built[spec.same] if spec.kind == "same" else _construct(graph, spec)
+        module = built[spec.of] if spec.kind == "same" else _construct(graph, spec)
         built[spec.name] = module
         if spec.name:
             parent, _, key = spec.name.rpartition(".")
@@ -2538,27 +2410,22 @@ def _check_steps(graph: Graph, root: nn.Module) -> None:
 
 def _construct(graph: Graph, spec: ModuleSpec) -> nn.Module:
     if spec.kind == "layer":
-        return build_layer(spec.layer, spec.args)
+        return build_layer(spec.of, spec.args)
     if spec.kind == "container":
-        return _CONTAINERS[spec.layer]()
+        return CONTAINERS[spec.of]()
     module = GraphHead(graph) if spec.name == "" else HeadPart()
-    for tensor in spec.params:
-        value = _reserve(tensor, spec)
-        grad = value.is_floating_point() or value.is_complex()
-        module._parameters[tensor[0]] = nn.Parameter(value, requires_grad=grad)
-    for tensor in spec.buffers:
-        module._buffers[tensor[0]] = _reserve(tensor, spec)
+    try:
+        made = {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in (*spec.params, *spec.buffers)}
+    except RuntimeError as error:
+        raise GraphError(f"module {shown(spec.name)}: its tensors cannot be made: {error}") from None
+    for name, _, dtype in spec.params:
+        grad = dtype.is_floating_point or dtype.is_complex
+        module._parameters[name] = nn.Parameter(made.pop(name), requires_grad=grad)
+    module._buffers.update(made)
     for name, value in spec.values:
         module._buffers[name] = value.clone()
         module._non_persistent_buffers_set.add(name)
     return module
-
-def _reserve(tensor: TensorSpec, spec: ModuleSpec) -> torch.Tensor:
-    name, shape, dtype = tensor
-    try:
-        return torch.empty(shape, dtype=dtype)
-    except RuntimeError as error:
-        raise GraphError(f"module {shown(spec.name)}: {shown(name)} cannot be made: {error}") from None
 
 def _finish(graph: Graph, root: nn.Module) -> None:
     """Dtypes, ties, frozen parameters and held modes, by names that must exist."""
@@ -2685,8 +2552,6 @@ def code_file(config: dict[str, Any]) -> str | None:
 
 # --- heads that are stored as code
 
-_CODE_DTYPES = {each: getattr(torch, each) for each in ("float16", "bfloat16", "float32", "float64")}
-
 def refuse_code(spec: dict[str, Any], *, repo: str, revision: str | None) -> HeadError:
     """The error for a head of code that is not trusted: `config.head` of a repository, or of a folder (no revision)."""
     file = code_file({"head": spec})
@@ -2708,7 +2573,7 @@ def check_code_spec(spec: Any) -> None:
         and isinstance(spec.get("sha256"), str)
         and isinstance(spec.get("kwargs"), dict)
         and isinstance(spec.get("frozen", []), list)
-        and spec.get("dtype", "float32") in _CODE_DTYPES
+        and spec.get("dtype", "float32") in FLOAT_DTYPES
     )
     if not fits:
         raise HeadError("config.head: a head of code has a file, class, kwargs and sha256")
@@ -2719,21 +2584,21 @@ def make_code_head(spec: dict[str, Any], place: str, **download: Any) -> nn.Modu
     `HeadError` where it is not the file that was saved, or its code fails. `download`: `revision`, `token` and so on.
     """
     check_code_spec(spec)
-    file = code_file({"head": spec}) or ""
-    path = cached_file(place, file, **download)
+    file = f"{shown(place)[1:-1]}: {HEAD_CODE_FILE}"
+    path = cached_file(place, HEAD_CODE_FILE, **download)
     if path is None or hashlib.sha256(Path(path).read_bytes()).hexdigest() != spec["sha256"]:
-        raise HeadError(f"{shown(place)[1:-1]}: {file} is not the code that this tower was saved with")
-    cls: Any = get_class_from_dynamic_module(f"{file.removesuffix('.py')}.{spec['class']}", place, **download)
+        raise HeadError(f"{file} is not the code that this tower was saved with")
+    cls: Any = get_class_from_dynamic_module(f"{Path(HEAD_CODE_FILE).stem}.{spec['class']}", place, **download)
     try:
         return head_of_class(cls, spec)
     except Exception as error:  # a constructor may raise anything
-        raise HeadError(f"{shown(place)[1:-1]}: the head in {file} fails: {type(error).__name__}: {error}") from error
+        raise HeadError(f"{file}: the head in it fails: {type(error).__name__}: {error}") from error
 
 def head_of_class(cls: type[nn.Module], spec: Mapping[str, Any]) -> nn.Module:
     """A head of code from its class: constructor arguments, dtype, and which parameters were made not to train."""
     head = cls(**spec["kwargs"])
     if "dtype" in spec:
-        head.to(_CODE_DTYPES[spec["dtype"]])
+        head.to(DTYPES[spec["dtype"]])
     if "frozen" in spec:
         frozen = set(map(str, spec["frozen"]))
         for name, parameter in head.named_parameters():
@@ -2908,7 +2773,7 @@ def _resized(images: torch.Tensor, size: Sequence[int], mode: InterpolationMode)
 
 def _nearest(before: int, after: int) -> list[int]:
     """The pixels that PIL takes: it adds up the step in double precision, where torch's modes multiply in single."""
-    positions = itertools.accumulate(itertools.repeat(before / after, after - 1), initial=before / after * 0.5)
+    positions = accumulate(repeat(before / after, after - 1), initial=before / after * 0.5)
     return [min(int(position), before - 1) for position in positions]
 
 def load_pixels(image: Image.Image) -> None:
@@ -2981,11 +2846,6 @@ def standard_keys(block: dict[str, Any]) -> dict[str, Any]:
         keys |= {"do_resize": True, "resample": INTERPOLATIONS[block["interpolation"]], "do_center_crop": False}
     return keys
 
-def near_fact(name: str, cutoff: float = 0.6) -> str:
-    """` (did you mean ...?)`, or nothing where no fact has a name like this one."""
-    near = difflib.get_close_matches(name[:64], PROCESSOR_FACTS, n=2, cutoff=cutoff)
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
-
 # --- image_processor.py
 
 """`TimmTowerImageProcessor`: timm's evaluation transform as transformers' image processor.
@@ -3028,7 +2888,8 @@ class TimmTowerImageProcessor(BaseImageProcessor):
         checked, known = facts_of(block, size), standard_keys(block)
         for name in sorted(facts.keys() - checked.keys() - PROCESSOR_KEYS):
             if name not in known or facts[name] != known[name]:
-                expected = f"should be {known[name]!r}" if name in known else f"is unknown{near_fact(name)}"
+                near = did_you_mean(name, PROCESSOR_FACTS)
+                expected = f"should be {known[name]!r}" if name in known else f"is unknown{near}"
                 raise ConfigError(f"{type(self).__name__}: {shown(name)}: {shown(facts[name])} {expected}")
         for name, value in checked.items():
             setattr(self, name, value)
@@ -3059,8 +2920,9 @@ class TimmTowerImageProcessor(BaseImageProcessor):
             kwargs["size"] = kwargs.pop("image_size")
         given = {name: kwargs.pop(name) for name in PROCESSOR_FACTS if name in kwargs}
         for name in kwargs:
-            if name in ("mean", "std", *STANDARD_KEYS) or near_fact(name, 0.75):
-                raise ArgumentError(f"{cls.__name__}: unknown {name}{near_fact(name)}; steps are left out in the call")
+            if name in ("mean", "std", *STANDARD_KEYS) or did_you_mean(name, PROCESSOR_FACTS, 0.75):
+                near = did_you_mean(name, PROCESSOR_FACTS)
+                raise ArgumentError(f"{cls.__name__}: unknown {name}{near}; steps are left out in the call")
         processor = cls(**image_processor_dict)
         processor = cls(**{**facts_of(*processor._block()), **given}) if given else processor
         return (processor, kwargs) if return_unused else processor
@@ -3802,47 +3664,35 @@ _NHWC_INSIDE = {"PyramidVisionTransformerV2", "VisionTransformerSAM", "VOLO"}
 def forward_hidden(
     trunk: nn.Module, images: Any, wanted: bool | int | Sequence[int]
 ) -> tuple[Any, tuple[torch.Tensor | None, ...]]:
-    """Run a trunk and keep what its layers give.
+    """Run a trunk on images `[B, in_chans, H, W]`, or a dict of patches, and keep what its layers give.
 
-    Args:
-        trunk: The trunk.
-        images: `[B, in_chans, H, W]`, or a dict of patches.
-        wanted: True for all; an index, or several: all other places of the tuple are None.
+    Returns the trunk's features, and a tuple: what its stem gives, then each block or stage as timm's
+    `forward_intermediates` has it. Tokens `[B, N, C]`, prefix tokens first, where the features are tokens; maps
+    `[B, C, H, W]` elsewhere. `wanted` is True for all, or an index, or several: all other places are None.
 
-    Returns:
-        The trunk's features, and a tuple: what its stem gives, then each block or stage as timm's
-        `forward_intermediates` has it. Tokens `[B, N, C]`, prefix tokens first, where the features are tokens; maps
-        `[B, C, H, W]` elsewhere.
-
-    Raises:
-        ConfigError: timm has no intermediates of this trunk.
-        ArgumentError: there is no such index.
+    `ConfigError` where timm has no intermediates of this trunk, `ArgumentError` where there is no such index.
     """
     if not hasattr(trunk, "forward_intermediates"):
         raise ConfigError(f"{type(trunk).__name__} has no forward_intermediates in timm {timm.__version__}")
     layers: Any = trunk.feature_info
     first, thread, taken = _first_block(trunk), get_ident(), list[torch.Tensor]()
-    length = len(layers) + (first is not None)
+    stems = 0 if first is None else 1
+    length = len(layers) + stems
     places = _chosen(wanted, length)
-    stems = length - len(layers)
 
     def take(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if not taken and get_ident() == thread:
-            taken.extend(_tensors((*args, *kwargs.values())))
+            taken.extend(tensors_in((args, kwargs)))
 
     run: Any = trunk.forward_intermediates
-    has_prefix = bool(getattr(trunk, "num_prefix_tokens", 0))
-    has_prefix = has_prefix and "return_prefix_tokens" in inspect.signature(run).parameters
+    taken_apart = "return_prefix_tokens" in inspect.signature(run).parameters
+    has_prefix = taken_apart and bool(getattr(trunk, "num_prefix_tokens", 0))
     extra: dict[str, Any] = {"return_prefix_tokens": True} if has_prefix else {}
     if isinstance(images, dict):
         extra["output_fmt"] = "NLC"  # patches of any aspect make no map
-    hook = None if first is None else first.register_forward_pre_hook(take, with_kwargs=True)
-    try:
-        indices = sorted({max(place - stems, 0) for place in places})
+    indices = sorted({max(place - stems, 0) for place in places})
+    with nullcontext() if first is None else first.register_forward_pre_hook(take, with_kwargs=True):
         features, found = run(images, indices=indices, **extra)
-    finally:
-        if hook is not None:
-            hook.remove()
     as_tokens = isinstance(features, torch.Tensor) and features.ndim == 3
     states = dict(zip((index + stems for index in indices), found, strict=True))
     if stems and 0 in places:
@@ -3868,8 +3718,7 @@ def _first_block(trunk: nn.Module) -> nn.Module | None:
     names = [layer["module"] for layer in layers[:2]]
     if len({name.rstrip("0123456789") for name in names}) > 1:
         return None
-    modules = dict(trunk.named_modules())
-    name = names[0]
+    modules, name = dict(trunk.named_modules()), names[0]
     if name not in modules:  # some lists of timm name a module otherwise than the model does
         name = next(each for each in modules if each.endswith(("blocks.0", "stages.0")))
     # The list may name the last block of each stage.
@@ -3879,13 +3728,6 @@ def _first_block(trunk: nn.Module) -> nn.Module | None:
     # A sequence that begins with the stem takes the image.
     own = next(trunk.parameters())
     return None if any(parameter is own for parameter in block.parameters()) else block
-
-def _tensors(values: Any) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
 
 def _stem_output(trunk: nn.Module, taken: list[torch.Tensor], width: int, grid: Sequence[int] | None) -> torch.Tensor:
     """Of what the first block took, the features; as a map where there is a `grid` of the first layer's."""
@@ -4164,14 +4006,7 @@ MODEL_TAGS = ("timm",)
 DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
 
 class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
-    """What the transformers models of a tower share.
-
-    Args:
-        config: Completed, as every folder has it; the model's own `config` is a copy.
-
-    Raises:
-        ConfigError, HeadError: the config describes no tower that can be built in this process.
-    """
+    """What the transformers models of a tower share. They take a completed config, and have a copy of it."""
 
     config: TimmTowerConfig
     config_class = TimmTowerConfig
@@ -4438,13 +4273,12 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         stored = loading.stored = model._read(checkpoint_files, loading)
         folder = Path(checkpoint_files[0]).parent
         refuse_changed(stored.config, model.config, folder)
-        weights = dict(stored.weights)
         saved_with_one = type(model).__name__.removeprefix("FSDP") in (stored.config.architectures or ())
-        if model._has_classifier and not has_classifier(weights) and not saved_with_one:
+        if model._has_classifier and not has_classifier(stored.weights) and not saved_with_one:
             loading.fresh += [f"{CLASSIFIER}.{name}" for name in model.classifier.state_dict()]
         if not model._has_classifier:
-            loading.left_out += [key for key in weights if key.startswith(f"{CLASSIFIER}.")]
-            weights = {key: tensor for key, tensor in weights.items() if key not in loading.left_out}
+            loading.left_out += [key for key in stored.weights if key.startswith(f"{CLASSIFIER}.")]
+        weights = {key: tensor for key, tensor in stored.weights.items() if key not in loading.left_out}
         if load_config.hf_quantizer is not None or load_config.ignore_mismatched_sizes or len(devices) > 1:
             return stock(model, weights, None, load_config, *args, **kwargs)
         model._buffers_to = None if loading.keeps_dtypes else floating_dtype(load_config.dtype)
@@ -4467,11 +4301,11 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             HeadError: the head is not the one that was loaded.
             FolderError: the folder holds a tower's own files, which would stay beside the new ones.
         """
-        wanted, (trunk_source, here) = self.config.head, (self.config.trunk_source, Path(save_directory))
+        config, here = self.config, Path(save_directory)
+        is_code = config.head is not None and config.head.get("form") == CODE
         with plain_defaults(), skip_init(Budget.default()):
-            same = wanted is not None and wanted.get("form") == CODE
-            built = self.head if same else self._build(self.config, False, None).head
-        if repr(built) != repr(self.head) or type(built) is not type(self.head) or trunk_source is not None:
+            built = self.head if is_code else self._build(config, False, None).head
+        if repr(built) != repr(self.head) or type(built) is not type(self.head) or config.trunk_source is not None:
             raise HeadError(
                 "the head was replaced, or its trunk is stored in another repository: only hf_timm_tower can save this "
                 "tower so that it comes back; install it (pip install hf_timm_tower)"
@@ -4691,11 +4525,8 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
             pixel_values: `[B, in_chans, H, W]`, floating; cast to the model's dtype.
             labels: `[B]` integers for one label each, `[B, num_labels]` floats for several, floats for regression;
                 the loss follows `config.problem_type`.
-            output_hidden_states: As `TimmTowerModel.forward`.
-            return_dict: As `TimmTowerModel.forward`.
-            output_attentions: As `TimmTowerModel.forward`.
-            interpolate_pos_encoding: As `TimmTowerModel.forward`.
-            patches, patch_coord, patch_valid: As `TimmTowerModel.forward`.
+            output_hidden_states, return_dict, output_attentions, interpolate_pos_encoding, patches, patch_coord,
+                patch_valid: As `TimmTowerModel.forward`.
 
         Raises:
             HeadError: the embedding is not `[B, embed_dim]`.

@@ -7,10 +7,9 @@ from typing import Any
 import timm
 import torch
 from timm.layers.norm_act import BatchNormAct2d
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .config import TimmTowerConfig
 from .errors import ConfigError, shown

@@ -7,6 +7,8 @@ own pool), after which the config is a full description.
 
 import difflib
 import warnings
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, ClassVar, Literal
 
 import timm
@@ -15,9 +17,9 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from .errors import ConfigError, FormatError, TowerError, file_errors, one_line, shown
+from .errors import ConfigError, FormatError, TowerError, did_you_mean, file_errors, one_line, shown
 from .freezing import check_frozen
-from .model_args import FROM_TRUNK, RECORDED, check_names, decode, encode, inner
+from .model_args import FROM_TRUNK, RECORDED, check_names, encode, inner
 
 FORMAT_VERSION = 1
 
@@ -31,7 +33,6 @@ FOR_TIMM = "_not a timm checkpoint, load it with hf_timm_tower.TimmModel.from_pr
 
 _LABELS = ("num_labels", "id2label", "label2id")
 _OUTPUTS = ("out_indices", "out_features")
-_OF_TRANSFORMERS = {"id2label", "label2id", "dtype", "problem_type", "architectures", "output_hidden_states"}
 
 ATTENTION_POOLS = ("abs_attn", "rot_attn")
 OUR_POOLS = ("token_avg", "default", "none")
@@ -41,24 +42,59 @@ PROJECTIONS = ("linear", "mlp", "none")
 # when a config is read, and dropped with a warning when a tower is saved. `custom_pipelines` names code: never written;
 # `use_cache` is set by Trainer where gradients are checkpointed.
 _TRANSFORMERS_KEYS = frozenset(
-    (
-        *"""
-        model_type transformers_version architectures auto_map custom_pipelines dtype torch_dtype quantization_config
-        name_or_path _name_or_path _commit_hash num_labels id2label label2id problem_type output_hidden_states
-        output_attentions return_dict use_return_dict attn_implementation _attn_implementation experts_implementation
-        _experts_implementation chunk_size_feed_forward is_encoder_decoder per_layer_config tie_last_hidden_states
-        use_cache hidden_size
-        """.split(),
-        *_OUTPUTS,
-    )
+    """
+    model_type transformers_version architectures auto_map custom_pipelines dtype torch_dtype quantization_config
+    name_or_path _name_or_path _commit_hash num_labels id2label label2id problem_type output_hidden_states
+    output_attentions return_dict use_return_dict attn_implementation _attn_implementation experts_implementation
+    _experts_implementation chunk_size_feed_forward is_encoder_decoder per_layer_config tie_last_hidden_states
+    use_cache hidden_size out_indices out_features
+    """.split()
 )
 
 
 # Chosen by whoever loads a model. In a tower's file the classes of transformers alone would obey it.
 _NOT_STORED = {"attn_implementation", "_attn_implementation", "experts_implementation", "quantization_config"}
 
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
+FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+
+
+def _is_whole(value: Any, most: int, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _are_labels(value: Any) -> bool:
+    pairs = value.items() if isinstance(value, dict) and len(value) <= MAX_LABELS else [(None, None)]
+    return all(isinstance(each, (str, int)) for pair in pairs for each in pair)
+
+
+_WIDTH = (f"a whole number from 1 to {MAX_EMBED_DIM}", lambda value: _is_whole(value, MAX_EMBED_DIM))
+_TABLE = (f"an object of at most {MAX_LABELS} labels", _are_labels)
+_DTYPE = (f"one of {', '.join(FLOAT_DTYPES)}", lambda value: isinstance(value, torch.dtype) or value in FLOAT_DTYPES)
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "embed_dim": _WIDTH,
+    "num_features": _WIDTH,
+    "in_chans": (f"a whole number from 1 to {MAX_IN_CHANS}", lambda value: _is_whole(value, MAX_IN_CHANS)),
+    "drop": ("a probability, 0 <= drop < 1", lambda value: not isinstance(value, bool) and 0 <= value < 1),
+    "pool": ("the name of a pool", lambda value: len(value) <= 64 and value.isprintable()),
+    "proj": (f"one of {', '.join(PROJECTIONS)}, or None for the trunk's own classifier", PROJECTIONS.__contains__),
+    "num_labels": (f"a whole number from 0 to {MAX_LABELS}", lambda value: _is_whole(value, MAX_LABELS, 0)),
+    # Before transformers writes a name for each label, and looks up a dtype in torch by its name.
+    "id2label": _TABLE,
+    "label2id": _TABLE,
+    "dtype": _DTYPE,
+    "torch_dtype": _DTYPE,
+    "problem_type": (f"one of {', '.join(_PROBLEMS)}", _PROBLEMS.__contains__),
+    "architectures": (
+        "a list of names",
+        lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    ),
+    "output_hidden_states": (
+        "true or false, or numbers of layers",
+        lambda value: all(isinstance(each, int) for each in (value if isinstance(value, (list, tuple)) else [value])),
+    ),
+}
+"""What a value must be where it is not None: in words, and its test."""
 
 
 @strict
@@ -129,17 +165,18 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         if kind != self.model_type:
             hint = ": load it with TimmModel.from_timm, or from_timm of this class" if kind == "timm_wrapper" else ""
             raise ConfigError(f"model_type is {shown(kind)}, not {self.model_type!r}{hint}")
-        unknown = {key: kwargs[key] for key in kwargs if key not in _TRANSFORMERS_KEYS}
-        if unknown:
-            raise ConfigError(_unknown_keys(unknown))
-        if "hidden_size" in kwargs:
-            hidden_size = kwargs.pop("hidden_size")
-            if self.embed_dim is not None and hidden_size != self.embed_dim:
-                raise ConfigError(f"hidden_size={shown(hidden_size)} is another name of embed_dim={self.embed_dim}")
-            self.embed_dim = hidden_size
+        if unknown := sorted(kwargs.keys() - _TRANSFORMERS_KEYS):
+            lines = [f"{shown(key)[1:-1]}={shown(kwargs[key])}{did_you_mean(key, OUR_FIELDS)}" for key in unknown[:5]]
+            raise ConfigError(f"TimmTowerConfig: {len(unknown)} unknown keys: {', '.join(lines)}")
+        width = kwargs.pop("hidden_size", self.embed_dim)
+        if self.embed_dim not in (None, width):
+            raise ConfigError(f"hidden_size={shown(width)} is another name of embed_dim={self.embed_dim}")
+        self.embed_dim = width
+        self.proj = self.proj or None
+        values = {**kwargs, **vars(self)}
+        for name in _misfits_of(values):
+            raise ConfigError(f"{name}={shown(values[name])}: expected {_RULES[name][0]}")
         _check(self)
-        of_transformers = {name: getattr(self, name) for name in _OF_TRANSFORMERS if name in vars(self)}
-        _check_of_transformers({**kwargs, **of_transformers})
         self.timm_version = self.timm_version or timm.__version__
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         # transformers gives every config two labels; whether somebody gave these is not seen afterwards
@@ -202,11 +239,7 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         for name in ("custom_pipelines", *_NOT_STORED):
             written.pop(name, None)
         dropped = sorted(set(written) - set(OUR_FIELDS) - _TRANSFORMERS_KEYS)
-        for name in _OF_TRANSFORMERS & written.keys():
-            try:
-                _check_of_transformers({name: written[name]})
-            except ConfigError:
-                dropped.append(name)
+        dropped += _misfits_of({name: value for name, value in written.items() if name not in OUR_FIELDS})
         if dropped:
             warnings.warn(f"not stored: a tower has no such fields: {', '.join(map(shown, dropped))}", stacklevel=2)
         return {name: value for name, value in written.items() if name not in dropped}
@@ -215,94 +248,36 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 OUR_FIELDS = tuple(name for name in TimmTowerConfig.__annotations__ if name not in ("attribute_map", *_OUTPUTS))
 
 
-def _catch_strict_errors() -> None:
-    """Let the constructor raise `ConfigError` where `@strict`, or transformers on its own keys, would raise another."""
-    validated = TimmTowerConfig.__init__
-
-    def __init__(self: TimmTowerConfig, /, **kwargs: Any) -> None:
-        _check_version(kwargs)
-        try:
-            validated(self, **kwargs)
-        except TowerError:
-            raise
-        except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"TimmTowerConfig: {one_line(error.__cause__ or error)}") from error
-
-    __init__.__wrapped__ = validated  # type: ignore[attr-defined]  # keeps inspect.signature as it was
-    TimmTowerConfig.__init__ = __init__  # type: ignore[method-assign, assignment]
-
-
-_catch_strict_errors()
-
-
-def _check_version(kwargs: dict[str, Any]) -> None:
+@wraps(TimmTowerConfig.__init__)  # keeps inspect.signature as it was
+def _checked_init(self: TimmTowerConfig, /, **kwargs: Any) -> None:
+    """The constructor: `ConfigError` where `@strict`, or transformers on its own keys, would raise another."""
     version = kwargs.get("format_version", FORMAT_VERSION)
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise FormatError(f"format_version={shown(version)}: expected a whole number from 1 to {FORMAT_VERSION}")
-    if version > FORMAT_VERSION:
+    if not _is_whole(version, FORMAT_VERSION):
         raise FormatError(
-            f"format_version={shown(version)}: this hf_timm_tower reads versions up to {FORMAT_VERSION}. "
-            "Upgrade it: pip install -U hf_timm_tower"
+            f"format_version={shown(version)}: expected a whole number from 1 to {FORMAT_VERSION}; a later version "
+            "needs a newer hf_timm_tower. Upgrade it: pip install -U hf_timm_tower"
         )
+    try:
+        _checked_init.__wrapped__(self, **kwargs)
+    except TowerError:
+        raise
+    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"TimmTowerConfig: {one_line(error.__cause__ or error)}") from error
 
 
-def _unknown_keys(unknown: dict[str, Any]) -> str:
-    lines = []
-    for key, value in sorted(unknown.items())[:5]:
-        near = difflib.get_close_matches(key[:80], OUR_FIELDS, n=2)
-        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-        lines.append(f"{shown(key)[1:-1]}={shown(value)}{hint}")
-    more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-    return f"TimmTowerConfig: unknown key{'s' if len(unknown) > 1 else ''} {', '.join(lines)}{more}"
+TimmTowerConfig.__init__ = _checked_init  # type: ignore[method-assign, assignment]
 
 
-def _check_of_transformers(values: dict[str, Any]) -> None:
-    """Before transformers writes a name for each label, and looks up a dtype in torch by its name."""
-    count, dtype, problem = (values.get(name) for name in ("num_labels", "dtype", "problem_type"))
-    if count is not None:
-        _check_int("num_labels", count, MAX_LABELS, least=0)
-    for name in ("id2label", "label2id"):
-        labels = values.get(name)
-        if labels is not None and not (
-            isinstance(labels, dict)
-            and len(labels) <= MAX_LABELS
-            and all(isinstance(each, (str, int)) for pair in labels.items() for each in pair)
-        ):
-            raise ConfigError(f"{name}={shown(labels)}: expected an object of at most {MAX_LABELS} labels")
-    for each in (dtype, values.get("torch_dtype")):
-        if each is not None and not isinstance(each, torch.dtype) and each not in _DTYPES:
-            raise ConfigError(f"dtype={shown(each)}: expected one of {', '.join(_DTYPES)}")
-    if problem not in (None, *_PROBLEMS):
-        raise ConfigError(f"problem_type={shown(problem)}: expected one of {', '.join(_PROBLEMS)}")
-    names = values.get("architectures") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"architectures={shown(names)}: expected a list of names")
-    inner = values.get("output_hidden_states")
-    numbers = inner if isinstance(inner, (list, tuple)) else [inner or 0]
-    if not all(isinstance(number, int) for number in numbers):
-        raise ConfigError(f"output_hidden_states={shown(inner)}: expected true or false, or numbers of layers")
+def _misfits_of(values: dict[str, Any]) -> list[str]:
+    """Names of values that do not keep their rule."""
+    return [name for name, (_, fits) in _RULES.items() if values.get(name) is not None and not fits(values[name])]
 
 
 def _check(config: TimmTowerConfig) -> None:
     check_architecture(config.architecture, config.timm_version)
-    _check_int("in_chans", config.in_chans, MAX_IN_CHANS)
-    for name in ("embed_dim", "num_features"):
-        if getattr(config, name) is not None:
-            _check_int(name, getattr(config, name), MAX_EMBED_DIM)
     for name in ("image_size", "feat_size"):
         if getattr(config, name) is not None:
             setattr(config, name, check_size(name, getattr(config, name)))
-    if isinstance(config.drop, bool) or not 0 <= config.drop < 1:
-        raise ConfigError(f"drop={shown(config.drop)}: expected a probability, 0 <= drop < 1")
-    if config.pool is not None and (len(config.pool) > 64 or not config.pool.isprintable()):
-        raise ConfigError(f"pool={shown(config.pool)}: not the name of a pool")
-    if config.proj == "":
-        config.proj = None
-    if config.proj is not None and config.proj not in PROJECTIONS:
-        raise ConfigError(
-            f"proj={shown(config.proj)}: expected one of {', '.join(PROJECTIONS)}, or None for the trunk's own "
-            "classifier"
-        )
     if config.classifier is None:
         attention = config.pool in ATTENTION_POOLS
         by_trunk = config.proj in (None, "none") and config.head is None and not attention
@@ -311,29 +286,20 @@ def _check(config: TimmTowerConfig) -> None:
     model_args = dict(config.model_args or {})
     check_names(model_args, recorded=(*RECORDED, *(FROM_TRUNK if config.classifier == "reset" else ())))
     config.model_args = {key: encode(value, inner("model_args", key)) for key, value in sorted(model_args.items())}
-    for key, value in config.model_args.items():
-        decode(value, inner("model_args", key))
     config.drop = float(config.drop)
     check_frozen(config.frozen)
     if config.tower_kwargs and config.tower_class is None:
         raise ConfigError(f"tower_kwargs={shown(config.tower_kwargs)}: only a subclass (tower_class) has any")
 
 
-def _check_int(name: str, value: Any, most: int, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ConfigError(f"{name}={shown(value)}: expected a whole number from {least} to {most}")
-
-
 def check_size(name: str, value: Any) -> list[int]:
     """An image size as `[height, width]` in pixels; `ConfigError` unless it is one or two whole numbers to 16384."""
-    pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else []
-    if len(pair) != 2 or any(
-        isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= MAX_IMAGE_SIZE for side in pair
-    ):
+    pair = [value, value] if isinstance(value, int) else value
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(_is_whole(s, MAX_IMAGE_SIZE) for s in pair):
         raise ConfigError(
             f"{name}={shown(value)}: expected an int or (height, width), each from 1 to {MAX_IMAGE_SIZE} pixels"
         )
-    return pair
+    return list(pair)
 
 
 def check_architecture(name: str, saved_with: str | None = None) -> None:

@@ -5,8 +5,9 @@ Messages say what was found, what was expected, where, and what to do. Text from
 through `shown` alone.
 """
 
+import difflib
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 _SHORT = reprlib.Repr()
@@ -90,3 +91,9 @@ def one_line(text: object, limit: int = 300) -> str:
     """What a library said, which may quote something foreign, for a message: on one line, short."""
     words = " ".join(str(text).split())
     return words if len(words) <= limit else words[: limit - 3] + "..."
+
+
+def did_you_mean(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
+    """` (did you mean ...?)`, or nothing where no known name is like this one."""
+    near = difflib.get_close_matches(name[:64], known, n=2, cutoff=cutoff)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""

@@ -12,24 +12,18 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn as nn
 
 from .errors import ConfigError, GraphError, HeadError, shown
 from .graph_layers import build_layer
 from .graph_ops import OPS
 from .graph_program import DTYPES, Late, Node, evaluate
-from .graph_schema import Graph, ModuleSpec, TensorSpec, parse_graph
+from .graph_schema import CONTAINERS, Graph, ModuleSpec, parse_graph
 from .graph_sizes import Sizes
 from .skip_init import Budget, within_budget
 
 # A call of a layer runs all that is in it. The longest of the heads in this package's tests runs 102 modules and calls.
 MAX_STEPS = 50_000
-
-_CONTAINERS: dict[str, type[nn.Module]] = {
-    "Sequential": nn.Sequential,
-    "ModuleList": nn.ModuleList,
-    "ModuleDict": nn.ModuleDict,
-}
 
 
 class HeadPart(nn.Module):
@@ -122,10 +116,7 @@ class _Run:
     """One forward: the results so far."""
 
     def __init__(self, head: nn.Module, x: torch.Tensor, constants: list[torch.Tensor], sizes: Sizes) -> None:
-        self.head = head
-        self.x = x
-        self.batch = x.shape[0]
-        self.constants = constants
+        self.head, self.x, self.batch, self.constants = head, x, x.shape[0], constants
         self.results: list[Any] = []
         self.counted = sizes.start(head, x)
 
@@ -191,12 +182,10 @@ def _tensor_of(head: nn.Module, name: str) -> Any:
 
 def submodule(head: nn.Module, name: str) -> nn.Module:
     """The module of a dotted name; unlike `get_submodule` also where a method has the name of a module (``half``)."""
-    module = head
+    module: Any = head
     for key in name.split(".") if name else ():
-        child = module._modules[key]
-        assert child is not None
-        module = child
-    return module
+        module = module._modules[key]
+    return module  # type: ignore[no-any-return]
 
 
 def construct(graph: Any, *, budget: Budget | None = None) -> nn.Module:
@@ -217,7 +206,7 @@ def construct(graph: Any, *, budget: Budget | None = None) -> nn.Module:
 def _assemble(graph: Graph) -> nn.Module:
     built: dict[str, nn.Module] = {}
     for spec in graph.modules:
-        module = built[spec.same] if spec.kind == "same" else _construct(graph, spec)
+        module = built[spec.of] if spec.kind == "same" else _construct(graph, spec)
         built[spec.name] = module
         if spec.name:
             parent, _, key = spec.name.rpartition(".")
@@ -244,28 +233,22 @@ def _check_steps(graph: Graph, root: nn.Module) -> None:
 
 def _construct(graph: Graph, spec: ModuleSpec) -> nn.Module:
     if spec.kind == "layer":
-        return build_layer(spec.layer, spec.args)
+        return build_layer(spec.of, spec.args)
     if spec.kind == "container":
-        return _CONTAINERS[spec.layer]()
+        return CONTAINERS[spec.of]()
     module = GraphHead(graph) if spec.name == "" else HeadPart()
-    for tensor in spec.params:
-        value = _reserve(tensor, spec)
-        grad = value.is_floating_point() or value.is_complex()
-        module._parameters[tensor[0]] = nn.Parameter(value, requires_grad=grad)
-    for tensor in spec.buffers:
-        module._buffers[tensor[0]] = _reserve(tensor, spec)
+    try:
+        made = {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in (*spec.params, *spec.buffers)}
+    except RuntimeError as error:
+        raise GraphError(f"module {shown(spec.name)}: its tensors cannot be made: {error}") from None
+    for name, _, dtype in spec.params:
+        grad = dtype.is_floating_point or dtype.is_complex
+        module._parameters[name] = nn.Parameter(made.pop(name), requires_grad=grad)
+    module._buffers.update(made)
     for name, value in spec.values:
         module._buffers[name] = value.clone()
         module._non_persistent_buffers_set.add(name)
     return module
-
-
-def _reserve(tensor: TensorSpec, spec: ModuleSpec) -> torch.Tensor:
-    name, shape, dtype = tensor
-    try:
-        return torch.empty(shape, dtype=dtype)
-    except RuntimeError as error:
-        raise GraphError(f"module {shown(spec.name)}: {shown(name)} cannot be made: {error}") from None
 
 
 def _finish(graph: Graph, root: nn.Module) -> None:

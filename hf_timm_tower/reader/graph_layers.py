@@ -7,17 +7,14 @@ Anything else (a subclass, a parametrized layer, a patched method) is a plain pa
 from collections.abc import Mapping
 from typing import Any
 
-from timm.layers import norm as timm_norm
-from timm.layers.drop import DropPath
-from timm.layers.layer_scale import LayerScale
-from torch import nn
+import timm.layers
+import torch.nn as nn
 
 from .errors import ConfigError, GraphError, shown
+from .graph_program import MAX_ELEMENTS
 
 _MAX_STACKED = 64
 """Most layers a recurrent network or a transformer stack may have; GPT-2 XL and ViT-22B have 48."""
-_MAX_GROWTH = 2**31
-_MAX_INT = 2**31
 _STRINGS = frozenset(
     "zeros reflect replicate circular same valid none tanh relu gelu nearest linear bilinear bicubic trilinear area "
     "nearest-exact".split()
@@ -26,82 +23,76 @@ _SIZES_RESULT = frozenset(
     "output_size padding stride dilation output_padding scale_factor size upscale_factor kernel_size".split()
 )
 
-_CONV_ARGS = "in_channels out_channels kernel_size stride padding dilation groups bias? padding_mode"
-_DECONV_ARGS = "in_channels out_channels kernel_size stride padding output_padding groups bias? dilation padding_mode"
-_BATCH_ARGS = "num_features eps momentum affine track_running_stats"
-_RNN_ARGS = "input_size hidden_size num_layers bias batch_first dropout bidirectional"
-_MAX_POOL_ARGS = "kernel_size stride padding dilation return_indices ceil_mode"
-
-NN_LAYERS = {
-    "Linear": "in_features out_features bias?",
-    "Bilinear": "in1_features in2_features out_features bias?",
-    "Identity": "",
-    "Flatten": "start_dim end_dim",
-    "Unflatten": "dim unflattened_size",
-    "Conv1d": _CONV_ARGS, "Conv2d": _CONV_ARGS, "Conv3d": _CONV_ARGS,
-    "ConvTranspose1d": _DECONV_ARGS, "ConvTranspose2d": _DECONV_ARGS, "ConvTranspose3d": _DECONV_ARGS,
-    "BatchNorm1d": _BATCH_ARGS, "BatchNorm2d": _BATCH_ARGS, "BatchNorm3d": _BATCH_ARGS,
-    "InstanceNorm1d": _BATCH_ARGS, "InstanceNorm2d": _BATCH_ARGS, "InstanceNorm3d": _BATCH_ARGS,
-    "LayerNorm": "normalized_shape eps elementwise_affine bias?",
-    "RMSNorm": "normalized_shape eps elementwise_affine",
-    "GroupNorm": "num_groups num_channels eps affine",
-    "LocalResponseNorm": "size alpha beta k",
-    "Embedding": "num_embeddings embedding_dim padding_idx max_norm norm_type scale_grad_by_freq sparse",
-    "Dropout": "p inplace", "Dropout1d": "p inplace", "Dropout2d": "p inplace", "Dropout3d": "p inplace",
-    "AlphaDropout": "p inplace", "FeatureAlphaDropout": "p inplace",
-    "ReLU": "inplace", "ReLU6": "inplace", "SiLU": "inplace", "Mish": "inplace", "SELU": "inplace",
-    "Hardswish": "inplace", "Hardsigmoid": "inplace", "GELU": "approximate",
-    "ELU": "alpha inplace", "CELU": "alpha inplace", "LeakyReLU": "negative_slope inplace",
-    "RReLU": "lower upper inplace", "Hardtanh": "min_val max_val inplace", "Threshold": "threshold value inplace",
-    "Softplus": "beta threshold", "Softshrink": "lambd", "Hardshrink": "lambd", "GLU": "dim",
-    "Sigmoid": "", "Tanh": "", "Tanhshrink": "", "Softsign": "", "LogSigmoid": "", "Softmax2d": "",
-    "Softmax": "dim", "LogSoftmax": "dim", "Softmin": "dim",
-    "PReLU": "num_parameters init",
-    "AdaptiveAvgPool1d": "output_size", "AdaptiveAvgPool2d": "output_size", "AdaptiveAvgPool3d": "output_size",
-    "AdaptiveMaxPool1d": "output_size return_indices", "AdaptiveMaxPool2d": "output_size return_indices",
-    "AdaptiveMaxPool3d": "output_size return_indices",
-    "AvgPool1d": "kernel_size stride padding ceil_mode count_include_pad",
-    "AvgPool2d": "kernel_size stride padding ceil_mode count_include_pad divisor_override",
-    "AvgPool3d": "kernel_size stride padding ceil_mode count_include_pad divisor_override",
-    "MaxPool1d": _MAX_POOL_ARGS, "MaxPool2d": _MAX_POOL_ARGS, "MaxPool3d": _MAX_POOL_ARGS,
-    "LPPool1d": "norm_type kernel_size stride ceil_mode", "LPPool2d": "norm_type kernel_size stride ceil_mode",
-    "ZeroPad1d": "padding", "ZeroPad2d": "padding", "ReflectionPad1d": "padding", "ReflectionPad2d": "padding",
-    "ReplicationPad1d": "padding", "ReplicationPad2d": "padding",
-    "ConstantPad1d": "padding value", "ConstantPad2d": "padding value",
-    "Upsample": "size scale_factor mode align_corners recompute_scale_factor",
-    "PixelShuffle": "upscale_factor", "PixelUnshuffle": "downscale_factor", "ChannelShuffle": "groups",
-    "Fold": "output_size kernel_size dilation padding stride", "Unfold": "kernel_size dilation padding stride",
-    "CosineSimilarity": "dim eps", "PairwiseDistance": "norm eps keepdim",
-    "RNN": _RNN_ARGS + " nonlinearity", "GRU": _RNN_ARGS, "LSTM": _RNN_ARGS + " proj_size",
-    "RNNCell": "input_size hidden_size bias nonlinearity", "GRUCell": "input_size hidden_size bias",
-    "LSTMCell": "input_size hidden_size bias",
-}  # fmt: skip
-"""Argument names of each `torch.nn` layer. Attributes have the same names; ``bias?`` reads `bias is not None`."""
-
-_ENCODER_LAYER_ARGS = "d_model nhead dim_feedforward dropout activation layer_norm_eps batch_first norm_first bias"
-_OTHER_LAYERS: dict[str, tuple[Any, str]] = {
-    "MultiheadAttention": (
-        nn.MultiheadAttention,
-        "embed_dim num_heads dropout add_zero_attn kdim vdim batch_first bias add_bias_kv",
-    ),
-    "TransformerEncoderLayer": (nn.TransformerEncoderLayer, _ENCODER_LAYER_ARGS),
-    "TransformerDecoderLayer": (nn.TransformerDecoderLayer, _ENCODER_LAYER_ARGS),
-    "TransformerEncoder": (nn.TransformerEncoder, "layer num_layers norm enable_nested_tensor mask_check"),
-    "TransformerDecoder": (nn.TransformerDecoder, "layer num_layers norm"),
-    "timm.DropPath": (DropPath, "drop_prob scale_by_keep"),
-    "timm.LayerScale": (LayerScale, "dim inplace"),
-    "timm.LayerNorm": (timm_norm.LayerNorm, "num_channels eps affine"),
-    "timm.LayerNorm2d": (timm_norm.LayerNorm2d, "num_channels eps affine"),
-    "timm.RmsNorm": (timm_norm.RmsNorm, "channels eps affine"),
-    "timm.RmsNorm2d": (getattr(timm_norm, "RmsNorm2d", None), "channels eps affine"),
+LAYER_ARGUMENTS: dict[str, str] = {
+    name: arguments
+    for line in """
+Bilinear: in1_features in2_features out_features bias?
+Linear: in_features out_features bias?
+Flatten: start_dim end_dim
+Unflatten: dim unflattened_size
+Identity Sigmoid Tanh Tanhshrink Softsign LogSigmoid Softmax2d:
+ReLU ReLU6 SiLU Mish SELU Hardswish Hardsigmoid: inplace
+ELU CELU: alpha inplace
+GELU: approximate
+LeakyReLU: negative_slope inplace
+RReLU: lower upper inplace
+Hardtanh: min_val max_val inplace
+Threshold: threshold value inplace
+Softplus: beta threshold
+Softshrink Hardshrink: lambd
+Softmax LogSoftmax Softmin GLU: dim
+PReLU: num_parameters init
+Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout: p inplace
+Conv1d Conv2d Conv3d: in_channels out_channels kernel_size stride padding dilation groups bias? padding_mode
+ConvTranspose1d ConvTranspose2d ConvTranspose3d: \
+    in_channels out_channels kernel_size stride padding output_padding groups bias? dilation padding_mode
+BatchNorm1d BatchNorm2d BatchNorm3d InstanceNorm1d InstanceNorm2d InstanceNorm3d: \
+    num_features eps momentum affine track_running_stats
+LayerNorm: normalized_shape eps elementwise_affine bias?
+RMSNorm: normalized_shape eps elementwise_affine
+GroupNorm: num_groups num_channels eps affine
+LocalResponseNorm: size alpha beta k
+Embedding: num_embeddings embedding_dim padding_idx max_norm norm_type scale_grad_by_freq sparse
+AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d: output_size
+AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d: output_size return_indices
+AvgPool1d: kernel_size stride padding ceil_mode count_include_pad
+AvgPool2d AvgPool3d: kernel_size stride padding ceil_mode count_include_pad divisor_override
+MaxPool1d MaxPool2d MaxPool3d: kernel_size stride padding dilation return_indices ceil_mode
+LPPool1d LPPool2d: norm_type kernel_size stride ceil_mode
+ZeroPad1d ZeroPad2d ReflectionPad1d ReflectionPad2d ReplicationPad1d ReplicationPad2d: padding
+ConstantPad1d ConstantPad2d: padding value
+Upsample: size scale_factor mode align_corners recompute_scale_factor
+PixelShuffle: upscale_factor
+PixelUnshuffle: downscale_factor
+ChannelShuffle: groups
+Fold: output_size kernel_size dilation padding stride
+Unfold: kernel_size dilation padding stride
+CosineSimilarity: dim eps
+PairwiseDistance: norm eps keepdim
+RNN: input_size hidden_size num_layers bias batch_first dropout bidirectional nonlinearity
+GRU: input_size hidden_size num_layers bias batch_first dropout bidirectional
+LSTM: input_size hidden_size num_layers bias batch_first dropout bidirectional proj_size
+RNNCell: input_size hidden_size bias nonlinearity
+GRUCell LSTMCell: input_size hidden_size bias
+MultiheadAttention: embed_dim num_heads dropout add_zero_attn kdim vdim batch_first bias add_bias_kv
+TransformerEncoderLayer TransformerDecoderLayer: \
+    d_model nhead dim_feedforward dropout activation layer_norm_eps batch_first norm_first bias
+TransformerEncoder: layer num_layers norm enable_nested_tensor mask_check
+TransformerDecoder: layer num_layers norm
+timm.DropPath: drop_prob scale_by_keep
+timm.LayerScale: dim inplace
+timm.LayerNorm timm.LayerNorm2d: num_channels eps affine
+timm.RmsNorm timm.RmsNorm2d: channels eps affine
+""".strip().splitlines()
+    for names, _, arguments in [line.partition(":")]
+    for name in names.split()
 }
+"""Arguments of each layer. Attributes have the same names; ``bias?`` reads `bias is not None`."""
+
 LAYERS: dict[str, tuple[type[nn.Module], frozenset[str]]] = {
-    name: (cls, frozenset(names.replace("?", "").split()))
-    for name, (cls, names) in (
-        *((name, (getattr(nn, name, None), names)) for name, names in NN_LAYERS.items()),
-        *_OTHER_LAYERS.items(),
-    )
-    if cls is not None  # older versions lack some
+    name: (cls, frozenset(arguments.replace("?", "").split()))
+    for name, arguments in LAYER_ARGUMENTS.items()
+    if (cls := getattr(timm.layers if "." in name else nn, name.removeprefix("timm."), None))  # older ones lack some
 }
 """Name in a graph -> the class, and the arguments that must be there."""
 
@@ -133,7 +124,7 @@ def _check_growth(name: str, values: Mapping[str, Any]) -> None:
     for key in _SIZES_RESULT & values.keys():
         for number in values[key] if isinstance(values[key], tuple) else (values[key],):
             total *= max(abs(number), 1) if isinstance(number, (int, float)) else 1
-    if not total <= _MAX_GROWTH:
+    if not total <= MAX_ELEMENTS:
         raise GraphError(f"layer {name}: sizes {shown(dict(values))} are beyond what a layer can need")
 
 
@@ -159,7 +150,7 @@ def _argument(value: Any, where: str, depth: int = 0) -> Any:
     """Constructor argument from JSON: plain numbers, words of the list above, or tuples of them."""
     if value is None or isinstance(value, bool) or (type(value) is float):
         return value
-    if type(value) is int and abs(value) <= _MAX_INT:
+    if type(value) is int and abs(value) <= MAX_ELEMENTS:
         return value
     if isinstance(value, str) and value in _STRINGS:
         return value

@@ -12,11 +12,27 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
-from torch.distributions.dirichlet import _Dirichlet
+import torch.nn as nn
 
-# Both functions of torch and methods of a tensor.
-_BOTH = """
+# An allow-list of names, by the prefixes under which a file has them.
+_OP_NAMES = {
+    "Tensor": """
+__add__ __and__ __eq__ __floordiv__ __ge__ __getitem__ __gt__ __iadd__ __iand__ __idiv__ __ifloordiv__ __imod__ __imul__
+__invert__ __ior__ __ipow__ __isub__ __itruediv__ __ixor__ __le__ __lt__ __matmul__ __mod__ __mul__ __ne__ __neg__
+__or__ __pow__ __radd__ __rand__ __rdiv__ __reversed__ __rfloordiv__ __rmatmul__ __rmod__ __rmul__ __ror__ __rpow__
+__rsub__ __rtruediv__ __rxor__ __setitem__ __sub__ __truediv__ __xor__ abs_ absolute_ acos_ acosh_ add_ addbmm_ addcdiv_
+addcmul_ addmm_ addmv_ addr_ asin_ asinh_ atan2_ atan_ atanh_ baddbmm_ bernoulli_ bfloat16 bitwise_and_ bitwise_not_
+bitwise_or_ bitwise_xor_ bool byte cauchy_ cdouble ceil_ cfloat char clamp_max_ clamp_min_ clip_ contiguous copy_
+copysign_ cos_ cosh_ cumprod_ cumsum_ deg2rad_ digamma_ div_ divide_ double eq_ erf_ erfc_ erfinv_ exp2_ expand
+expand_as expm1_ exponential_ fill_ fill_diagonal_ float floor_ floor_divide_ fmod_ frac_ ge_ geometric_ ger gt_ half
+index_add_ index_copy_ index_fill_ index_put_ int le_ lerp_ lgamma_ log10_ log1p_ log2_ log_ log_normal_ logical_and_
+logical_not_ logical_or_ logit_ long lt_ masked_fill_ masked_scatter_ mul_ multiply_ nan_to_num_ ne_ neg_ negative_
+new_full new_ones new_tensor new_zeros normal_ pow_ random_ reciprocal_ remainder_ renorm_ repeat requires_grad_
+reshape_as round_ rsqrt_ scatter_ scatter_add_ scatter_reduce_ sgn_ short sign_ sin_ sinc_ sinh_ sqrt_ square_ squeeze_
+sub_ subtract_ sum_to_size t_ tan_ to transpose_ tril_ triu_ true_divide_ trunc_ type type_as unfold uniform_ unique
+unsqueeze_ view view_as xlogy_ zero_ cpu cuda
+""",
+    "torch Tensor": """
 abs absolute acos acosh add addbmm addcdiv addcmul addmm addmv addr adjoint all amax amin aminmax angle any arccos
 arccosh arcsin arcsinh arctan arctan2 arctanh argmax argmin argsort argwhere asin asinh atan atan2 atanh baddbmm
 bernoulli bincount bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor bmm
@@ -35,9 +51,8 @@ rot90 round rsqrt scatter scatter_add scatter_reduce select select_scatter sgn s
 sinh slice_scatter slogdet softmax sort split split_with_sizes sqrt square squeeze std sub subtract sum svd swapaxes
 swapdims t take take_along_dim tan tanh tanh_ tensor_split tile topk trace transpose tril triu true_divide trunc unbind
 unflatten unique_consecutive unsqueeze var vdot vsplit where xlogy
-"""
-
-_TORCH = """
+""",
+    "torch": """
 adaptive_avg_pool1d adaptive_max_pool1d affine_grid_generator alpha_dropout atleast_1d atleast_2d atleast_3d avg_pool1d
 batch_norm bilinear binary_cross_entropy_with_logits block_diag broadcast_tensors bucketize cartesian_prod cat cdist
 celu celu_ chain_matmul channel_shuffle cholesky_solve column_stack combinations complex concat concatenate
@@ -51,26 +66,8 @@ rnn_relu_cell rnn_tanh rnn_tanh_cell rrelu rsub searchsorted selu stack std_mean
 triplet_margin_loss var_mean view_as_complex view_as_real vstack zeros_like _weight_norm arange as_tensor asarray
 bartlett_window blackman_window eye full hamming_window hann_window linspace logspace normal ones rand randint randn
 randperm scalar_tensor tensor tril_indices triu_indices zeros _standard_gamma _sample_dirichlet binomial
-"""
-
-_TENSOR = """
-__add__ __and__ __eq__ __floordiv__ __ge__ __getitem__ __gt__ __iadd__ __iand__ __idiv__ __ifloordiv__ __imod__ __imul__
-__invert__ __ior__ __ipow__ __isub__ __itruediv__ __ixor__ __le__ __lt__ __matmul__ __mod__ __mul__ __ne__ __neg__
-__or__ __pow__ __radd__ __rand__ __rdiv__ __reversed__ __rfloordiv__ __rmatmul__ __rmod__ __rmul__ __ror__ __rpow__
-__rsub__ __rtruediv__ __rxor__ __setitem__ __sub__ __truediv__ __xor__ abs_ absolute_ acos_ acosh_ add_ addbmm_ addcdiv_
-addcmul_ addmm_ addmv_ addr_ asin_ asinh_ atan2_ atan_ atanh_ baddbmm_ bernoulli_ bfloat16 bitwise_and_ bitwise_not_
-bitwise_or_ bitwise_xor_ bool byte cauchy_ cdouble ceil_ cfloat char clamp_max_ clamp_min_ clip_ contiguous copy_
-copysign_ cos_ cosh_ cumprod_ cumsum_ deg2rad_ digamma_ div_ divide_ double eq_ erf_ erfc_ erfinv_ exp2_ expand
-expand_as expm1_ exponential_ fill_ fill_diagonal_ float floor_ floor_divide_ fmod_ frac_ ge_ geometric_ ger gt_ half
-index_add_ index_copy_ index_fill_ index_put_ int le_ lerp_ lgamma_ log10_ log1p_ log2_ log_ log_normal_ logical_and_
-logical_not_ logical_or_ logit_ long lt_ masked_fill_ masked_scatter_ mul_ multiply_ nan_to_num_ ne_ neg_ negative_
-new_full new_ones new_tensor new_zeros normal_ pow_ random_ reciprocal_ remainder_ renorm_ repeat requires_grad_
-reshape_as round_ rsqrt_ scatter_ scatter_add_ scatter_reduce_ sgn_ short sign_ sin_ sinc_ sinh_ sqrt_ square_ squeeze_
-sub_ subtract_ sum_to_size t_ tan_ to transpose_ tril_ triu_ true_divide_ trunc_ type type_as unfold uniform_ unique
-unsqueeze_ view view_as xlogy_ zero_ cpu cuda
-"""
-
-_FUNCTIONAL = """
+""",
+    "F": """
 _threshold adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
 adaptive_max_pool1d_with_indices adaptive_max_pool2d adaptive_max_pool2d_with_indices adaptive_max_pool3d
 adaptive_max_pool3d_with_indices affine_grid alpha_dropout avg_pool1d avg_pool2d avg_pool3d batch_norm bilinear
@@ -85,21 +82,18 @@ multilabel_margin_loss multilabel_soft_margin_loss nll_loss normalize one_hot pa
 pixel_shuffle pixel_unshuffle poisson_nll_loss prelu relu relu6 relu_ rms_norm rrelu scaled_dot_product_attention selu
 selu_ sigmoid silu smooth_l1_loss soft_margin_loss softmax softmin softplus softshrink softsign tanh tanhshrink
 threshold threshold_ triplet_margin_loss unfold upsample
-"""
-
-_LINALG = """
+""",
+    "linalg": """
 cond cross det diagonal eigh eigvalsh householder_product inv lu_factor lstsq matmul matrix_rank matrix_exp
 matrix_norm matrix_power multi_dot norm pinv qr slogdet solve solve_triangular svd svdvals tensorinv tensorsolve
 vander vecdot vector_norm cholesky
-"""
-
-_SPECIAL = (
-    "digamma entr erf erfc erfcx erfinv exp2 expit expm1 gammaln i0 i0e i1 log1p log_softmax logit logsumexp "
-    "multigammaln ndtr ndtri psi round sinc softmax xlog1py xlogy"
-)
-
-_FFT = "fft ifft fft2 ifft2 fftn ifftn rfft irfft rfft2 irfft2 rfftn irfftn fftshift ifftshift fftfreq rfftfreq"
-
+""",
+    "special": """
+digamma entr erf erfc erfcx erfinv exp2 expit expm1 gammaln i0 i0e i1 log1p log_softmax logit logsumexp multigammaln
+ndtr ndtri psi round sinc softmax xlog1py xlogy
+""",
+    "fft": "fft ifft fft2 ifft2 fftn ifftn rfft irfft rfft2 irfft2 rfftn irfftn fftshift ifftshift fftfreq rfftfreq",
+}
 TENSOR_PROPERTIES = ("T", "mT", "H", "mH", "real", "imag", "data")
 
 
@@ -112,29 +106,29 @@ def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
 
 def _draw_dirichlet(concentration: torch.Tensor) -> torch.Tensor:
     """What `torch.distributions.Dirichlet` and `Beta` draw with, gradient included."""
-    return _Dirichlet.apply(concentration)  # type: ignore[no-any-return]
+    return torch.distributions.dirichlet._Dirichlet.apply(concentration)  # type: ignore[no-any-return]
 
 
-def _build_table() -> dict[str, Callable[..., Any]]:
-    table: dict[str, Callable[..., Any]] = {}
-    for prefix, space, listed in OP_SPACES:
-        for name in listed.split():
-            function = getattr(space, name, None)  # a name from the lists above, never from a file
-            if function is not None:
-                table[f"{prefix}.{name}"] = function
-    for name in TENSOR_PROPERTIES:
-        table[f"Tensor.{name}"] = attrgetter(name)
-    table["Tensor.set_data_"] = _set_data
-    table["torch.draw_dirichlet"] = _draw_dirichlet
-    return table
-
-
-OP_SPACES: tuple[tuple[str, Any, str], ...] = (
-    ("torch", torch, _BOTH + _TORCH),
-    ("Tensor", torch.Tensor, _TENSOR + _BOTH),
-    ("F", functional, _FUNCTIONAL),
-    ("linalg", torch.linalg, _LINALG),
-    ("special", torch.special, _SPECIAL),
-    ("fft", torch.fft, _FFT),
+_SPACES: dict[str, Any] = {
+    "torch": torch,
+    "Tensor": torch.Tensor,
+    "F": nn.functional,
+    "linalg": torch.linalg,
+    "special": torch.special,
+    "fft": torch.fft,
+}
+OP_NAMES = tuple(
+    (prefix, _SPACES[prefix], name)
+    for prefixes, names in _OP_NAMES.items()
+    for name in names.split()
+    for prefix in prefixes.split()
+    if hasattr(_SPACES[prefix], name)
 )
-OPS = _build_table()
+"""A function's prefix, where torch has it, and its name there, of those that this torch has."""
+
+OPS: dict[str, Callable[..., Any]] = {
+    **{f"{prefix}.{name}": getattr(space, name) for prefix, space, name in OP_NAMES},  # names from above, no file
+    **{f"Tensor.{name}": attrgetter(name) for name in TENSOR_PROPERTIES},
+    "Tensor.set_data_": _set_data,
+    "torch.draw_dirichlet": _draw_dirichlet,
+}

@@ -44,6 +44,7 @@ FORMULAS: dict[str, Callable[[Any, Any], Any]] = {
 }
 """Operators of a formula in the batch size; powers are square roots only."""
 
+_KEY = re.compile(r"[^.\x00-\x1f\x7f]{1,200}")
 _KEYWORD = re.compile(r"[a-z][a-zA-Z0-9_]{0,40}")
 _REFERENCE = re.compile(r"%(\d{1,6})((?:\.\d{1,4}){0,4})")
 _CONSTANT = re.compile(r"#([0-9]{1,6})")
@@ -56,13 +57,17 @@ _WORDS = frozenset(
     donot_use_mm_for_euclid_dist
     """.split()
 )
-_SIZED_BY_NUMBERS = frozenset(
+MADE_OF_NUMBERS = frozenset(
+    "torch.zeros torch.ones torch.full torch.rand torch.randn torch.randint torch.arange torch.eye torch.linspace "
+    "torch.logspace torch.randperm torch.tril_indices torch.triu_indices".split()
+)
+"""Operations that make a tensor of numbers alone."""
+_SIZED_BY_NUMBERS = MADE_OF_NUMBERS | frozenset(
     """
-    torch.zeros torch.ones torch.full torch.rand torch.randn torch.randint torch.arange torch.eye torch.linspace
-    torch.logspace torch.randperm torch.normal torch.tile torch.repeat_interleave torch.tril_indices torch.triu_indices
-    torch.broadcast_to torch.tensor_split torch.chunk Tensor.new_full Tensor.new_ones Tensor.new_zeros Tensor.expand
-    Tensor.repeat Tensor.tile Tensor.repeat_interleave Tensor.broadcast_to Tensor.tensor_split Tensor.chunk
-    F.interpolate F.upsample F.one_hot F.pad F.adaptive_avg_pool2d F.adaptive_max_pool2d
+    torch.normal torch.tile torch.repeat_interleave torch.broadcast_to torch.tensor_split torch.chunk Tensor.new_full
+    Tensor.new_ones Tensor.new_zeros Tensor.expand Tensor.repeat Tensor.tile Tensor.repeat_interleave
+    Tensor.broadcast_to Tensor.tensor_split Tensor.chunk F.interpolate F.upsample F.one_hot F.pad
+    F.adaptive_avg_pool2d F.adaptive_max_pool2d
     """.split()
 )
 """Operations whose numbers alone say how large the result is. What sizes and numbers do together is counted when the
@@ -109,45 +114,62 @@ class Program:
 # --- small pieces: each takes a value and where it stands, and gives it back checked
 
 
-def only(value: dict[str, Json], known: Set[str], where: str) -> None:
-    unknown = sorted(str(key) for key in value if key not in known)
-    if unknown:
-        raise GraphError(f"{where}: unknown keys {shown(unknown[:4])}; expected some of {sorted(known)}")
+def _are_sizes(value: Json, least: int = 0, most: int = 2**40, *, may_vary: bool = False) -> bool:
+    return (isinstance(value, list) and len(value) <= 8) and all(
+        (size is None and may_vary) or (type(size) is int and least <= size <= most) for size in value
+    )
 
 
-def read_list(value: Json, where: str, most: int) -> list[Json]:
+def _is_key(value: Json) -> bool:
+    return isinstance(value, str) and bool(_KEY.fullmatch(value)) and not value.startswith("__")
+
+
+_KINDS: dict[str, tuple[str, Callable[[Json], bool]]] = {
+    "value": ("anything", lambda value: True),
+    "object": ("an object", lambda value: isinstance(value, dict)),
+    "flag": ("true or false", lambda value: type(value) is bool),
+    "name": ("a name", lambda value: isinstance(value, str) and len(value) <= 2000),
+    "key": ("a name for a module or tensor", _is_key),
+    "dtype": (f"one of {sorted(DTYPES)}", lambda value: isinstance(value, str) and value in DTYPES),
+    "shape": ("a shape", _are_sizes),
+    "order": ("an order of dimensions", lambda value: _are_sizes(value) and sorted(value) == [*range(len(value))]),
+    "input": (
+        "a shape with null for the sizes that may vary",
+        lambda value: value != [] and _are_sizes(value, 1, 2**31, may_vary=True),
+    ),
+    "device": ("'input' or 'cuda'", lambda value: value in ("input", "cuda")),
+    "precision": ("null or a dtype", lambda value: value in (None, "float16", "bfloat16", "float32")),
+}
+"""What stands in a graph beside calls: its words in an error, and its test."""
+
+
+def read_value(value: Json, kind: str, where: str) -> Any:
+    """A value of one of these kinds; lists become tuples, names of dtypes these."""
+    expected, fits = _KINDS[kind]
+    if not fits(value):
+        raise GraphError(f"{where}: expected {expected}, found {shown(value)}")
+    return DTYPES[value] if kind == "dtype" else tuple(value) if kind in ("shape", "order", "input") else value
+
+
+def read_list(value: Json, where: str, most: int = MAX_GRAPH_ITEMS) -> list[Json]:
     if not isinstance(value, list) or len(value) > most:
         raise GraphError(f"{where}: expected a list of at most {most} items, found {shown(value)}")
     return value
 
 
-def read_text(value: Json, where: str) -> str:
-    if not isinstance(value, str) or len(value) > 2000:
-        raise GraphError(f"{where}: expected a name, found {shown(value)}")
-    return value
+def read_rows(rows: Json, kinds: str, where: str, most: int = MAX_GRAPH_ITEMS) -> tuple[tuple[Any, ...], ...]:
+    """A list of lists, each with one value of each of these kinds."""
+    names = kinds.split()
+    for row in read_list(rows, where, most):
+        if not isinstance(row, list) or len(row) != len(names):
+            raise GraphError(f"{where}: expected [{', '.join(names)}], found {shown(row)}")
+    return tuple(tuple(map(read_value, row, names, [where] * len(row))) for row in rows)
 
 
-def read_pair(value: Json, where: str) -> tuple[Json, Json]:
-    if not isinstance(value, list) or len(value) != 2:
-        raise GraphError(f"{where}: expected a pair, found {shown(value)}")
-    return value[0], value[1]
-
-
-def read_names(value: Json, where: str) -> tuple[str, str]:
-    first, second = read_pair(value, where)
-    return read_text(first, where), read_text(second, where)
-
-
-def read_dtype(value: Json, where: str) -> torch.dtype:
-    if not isinstance(value, str) or value not in DTYPES:
-        raise GraphError(f"{where}: {shown(value)} is not a dtype; expected one of {sorted(DTYPES)}")
-    return DTYPES[value]
-
-
-def _flag(value: Json, where: str) -> bool:
-    if type(value) is not bool:
-        raise GraphError(f"{where}: {shown(value)} is neither true nor false")
-    return value
+def only(value: Json, known: Set[str], where: str) -> None:
+    unknown = sorted(str(key) for key in read_value(value, "object", where) if key not in known)
+    if unknown:
+        raise GraphError(f"{where}: unknown keys {shown(unknown[:4])}; expected some of {sorted(known)}")
 
 
 # --- programs
@@ -155,8 +177,6 @@ def _flag(value: Json, where: str) -> bool:
 
 def read_program(value: Json, where: str, modules: set[str], constants: int) -> Program:
     """The forward of one mode; `modules` are the names it may call, `constants` how many tensors it may refer to."""
-    if not isinstance(value, dict):
-        raise GraphError(f"{where}: expected an object with nodes and output")
     only(value, {"nodes", "output"}, where)
     nodes: list[Node] = []
     names: set[str] = set()
@@ -170,14 +190,11 @@ def read_program(value: Json, where: str, modules: set[str], constants: int) -> 
 
 def _node(value: Json, reader: "_ValueReader", modules: set[str]) -> Node:
     where = reader.where
-    if not isinstance(value, dict):
-        raise GraphError(f"{where}: expected an object, found {shown(value)}")
+    only(value, {"op", "call", "write", "in", "kw", "no_grad", "autocast"}, where)
     kinds = [kind for kind in ("op", "call", "write") if kind in value]
     if len(kinds) != 1:
         raise GraphError(f"{where}: expected exactly one of op, call, write")
-    kind = kinds[0]
-    only(value, {kind, "in", "kw", "no_grad", "autocast"}, where)
-    target = read_text(value[kind], where)
+    kind, target = kinds[0], read_value(value[kinds[0]], "name", where)
     if kind == "op" and target not in OPS:
         raise GraphError(
             f"{where}: {shown(target)} is not an operation that a stored head may use (or this torch lacks it)"
@@ -185,26 +202,17 @@ def _node(value: Json, reader: "_ValueReader", modules: set[str]) -> Node:
     if kind == "call" and target not in modules:
         raise GraphError(f"{where}: calls {shown(target)}, which is not a layer of the head")
     reader.op = target if kind == "op" else ""
-    args = tuple(reader.read(item) for item in read_list(value.get("in", []), where, MAX_GRAPH_ITEMS))
-    keywords = value.get("kw", {})
-    if not isinstance(keywords, dict) or not all(isinstance(key, str) and _KEYWORD.fullmatch(key) for key in keywords):
-        raise GraphError(f"{where}: keyword arguments {shown(keywords)} are not an object of plain names")
+    args = tuple(reader.items(value.get("in", [])))
+    keywords = read_value(value.get("kw", {}), "object", where)
+    if not all(isinstance(key, str) and _KEYWORD.fullmatch(key) for key in keywords):
+        raise GraphError(f"{where}: keyword arguments {shown(keywords)} are not plain names")
     kwargs = tuple((key, reader.read(item)) for key, item in keywords.items())
     if kind == "write" and (kwargs or len(args) != 1 or getattr(args[0], "kind", None) not in _TENSORS):
         raise GraphError(f"{where}: a write takes exactly one tensor")
     if target in _SIZED_BY_NUMBERS and reader.product > MAX_ELEMENTS:
         raise GraphError(f"{where}: {target} asks for {reader.product:.3g} elements, more than {MAX_ELEMENTS}")
-    return Node(kind, target, args, kwargs, _flag(value.get("no_grad", False), where), _autocast(value, where))
-
-
-def _autocast(value: dict[str, Json], where: str) -> tuple[tuple[str, bool, str | None], ...]:
-    regions = []
-    for item in read_list(value.get("autocast", []), f"{where}.autocast", 8):
-        valid = isinstance(item, list) and len(item) == 3 and item[0] in ("input", "cuda") and type(item[1]) is bool
-        if not valid or item[2] not in (None, "float16", "bfloat16", "float32"):
-            raise GraphError(f"{where}: autocast {shown(item)} is not [device, enabled, dtype]")
-        regions.append((item[0], item[1], item[2]))
-    return tuple(regions)
+    autocast: Any = read_rows(value.get("autocast", []), "device flag precision", f"{where}.autocast", 8)
+    return Node(kind, target, args, kwargs, read_value(value.get("no_grad", False), "flag", where), autocast)
 
 
 class _ValueReader:
@@ -227,28 +235,31 @@ class _ValueReader:
         if isinstance(value, str):
             return self._reference(value)
         if isinstance(value, list):
-            return [self.read(item) for item in read_list(value, self.where, MAX_GRAPH_ITEMS)]
+            return self.items(value)
         if isinstance(value, dict) and len(value) == 1:
-            ((tag, inner),) = value.items()
-            return self._tagged(tag, inner)
+            return self._tagged(*next(iter(value.items())))
         raise GraphError(f"{self.where}: {shown(value)} is not an argument")
+
+    def items(self, values: Json) -> list[Any]:
+        """Each value of a list, decoded."""
+        return [self.read(item) for item in read_list(values, self.where)]
 
     def _tagged(self, tag: str, inner: Json) -> Any:
         if tag == "t":
-            return tuple(self.read(item) for item in read_list(inner, self.where, MAX_GRAPH_ITEMS))
+            return tuple(self.items(inner))
         if tag in ("d", "ordered"):
-            pairs = [read_pair(item, self.where) for item in read_list(inner, self.where, MAX_GRAPH_ITEMS)]
+            pairs = read_rows(inner, "value value", self.where)
             return Late(tag, tuple((self._dict_key(key), self.read(item)) for key, item in pairs))
         if tag == "s":
             return self._string(inner)
         if tag == "slice" and isinstance(inner, list) and len(inner) == 3:
-            return Late(tag, tuple(self.read(item) for item in inner))
+            return Late(tag, tuple(self.items(inner)))
         if tag == "..." and inner is True:
             return Ellipsis
         if tag == "f" and inner in ("inf", "-inf", "nan"):
             return float(inner)
         if tag == "complex" and isinstance(inner, list) and len(inner) == 2:
-            parts = [self.read(item) for item in inner]
+            parts = self.items(inner)
             if all(isinstance(part, (int, float)) for part in parts):
                 return complex(*parts)
         if tag == "n":
@@ -259,7 +270,7 @@ class _ValueReader:
         if tag == "dtype" and isinstance(inner, str) and inner.startswith("$"):
             return Late(tag, self._reference(inner))
         if tag == "dtype":
-            return read_dtype(inner, self.where)
+            return read_value(inner, "dtype", self.where)
         if tag == "memory" and isinstance(inner, str) and inner in MEMORY_FORMATS:
             return MEMORY_FORMATS[inner]
         if tag == "layout" and inner == "strided":

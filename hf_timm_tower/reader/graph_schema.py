@@ -6,28 +6,16 @@ audit is linear in the text. docs/format.md describes the JSON.
 """
 
 import base64
-import binascii
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn as nn
 
 from .errors import GraphError, shown
-from .graph_program import (
-    MAX_GRAPH_ITEMS,
-    Json,
-    Program,
-    only,
-    read_dtype,
-    read_list,
-    read_names,
-    read_pair,
-    read_program,
-    read_text,
-)
+from .graph_program import Json, Program, only, read_list, read_program, read_rows, read_value
 
 VERSION = 1
 # Of the heads in this package's tests (147, as people write them) the largest graph has 54 KiB of text, most of it an
@@ -39,8 +27,18 @@ MAX_MODULE_DEPTH = 32
 MAX_GRAPH_DEPTH = 16
 MAX_EMBEDDED_BYTES = 1 << 20
 
+_HEAD = "the stored head"
 _GRAPH_KEYS = frozenset("version input modules ties frozen dtypes layouts held constants forward train eval".split())
-_KEY = re.compile(r"[^.\x00-\x1f\x7f]{1,200}")
+# Lists of a graph, and what stands in each of their rows; of `held`: module, its mode in train, in eval.
+_ROWS = {"ties": "name name", "dtypes": "name dtype", "layouts": "name order", "held": "name flag flag"}
+_MODULE_KEYS = {
+    "layer": {"name", "layer", "args"},
+    "container": {"name", "container"},
+    "same": {"name", "same"},
+    "part": {"name", "part", "params", "buffers", "values"},
+}
+CONTAINERS: dict[str, type[nn.Module]] = {each.__name__: each for each in (nn.Sequential, nn.ModuleList, nn.ModuleDict)}
+
 # --- records: a stored head without any JSON left in it
 
 
@@ -52,17 +50,20 @@ TensorSpec = tuple[str, tuple[int, ...], torch.dtype]
 class ModuleSpec:
     """One module: a layer of the table, a torch container, a plain part, or another name of an earlier module.
 
-    `values` are buffers that are not in the state dict, with their values.
+    `of` is the layer's, container's or earlier module's name; `values` are buffers that are not in the state dict.
     """
 
     name: str
     kind: str
-    layer: str = ""
+    of: str = ""
     args: Any = None
-    same: str = ""
     params: tuple[TensorSpec, ...] = ()
     buffers: tuple[TensorSpec, ...] = ()
     values: tuple[tuple[str, torch.Tensor], ...] = ()
+
+    def tensor_names(self) -> list[str]:
+        """Names of all of its own tensors."""
+        return [str(item[0]) for item in (*self.params, *self.buffers, *self.values)]
 
 
 @dataclass(frozen=True)
@@ -85,39 +86,33 @@ class Graph:
 
 def parse_graph(graph: Json) -> Graph:
     """Turn untrusted JSON into an audited `Graph`. Raises GraphError naming what was found and what was expected."""
-    if not isinstance(graph, dict):
-        raise GraphError(f"a stored head is a JSON object, found {type(graph).__name__}")
-    version = graph.get("version")
+    version = read_value(graph, "object", _HEAD).get("version")
     if type(version) is not int or version != VERSION:
         raise GraphError(
             f"the stored head has graph version {shown(version)}; this package reads version {VERSION}. A newer one "
             "needs a newer hf_timm_tower"
         )
     check_extent(graph)
-    only(graph, _GRAPH_KEYS, "the stored head")
+    only(graph, _GRAPH_KEYS, _HEAD)
+    only(graph.get("input"), {"shape"}, "input")
     left = [MAX_EMBEDDED_BYTES]
     modules = tuple(_module(item, left) for item in read_list(graph.get("modules"), "modules", MAX_MODULES))
     _check_module_names(modules)
-    constants = [_tensor(item, left, f"constants[{i}]") for i, item in enumerate(_entries(graph, "constants"))]
-    programs = _programs(graph, _callable_names(modules), len(constants))
+    embedded = enumerate(read_list(graph.get("constants", []), "constants"))
+    constants = tuple(_tensor(item, left, f"constants[{index}]") for index, item in embedded)
+    # What a call may name: what brings a forward of its own.
+    names = {each.name for each in modules[1:] if (each.kind, each.of) == ("container", "Sequential")}
+    names |= {each.name for each in modules[1:] if each.kind == "layer"}
+    names |= {each.name for each in modules if each.kind == "same" and each.of in names}
+    programs = _programs(graph, names, len(constants))
     if not programs and modules[0].kind not in ("layer", "container"):
         raise GraphError("the stored head has no forward, and its root is not a layer that brings its own")
     if programs and modules[0].kind != "part":
         raise GraphError("the stored head has a forward of its own, so its root must be a part")
-    return Graph(
-        shape=_input_shape(graph.get("input")),
-        modules=modules,
-        ties=tuple(read_names(item, "ties") for item in _entries(graph, "ties")),
-        frozen=frozenset(read_text(item, "frozen") for item in _entries(graph, "frozen")),
-        dtypes=tuple(
-            (read_text(name, "dtypes"), read_dtype(dtype, "dtypes"))
-            for name, dtype in (read_pair(item, "dtypes") for item in _entries(graph, "dtypes"))
-        ),
-        layouts=tuple(_layout(item) for item in _entries(graph, "layouts")),
-        held=tuple(_held(item) for item in _entries(graph, "held")),
-        constants=tuple(constants),
-        programs=programs,
-    )
+    rows: Any = {key: read_rows(graph.get(key, []), kinds, key) for key, kinds in _ROWS.items()}
+    frozen = frozenset(read_value(item, "name", "frozen") for item in read_list(graph.get("frozen", []), "frozen"))
+    shape = read_value(graph["input"].get("shape"), "input", "input.shape")
+    return Graph(shape=shape, modules=modules, frozen=frozen, constants=constants, programs=programs, **rows)
 
 
 def check_extent(graph: Json) -> None:
@@ -144,19 +139,6 @@ def check_extent(graph: Json) -> None:
     raise GraphError(f"the stored head is nested deeper than {MAX_GRAPH_DEPTH} levels")
 
 
-def _entries(graph: dict[str, Json], key: str) -> list[Json]:
-    return read_list(graph.get(key, []), key, MAX_GRAPH_ITEMS)
-
-
-def _callable_names(modules: Sequence[ModuleSpec]) -> set[str]:
-    names: set[str] = set()
-    for module in modules:
-        whole = module.kind == "layer" or (module.kind == "container" and module.layer == "Sequential")
-        if (whole or module.same in names) and module.name:
-            names.add(module.name)
-    return names
-
-
 def _programs(graph: dict[str, Json], names: set[str], constants: int) -> dict[bool, Program]:
     keys = [key for key in ("forward", "train", "eval") if key in graph]
     if keys not in ([], ["forward"], ["train", "eval"]):
@@ -165,34 +147,20 @@ def _programs(graph: dict[str, Json], names: set[str], constants: int) -> dict[b
     return {True: read[0], False: read[-1]} if read else {}
 
 
-# --- small pieces: each takes a value and where it stands, and gives it back checked
-
-
-def read_shape(value: Json, where: str) -> tuple[int, ...]:
-    sizes = read_list(value, where, 8)
-    if not all(type(size) is int and 0 <= size <= 2**40 for size in sizes):
-        raise GraphError(f"{where}: {shown(value)} is not a shape")
-    return tuple(sizes)
-
-
-def _key(value: Json, where: str) -> str:
-    if not isinstance(value, str) or not _KEY.fullmatch(value) or value.startswith("__"):
-        raise GraphError(f"{where}: {shown(value)} is not a name for a module or tensor")
-    return value
+# --- modules
 
 
 def _tensor(value: Json, left: list[int], where: str) -> torch.Tensor:
     """A tensor embedded in the graph; ``left`` holds the bytes that the graph may still embed and is reduced."""
-    if not isinstance(value, dict) or set(value) != {"shape", "dtype", "data"}:
-        raise GraphError(f"{where}: expected an object of shape, dtype and data")
-    shape, dtype = read_shape(value["shape"], where), read_dtype(value["dtype"], where)
+    only(value, {"shape", "dtype", "data"}, where)
+    shape, dtype = (read_value(value.get(kind), kind, where) for kind in ("shape", "dtype"))
     nbytes = math.prod(shape) * dtype.itemsize
     left[0] -= nbytes
     if left[0] < 0:
         raise GraphError(f"{where}: the tensors inside a stored head exceed {MAX_EMBEDDED_BYTES} bytes")
     try:
-        data = base64.b64decode(value["data"], validate=True) if isinstance(value["data"], str) else b""
-    except (binascii.Error, ValueError) as error:
+        data = base64.b64decode(value.get("data"), validate=True)
+    except (TypeError, ValueError) as error:
         raise GraphError(f"{where}: data is not base64: {error}") from None
     if len(data) != nbytes:
         raise GraphError(f"{where}: {len(data)} bytes of data, expected {nbytes} for {shape} of {dtype}")
@@ -203,85 +171,33 @@ def _tensor(value: Json, left: list[int], where: str) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
 
 
-# --- modules
-
-
-def _input_shape(value: Json) -> tuple[int | None, ...]:
-    if not isinstance(value, dict) or set(value) != {"shape"}:
-        raise GraphError(f"input: expected an object with the input's shape, found {shown(value)}")
-    sizes = read_list(value["shape"], "input.shape", 8)
-    if not sizes or not all(size is None or (type(size) is int and 0 < size <= 2**31) for size in sizes):
-        raise GraphError(f"input.shape: {shown(sizes)} is not a shape with null for the sizes that may vary")
-    return tuple(sizes)
-
-
-def _layout(value: Json) -> tuple[str, tuple[int, ...]]:
-    name, order = read_pair(value, "layouts")
-    dims = read_list(order, "layouts", 8)
-    if not all(type(dim) is int for dim in dims) or sorted(dims) != list(range(len(dims))):
-        raise GraphError(f"layouts: {shown(order)} is not an order of dimensions")
-    return read_text(name, "layouts"), tuple(dims)
-
-
-def _held(value: Json) -> tuple[str, bool, bool]:
-    if not (isinstance(value, list) and len(value) == 3 and all(type(flag) is bool for flag in value[1:])):
-        raise GraphError(f"held: expected [module, in train, in eval], found {shown(value)}")
-    return read_text(value[0], "held"), value[1], value[2]
-
-
 def _module(value: Json, left: list[int]) -> ModuleSpec:
-    if not isinstance(value, dict):
-        raise GraphError(f"modules: expected objects, found {shown(value)}")
-    name = read_text(value.get("name"), "modules.name")
+    name = read_value(read_value(value, "object", "modules").get("name"), "name", "modules.name")
     where = f"module {shown(name)}"
-    if "layer" in value:
-        only(value, {"name", "layer", "args"}, where)
-        return ModuleSpec(name, "layer", layer=read_text(value["layer"], where), args=value.get("args"))
-    if "container" in value:
-        only(value, {"name", "container"}, where)
-        if value["container"] not in ("Sequential", "ModuleList", "ModuleDict"):
-            raise GraphError(f"{where}: unknown container {shown(value['container'])}")
-        return ModuleSpec(name, "container", layer=value["container"])
-    if "same" in value:
-        only(value, {"name", "same"}, where)
-        return ModuleSpec(name, "same", same=read_text(value["same"], where))
-    only(value, {"name", "part", "params", "buffers", "values"}, where)
-    if value.get("part") is not True:
-        raise GraphError(f"{where}: is neither a layer, a container, another name, nor a part")
-    values = []
-    for item in read_list(value.get("values", []), where, MAX_GRAPH_ITEMS):
-        key, tensor = read_pair(item, where)
-        values.append((_key(key, where), _tensor(tensor, left, f"{where}, buffer {shown(key)}")))
-    params, buffers = (
-        tuple(_tensor_spec(item, where) for item in read_list(value.get(kind, []), where, MAX_GRAPH_ITEMS))
-        for kind in ("params", "buffers")
-    )
-    spec = ModuleSpec(name, "part", params=params, buffers=buffers, values=tuple(values))
-    if len(_tensor_names(spec)) != len(params) + len(buffers) + len(values):
+    kind = next((kind for kind in _MODULE_KEYS if kind in value), "part")
+    only(value, _MODULE_KEYS[kind], where)
+    of = "" if kind == "part" else read_value(value[kind], "name", where)
+    if (kind == "part" and value.get("part") is not True) or (kind == "container" and of not in CONTAINERS):
+        raise GraphError(f"{where}: is no layer, no part, not another name, and none of {', '.join(CONTAINERS)}")
+    params, buffers = (read_rows(value.get(key, []), "key shape dtype", where) for key in ("params", "buffers"))
+    rows = read_rows(value.get("values", []), "key value", where)
+    values = tuple((key, _tensor(tensor, left, f"{where}, buffer {shown(key)}")) for key, tensor in rows)
+    spec = ModuleSpec(name, kind, of, value.get("args"), params, buffers, values)
+    if len(set(spec.tensor_names())) != len(spec.tensor_names()):
         raise GraphError(f"{where}: two tensors have the same name")
     return spec
-
-
-def _tensor_names(spec: ModuleSpec) -> set[str]:
-    return {item[0] for item in (*spec.params, *spec.buffers)} | {item[0] for item in spec.values}
-
-
-def _tensor_spec(value: Json, where: str) -> TensorSpec:
-    if not isinstance(value, list) or len(value) != 3:
-        raise GraphError(f"{where}: expected [name, shape, dtype], found {shown(value)}")
-    return _key(value[0], where), read_shape(value[1], where), read_dtype(value[2], where)
 
 
 def _check_module_names(modules: Sequence[ModuleSpec]) -> None:
     if not modules or modules[0].name != "" or modules[0].kind == "same":
         raise GraphError("modules: the first one must be the head itself, named ''")
     seen = {"": modules[0]}
-    tensors = {"": _tensor_names(modules[0])}
+    tensors = {"": set(modules[0].tensor_names())}
     sizes: dict[str, list[str]] = {"": []}
     for module in modules[1:]:
-        name, same = module.name, module.same
+        name, same = module.name, module.of if module.kind == "same" else ""
         parent, _, key = name.rpartition(".")
-        _key(key, f"module {shown(name)}")
+        read_value(key, "key", f"module {shown(name)}")
         if name in seen:
             raise GraphError(f"modules: {shown(name)} is there twice")
         if name.count(".") >= MAX_MODULE_DEPTH:
@@ -297,7 +213,7 @@ def _check_module_names(modules: Sequence[ModuleSpec]) -> None:
         if key in tensors[parent]:
             raise GraphError(f"modules: {shown(name)} has the name of a tensor")
         seen[name] = module
-        tensors[name] = _tensor_names(module)
+        tensors[name] = set(module.tensor_names())
         sizes.setdefault(parent, []).append(same or name)
     _check_paths(sizes)
 

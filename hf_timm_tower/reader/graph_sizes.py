@@ -11,11 +11,12 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .errors import GraphError, shown
+from .graph_program import MADE_OF_NUMBERS
 from .skip_init import MetaTwins, tensors_in
 
 # What all calls of one forward may make together: 128 MiB, and 1024 times the input and 64 times the weights. Attention
@@ -39,13 +40,6 @@ _DECOMPOSITIONS = frozenset(
     "cholesky_solve linalg_solve_triangular".split()
 )
 """Of aten, inside of norms and solvers too: work grows with the cube of a matrix's width, its bytes with the square."""
-_SIZED_BY_VALUE = frozenset(
-    "torch.zeros torch.ones torch.full torch.rand torch.randn torch.randint torch.arange torch.eye torch.linspace "
-    "torch.logspace torch.randperm torch.tril_indices torch.triu_indices".split()
-)
-"""They make a tensor of numbers alone."""
-
-
 RECORDING: ContextVar[bool] = ContextVar("recording", default=False)
 """Set while a head of this process is recorded to be stored: looking at sizes would be recorded too."""
 
@@ -54,7 +48,7 @@ class Sizes:
     """What is known of the sizes in one head: which calls were looked at, and what they make."""
 
     def __init__(self) -> None:
-        self.known: dict[Any, tuple[int, int]] = {}
+        self.known: dict[Any, tuple[int, int, bool]] = {}
 
     def start(self, head: nn.Module, x: torch.Tensor) -> "_Counted | None":
         """The count of one forward; None where torch compiles or exports the head, which calls nothing for real."""
@@ -72,7 +66,7 @@ class Sizes:
 class _Counted:
     """Bytes that one forward has made so far, and its work."""
 
-    def __init__(self, known: dict[Any, tuple[int, int]], key: tuple[Any, ...], limit: int, most_work: int) -> None:
+    def __init__(self, known: dict[Any, Any], key: tuple[Any, ...], limit: int, most_work: int) -> None:
         self.known, self.key, self.limit, self.most_work = known, key, limit, most_work
         self.spent = self.worked = 0
 
@@ -80,14 +74,11 @@ class _Counted:
         """Count a call that is about to be made. Raises GraphError if the forward makes too much with it."""
         tensors = tensors_in((args, kwargs))
         key = (*self.key, index, *((tensor.shape, tensor.dtype) for tensor in tensors))
-        found = self.known.get(key)
-        if found is None:
-            made, work, lasting = self._measure(name, function, args, kwargs, tensors)
-            found = made, work
-            if lasting:
-                self.known[key] = found
-        self.spent += found[0]
-        self.worked += found[1]
+        made, work, lasting = self.known.get(key) or self._measure(name, function, args, kwargs, tensors)
+        if lasting:
+            self.known[key] = made, work, lasting
+        self.spent += made
+        self.worked += work
         if self.spent > self.limit:
             raise _too_much(name, self.spent, self.limit)
         if self.worked > self.most_work:
@@ -108,7 +99,7 @@ class _Counted:
         for by_numbers in (False, True):  # a tensor of one number may say how large the result is
             count, move = _Count(self.limit), _Twins()
             first, move.keeps_numbers = move(args[:1]), by_numbers
-            first = move(args[:1]) if name in _SIZED_BY_VALUE else first
+            first = move(args[:1]) if name in MADE_OF_NUMBERS else first
             try:
                 with torch.no_grad(), torch.device("meta"), count:
                     move(function)(*first, *move(args[1:]), **move(kwargs))

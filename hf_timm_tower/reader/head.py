@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn as nn
 from timm.layers.attention_pool2d import AttentionPool2d, RotAttentionPool2d
 from timm.layers.mlp import Mlp
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils.hub import cached_file
 
-from .config import ATTENTION_POOLS, TimmTowerConfig
+from .config import ATTENTION_POOLS, FLOAT_DTYPES, TimmTowerConfig
 from .errors import ConfigError, FormatError, HeadError, shown
 from .graph_head import construct
+from .graph_program import DTYPES
 
 # `config.head["form"]` of heads that are not stored: one that lives in memory only, until saving finds a form for it,
 # and one that a subclass of the tower makes itself.
@@ -89,8 +89,6 @@ def code_file(config: dict[str, Any]) -> str | None:
 
 # --- heads that are stored as code
 
-_CODE_DTYPES = {each: getattr(torch, each) for each in ("float16", "bfloat16", "float32", "float64")}
-
 
 def refuse_code(spec: dict[str, Any], *, repo: str, revision: str | None) -> HeadError:
     """The error for a head of code that is not trusted: `config.head` of a repository, or of a folder (no revision)."""
@@ -114,7 +112,7 @@ def check_code_spec(spec: Any) -> None:
         and isinstance(spec.get("sha256"), str)
         and isinstance(spec.get("kwargs"), dict)
         and isinstance(spec.get("frozen", []), list)
-        and spec.get("dtype", "float32") in _CODE_DTYPES
+        and spec.get("dtype", "float32") in FLOAT_DTYPES
     )
     if not fits:
         raise HeadError("config.head: a head of code has a file, class, kwargs and sha256")
@@ -126,22 +124,22 @@ def make_code_head(spec: dict[str, Any], place: str, **download: Any) -> nn.Modu
     `HeadError` where it is not the file that was saved, or its code fails. `download`: `revision`, `token` and so on.
     """
     check_code_spec(spec)
-    file = code_file({"head": spec}) or ""
-    path = cached_file(place, file, **download)
+    file = f"{shown(place)[1:-1]}: {HEAD_CODE_FILE}"
+    path = cached_file(place, HEAD_CODE_FILE, **download)
     if path is None or hashlib.sha256(Path(path).read_bytes()).hexdigest() != spec["sha256"]:
-        raise HeadError(f"{shown(place)[1:-1]}: {file} is not the code that this tower was saved with")
-    cls: Any = get_class_from_dynamic_module(f"{file.removesuffix('.py')}.{spec['class']}", place, **download)
+        raise HeadError(f"{file} is not the code that this tower was saved with")
+    cls: Any = get_class_from_dynamic_module(f"{Path(HEAD_CODE_FILE).stem}.{spec['class']}", place, **download)
     try:
         return head_of_class(cls, spec)
     except Exception as error:  # a constructor may raise anything
-        raise HeadError(f"{shown(place)[1:-1]}: the head in {file} fails: {type(error).__name__}: {error}") from error
+        raise HeadError(f"{file}: the head in it fails: {type(error).__name__}: {error}") from error
 
 
 def head_of_class(cls: type[nn.Module], spec: Mapping[str, Any]) -> nn.Module:
     """A head of code from its class: constructor arguments, dtype, and which parameters were made not to train."""
     head = cls(**spec["kwargs"])
     if "dtype" in spec:
-        head.to(_CODE_DTYPES[spec["dtype"]])
+        head.to(DTYPES[spec["dtype"]])
     if "frozen" in spec:
         frozen = set(map(str, spec["frozen"]))
         for name, parameter in head.named_parameters():

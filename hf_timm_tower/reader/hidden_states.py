@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import get_ident
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch.nn as nn
 from timm.utils.attention_extract import AttentionExtract
 
 from .errors import ArgumentError, ConfigError, shown
+from .skip_init import tensors_in
 from .trunk import eval_mode
 
 HiddenStates = bool | int | Sequence[int] | None
@@ -25,47 +26,35 @@ _NHWC_INSIDE = {"PyramidVisionTransformerV2", "VisionTransformerSAM", "VOLO"}
 def forward_hidden(
     trunk: nn.Module, images: Any, wanted: bool | int | Sequence[int]
 ) -> tuple[Any, tuple[torch.Tensor | None, ...]]:
-    """Run a trunk and keep what its layers give.
+    """Run a trunk on images `[B, in_chans, H, W]`, or a dict of patches, and keep what its layers give.
 
-    Args:
-        trunk: The trunk.
-        images: `[B, in_chans, H, W]`, or a dict of patches.
-        wanted: True for all; an index, or several: all other places of the tuple are None.
+    Returns the trunk's features, and a tuple: what its stem gives, then each block or stage as timm's
+    `forward_intermediates` has it. Tokens `[B, N, C]`, prefix tokens first, where the features are tokens; maps
+    `[B, C, H, W]` elsewhere. `wanted` is True for all, or an index, or several: all other places are None.
 
-    Returns:
-        The trunk's features, and a tuple: what its stem gives, then each block or stage as timm's
-        `forward_intermediates` has it. Tokens `[B, N, C]`, prefix tokens first, where the features are tokens; maps
-        `[B, C, H, W]` elsewhere.
-
-    Raises:
-        ConfigError: timm has no intermediates of this trunk.
-        ArgumentError: there is no such index.
+    `ConfigError` where timm has no intermediates of this trunk, `ArgumentError` where there is no such index.
     """
     if not hasattr(trunk, "forward_intermediates"):
         raise ConfigError(f"{type(trunk).__name__} has no forward_intermediates in timm {timm.__version__}")
     layers: Any = trunk.feature_info
     first, thread, taken = _first_block(trunk), get_ident(), list[torch.Tensor]()
-    length = len(layers) + (first is not None)
+    stems = 0 if first is None else 1
+    length = len(layers) + stems
     places = _chosen(wanted, length)
-    stems = length - len(layers)
 
     def take(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if not taken and get_ident() == thread:
-            taken.extend(_tensors((*args, *kwargs.values())))
+            taken.extend(tensors_in((args, kwargs)))
 
     run: Any = trunk.forward_intermediates
-    has_prefix = bool(getattr(trunk, "num_prefix_tokens", 0))
-    has_prefix = has_prefix and "return_prefix_tokens" in inspect.signature(run).parameters
+    taken_apart = "return_prefix_tokens" in inspect.signature(run).parameters
+    has_prefix = taken_apart and bool(getattr(trunk, "num_prefix_tokens", 0))
     extra: dict[str, Any] = {"return_prefix_tokens": True} if has_prefix else {}
     if isinstance(images, dict):
         extra["output_fmt"] = "NLC"  # patches of any aspect make no map
-    hook = None if first is None else first.register_forward_pre_hook(take, with_kwargs=True)
-    try:
-        indices = sorted({max(place - stems, 0) for place in places})
+    indices = sorted({max(place - stems, 0) for place in places})
+    with nullcontext() if first is None else first.register_forward_pre_hook(take, with_kwargs=True):
         features, found = run(images, indices=indices, **extra)
-    finally:
-        if hook is not None:
-            hook.remove()
     as_tokens = isinstance(features, torch.Tensor) and features.ndim == 3
     states = dict(zip((index + stems for index in indices), found, strict=True))
     if stems and 0 in places:
@@ -93,8 +82,7 @@ def _first_block(trunk: nn.Module) -> nn.Module | None:
     names = [layer["module"] for layer in layers[:2]]
     if len({name.rstrip("0123456789") for name in names}) > 1:
         return None
-    modules = dict(trunk.named_modules())
-    name = names[0]
+    modules, name = dict(trunk.named_modules()), names[0]
     if name not in modules:  # some lists of timm name a module otherwise than the model does
         name = next(each for each in modules if each.endswith(("blocks.0", "stages.0")))
     # The list may name the last block of each stage.
@@ -104,14 +92,6 @@ def _first_block(trunk: nn.Module) -> nn.Module | None:
     # A sequence that begins with the stem takes the image.
     own = next(trunk.parameters())
     return None if any(parameter is own for parameter in block.parameters()) else block
-
-
-def _tensors(values: Any) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
 
 
 def _stem_output(trunk: nn.Module, taken: list[torch.Tensor], width: int, grid: Sequence[int] | None) -> torch.Tensor:

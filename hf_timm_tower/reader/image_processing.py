@@ -5,12 +5,11 @@ The block is what timm's `pretrained_cfg` says of preprocessing, and `padding` (
 before mean and std) and `channel_order` (`BGR`: reversed last; mean, std and color are R, G, B in either case).
 """
 
-import difflib
-import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, repeat
 from typing import Any
 
 import torch
@@ -192,7 +191,7 @@ def _resized(images: torch.Tensor, size: Sequence[int], mode: InterpolationMode)
 
 def _nearest(before: int, after: int) -> list[int]:
     """The pixels that PIL takes: it adds up the step in double precision, where torch's modes multiply in single."""
-    positions = itertools.accumulate(itertools.repeat(before / after, after - 1), initial=before / after * 0.5)
+    positions = accumulate(repeat(before / after, after - 1), initial=before / after * 0.5)
     return [min(int(position), before - 1) for position in positions]
 
 
@@ -271,9 +270,3 @@ def standard_keys(block: dict[str, Any]) -> dict[str, Any]:
     if block["crop_mode"] == "squash" and block["crop_pct"] == 1 and block["padding"] is None:
         keys |= {"do_resize": True, "resample": INTERPOLATIONS[block["interpolation"]], "do_center_crop": False}
     return keys
-
-
-def near_fact(name: str, cutoff: float = 0.6) -> str:
-    """` (did you mean ...?)`, or nothing where no fact has a name like this one."""
-    near = difflib.get_close_matches(name[:64], PROCESSOR_FACTS, n=2, cutoff=cutoff)
-    return f" (did you mean {' or '.join(near)}?)" if near else ""

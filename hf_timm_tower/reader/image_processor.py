@@ -25,7 +25,7 @@ from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .config import TimmTowerConfig
-from .errors import ArgumentError, ConfigError, file_errors, shown
+from .errors import ArgumentError, ConfigError, did_you_mean, file_errors, shown
 from .image_processing import (
     PIL_MODES,
     PROCESSOR_AUTO_MAP,
@@ -37,7 +37,6 @@ from .image_processing import (
     completed_preprocess,
     facts_of,
     in_channels,
-    near_fact,
     run_steps,
     standard_keys,
     timm_arguments,
@@ -78,7 +77,8 @@ class TimmTowerImageProcessor(BaseImageProcessor):
         checked, known = facts_of(block, size), standard_keys(block)
         for name in sorted(facts.keys() - checked.keys() - PROCESSOR_KEYS):
             if name not in known or facts[name] != known[name]:
-                expected = f"should be {known[name]!r}" if name in known else f"is unknown{near_fact(name)}"
+                near = did_you_mean(name, PROCESSOR_FACTS)
+                expected = f"should be {known[name]!r}" if name in known else f"is unknown{near}"
                 raise ConfigError(f"{type(self).__name__}: {shown(name)}: {shown(facts[name])} {expected}")
         for name, value in checked.items():
             setattr(self, name, value)
@@ -109,8 +109,9 @@ class TimmTowerImageProcessor(BaseImageProcessor):
             kwargs["size"] = kwargs.pop("image_size")
         given = {name: kwargs.pop(name) for name in PROCESSOR_FACTS if name in kwargs}
         for name in kwargs:
-            if name in ("mean", "std", *STANDARD_KEYS) or near_fact(name, 0.75):
-                raise ArgumentError(f"{cls.__name__}: unknown {name}{near_fact(name)}; steps are left out in the call")
+            if name in ("mean", "std", *STANDARD_KEYS) or did_you_mean(name, PROCESSOR_FACTS, 0.75):
+                near = did_you_mean(name, PROCESSOR_FACTS)
+                raise ArgumentError(f"{cls.__name__}: unknown {name}{near}; steps are left out in the call")
         processor = cls(**image_processor_dict)
         processor = cls(**{**facts_of(*processor._block()), **given}) if given else processor
         return (processor, kwargs) if return_unused else processor

@@ -34,10 +34,7 @@ FORBIDDEN = {
     "file": "it names a file to read",
     "url": "it names a file to fetch",
     "hf_hub_id": "it names a repository to fetch",
-    "features_only": "use tower.forward_intermediates",
-    "out_indices": "use tower.forward_intermediates",
-    "feature_cls": "use tower.forward_intermediates",
-    "feature_cfg": "use tower.forward_intermediates",
+    **dict.fromkeys("features_only out_indices feature_cls feature_cfg".split(), "use tower.forward_intermediates"),
     "model_cfg": "give the architecture's name and its arguments",
     "device": "move the tower with tower.to(device)",
     "dtype": "cast the tower with tower.to(dtype)",
@@ -56,22 +53,19 @@ RECORDED = ("img_size",)
 @lru_cache(maxsize=1)
 def allowed_classes() -> dict[str, type[nn.Module]]:
     """Full name -> class, for every public module class of `torch.nn` and `timm.layers`."""
-    table: dict[str, type[nn.Module]] = {}
-    for prefix, module in (("torch.nn", nn), ("timm.layers", timm.layers)):
-        for name in dir(module):
-            value = getattr(module, name)
-            if isinstance(value, type) and issubclass(value, nn.Module) and not name.startswith("_"):
-                table[f"{prefix}.{name}"] = value
-    return table
+    return {
+        f"{prefix}.{name}": value
+        for prefix, module in (("torch.nn", nn), ("timm.layers", timm.layers))
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, type) and issubclass(value, nn.Module) and not name.startswith("_")
+    }
 
 
 @lru_cache(maxsize=1)
 def _class_names() -> dict[type[nn.Module], str]:
-    names: dict[type[nn.Module], str] = {}
-    for name, cls in allowed_classes().items():
-        if cls not in names or name.rsplit(".", 1)[1] == cls.__name__:
-            names[cls] = name
-    return names
+    table = allowed_classes()
+    first = {cls: name for name, cls in reversed(table.items())}
+    return first | {cls: name for name, cls in table.items() if name.endswith(f".{cls.__name__}")}
 
 
 def encode(value: Any, where: str, depth: int = 0) -> Any:

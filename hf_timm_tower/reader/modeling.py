@@ -109,11 +109,8 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
             pixel_values: `[B, in_chans, H, W]`, floating; cast to the model's dtype.
             labels: `[B]` integers for one label each, `[B, num_labels]` floats for several, floats for regression;
                 the loss follows `config.problem_type`.
-            output_hidden_states: As `TimmTowerModel.forward`.
-            return_dict: As `TimmTowerModel.forward`.
-            output_attentions: As `TimmTowerModel.forward`.
-            interpolate_pos_encoding: As `TimmTowerModel.forward`.
-            patches, patch_coord, patch_valid: As `TimmTowerModel.forward`.
+            output_hidden_states, return_dict, output_attentions, interpolate_pos_encoding, patches, patch_coord,
+                patch_valid: As `TimmTowerModel.forward`.
 
         Raises:
             HeadError: the embedding is not `[B, embed_dim]`.

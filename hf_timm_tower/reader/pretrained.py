@@ -52,14 +52,7 @@ DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_onl
 
 
 class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
-    """What the transformers models of a tower share.
-
-    Args:
-        config: Completed, as every folder has it; the model's own `config` is a copy.
-
-    Raises:
-        ConfigError, HeadError: the config describes no tower that can be built in this process.
-    """
+    """What the transformers models of a tower share. They take a completed config, and have a copy of it."""
 
     config: TimmTowerConfig
     config_class = TimmTowerConfig
@@ -326,13 +319,12 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         stored = loading.stored = model._read(checkpoint_files, loading)
         folder = Path(checkpoint_files[0]).parent
         refuse_changed(stored.config, model.config, folder)
-        weights = dict(stored.weights)
         saved_with_one = type(model).__name__.removeprefix("FSDP") in (stored.config.architectures or ())
-        if model._has_classifier and not has_classifier(weights) and not saved_with_one:
+        if model._has_classifier and not has_classifier(stored.weights) and not saved_with_one:
             loading.fresh += [f"{CLASSIFIER}.{name}" for name in model.classifier.state_dict()]
         if not model._has_classifier:
-            loading.left_out += [key for key in weights if key.startswith(f"{CLASSIFIER}.")]
-            weights = {key: tensor for key, tensor in weights.items() if key not in loading.left_out}
+            loading.left_out += [key for key in stored.weights if key.startswith(f"{CLASSIFIER}.")]
+        weights = {key: tensor for key, tensor in stored.weights.items() if key not in loading.left_out}
         if load_config.hf_quantizer is not None or load_config.ignore_mismatched_sizes or len(devices) > 1:
             return stock(model, weights, None, load_config, *args, **kwargs)
         model._buffers_to = None if loading.keeps_dtypes else floating_dtype(load_config.dtype)
@@ -355,11 +347,11 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             HeadError: the head is not the one that was loaded.
             FolderError: the folder holds a tower's own files, which would stay beside the new ones.
         """
-        wanted, (trunk_source, here) = self.config.head, (self.config.trunk_source, Path(save_directory))
+        config, here = self.config, Path(save_directory)
+        is_code = config.head is not None and config.head.get("form") == CODE
         with plain_defaults(), skip_init(Budget.default()):
-            same = wanted is not None and wanted.get("form") == CODE
-            built = self.head if same else self._build(self.config, False, None).head
-        if repr(built) != repr(self.head) or type(built) is not type(self.head) or trunk_source is not None:
+            built = self.head if is_code else self._build(config, False, None).head
+        if repr(built) != repr(self.head) or type(built) is not type(self.head) or config.trunk_source is not None:
             raise HeadError(
                 "the head was replaced, or its trunk is stored in another repository: only hf_timm_tower can save this "
                 "tower so that it comes back; install it (pip install hf_timm_tower)"

@@ -438,6 +438,7 @@ def test_code_that_fails_is_a_head_error_that_names_the_file(source: str, reason
         {"kwargs": [1]},
         {"sha256": None},
         {"dtype": "nn"},
+        {"dtype": ["float32"]},
         {"frozen": 5},
         {"sha256": "0" * 64},
     ],
