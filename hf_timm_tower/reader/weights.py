@@ -289,7 +289,10 @@ def _places(module: nn.Module) -> dict[str, tuple[dict[str, Any], str]] | None:
         if kind not in plain:
             plain[kind] = all(getattr(kind, name) is getattr(nn.Module, name) for name in _STATE_METHODS)
         is_tower = not prefix and not part._parameters and not part._buffers
-        if not plain[kind] or not (is_tower or kind._load_from_state_dict in _STATE_LOADERS) or _has_state_hooks(part):
+        if not plain[kind] or not (is_tower or kind._load_from_state_dict in _STATE_LOADERS):
+            return None
+        hooks = (part._state_dict_hooks, part._state_dict_pre_hooks, part._load_state_dict_pre_hooks)
+        if any((*hooks, part._load_state_dict_post_hooks)):
             return None
         start, computed = f"{prefix}." if prefix else "", part._non_persistent_buffers_set
         for table in (part._parameters, part._buffers):
@@ -297,15 +300,6 @@ def _places(module: nn.Module) -> dict[str, tuple[dict[str, Any], str]] | None:
                 if tensor is not None and name not in computed:
                     found[start + name] = (table, name)
     return found
-
-
-def _has_state_hooks(part: nn.Module) -> bool:
-    return bool(
-        part._state_dict_hooks
-        or part._state_dict_pre_hooks
-        or part._load_state_dict_pre_hooks
-        or part._load_state_dict_post_hooks
-    )
 
 
 def _load_strictly(module: nn.Module, values: dict[str, torch.Tensor], source: str) -> None:
