@@ -206,7 +206,7 @@ def verify(
             say({"status": found.status, "relative_difference": found.relative_difference, "tolerance": found.tolerance,
                  "changed": {name: list(map(str, pair)) for name, pair in found.changed.items()}}, as_json)  # fmt: skip
         else:
-            print(printable(found))
+            print("\n".join(map(printable, str(found).splitlines())))
     if found.status == "different":
         raise typer.Exit(1)
 

@@ -291,6 +291,11 @@ def evaluate_folders(test: StoredEmbeddings, train: StoredEmbeddings | None = No
     """
     ids, rows = test.load()
     labels = folder_labels(ids)
+    if len(set(labels)) < 2 and train is None:
+        raise ArgumentError(
+            f"{test.path}: {len(ids)} images of the classes {shown(sorted(set(labels)))}, the first folders of their "
+            "ids; expected at least two. Embed the folder that has one folder for each class"
+        )
     if train is None:
         most = len(ids) - 1
         return {"retrieval": retrieval(rows, labels, k=[k for k in RECALL_AT if k <= most] or [1])}

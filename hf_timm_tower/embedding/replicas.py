@@ -9,6 +9,7 @@ import contextlib
 import io
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
 import sys
@@ -164,12 +165,26 @@ def _serve(work: Callable[[Any], Any], connection: Connection, parents: Connecti
             result = work(task)
         except Exception as raised:  # it is raised again where the results are asked for
             error = raised
-        message = io.BytesIO()
-        _Pickler(message).dump((number, result, error))
+        message = _pickled((number, result, None if error is None else _sendable(error)))
         try:
-            connection.send_bytes(message.getbuffer())
+            connection.send_bytes(message)
         except (BrokenPipeError, ConnectionResetError):
             os._exit(1)
+
+
+def _pickled(value: Any) -> memoryview:
+    message = io.BytesIO()
+    _Pickler(message).dump(value)
+    return message.getbuffer()
+
+
+def _sendable(error: Exception) -> Exception:
+    """The same error, or where another process could not make it from its arguments, one that says what it says."""
+    try:
+        pickle.loads(_pickled(error))
+    except Exception:  # whatever its class raises
+        return TowerError(f"{type(error).__name__}: {error}")
+    return error
 
 
 class _Pickler(ForkingPickler):

@@ -153,6 +153,8 @@ def test_errors_are_one_line_with_the_remedy(saved: Path, images: Path, tmp_path
     cases = (
         (("embed", images, "--to", saved / "config.json" / "a", "--tower", saved), 1, "is a file: give a folder"),
         (("search", out, images), 1, "a folder, expected one image"),
+        (("search", out, saved / "config.json"), 1, "config.json': not an image file that Pillow knows"),
+        (("embed", images, "--to", out, "--normalize"), 1, "were {'normalize': False} and are {'normalize': True}"),
         (("search", out, query, "--sheet", tmp_path / "near.docx"), 1, "give a .png or .jpg"),
         (("search", out, query, "--sheet", tmp_path / "nowhere" / "near.png"), 1, "No such file or directory"),
         (("inspect", tmp_path), 1, "config.json is missing"),
@@ -175,7 +177,13 @@ def test_errors_are_one_line_with_the_remedy(saved: Path, images: Path, tmp_path
 
 def test_verify_and_export(saved: Path, tmp_path: Path) -> None:
     assert as_json("verify", saved)["status"] == "equal"
-    assert "equal" in run("verify", saved).stdout
+    assert run("verify", saved).stdout.startswith("equal: ")
+    facts = json.loads((saved / "fingerprint.json").read_text())
+    facts["made_with"]["threads"] = "77"
+    other = shutil.copytree(saved, tmp_path / "other")
+    (other / "fingerprint.json").write_text(json.dumps(facts))
+    lines = run("verify", other).stdout.splitlines()
+    assert any(line.startswith("  threads: saved with 77") for line in lines), lines
     assert str(tmp_path / "timm") in as_json("export", saved, "--format", "timm", "--out", tmp_path / "timm")["written"]
     assert os.path.exists(tmp_path / "timm" / "model.safetensors")
 

@@ -214,6 +214,18 @@ def test_retrieval_without_any_match_is_refused() -> None:
         retrieval(torch.rand(2, 3), ["a", "b"], torch.rand(2, 3), k=(1,))
 
 
+def test_a_list_of_paths_from_one_place_is_no_set_of_classes(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0)
+    paths = [tmp_path / name / "1.png" for name in ("cat", "dog", "owl")]
+    for path in paths:
+        path.parent.mkdir()
+        Image.fromarray(noise.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+    tower = TimmModel("test_resnet", embed_dim=8)
+    stored = tower.embed_to(paths, tmp_path / "emb", num_workers=0, progress=False)
+    with pytest.raises(ArgumentError, match=r"expected at least two\. Embed the folder"):
+        evaluate_folders(stored)  # it was a mean average precision of 1
+
+
 def test_stored_folders_of_classes_are_evaluated_as_their_embeddings_are(digits: Digits, tmp_path: Path) -> None:
     table, stored = load_digits(), []
     for name, rows in (("train", range(60)), ("test", range(60, 80))):
