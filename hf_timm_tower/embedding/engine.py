@@ -108,9 +108,13 @@ def stream(
         return
     ready = map(_loaded, tasks)
     if plan.device.type == "cpu":
-        yield from in_order(embedder, ready, workers)
+        yield from in_order(embedder, ready, workers, _ids)
     else:
-        yield from map(embedder.run, in_order(embedder.prepare, ready, workers))
+        yield from map(embedder.run, in_order(embedder.prepare, ready, workers, _ids))
+
+
+def _ids(task: tuple[int, list[tuple[str, Any]]]) -> str:
+    return ", ".join(name for name, _ in task[1])
 
 
 def _loaded(task: tuple[int, list[tuple[str, Any]]]) -> tuple[int, list[tuple[str, Any]]]:

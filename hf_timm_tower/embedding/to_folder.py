@@ -92,7 +92,7 @@ def _opened_for_writing(folder: Path) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked_folder(folder, SECONDS_FOR_LOCK))
         except TimeoutError as error:
-            raise FolderError(f"{folder}: another process is writing embeddings into it") from error
+            raise FolderError(f"{folder}: another process is writing embeddings into it; wait for its end") from error
         except (FileExistsError, NotADirectoryError) as error:
             raise FolderError(f"{folder} is a file: give a folder") from error
         except OSError as error:

@@ -393,7 +393,14 @@ def test_a_process_that_dies_is_replaced_and_one_that_dies_again_ends_the_run(pa
     tower.head = Killer(None)
     with pytest.raises(TowerError, match=r"ended by signal SIGKILL, twice, .*00\.png"):
         embed(tower, paths, num_workers=1)
+    with pytest.raises(TowerError, match=r"while it worked on '0, 1, 2, 3, 4, 5, 6, 7'\. Perhaps one of these"):
+        embed(tower, torch.zeros(9, 3, 8, 8), num_workers=1)
     assert set(psutil.Process().children()) <= set(others)
+
+
+def test_a_result_that_cannot_be_sent_says_so() -> None:
+    with pytest.raises(TowerError, match=r"a result cannot be sent between processes: .*/dev/shm"):
+        list(in_order(lambda task: lambda: task, iter([1, 2, 3]), 2))
 
 
 def test_processes_that_only_prepare_give_the_same_bits(
@@ -450,6 +457,31 @@ def test_spawned_processes_give_the_same_bits(fresh_process: Callable[..., str],
         )
     )
     assert fresh_process(script, folder).split() == ["True"]
+    script.write_text(
+        textwrap.dedent(
+            """
+            import multiprocessing, sys, torch.nn as nn
+            from hf_timm_tower import TimmModel, TowerError
+
+            def main():
+                class Local(nn.Linear):
+                    pass
+
+                multiprocessing.set_start_method("spawn", force=True)
+                for head in (None, Local):
+                    tower = TimmModel("test_resnet", embed_dim=8, custom_head=head)
+                    try:
+                        tower.embed(sys.argv[1], num_workers=2, progress=False)
+                    except TowerError as error:
+                        print(error)
+
+            if multiprocessing.parent_process() is None or sys.argv[2] == "unguarded":
+                main()
+            """
+        )
+    )
+    assert "the tower cannot be sent to another process: " in fresh_process(script, folder, "guarded")
+    assert 'the script lacks `if __name__ == "__main__":`' in fresh_process(script, folder, "unguarded")
 
 
 class Failing(nn.Module):
