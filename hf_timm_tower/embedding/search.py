@@ -108,6 +108,6 @@ def tile(path: str | os.PathLike[str]) -> Image.Image:
     """A small square picture of a file; grey where it cannot be opened."""
     try:
         image = ImageOps.exif_transpose(read_image(path)).convert("RGB")
-    except (OSError, ArgumentError):
+    except Exception:  # whatever a decoder raises for a file that is another than when it was embedded
         return Image.new("RGB", (_TILE, _TILE), "lightgrey")
     return ImageOps.pad(image, (_TILE, _TILE), color="white")
