@@ -108,6 +108,8 @@ def embed(
         }
         if failures and not as_json:
             facts["left out"] = [f"{failure.id}: {failure.reason}" for failure in failures[:10]]
+            if len(failures) > 10:
+                facts["left out"].append(f"and {len(failures) - 10} more, in {os.path.join(to, 'failures.jsonl')}")
         say(facts, as_json)
     if failures:
         raise typer.Exit(INCOMPLETE)

@@ -186,10 +186,15 @@ def _finish(folder: Path, manifest: dict[str, Any]) -> None:
     lines = [
         json.dumps({"index": failure.index, "id": failure.id, "reason": failure.reason}) + "\n" for failure in failures
     ]
-    if lines:
-        (folder / FAILURES_NAME).write_text("".join(lines), encoding="utf-8")
+    texts = {FAILURES_NAME: "".join(lines)}
     if not os.path.lexists(folder / "README.md"):  # what a person made of it stays
-        (folder / "README.md").write_text(_CARD, encoding="utf-8")
+        texts["README.md"] = _CARD
+    for name, text in texts.items():
+        try:
+            if text:
+                (folder / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise folder_error(f"{folder / name} cannot be written", error) from error
     covered = sum(shard.covered for shard in shards)
     manifest |= {"complete": True, "images": covered, "failures": len(failures)}
     sync(folder)

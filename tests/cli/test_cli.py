@@ -135,7 +135,10 @@ def test_a_folder_that_was_made_with_relative_paths_is_used_from_elsewhere(
         assert picture.getpixel((300, 100)) == picture.getpixel((100, 100)) != (211, 211, 211), "the image was found"
 
 
-def test_images_that_cannot_be_used_are_listed_and_end_with_3(saved: Path, images: Path, tmp_path: Path) -> None:
+def test_images_that_cannot_be_used_are_listed_and_end_with_3(
+    saved: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "good.png").write_bytes((images / "0.png").read_bytes())
     (tmp_path / "in" / "bad.png").write_bytes(b"")
@@ -145,6 +148,11 @@ def test_images_that_cannot_be_used_are_listed_and_end_with_3(saved: Path, image
     strict = run("embed", tmp_path / "in", "--to", tmp_path / "strict", "--tower", saved, "--workers", 0, "--strict")
     assert strict.exit_code == 1
     assert "bad.png" in strict.stderr
+    for number in range(11):
+        (tmp_path / "in" / f"bad{number:02}.png").write_bytes(b"")
+    many = run("embed", tmp_path / "in", "--to", "many", "--tower", saved, "--workers", 0)
+    assert many.stdout.count("an empty file") == 10
+    assert "and 2 more, in many/failures.jsonl" in many.stdout
 
 
 def test_errors_are_one_line_with_the_remedy(saved: Path, images: Path, tmp_path: Path) -> None:

@@ -198,6 +198,11 @@ def test_folders_that_cannot_be_used_say_so(tower: TimmModel, images: Path, tmp_
         StoredEmbeddings(tmp_path / "nowhere")
     with pytest.raises(ArgumentError, match=r"images\[4\] \(004.png\): not an image"):
         embed_to(tower, images, tmp_path / "strict", errors="raise")
+    with pytest.raises(Stop):
+        embed_to(tower, stopping(images, 20), tmp_path / "failing")
+    (tmp_path / "failing" / "failures.jsonl").mkdir()
+    with pytest.raises(FolderError, match=r"failures\.jsonl cannot be written: Is a directory"):
+        embed_to(tower, stopping(images, COUNT + 1), tmp_path / "failing")
     embed_to(tower, images, tmp_path / "damaged")
     damaged = tmp_path / "damaged" / "embeddings-00001.parquet"
     damaged.write_bytes(damaged.read_bytes()[:100])
