@@ -283,6 +283,11 @@ def test_paths_in_an_array_or_a_column(tower: TimmModel, paths: list[str], expec
     assert torch.equal(embed(tower, np.array(paths), batch_size=4), expected)
     table = datasets.Dataset.from_dict({"where": paths})
     assert torch.equal(embed(tower, table, column="where", batch_size=4), expected)
+    rows = datasets.IterableDataset.from_generator(lambda: ({"picture": Image.open(path)} for path in paths))
+    assert rows.features is None
+    assert torch.equal(embed(tower, rows, column="picture", batch_size=4), expected)
+    with pytest.raises(ArgumentError, match=r"no column 'image', there are \['picture'\]"):
+        embed(tower, rows, column="image")
 
 
 def test_the_tower_and_all_random_generators_stay_as_they_are(paths: list[str]) -> None:
