@@ -32,7 +32,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--trust-remote-code", action="store_true", help="run a head that is stored as code")
     parser.add_argument("--id-column", default="id", help="of the manifest; every id stands once")
     parser.add_argument("--path-column", default="path", help="of the manifest")
-    parser.add_argument("--batch-size", type=int, help="images that run at once; 4 on a CPU, 32 on a GPU")
+    parser.add_argument("--batch-size", type=int, help="images that run at once; 8 on a CPU, 32 on a GPU")
     parser.add_argument("--normalize", action="store_true", help="scale embeddings to length 1")
     parser.add_argument("--dtype", choices=("float32", "float16"), help="what is stored; what the tower gives")
     parser.add_argument("--strict", action="store_true", help="end at the first image that cannot be used")

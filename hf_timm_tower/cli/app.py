@@ -108,6 +108,8 @@ def embed(
         }
         if failures and not as_json:
             facts["left out"] = [f"{failure.id}: {failure.reason}" for failure in failures[:10]]
+            if len(failures) > 10:
+                facts["left out"].append(f"and {len(failures) - 10} more, in {os.path.join(to, 'failures.jsonl')}")
         say(facts, as_json)
     if failures:
         raise typer.Exit(INCOMPLETE)
@@ -206,7 +208,7 @@ def verify(
             say({"status": found.status, "relative_difference": found.relative_difference, "tolerance": found.tolerance,
                  "changed": {name: list(map(str, pair)) for name, pair in found.changed.items()}}, as_json)  # fmt: skip
         else:
-            print(printable(found))
+            print("\n".join(map(printable, str(found).splitlines())))
     if found.status == "different":
         raise typer.Exit(1)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..reader.errors import ArgumentError, TowerError
+from ..reader.errors import ArgumentError, TowerError, shown
 from ..reader.trunk import eval_mode, float_dtype
 from .open_image import Preparer, reason_of
 
@@ -53,6 +53,8 @@ class Outputs:
     layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if not all(type(number) is int for number in self.layers):
+            raise ArgumentError(f"layers={shown(self.layers)}: expected a list of whole numbers")
         if not isinstance(self.batch_size, int) or isinstance(self.batch_size, bool) or self.batch_size < 1:
             raise ArgumentError(f"batch_size={self.batch_size!r}: expected a whole number from 1 on")
         if self.dtype is not None and self.dtype not in _DTYPES:
@@ -138,10 +140,17 @@ class Embedder:
         evaluating = eval_mode(self.tower) if self._trains else nullcontext()
         with torch.no_grad(), evaluating, torch.random.fork_rng(devices=cuda), one_thread(device):
             values: dict[str, torch.Tensor] = {}
-            form = _flatten(self._forward(pixels), "", values)
-            rows = torch.tensor(block.good, device=device)
-            values = {path: self._finished(tensor, path)[rows].cpu() for path, tensor in values.items()}
-        return Block(block.first, block.ids, block.good, values, form, block.failures)
+            form = flattened(self._forward(pixels), "", values)
+            finished = {path: self._finished(tensor, path) for path, tensor in values.items()}
+            lost = {place for path, tensor in values.items() for place in _overflowed(tensor, finished[path])}
+            good = [place for place in block.good if place not in lost]
+            rows = torch.tensor(good, dtype=torch.int64, device=device)
+            values = {path: tensor[rows].cpu() for path, tensor in finished.items()}
+        reason = f"its embedding has a number that is too large for dtype={self.outputs.dtype}"
+        failures = [
+            Failure(block.first + place, block.ids[place], reason) for place in block.good if place in lost
+        ] + block.failures
+        return Block(block.first, block.ids, good, values, form, sorted(failures, key=lambda each: each.index))
 
     def _forward(self, pixels: torch.Tensor) -> Any:
         tower, wanted = self.tower, self.outputs
@@ -152,7 +161,10 @@ class Embedder:
             features = tower.forward_features(pixels)
             found |= {"embedding": tower.forward_head(features), "tokens": features}
         if wanted.layers:
-            inner = tower.forward_intermediates(pixels, list(wanted.layers))
+            try:
+                inner = tower.forward_intermediates(pixels, list(wanted.layers))
+            except AssertionError as error:  # timm's, for one that there is not
+                raise ArgumentError(f"layers={list(wanted.layers)}: {error}") from error
             found = {"embedding": inner["image_features"], **found, "layers": inner["image_intermediates"]}
         return found
 
@@ -164,9 +176,17 @@ class Embedder:
             )
         if not tensor.is_floating_point():
             return tensor
-        if self.outputs.normalize:
+        if self.outputs.normalize and tensor.ndim > 1:  # a number for each image is no vector
             tensor = F.normalize(tensor, dim=-1)
         return tensor if self.outputs.dtype is None else tensor.to(self.outputs.dtype)
+
+
+def _overflowed(tensor: torch.Tensor, finished: torch.Tensor) -> list[int]:
+    """The rows that a smaller dtype has made infinite."""
+    if finished.dtype == tensor.dtype:
+        return []
+    became = (tensor.isfinite() > finished.isfinite()).reshape(len(tensor), -1).any(dim=1)
+    return [int(row) for row in became.nonzero()]
 
 
 @contextmanager
@@ -183,14 +203,17 @@ def one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _flatten(value: Any, path: str, into: dict[str, torch.Tensor]) -> Any:
+def flattened(value: Any, path: str, into: dict[str, torch.Tensor]) -> Any:
+    """A head's output with paths in the place of its tensors, which are put into `into`."""
     if isinstance(value, torch.Tensor):
+        if path in into:
+            raise TowerError(f"the tower gives two tensors at {path}: a name has a dot, or a number has two spellings")
         into[path] = value
         return path
     if isinstance(value, Mapping):
-        return {key: _flatten(item, f"{path}.{key}" if path else str(key), into) for key, item in value.items()}
+        return {key: flattened(item, f"{path}.{key}" if path else str(key), into) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        kept = [_flatten(item, f"{path}.{place}" if path else str(place), into) for place, item in enumerate(value)]
+        kept = [flattened(item, f"{path}.{place}" if path else str(place), into) for place, item in enumerate(value)]
         return kept if isinstance(value, list) else tuple(kept)
     raise TowerError(f"the tower gives a {type(value).__name__} at {path or 'the top'}, expected tensors")
 

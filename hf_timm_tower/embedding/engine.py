@@ -8,15 +8,19 @@ of the one model.
 import copy
 import itertools
 import multiprocessing
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 
 from ..load import check_device
-from ..reader.errors import ArgumentError
+from ..reader.errors import ArgumentError, shown
+from ..reader.image_processing import load_pixels
 from .embedder import Block, Embedder, Outputs
+from .open_image import reason_of
 from .replicas import in_order, usable_cores
 from .sources import Source, in_batches
 
@@ -72,7 +76,11 @@ def make_plan(
         tower = copy.deepcopy(tower).to(there)
     if batch_size is None:
         batch_size = BATCH_ON_CPU if there.type == "cpu" else BATCH_ON_ACCELERATOR
-    return Plan(tower, Outputs(batch_size, normalize, dtype, return_tokens, tuple(layers)), num_workers)
+    try:
+        numbers = tuple(map(operator.index, layers))
+    except TypeError as error:
+        raise ArgumentError(f"layers={shown(layers)}: expected a list of whole numbers") from error
+    return Plan(tower, Outputs(batch_size, normalize, dtype, return_tokens, numbers), num_workers)
 
 
 def stream(
@@ -97,10 +105,30 @@ def stream(
     tasks = itertools.chain(ahead, batches)
     if workers == 0:
         yield from map(embedder, tasks)
-    elif plan.device.type == "cpu":
-        yield from in_order(embedder, tasks, workers)
+        return
+    ready = map(_loaded, tasks)
+    if plan.device.type == "cpu":
+        yield from in_order(embedder, ready, workers, _ids)
     else:
-        yield from map(embedder.run, in_order(embedder.prepare, tasks, workers))
+        yield from map(embedder.run, in_order(embedder.prepare, ready, workers, _ids))
+
+
+def _ids(task: tuple[int, list[tuple[str, Any]]]) -> str:
+    return ", ".join(name for name, _ in task[1])
+
+
+def _loaded(task: tuple[int, list[tuple[str, Any]]]) -> tuple[int, list[tuple[str, Any]]]:
+    """The same batch, ready to be sent: a PIL image would read its file only then, and a broken one end the run."""
+    first, items = task
+    ready: list[tuple[str, Any]] = []
+    for name, image in items:
+        try:
+            if isinstance(image, Image.Image):
+                load_pixels(image)
+            ready.append((name, image))
+        except Exception as error:  # as in Embedder
+            ready.append((name, ArgumentError(reason_of(error))))
+    return first, ready
 
 
 def _count(plan: Plan, *, several: bool) -> int:

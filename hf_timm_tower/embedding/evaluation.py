@@ -287,10 +287,19 @@ def evaluate_folders(test: StoredEmbeddings, train: StoredEmbeddings | None = No
         `knn`, `linear_probe` and `retrieval` of the test images among the training images, or `retrieval` alone.
 
     Raises:
-        ArgumentError: images are in no folder, the sets do not fit together, or two towers made them.
+        ArgumentError: images are in no folder, the sets do not fit together, two towers made them, or a run that makes
+            them is not at its end.
     """
+    for each in (test, train):
+        if each is not None and not each.complete:
+            raise ArgumentError(f"{each.path}: not all images are embedded yet; embed into it again, which goes on")
     ids, rows = test.load()
     labels = folder_labels(ids)
+    if len(set(labels)) < 2 and train is None:
+        raise ArgumentError(
+            f"{test.path}: {len(ids)} images of the classes {shown(sorted(set(labels)))}, the first folders of their "
+            "ids; expected at least two. Embed the folder that has one folder for each class"
+        )
     if train is None:
         most = len(ids) - 1
         return {"retrieval": retrieval(rows, labels, k=[k for k in RECALL_AT if k <= most] or [1])}

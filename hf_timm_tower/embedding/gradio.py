@@ -68,7 +68,8 @@ def serve(shown: ShownSet, port: int | None = None, *, block: bool = True) -> st
 def _neighbours_tab(shown: ShownSet) -> None:
     with gr.Row():
         image = _drop("query")
-        count = gr.Slider(1, min(60, len(shown)), min(12, len(shown)), step=1, label="Neighbours")
+        most = max(2, min(60, len(shown)))  # gradio's least
+        count = gr.Slider(1, most, min(12, most), step=1, label="Neighbours")
     found = _gallery("Nearest first, with the cosine", "neighbours")
 
     def search(given: Image.Image | None, k: float) -> Any:

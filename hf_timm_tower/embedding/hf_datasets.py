@@ -20,7 +20,7 @@ def source_of_table(table: Any, column: str | None) -> tuple[str, int | None, Ca
     """
     if not isinstance(table, (datasets.Dataset, datasets.IterableDataset)):
         raise ArgumentError(f"images: a {type(table).__name__}; choose a split: dataset['train']")
-    features = table.features or {}
+    features = table.features or {}  # a stream may not know them before it runs
     if column is None:
         found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
         if len(found) != 1:
@@ -28,18 +28,20 @@ def source_of_table(table: Any, column: str | None) -> tuple[str, int | None, Ca
                 f"images: {len(found)} columns of images among {shown(list(features))}; name one: column=..."
             )
         column = found[0]
-    elif column not in features:
+    elif features and column not in features:
         raise ArgumentError(f"images: no column {column!r}, there are {shown(list(features))}")
     if isinstance(table, datasets.Dataset):
         table = table.with_format(None)
-    if isinstance(features[column], datasets.Image):
+    if isinstance(features.get(column), datasets.Image):
         table = table.cast_column(column, datasets.Image(decode=False))
     name = column
     length = len(table) if isinstance(table, datasets.Dataset) else None
 
     def rows() -> Iterator[dict[str, Any]]:
         keys = [name] + [key for key in ("id", "__key__") if key in features and key != name]
-        for row in table.select_columns(keys):
+        for row in table.select_columns(keys) if features else table:
+            if name not in row:
+                raise ArgumentError(f"images: no column {name!r}, there are {shown(list(row))}")
             image = row[name]
             if isinstance(image, dict) and set(image) == {"bytes", "path"}:
                 image = image["path"] if image["bytes"] is None else image["bytes"]

@@ -16,10 +16,11 @@ import torch
 from ..files.fingerprint import probe_image, surroundings, weight_digests
 from ..files.open_folder import read_json
 from ..heads.batch_formula import flat_bytes
-from ..reader.errors import FolderError, FormatError, shown
+from ..reader.errors import FolderError, FormatError, TowerError, shown
 from ..reader.image_processing import completed_preprocess
 from ..reader.trunk import native_size
 from .embedder import Block, Embedder, Outputs
+from .folders import printable
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
@@ -40,7 +41,9 @@ def describe(tower: Any, outputs: Outputs, rows_per_shard: int, source: dict[str
     block, size = completed_preprocess(config)
     origin = dict(getattr(tower, "_origin", None) or {"loaded_from": None, "commit": None})
     if origin["loaded_from"] and os.path.isdir(origin["loaded_from"]):
-        origin["loaded_from"] = os.path.abspath(origin["loaded_from"])  # it is loaded again from other folders
+        origin["loaded_from"] = printable(
+            os.path.abspath(origin["loaded_from"])
+        )  # it is loaded again from other folders
     values = probe_values(tower, outputs)
     return {
         "manifest_version": MANIFEST_VERSION,
@@ -53,10 +56,7 @@ def describe(tower: Any, outputs: Outputs, rows_per_shard: int, source: dict[str
         },
         "weights": weight_digests(tower),
         "outputs": {path: _digest(tensor) for path, tensor in values.items()},
-        "columns": {
-            path or "embedding": {"shape": list(tensor.shape[1:]), "dtype": stored_dtype(tensor.dtype)}
-            for path, tensor in values.items()
-        },
+        "columns": columns_of(values),
         "preprocessing": {**block, "image_size": size, "exif": "turned upright"},
         "options": {**dataclasses.asdict(outputs), "dtype": str(outputs.dtype), "layers": list(outputs.layers)},
         "rows_per_shard": rows_per_shard,
@@ -64,6 +64,33 @@ def describe(tower: Any, outputs: Outputs, rows_per_shard: int, source: dict[str
         "versions": surroundings(tower),
         "complete": False,
     }
+
+
+def columns_of(values: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+    """Name of each column of a table -> shape and dtype of its rows.
+
+    Args:
+        values: Path in the tower's output -> `[N, ...]`.
+
+    Raises:
+        TowerError: a table cannot have such a column.
+    """
+    columns = {
+        path or "embedding": {"shape": list(tensor.shape[1:]), "dtype": stored_dtype(tensor.dtype)}
+        for path, tensor in values.items()
+    }
+    if not values or len(columns) < len(values) or "id" in columns:
+        raise TowerError(
+            f"the head gives outputs of the names {shown(list(values))}, expected at least one, and none called "
+            "'id', which is the column of the images' ids; rename it in the head, or use embed"
+        )
+    for name, tensor in values.items():
+        if tensor.is_complex() or 0 in tensor.shape[1:]:
+            raise TowerError(
+                f"the head gives {list(tensor.shape[1:])} of {tensor.dtype} at {name or 'its output'} for each image; "
+                "a table takes real numbers, at least one; use embed"
+            )
+    return columns
 
 
 def outputs_of(manifest: dict[str, Any]) -> Outputs:
@@ -110,7 +137,18 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         )
     if odd := [name for name in ("tower", "columns", "options", "source") if not isinstance(found.get(name), dict)]:
         raise FormatError(f"{place}: {odd[0]} is {shown(found.get(odd[0]))}, expected an object")
+    if not found["columns"] or not all(map(_is_column, found["columns"].values())):
+        raise FormatError(f"{place}: columns are {shown(found['columns'])}, expected shape and dtype of each")
+    if type(rows := found.get("rows_per_shard")) is not int or rows < 1:
+        raise FormatError(f"{place}: rows_per_shard is {shown(rows)}, expected a whole number from 1 on")
     return found
+
+
+def _is_column(facts: Any) -> bool:
+    if not isinstance(facts, dict) or not isinstance(facts.get("shape"), list):
+        return False
+    sizes = all(type(size) is int and size > 0 for size in facts["shape"])
+    return sizes and isinstance(getattr(torch, str(facts.get("dtype")), None), torch.dtype)
 
 
 def check_same(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
@@ -123,12 +161,17 @@ def check_same(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
     changed = [key for key in _DECIDES if then.get(key) != now[key]]
     if not changed:
         return
+    if {"options", "outputs"} <= set(changed):
+        changed.remove("outputs")  # they follow
+    was_done, is_done = then.get("options") or {}, now["options"]
+    odd = [key for key, value in is_done.items() if was_done.get(key) != value]
     words = {
         "weights": "the tower has other weights",
         "outputs": "the tower gives other outputs for the same image",
         "preprocessing": "the preprocessing is another",
         "columns": f"the columns were {shown(then.get('columns'), 200)} and would be {shown(now['columns'], 200)}",
-        "options": f"the options were {shown(then.get('options'), 200)} and are {shown(now['options'], 200)}",
+        "options": f"the options were {shown({key: was_done.get(key) for key in odd}, 200)} and "
+        f"are {shown({key: is_done[key] for key in odd}, 200)}",
     }
     was: dict[str, Any] = then.get("versions") or {}
     origin: dict[str, Any] = then.get("tower") or {}
@@ -136,7 +179,7 @@ def check_same(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
     raise FolderError(
         f"{folder} holds embeddings of something else ({shown(origin.get('loaded_from') or origin.get('architecture'))}"
         f"): {'; '.join(words[key] for key in changed)}{' (' + ', '.join(versions) + ')' if versions else ''}. Give "
-        "another folder, or delete this one."
+        "the same ones, or another folder, or delete this one."
     )
 
 

@@ -78,9 +78,14 @@ def write_shard(
     partial = folder / f".{place.name}.partial"
     try:
         # random bits: neither smaller by compression nor of use as a dictionary
-        pq.write_table(
-            table, partial, compression={"id": "zstd"} | dict.fromkeys(columns, "none"), use_dictionary=False
-        )
+        with open(partial, "wb") as file:  # not by name: Arrow's are UTF-8
+            pq.write_table(
+                table,
+                file,
+                compression={"id": "zstd"} | dict.fromkeys(columns, "none"),
+                use_dictionary=False,
+                write_page_checksum=True,
+            )
         sync(partial)
         os.replace(partial, place)
         sync(folder)
@@ -99,20 +104,36 @@ def read_shards(folder: Path) -> list[Shard]:
     for number in range(count):
         path = folder / _NAME.format(number)
         try:
-            facts = json.loads(pq.read_schema(path).metadata[_KEY])
+            with open(path, "rb") as file:
+                facts = json.loads(pq.read_schema(file).metadata[_KEY])
             failures = [Failure(*failure) for failure in facts["failures"]]
             shard = Shard(path, facts["first"], facts["covered"], failures)
         except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
-            raise FormatError(f"{path}: not a whole shard of embeddings: {shown(str(error))[1:-1]}") from error
+            raise _damaged(path, error) from error
         if shard.first != sum(each.covered for each in shards):
             raise FormatError(f"{path}: begins at image {shard.first}, but those before it end elsewhere")
         shards.append(shard)
     return shards
 
 
+def _damaged(path: Path, error: Exception) -> FormatError:
+    return FormatError(
+        f"{path}: not a whole shard of embeddings: {shown(str(error))[1:-1]}. Delete it and those of higher numbers, "
+        "and embed into the folder again, which makes them anew"
+    )
+
+
+def _read(shard: Shard, columns: Sequence[str]) -> pa.Table:
+    try:
+        with open(shard.path, "rb") as file:
+            return pq.read_table(file, columns=list(columns), page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise _damaged(shard.path, error) from error
+
+
 def ids_of(shard: Shard) -> Iterator[str]:
     """The ids of all images that a shard covers, in the order of the source."""
-    rows = iter(pq.read_table(shard.path, columns=["id"])["id"].to_pylist())
+    rows = iter(_read(shard, ["id"])["id"].to_pylist())
     failed = {failure.index: failure.id for failure in shard.failures}
     for index in range(shard.first, shard.first + shard.covered):
         yield failed[index] if index in failed else next(rows)
@@ -120,7 +141,7 @@ def ids_of(shard: Shard) -> Iterator[str]:
 
 def read_rows(shard: Shard, names: Sequence[str]) -> tuple[list[str], dict[str, torch.Tensor]]:
     """The ids of a shard's rows, and columns of it: name -> `[rows, ...]`."""
-    table = pq.read_table(shard.path, columns=["id", *names])
+    table = _read(shard, ["id", *names])
     return table["id"].to_pylist(), {name: _to_torch(table[name]) for name in names}
 
 

@@ -23,7 +23,7 @@ from ..reader.errors import ArgumentError, shown
 from .embed import check_errors, failed
 from .embedder import Block, Embedder, Outputs
 from .engine import BATCH_ON_ACCELERATOR, BATCH_ON_CPU
-from .manifest import check_same, describe, probe_values, stored_dtype
+from .manifest import check_same, columns_of, describe, probe_values, stored_dtype
 from .parquet import to_arrow
 
 _CLAIM_NAME = "_tower.json"  # readers of Parquet folders pass over names that begin so
@@ -178,10 +178,11 @@ class EmbeddingActor:
         self._embedder = Embedder(loaded, outputs)
         self._image, self._id = columns
         self._errors = errors
+        probed = probe_values(loaded, outputs)
         self._columns = {
-            path: (tensor.shape[1:], getattr(torch, stored_dtype(tensor.dtype)))
-            for path, tensor in probe_values(loaded, outputs).items()
+            path: (tensor.shape[1:], getattr(torch, stored_dtype(tensor.dtype))) for path, tensor in probed.items()
         }
+        self._names = [*columns_of(probed), *(["error"] if errors == "collect" else [])]
         self._decoders = ThreadPoolExecutor(threads) if threads > 1 else None
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -200,6 +201,11 @@ class EmbeddingActor:
         kind = table.schema.field(self._image).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             table = table.drop_columns([self._image])
+        if len({*self._names, *table.column_names}) < len(self._names) + table.num_columns:
+            raise ArgumentError(
+                f"the dataset has the columns {shown(table.column_names)}, the tower adds {shown(self._names)}: each "
+                "may stand once; rename or drop those of the dataset"
+            )
         good = [block.first + place for block in blocks for place in block.good]
         place_of = {row: place for place, row in enumerate(good)}
         places = pa.array([place_of.get(row) for row in range(len(ids))], pa.int64())

@@ -9,6 +9,7 @@ import contextlib
 import io
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
 import sys
@@ -57,7 +58,13 @@ class _Worker:
         self.connection, theirs = context.Pipe()
         self.tasks: dict[int, Any] = {}  # in the order in which they were sent
         self.process = context.Process(target=_serve, args=(work, theirs, self.connection), daemon=True)
-        self.process.start()
+        try:
+            self.process.start()
+        except (AttributeError, TypeError, pickle.PicklingError) as error:  # only where processes are spawned
+            raise TowerError(
+                f"the tower cannot be sent to another process: {error}. Put the class of its head at the top of a "
+                "module, or num_workers=0"
+            ) from error
         theirs.close()  # so that its end shows as the end of the pipe
 
     def send(self, number: int, task: Any) -> None:
@@ -73,13 +80,16 @@ class _Worker:
             self.process.join()
 
 
-def in_order(work: Callable[[Any], Any], tasks: Iterator[Any], processes: int) -> Iterator[Any]:
+def in_order(
+    work: Callable[[Any], Any], tasks: Iterator[Any], processes: int, name: Callable[[Any], object] = lambda task: task
+) -> Iterator[Any]:
     """`map(work, tasks)` by several processes; it looks only a few tasks ahead.
 
     Args:
         work: Task -> result. With forked processes it need not be picklable; tasks and results must be.
         tasks: They are taken in this process.
         processes: How many at most.
+        name: Of a task, for errors.
 
     Raises:
         TowerError: a process died twice at the same task.
@@ -117,7 +127,7 @@ def in_order(work: Callable[[Any], Any], tasks: Iterator[Any], processes: int) -
                 try:
                     number, result, error = worker.connection.recv()
                 except (EOFError, ConnectionResetError):
-                    workers[place] = _replaced(worker, work, context, died)
+                    workers[place] = _replaced(worker, work, context, died, name)
                     continue
                 if error is not None:
                     raise error
@@ -134,16 +144,20 @@ def in_order(work: Callable[[Any], Any], tasks: Iterator[Any], processes: int) -
             worker.end()
 
 
-def _replaced(worker: _Worker, work: Callable[[Any], Any], context: Any, died: dict[int, int]) -> _Worker:
+def _replaced(
+    worker: _Worker, work: Callable[[Any], Any], context: Any, died: dict[int, int], name: Callable[[Any], object]
+) -> _Worker:
     worker.end()
     at, task = next(iter(worker.tasks.items()))
     died[at] = died.get(at, 0) + 1
     if died[at] > 1:
         code = worker.process.exitcode
         how = f"by signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
+        spawned = "" if start_method() == "fork" else 'the script lacks `if __name__ == "__main__":`, '
         raise TowerError(
-            f"a process ended {how}, twice, while it worked on {shown(task, 300)}. One of these images may crash its "
-            "decoder, or memory is short: fewer num_workers, or num_workers=0 to see more"
+            f"a process ended {how}, twice, while it worked on {shown(name(task), 300)}. Perhaps {spawned}one of these "
+            "images crashes its decoder, or memory is short (in a container also /dev/shm): fewer num_workers, or "
+            "num_workers=0 to see more"
         )
     new = _Worker(work, context)
     for number, each in worker.tasks.items():
@@ -164,12 +178,33 @@ def _serve(work: Callable[[Any], Any], connection: Connection, parents: Connecti
             result = work(task)
         except Exception as raised:  # it is raised again where the results are asked for
             error = raised
-        message = io.BytesIO()
-        _Pickler(message).dump((number, result, error))
         try:
-            connection.send_bytes(message.getbuffer())
+            message = _pickled((number, result, None if error is None else _sendable(error)))
+        except Exception as raised:  # torch's, where there is no shared memory left
+            told = TowerError(
+                f"a result cannot be sent between processes: {raised}. Where /dev/shm is full, enlarge it (docker "
+                "--shm-size), or num_workers=0"
+            )
+            message = _pickled((number, None, told))
+        try:
+            connection.send_bytes(message)
         except (BrokenPipeError, ConnectionResetError):
             os._exit(1)
+
+
+def _pickled(value: Any) -> memoryview:
+    message = io.BytesIO()
+    _Pickler(message).dump(value)
+    return message.getbuffer()
+
+
+def _sendable(error: Exception) -> Exception:
+    """The same error, or where another process could not make it from its arguments, one that says what it says."""
+    try:
+        pickle.loads(_pickled(error))
+    except Exception:  # whatever its class raises
+        return TowerError(f"{type(error).__name__}: {error}")
+    return error
 
 
 class _Pickler(ForkingPickler):

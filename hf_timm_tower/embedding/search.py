@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..reader.errors import ArgumentError, shown
-from .embed import embed
-from .engine import Plan
+from .engine import Plan, stream
 from .manifest import check_same, describe, outputs_of
+from .neighbours import unit_rows
 from .open_image import read_image
 from .sources import open_source
 from .stored import StoredEmbeddings
@@ -34,9 +33,10 @@ def query_vector(plan: Plan, stored: StoredEmbeddings, image: Any) -> torch.Tens
     source = open_source(image)
     if source.length != 1:
         raise ArgumentError(f"{shown(str(image))}: a {source.kind}, expected one image")
-    found = embed(plan, source, errors="raise", progress=False)
-    vector: torch.Tensor = found[stored.first_column] if isinstance(found, dict) else found
-    return vector[0]
+    block = next(stream(plan, source))
+    if block.failures:
+        raise ArgumentError(f"{shown(str(image))}: {block.failures[0].reason}")
+    return block.values[stored.first_column if stored.first_column in block.values else ""][0]
 
 
 def plan_of(tower: Any, stored: StoredEmbeddings) -> Plan:
@@ -58,14 +58,14 @@ def nearest(stored: StoredEmbeddings, query: torch.Tensor, k: int) -> list[tuple
     """The k ids with the largest cosine to the query `[embed_dim]`, largest first; equal ones in the folder's order.
 
     Raises:
-        ArgumentError: `k` is not positive.
+        ArgumentError: `k` is not positive, or what is stored are no vectors of finite numbers.
     """
     if k < 1:
         raise ArgumentError(f"k={k}: expected a whole number from 1 on")
     best: list[tuple[str, float]] = []
-    vector = F.normalize(query.float(), dim=-1)
-    for ids, values in stored.batches():
-        cosines = F.normalize(values.float(), dim=-1) @ vector
+    vector = unit_rows("query", query[None])[0]
+    for shard, (ids, values) in zip(stored.shards, stored.batches(), strict=True):
+        cosines = unit_rows(str(shard.path), values) @ vector
         top = cosines.topk(min(k, len(ids)))
         here = [(ids[place], cosine) for cosine, place in zip(top.values.tolist(), top.indices.tolist(), strict=True)]
         best = sorted([*best, *here], key=lambda pair: -pair[1])[:k]
@@ -108,6 +108,6 @@ def tile(path: str | os.PathLike[str]) -> Image.Image:
     """A small square picture of a file; grey where it cannot be opened."""
     try:
         image = ImageOps.exif_transpose(read_image(path)).convert("RGB")
-    except (OSError, ArgumentError):
+    except Exception:  # whatever a decoder raises for a file that is another than when it was embedded
         return Image.new("RGB", (_TILE, _TILE), "lightgrey")
     return ImageOps.pad(image, (_TILE, _TILE), color="white")

@@ -59,6 +59,8 @@ def open_source(images: Any, column: str | None = None) -> Source:
         ArgumentError: it holds no images.
         FolderError: there is no such file or folder.
     """
+    if isinstance(images, np.ndarray) and images.dtype.kind in "OU":  # a column of paths
+        images = images.tolist()
     if isinstance(images, (str, os.PathLike)):
         return _source_of_path(os.fspath(images))
     if isinstance(images, (Image.Image, bytes, bytearray, memoryview)):
@@ -70,10 +72,9 @@ def open_source(images: Any, column: str | None = None) -> Source:
         from .hf_datasets import source_of_table
 
         kind, length, rows = source_of_table(images, column)
-        return Source(lambda: _pairs(rows(), column), length, kind)
+        return Source(lambda: _pairs(rows(), None), length, kind)  # it has renamed the column
     if isinstance(images, (list, tuple)) and images and all(map(_is_shard, images)):
-        shards = list(map(os.fspath, images))
-        return Source(lambda: itertools.chain.from_iterable(map(members_of_tar, shards)), None, "webdataset shards")
+        return Source(lambda: _members(list(map(os.fspath, images))), None, "webdataset shards")
     length = len(images) if isinstance(images, Sized) else None
     if not isinstance(images, Iterable):
         if length is None or not hasattr(images, "__getitem__"):
@@ -96,6 +97,12 @@ def _source_of_path(path: str) -> Source:
     if _is_shard(path):
         return Source(lambda: members_of_tar(path), None, "webdataset shard", place)
     return Source(lambda: _pairs([path], None), 1, "file", place)
+
+
+def _members(shards: list[str]) -> Iterator[tuple[str, Any]]:
+    for shard in shards:
+        above = printable(os.path.join(os.path.dirname(shard), ""))  # two folders may have shards of one name
+        yield from ((above + name, image) for name, image in members_of_tar(shard))
 
 
 def _is_shard(image: Any) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..files.disk import folder_error
-from ..reader.errors import ArgumentError, FolderError
+from ..reader.errors import ArgumentError, FolderError, FormatError, shown
 from .embedder import Failure
 from .manifest import MANIFEST_NAME, read_manifest
 from .parquet import Shard, read_rows, read_shards
@@ -40,6 +40,14 @@ class StoredEmbeddings:
             raise FolderError(f"{self.path}: no embeddings, {MANIFEST_NAME} is missing; tower.embed_to makes them")
         self.manifest: dict[str, Any] = manifest
         self.shards: list[Shard] = read_shards(self.path)
+        covered = sum(shard.covered for shard in self.shards)
+        images = manifest.get("images")
+        if self.complete and not (type(images) is int and covered >= images):  # more: one that grows at this moment
+            raise FormatError(
+                f"{self.path}: its files are of {covered} images, and {MANIFEST_NAME} says that there are "
+                f"{shown(images)}: a file is missing. Embed the same images into it again, which adds "
+                "what is missing"
+            )
 
     def __len__(self) -> int:
         """Number of embeddings."""
@@ -48,7 +56,7 @@ class StoredEmbeddings:
     @property
     def complete(self) -> bool:
         """Whether the run came to its end."""
-        return self.manifest["complete"] is True
+        return self.manifest.get("complete") is True
 
     @property
     def columns(self) -> list[str]:
@@ -84,17 +92,23 @@ class StoredEmbeddings:
         """
         name = self.first_column if column is None else self._checked(column)
         place, facts = Path(path), self.manifest["columns"][name]
+        names = place.with_suffix(".ids.jsonl")
+        beside = [each.with_name(f"{each.name}.partial") for each in (place, names)]
+        header = {"descr": np.dtype(facts["dtype"]).str, "fortran_order": False}
         try:
-            array = np.lib.format.open_memmap(place, "w+", facts["dtype"], (len(self), *facts["shape"]))
-            with open(place.with_suffix(".ids.jsonl"), "w", encoding="utf-8") as file:
-                row = 0
+            # written one after the other: a mapped file on a full disk would end the process
+            with open(beside[0], "wb") as array, open(beside[1], "w", encoding="utf-8") as file:
+                np.lib.format.write_array_header_1_0(array, {**header, "shape": (len(self), *facts["shape"])})
                 for ids, values in self.batches(name):
-                    array[row : row + len(ids)] = values.numpy()
+                    array.write(values.numpy().tobytes())
                     file.writelines(f"{json.dumps(each)}\n" for each in ids)
-                    row += len(ids)
-            array.flush()
+            os.replace(beside[1], names)
+            os.replace(beside[0], place)
         except OSError as error:
             raise folder_error(f"{place} cannot be written", error) from error
+        finally:
+            for each in beside:
+                each.unlink(missing_ok=True)
 
     def save_lance(self, path: str | os.PathLike[str], column: str | None = None) -> None:
         """Ids and one column as a Lance dataset, by LanceDB's writer: `DIR/photos.lance` is table `photos` of `DIR`.

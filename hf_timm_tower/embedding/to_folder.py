@@ -92,7 +92,7 @@ def _opened_for_writing(folder: Path) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked_folder(folder, SECONDS_FOR_LOCK))
         except TimeoutError as error:
-            raise FolderError(f"{folder}: another process is writing embeddings into it") from error
+            raise FolderError(f"{folder}: another process is writing embeddings into it; wait for its end") from error
         except (FileExistsError, NotADirectoryError) as error:
             raise FolderError(f"{folder} is a file: give a folder") from error
         except OSError as error:
@@ -149,7 +149,7 @@ class _Writer:
     """Blocks -> shards."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], number: int, first: int) -> None:
-        self._folder, self._number, self.first = folder, number, first
+        self._folder, self._manifest, self._number, self.first = folder, manifest, number, first
         self._size: int = manifest["rows_per_shard"]
         self._columns: dict[str, Any] = manifest["columns"]
         self._blocks: list[Block] = []
@@ -164,6 +164,9 @@ class _Writer:
     def flush(self) -> None:
         if not self._blocks:
             return
+        if self._manifest["complete"]:  # images were added to the source
+            self._manifest["complete"] = False
+            write_json(self._folder / MANIFEST_NAME, self._manifest)
         ids = [block.ids[place] for block in self._blocks for place in block.good]
         failures: list[Failure] = [failure for block in self._blocks for failure in block.failures]
         columns = {name: self._column(name, facts) for name, facts in self._columns.items()}
@@ -172,8 +175,8 @@ class _Writer:
         self._blocks, self._covered = [], 0
 
     def _column(self, name: str, facts: dict[str, Any]) -> torch.Tensor:
-        path, dtype = "" if name == "embedding" and len(self._columns) == 1 else name, getattr(torch, facts["dtype"])
-        parts = [block.values[path] for block in self._blocks if block.good]
+        dtype = getattr(torch, facts["dtype"])
+        parts = [block.values[name if name in block.values else ""] for block in self._blocks if block.good]
         return torch.cat(parts).to(dtype) if parts else torch.zeros((0, *facts["shape"]), dtype=dtype)
 
 
@@ -183,10 +186,15 @@ def _finish(folder: Path, manifest: dict[str, Any]) -> None:
     lines = [
         json.dumps({"index": failure.index, "id": failure.id, "reason": failure.reason}) + "\n" for failure in failures
     ]
-    if lines:
-        (folder / FAILURES_NAME).write_text("".join(lines), encoding="utf-8")
+    texts = {FAILURES_NAME: "".join(lines)}
     if not os.path.lexists(folder / "README.md"):  # what a person made of it stays
-        (folder / "README.md").write_text(_CARD, encoding="utf-8")
+        texts["README.md"] = _CARD
+    for name, text in texts.items():
+        try:
+            if text:
+                (folder / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise folder_error(f"{folder / name} cannot be written", error) from error
     covered = sum(shard.covered for shard in shards)
     manifest |= {"complete": True, "images": covered, "failures": len(failures)}
     sync(folder)

@@ -135,7 +135,10 @@ def test_a_folder_that_was_made_with_relative_paths_is_used_from_elsewhere(
         assert picture.getpixel((300, 100)) == picture.getpixel((100, 100)) != (211, 211, 211), "the image was found"
 
 
-def test_images_that_cannot_be_used_are_listed_and_end_with_3(saved: Path, images: Path, tmp_path: Path) -> None:
+def test_images_that_cannot_be_used_are_listed_and_end_with_3(
+    saved: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "good.png").write_bytes((images / "0.png").read_bytes())
     (tmp_path / "in" / "bad.png").write_bytes(b"")
@@ -145,6 +148,11 @@ def test_images_that_cannot_be_used_are_listed_and_end_with_3(saved: Path, image
     strict = run("embed", tmp_path / "in", "--to", tmp_path / "strict", "--tower", saved, "--workers", 0, "--strict")
     assert strict.exit_code == 1
     assert "bad.png" in strict.stderr
+    for number in range(11):
+        (tmp_path / "in" / f"bad{number:02}.png").write_bytes(b"")
+    many = run("embed", tmp_path / "in", "--to", "many", "--tower", saved, "--workers", 0)
+    assert many.stdout.count("an empty file") == 10
+    assert "and 2 more, in many/failures.jsonl" in many.stdout
 
 
 def test_errors_are_one_line_with_the_remedy(saved: Path, images: Path, tmp_path: Path) -> None:
@@ -153,6 +161,8 @@ def test_errors_are_one_line_with_the_remedy(saved: Path, images: Path, tmp_path
     cases = (
         (("embed", images, "--to", saved / "config.json" / "a", "--tower", saved), 1, "is a file: give a folder"),
         (("search", out, images), 1, "a folder, expected one image"),
+        (("search", out, saved / "config.json"), 1, "config.json': not an image file that Pillow knows"),
+        (("embed", images, "--to", out, "--normalize"), 1, "were {'normalize': False} and are {'normalize': True}"),
         (("search", out, query, "--sheet", tmp_path / "near.docx"), 1, "give a .png or .jpg"),
         (("search", out, query, "--sheet", tmp_path / "nowhere" / "near.png"), 1, "No such file or directory"),
         (("inspect", tmp_path), 1, "config.json is missing"),
@@ -175,7 +185,13 @@ def test_errors_are_one_line_with_the_remedy(saved: Path, images: Path, tmp_path
 
 def test_verify_and_export(saved: Path, tmp_path: Path) -> None:
     assert as_json("verify", saved)["status"] == "equal"
-    assert "equal" in run("verify", saved).stdout
+    assert run("verify", saved).stdout.startswith("equal: ")
+    facts = json.loads((saved / "fingerprint.json").read_text())
+    facts["made_with"]["threads"] = "77"
+    other = shutil.copytree(saved, tmp_path / "other")
+    (other / "fingerprint.json").write_text(json.dumps(facts))
+    lines = run("verify", other).stdout.splitlines()
+    assert any(line.startswith("  threads: saved with 77") for line in lines), lines
     assert str(tmp_path / "timm") in as_json("export", saved, "--format", "timm", "--out", tmp_path / "timm")["written"]
     assert os.path.exists(tmp_path / "timm" / "model.safetensors")
 

@@ -59,6 +59,11 @@ def test_it_listens_on_loopback_and_serves_no_file_by_its_path(address: str, pho
         assert refused.value.code == 403
 
 
+def test_a_set_of_one_image_is_shown(shown: ShownSet, photos: Path, tmp_path: Path) -> None:
+    stored = shown.tower.embed_to(photos / "0.png", tmp_path / "one.emb", num_workers=0, progress=False)
+    assert gradio_app.make_app(ShownSet(shown.tower, stored)) is not None
+
+
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Any]:
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (extra app-test)")

@@ -188,8 +188,20 @@ def test_a_list_of_shards_is_their_images(tower: TimmModel, tmp_path: Path) -> N
     for shard in shards:
         write_shard(shard)
     found = tower.embed([*shards, tmp_path / "c.tar"], num_workers=0, errors="collect", progress=False)
-    assert found.ids == [f"{name}.tar/{number}.png" for name in "ba" for number in range(3)]
-    assert [failure.id for failure in found.failures] == ["c.tar"]
+    assert found.ids == [f"{tmp_path}/{name}.tar/{number}.png" for name in "ba" for number in range(3)]
+    assert [failure.id for failure in found.failures] == [f"{tmp_path}/c.tar"]
+
+
+def test_shards_of_one_name_in_two_folders_give_different_ids(
+    tower: TimmModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shards = ["00.tar", "more/00.tar"]
+    Path("more").mkdir()
+    for shard in shards:
+        write_shard(Path(shard))
+    ids = tower.embed(shards, num_workers=0, errors="collect", progress=False).ids
+    assert ids == [f"{shard}/{number}.png" for shard in shards for number in range(3)]
 
 
 def test_a_shard_that_breaks_off_is_listed_and_what_comes_before_is_embedded(tower: TimmModel, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Evaluation protocols against independent implementations on the same features."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from hf_timm_tower.embedding.evaluation import (
     search_peak,
     strength_of,
 )
+from hf_timm_tower.embedding.stored import StoredEmbeddings
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,36 @@ def test_retrieval_without_any_match_is_refused() -> None:
         retrieval(torch.rand(2, 3), ["a", "b"], torch.rand(2, 3), ["c", "d"], k=(1,))
     with pytest.raises(ArgumentError, match="give both, or neither"):
         retrieval(torch.rand(2, 3), ["a", "b"], torch.rand(2, 3), k=(1,))
+
+
+def test_a_list_of_paths_from_one_place_is_no_set_of_classes(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0)
+    paths = [tmp_path / name / "1.png" for name in ("cat", "dog", "owl")]
+    for path in paths:
+        path.parent.mkdir()
+        Image.fromarray(noise.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+    tower = TimmModel("test_resnet", embed_dim=8)
+    stored = tower.embed_to(paths, tmp_path / "emb", num_workers=0, progress=False)
+    with pytest.raises(ArgumentError, match=r"expected at least two\. Embed the folder"):
+        evaluate_folders(stored)  # it was a mean average precision of 1
+
+
+def test_a_folder_that_is_not_complete_is_not_measured(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0)
+
+    def breaks_off() -> Iterator[dict[str, object]]:
+        for number in range(16):
+            pixels = noise.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            yield {"id": f"{number % 2}/{number}.png", "image": pixels}
+        raise TimeoutError
+
+    tower = TimmModel("test_resnet", embed_dim=8)
+    with pytest.raises(TimeoutError):
+        tower.embed_to(breaks_off(), tmp_path / "emb", num_workers=0, progress=False, rows_per_shard=8)
+    stored = StoredEmbeddings(tmp_path / "emb")
+    assert len(stored) == 16
+    with pytest.raises(ArgumentError, match="not all images are embedded yet"):
+        evaluate_folders(stored)
 
 
 def test_stored_folders_of_classes_are_evaluated_as_their_embeddings_are(digits: Digits, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """What the app shows: maps inside an image, a plane, near duplicates, outliers, and only files of the set."""
 
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +110,9 @@ def test_umap_lays_classes_apart_and_the_same_way_twice() -> None:
     nearest = torch.cdist(points, points).topk(6, largest=False).indices[:, 1:] // 30
     assert (nearest == torch.arange(90)[:, None] // 30).all(), "neighbours are of the same class"
     assert torch.equal(plane(rows, "umap"), points)
+    assert plane(rows[::25], "umap").shape == (4, 2)
+    with pytest.raises(ArgumentError, match="umap needs 4 images or more, there are 3"):
+        plane(rows[:3], "umap")
 
 
 def test_every_point_is_on_the_map_and_tiles_lie_over_their_own() -> None:
@@ -157,6 +162,15 @@ def test_a_click_on_the_map_finds_the_image_there(shown: ShownSet) -> None:
     for row, (x, y) in enumerate(pixels_of(plane(shown.index.rows), picture.width).tolist()):
         found = shown.row_at("pca", x, y)
         assert torch.equal(shown.index.rows[found], shown.index.rows[row]), "itself, or its copy"
+
+
+def test_a_file_that_is_another_now_is_grey(shown: ShownSet, photos: Path) -> None:
+    header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    for content in (bomb, b"", b"qoif" + bytes([0, 0, 0, 9, 0, 0, 0, 9, 3, 0, 200])):
+        (photos / "0.png").write_bytes(content)
+        assert shown.picture(shown.index.ids.index("0.png")).getpixel((96, 96)) == (211, 211, 211)
 
 
 def test_only_files_of_the_set_are_opened(tower: TimmModel, photos: Path, tmp_path: Path) -> None:

@@ -110,6 +110,15 @@ def test_an_image_that_cannot_be_used_costs_its_row_or_is_raised(
         actor(tower_folder, "uri")(table)
 
 
+def test_no_column_stands_twice(tower_folder: str, photos: list[str]) -> None:
+    table = pa.table({"id": range(3), "path": photos[:3]})
+    once = actor(tower_folder, errors="collect")(table)
+    with pytest.raises(ArgumentError, match=r"the tower adds \['embedding'\]: each may stand once"):
+        actor(tower_folder)(once.drop_columns("error"))
+    with pytest.raises(ArgumentError, match=r"the tower adds \['embedding', 'error'\]: each may stand once"):
+        actor(tower_folder, errors="collect")(once.drop_columns("embedding"))
+
+
 def test_the_output_belongs_to_one_tower(tower_folder: str, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     ours.claim_output(out, tower_folder)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ import polars
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn as nn
 from PIL import Image
 
-from hf_timm_tower import ArgumentError, FolderError, FormatError, TimmModel
+from hf_timm_tower import ArgumentError, FolderError, FormatError, TimmModel, TowerError
+from hf_timm_tower.embedding.embedder import flattened
 from hf_timm_tower.embedding.manifest import outputs_of, read_manifest
-from hf_timm_tower.embedding.search import nearest
+from hf_timm_tower.embedding.search import embed_query, nearest
 from hf_timm_tower.embedding.stored import StoredEmbeddings
 
 COUNT = 30
@@ -196,6 +198,11 @@ def test_folders_that_cannot_be_used_say_so(tower: TimmModel, images: Path, tmp_
         StoredEmbeddings(tmp_path / "nowhere")
     with pytest.raises(ArgumentError, match=r"images\[4\] \(004.png\): not an image"):
         embed_to(tower, images, tmp_path / "strict", errors="raise")
+    with pytest.raises(Stop):
+        embed_to(tower, stopping(images, 20), tmp_path / "failing")
+    (tmp_path / "failing" / "failures.jsonl").mkdir()
+    with pytest.raises(FolderError, match=r"failures\.jsonl cannot be written: Is a directory"):
+        embed_to(tower, stopping(images, COUNT + 1), tmp_path / "failing")
     embed_to(tower, images, tmp_path / "damaged")
     damaged = tmp_path / "damaged" / "embeddings-00001.parquet"
     damaged.write_bytes(damaged.read_bytes()[:100])
@@ -226,6 +233,124 @@ def test_tokens_and_layers_are_columns(tower: TimmModel, images: Path, tmp_path:
     assert torch.equal(stored.load()[1], direct["embedding"])
     assert torch.equal(stored.load("tokens")[1], direct["tokens"])
     assert torch.equal(stored.load("layers.0")[1], direct["layers"][0])
+
+
+class Outputs(nn.Module):
+    """A head whose output is what `made` makes of `[B, 6]`."""
+
+    def __init__(self, in_features: int, made: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.linear, self.made = nn.Linear(in_features, 6), made
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.made(self.linear(x))
+
+
+def headed(made: Callable[[torch.Tensor], Any]) -> TimmModel:
+    torch.manual_seed(0)
+    head = lambda width, _: Outputs(width, made)  # noqa: E731
+    return TimmModel("test_resnet", embed_dim=None, custom_head=head).eval()
+
+
+@pytest.mark.parametrize(
+    ("made", "columns"),
+    [
+        (lambda y: {"embedding": y}, ["embedding"]),
+        (lambda y: {"": y, "x": y}, ["embedding", "x"]),
+        (lambda y: (y, y.mean(1)), ["0", "1"]),
+        (lambda y: {"a": {"b": y, "c": y > 0}}, ["a.b", "a.c"]),
+    ],
+)
+def test_any_output_of_a_head_is_stored_and_searched(
+    made: Callable[[torch.Tensor], Any], columns: list[str], images: Path, tmp_path: Path
+) -> None:
+    tower, few = headed(made), [str(images / f"{number:03}.png") for number in range(4)]
+    stored = embed_to(tower, few, tmp_path / "out")
+    assert stored.columns == columns
+    expected: dict[str, torch.Tensor] = {}
+    flattened(tower.embed(few, num_workers=0, progress=False), "", expected)
+    for name, rows in zip(columns, expected.values(), strict=True):
+        assert torch.equal(stored.load(name)[1], rows)
+    found = nearest(stored, embed_query(tower, stored, few[2]), 2)
+    assert found[0] == (few[2], pytest.approx(1))
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (lambda y: {"id": y, "embedding": y}, "none called 'id'"),
+        (lambda y: {"": y, "embedding": y}, "outputs of the names"),
+        (lambda y: {}, "expected at least one"),
+        (lambda y: torch.complex(y, y), "real numbers, at least one"),
+        (lambda y: y[:, :0], "real numbers, at least one"),
+    ],
+)
+def test_what_no_table_can_hold_is_refused_before_anything_is_written(
+    made: Callable[[torch.Tensor], Any], words: str, images: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(TowerError, match=words):
+        embed_to(headed(made), images, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_only_vectors_of_finite_numbers_are_searched(images: Path, tmp_path: Path) -> None:
+    few = [images / f"{number:03}.png" for number in range(3)]
+    maps = headed(lambda y: y[:, :, None].expand(-1, -1, 2))
+    stored = embed_to(maps, few, tmp_path / "maps")
+    with pytest.raises(ArgumentError, match="expected one vector of floats"):
+        nearest(stored, embed_query(maps, stored, few[0]), 2)
+    noughts = embed_to(headed(lambda y: (y - y[:1]) / (y - y[:1])), few, tmp_path / "nan")
+    with pytest.raises(ArgumentError, match=r"embeddings-00000.parquet\[0\] holds a number that is not finite"):
+        nearest(noughts, torch.ones(6), 2)
+
+
+def test_every_bit_of_a_shard_counts(tower: TimmModel, images: Path, tmp_path: Path) -> None:
+    stored = embed_to(tower, images, tmp_path / "out")
+    stored.save_npy(tmp_path / "all.npy")
+    before = {path: path.read_bytes() for path in tmp_path.glob("all*")}
+    shard = stored.shards[1].path
+    content = bytearray(shard.read_bytes())
+    place = bytes(content).index(stored.load()[1][8].numpy().tobytes())
+    content[place + 5] ^= 1
+    shard.write_bytes(content)
+    damaged = "not a whole shard of embeddings: .* Delete it and those of higher numbers"
+    with pytest.raises(FormatError, match=damaged):
+        StoredEmbeddings(tmp_path / "out").load()
+    with pytest.raises(FormatError, match=damaged):
+        StoredEmbeddings(tmp_path / "out").save_npy(tmp_path / "all.npy")
+    assert {path: path.read_bytes() for path in tmp_path.glob("all*")} == before
+
+
+def test_a_missing_last_shard_is_noticed_and_made_again(tower: TimmModel, images: Path, tmp_path: Path) -> None:
+    stored = embed_to(tower, images, tmp_path / "out")
+    ids, rows = stored.load()
+    stored.shards[-1].path.unlink()
+    with pytest.raises(FormatError, match=f"of 24 images, and manifest.json says that there are {COUNT}"):
+        StoredEmbeddings(tmp_path / "out")
+    again = embed_to(tower, images, tmp_path / "out")
+    assert again.load()[0] == ids
+    assert torch.equal(again.load()[1], rows)
+
+
+def test_a_folder_that_grows_is_not_complete_until_it_is(tower: TimmModel, images: Path, tmp_path: Path) -> None:
+    first = [{"id": path.name, "image": path} for path in sorted(images.iterdir())[:10]]
+    assert embed_to(tower, first, tmp_path / "out").complete
+    with pytest.raises(Stop):
+        embed_to(tower, stopping(images, 26), tmp_path / "out")
+    half = StoredEmbeddings(tmp_path / "out")
+    assert len(half) == 24, "two of the 26 are broken"
+    assert not half.complete
+    whole = embed_to(tower, stopping(images, COUNT + 1), tmp_path / "out")
+    assert whole.complete
+    assert whole.load()[0] == embed_to(tower, images, tmp_path / "whole").load()[0]
+
+
+def test_folders_and_towers_may_have_any_name(tower: TimmModel, images: Path, tmp_path: Path) -> None:
+    place = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9\n%")
+    tower.save_pretrained(place + "/tower")
+    stored = embed_to(TimmModel.from_pretrained(place + "/tower"), images, place + "/split=train")
+    assert len(stored) == len(stored.load()[0]) == COUNT - 2
+    assert stored.manifest["tower"]["loaded_from"] == str(tmp_path) + "/caf\\xe9\n%/tower"
 
 
 @pytest.mark.slow
@@ -269,7 +394,18 @@ def test_kill_9_of_the_group_or_a_replica_at_any_moment(
 
 def test_a_manifest_of_somebody_else_is_read_with_care(tower: TimmModel, images: Path, tmp_path: Path) -> None:
     written = json.loads((embed_to(tower, images, tmp_path / "emb").path / "manifest.json").read_text())
-    for change in ({"options": {**written["options"], "dtype": "torch.load"}}, {"source": []}, {"options": 3}):
+    column = written["columns"]["embedding"]
+    for change in (
+        {"options": {**written["options"], "dtype": "torch.load"}},
+        {"options": {**written["options"], "layers": "x"}},
+        {"options": 3},
+        {"source": []},
+        {"columns": {}},
+        {"columns": {"embedding": None}},
+        {"columns": {"embedding": {**column, "dtype": "load"}}},
+        {"columns": {"embedding": {**column, "shape": None}}},
+        {"rows_per_shard": None},
+    ):
         (tmp_path / "manifest.json").write_text(json.dumps({**written, **change}))
         with pytest.raises(FormatError):
             outputs_of(read_manifest(tmp_path) or {})
