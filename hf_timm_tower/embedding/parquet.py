@@ -116,7 +116,7 @@ def read_shards(folder: Path) -> list[Shard]:
     return shards
 
 
-def _damaged(path: Path, error: Exception) -> FormatError:
+def _damaged(path: Path, error: object) -> FormatError:
     return FormatError(
         f"{path}: not a whole shard of embeddings: {shown(str(error))[1:-1]}. Delete it and those of higher numbers, "
         "and embed into the folder again, which makes them anew"
@@ -126,9 +126,22 @@ def _damaged(path: Path, error: Exception) -> FormatError:
 def _read(shard: Shard, columns: Sequence[str]) -> pa.Table:
     try:
         with open(shard.path, "rb") as file:
-            return pq.read_table(file, columns=list(columns), page_checksum_verification=True)
+            table = pq.read_table(file, columns=list(columns), page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise _damaged(shard.path, error) from error
+    # checksums are of pages, not of the footer that says how many rows of what kind there are
+    rows = shard.covered - len(shard.failures)
+    if table.column_names != list(columns) or len(table) != rows:
+        raise _damaged(shard.path, f"{len(table)} rows of {table.column_names}, expected {rows} of {list(columns)}")
+    if odd := [name for name in columns if not _is_stored(name, table.schema.field(name).type)]:
+        raise _damaged(shard.path, f"{odd[0]} holds {table.schema.field(odd[0]).type}")
+    return table
+
+
+def _is_stored(name: str, kind: pa.DataType) -> bool:
+    while name != "id" and pa.types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) if name == "id" else pa.types.is_primitive(kind))
 
 
 def ids_of(shard: Shard) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -319,6 +320,25 @@ def test_every_bit_of_a_shard_counts(tower: TimmModel, images: Path, tmp_path: P
     with pytest.raises(FormatError, match=damaged):
         StoredEmbeddings(tmp_path / "out").save_npy(tmp_path / "all.npy")
     assert {path: path.read_bytes() for path in tmp_path.glob("all*")} == before
+
+
+def test_a_damaged_footer_is_refused_or_changes_nothing(tower: TimmModel, images: Path, tmp_path: Path) -> None:
+    ids, rows = embed_to(tower, sorted(images.iterdir())[:3], tmp_path / "out").load()
+    shard = tmp_path / "out" / "embeddings-00000.parquet"
+    content = shard.read_bytes()
+    start, draw, refused = len(content) - 8 - int.from_bytes(content[-8:-4], "little"), random.Random(0), 0
+    for _ in range(500):
+        changed = bytearray(content)
+        changed[draw.randrange(start, len(content))] ^= 1 << draw.randrange(8)
+        shard.write_bytes(changed)
+        try:
+            found = StoredEmbeddings(tmp_path / "out").load()
+        except FormatError:
+            refused += 1
+        else:
+            assert found[0] == ids
+            assert torch.equal(found[1], rows)
+    assert 100 < refused < 500
 
 
 def test_a_missing_last_shard_is_noticed_and_made_again(tower: TimmModel, images: Path, tmp_path: Path) -> None:
