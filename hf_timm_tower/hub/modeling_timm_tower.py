@@ -2001,7 +2001,7 @@ class Sizes:
 
     def start(self, head: nn.Module, x: torch.Tensor) -> "_Counted | None":
         """The count of one forward; None where torch compiles or exports the head, which calls nothing for real."""
-        if RECORDING.get() or torch.compiler.is_compiling() or torch._C._get_tracing_state() or x.is_meta:
+        if torch.compiler.is_compiling() or RECORDING.get() or torch._C._get_tracing_state() or x.is_meta:
             return None
         weights = sum(tensor.nbytes for tensor in (*head.parameters(), *head.buffers()))
         positions = x.numel() // max([1, *x.shape[1:]])
@@ -4278,8 +4278,9 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             buffers_as_timm(self, self._buffers_to)
         else:
             buffers_as_timm(self.trunk, float_dtype(self.trunk))
-        layer: Any = self.get_submodule(CLASSIFIER) if self._has_classifier else None
-        fresh_bias = layer is not None and not (layer.bias.is_meta or getattr(layer.bias, "_is_hf_initialized", False))
+        layer = self.get_submodule(CLASSIFIER) if self._has_classifier else None
+        bias = getattr(layer, "bias", None)
+        fresh_bias = bias is not None and not (bias.is_meta or getattr(bias, "_is_hf_initialized", False))
         # Before the state dict, which a quantized layer without its weights cannot give (transformers 5.4).
         if fresh_bias and type(layer) is not nn.Linear:
             raise ConfigError(

@@ -205,8 +205,9 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             buffers_as_timm(self, self._buffers_to)
         else:
             buffers_as_timm(self.trunk, float_dtype(self.trunk))
-        layer: Any = self.get_submodule(CLASSIFIER) if self._has_classifier else None
-        fresh_bias = layer is not None and not (layer.bias.is_meta or getattr(layer.bias, "_is_hf_initialized", False))
+        layer = self.get_submodule(CLASSIFIER) if self._has_classifier else None
+        bias = getattr(layer, "bias", None)
+        fresh_bias = bias is not None and not (bias.is_meta or getattr(bias, "_is_hf_initialized", False))
         # Before the state dict, which a quantized layer without its weights cannot give (transformers 5.4).
         if fresh_bias and type(layer) is not nn.Linear:
             raise ConfigError(
