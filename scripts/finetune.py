@@ -12,8 +12,7 @@ All options of `TrainingArguments` are there (--bf16, --gradient-checkpointing, 
 --hub-model-id org/name ...). The result is OUTPUT_DIR/tower: for `TimmTowerForImageClassification.from_pretrained`,
 `AutoModelForImageClassification` and `pipeline("image-classification")`.
 
-Needs `pip install "hf_timm_tower[train]"`; going on from a checkpoint needs torch 2.6, or transformers refuses to. The
-figures in the card are of the held-out images, after the last epoch.
+Needs `pip install "hf_timm_tower[train]"`. The figures in the card are of the held-out images, after the last epoch.
 """
 
 import sys

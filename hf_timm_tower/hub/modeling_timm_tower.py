@@ -1911,7 +1911,7 @@ class Sizes:
 
     def start(self, head: nn.Module, x: torch.Tensor) -> "_Counted | None":
         """The count of one forward; None where torch compiles or exports the head, which calls nothing for real."""
-        if RECORDING.get() or torch.compiler.is_compiling() or torch._C._get_tracing_state() or x.is_meta:
+        if torch.compiler.is_compiling() or RECORDING.get() or torch._C._get_tracing_state() or x.is_meta:
             return None
         weights = sum(tensor.nbytes for tensor in (*head.parameters(), *head.buffers()))
         positions = x.numel() // max([1, *x.shape[1:]])
@@ -4147,6 +4147,15 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
             buffers_as_timm(self, self._buffers_to)
         else:
             buffers_as_timm(self.trunk, float_dtype(self.trunk))
+        layer = self.get_submodule(CLASSIFIER) if self._has_classifier else None
+        bias = getattr(layer, "bias", None)
+        fresh_bias = bias is not None and not (bias.is_meta or getattr(bias, "_is_hf_initialized", False))
+        # Before the state dict, which a quantized layer without its weights cannot give (transformers 5.4).
+        if fresh_bias and type(layer) is not nn.Linear:
+            raise ConfigError(
+                f"a fresh classifier cannot be a quantized {type(layer).__name__}: leave it out of quantization, "
+                f"by modules_to_not_convert=[{CLASSIFIER!r}] (llm_int8_skip_modules for bitsandbytes)"
+            )
         # What is on meta is on the disk: transformers loads it when it runs.
         state = self.state_dict(keep_vars=True)
         state = {key: tensor for key, tensor in state.items() if key in self._keys and not tensor.is_meta}
@@ -4160,13 +4169,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
     def _fill(self, keys: list[str]) -> None:
         """Give fresh values to what a checkpoint did not hold, those that a new model has."""
         if all(key.startswith(f"{CLASSIFIER}.") for key in keys):
-            layer: Any = self.get_submodule(CLASSIFIER)
-            if type(layer) is not nn.Linear:
-                raise ConfigError(
-                    f"a fresh classifier cannot be a quantized {type(layer).__name__}: leave it out of quantization, "
-                    f"by modules_to_not_convert=[{CLASSIFIER!r}] (llm_int8_skip_modules for bitsandbytes)"
-                )
-            init_classifier(layer)
+            init_classifier(self.get_submodule(CLASSIFIER))  # type: ignore[arg-type]
             return
         with plain_defaults():
             twin = self._build(self.config, self._has_classifier, None).state_dict()

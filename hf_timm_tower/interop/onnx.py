@@ -1,6 +1,5 @@
 """A tower -> ONNX, by torch's own exporter, checked with onnxruntime. Needs the extra `onnx`."""
 
-import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,11 +85,6 @@ def _written(model: EvalTower, path: Path, takes: str, gives: list[str] | None, 
     dtype = float_dtype(model.trunk)
     if dtype not in (torch.float32, torch.float16):
         raise ConfigError(f"the tower is in {dtype}, which onnxruntime does not run on the CPU: tower.float() first")
-    if "dynamic_shapes" not in inspect.signature(torch.onnx.export).parameters:  # its new exporter came with it
-        raise ExportError(
-            f"torch {torch.__version__}: its torch.onnx cannot write ONNX from a program; a newer torch "
-            "can. The tower's folder loads there as it is."
-        )
     with _plain_attention(model):
         program = trace(model)
     try:

@@ -82,7 +82,7 @@ def trace(model: EvalTower) -> ExportedProgram:
     """
     images = model.images(_TRACED_BATCH)
     with torch.no_grad(), eval_mode(model), reasons("torch.export", model):
-        batch = Dim("batch", max=2**31 - 1)  # torch 2.6 asks for a bound
+        batch = Dim("batch", max=2**31 - 1)  # torch 2.7 asks for a bound
         program = torch.export.export(model, (images,), dynamic_shapes={"images": {0: batch}}, strict=False)
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():

@@ -1,6 +1,5 @@
 """Towers as ONNX and as programs of torch.export: the same numbers, for any batch, without this package."""
 
-import inspect
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -47,14 +46,10 @@ def run_torch(path: Path, images: torch.Tensor) -> list[torch.Tensor]:
     return list(found.values()) if isinstance(found, dict) else [found]
 
 
-# torch 2.4 has another exporter, of another kind.
-HAS_ONNX = "dynamic_shapes" in inspect.signature(torch.onnx.export).parameters
 FORMATS: dict[str, tuple[Callable[..., Any], str, Callable[..., list[torch.Tensor]]]] = {
     "onnx": (export_onnx, "tower.onnx", run_onnx),
     "torch": (export_torch, "tower.pt2", run_torch),
 }
-if not HAS_ONNX:
-    del FORMATS["onnx"]
 
 
 def compare(tower: TimmModel, how: str, path: Path) -> None:
@@ -127,15 +122,6 @@ def test_a_program_runs_without_this_package_and_timm(tmp_path: Path, fresh_proc
     assert told.strip() == f"{tower.config.preprocess['mean']} [64, 64]"
 
 
-@pytest.mark.skipif(HAS_ONNX, reason="this torch can")
-def test_a_torch_that_cannot_write_onnx_says_so(tmp_path: Path) -> None:
-    tower = TimmModel("test_resnet", embed_dim=8, image_size=64).eval()
-    with pytest.raises(ExportError, match="a newer torch can"):
-        export_onnx(tower, tmp_path / "tower.onnx")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.skipif(not HAS_ONNX, reason="torch 2.4 cannot; the test above sees to it that it says so")
 def test_an_onnx_file_says_what_its_images_went_through(tmp_path: Path) -> None:
     tower = TimmModel("test_resnet", embed_dim=8, image_size=64).eval()
     export_onnx(tower, tmp_path / "tower.onnx")
@@ -150,8 +136,7 @@ def test_the_script_writes_all_three_formats(tmp_path: Path, capsys: pytest.Capt
     main = runpy.run_path(str(SCRIPT))["main"]
     tower = str(tmp_path / "tower")
     TimmModel("test_resnet", embed_dim=8, image_size=64).eval().save_pretrained(tower)
-    written = {"torch": "a.pt2", "timm": "a", **({"onnx": "a.onnx"} if HAS_ONNX else {})}
-    for how, name in written.items():
+    for how, name in {"torch": "a.pt2", "timm": "a", "onnx": "a.onnx"}.items():
         assert main([tower, "--format", how, "--out", str(tmp_path / name)]) == 0
         assert (tmp_path / name).exists()
         assert name in capsys.readouterr().out

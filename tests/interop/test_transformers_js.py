@@ -16,7 +16,7 @@ from hf_timm_tower import ConfigError, ExportError, TimmModel
 from hf_timm_tower.interop.onnx import export_onnx
 from hf_timm_tower.interop.transformers_js import browser_preprocessing
 
-from .test_export import HAS_ONNX, TwoNumbers
+from .test_export import TwoNumbers
 
 VERSION = "4.3.2"
 SCRIPT = """
@@ -47,7 +47,6 @@ def preprocessed(ours: TimmModel, **changes: Any) -> TimmModel:
     return ours
 
 
-@pytest.mark.skipif(not HAS_ONNX, reason="torch.onnx cannot write from a program")
 def test_the_folder_has_the_names_that_transformers_js_reads(tmp_path: Path) -> None:
     ours = tower(pool="token")
     written = export_onnx(ours, tmp_path / "tower", layout="transformers.js")
@@ -128,7 +127,6 @@ def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_ONNX, reason="torch.onnx cannot write from a program")
 @pytest.mark.parametrize(
     ("name", "changes"),
     [

@@ -10,7 +10,6 @@ import torch.distributed as dist
 import torch.multiprocessing
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from packaging.version import Version
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -122,7 +121,6 @@ def fsdp2(rank: int, world: int, name: str, saved: Path, scratch: Path) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.skipif(Version(torch.__version__) < Version("2.7"), reason="FSDP2 of torch 2.6 does not train on CPUs")
 @pytest.mark.parametrize("name", FACES)
 def test_fsdp2_in_one_process(name: str, saved: Path, tmp_path: Path) -> None:
     fsdp2(0, 1, name, saved, tmp_path)

@@ -339,9 +339,7 @@ def test_attention_implementations(towers: Towers) -> None:
 def test_compiles_in_one_graph(towers: Towers, name: str) -> None:
     model, images = TimmTowerModel.from_pretrained(towers[name]), images_for(towers[name])
     torch.compiler.reset()
-    # torch 2.4 cannot trace transformers' outputs: it breaks the graph there.
-    in_one = not torch.__version__.startswith("2.4.")
-    compiled = torch.compile(model, backend="eager", fullgraph=in_one)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         assert torch.equal(compiled(images).pooler_output, model(images).pooler_output)
 

@@ -26,7 +26,6 @@ from hf_timm_tower.training.layer_groups import layer_groups
 from .. import hub_calls
 from ..hub_worker import HubWorker
 from ..local_hub import LocalHub
-from .test_unfreeze_schedule import RESUMES, WHY_NOT
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "finetune.py"
@@ -199,7 +198,6 @@ def test_checkpointing_bfloat16_and_compilation_train(run: Any, tmp_path: Path) 
 # --- going on
 
 
-@pytest.mark.skipif(not RESUMES, reason=WHY_NOT)
 def test_a_killed_run_goes_on_from_the_last_whole_checkpoint(run: Any, tmp_path: Path) -> None:
     options = ("--num-train-epochs", 3, "--save-total-limit", 9, "--unfreeze-schedule", "0:0,1:2,2:all")
     assert run(tmp_path / "whole", *options) == 0
@@ -222,7 +220,6 @@ def test_a_killed_run_goes_on_from_the_last_whole_checkpoint(run: Any, tmp_path:
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
 
 
-@pytest.mark.skipif(not RESUMES, reason=WHY_NOT)
 def test_other_options_than_the_checkpoints_are_refused(
     run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

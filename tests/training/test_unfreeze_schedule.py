@@ -10,17 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from packaging.version import Version
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_timm_tower import ArgumentError, TimmTowerConfig, TimmTowerForImageClassification
 from hf_timm_tower.reader.freezing import has_frozen_statistics
 from hf_timm_tower.training.layer_groups import layer_groups
 from hf_timm_tower.training.unfreeze_schedule import UnfreezeSchedule, parse_schedule
-
-# An optimizer's state is a pickle, which transformers reads with a torch that has this mended (CVE-2025-32434).
-RESUMES = Version(torch.__version__) >= Version("2.6")
-WHY_NOT = "transformers goes on from no checkpoint with torch before 2.6, and says so"
 
 STEPS = 2
 """Steps of an epoch."""
@@ -183,7 +178,6 @@ def test_what_is_closed_keeps_its_bits_and_what_is_open_moves(optim: str, tmp_pa
         assert {name for name in moved if "num_batches_tracked" not in name} == trains | moving, f"step {step}"
 
 
-@pytest.mark.skipif(not RESUMES, reason=WHY_NOT)
 def test_a_run_that_goes_on_in_the_middle_of_a_schedule_is_the_run_that_was_not_interrupted(tmp_path: Path) -> None:
     text = "0:0,1:1,2:3"
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
@@ -214,7 +208,6 @@ SCHEDULE = "0:0,1:1,2:3"
 EVERY_STEP: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
 
 
-@pytest.mark.skipif(not RESUMES, reason=WHY_NOT)
 def test_a_run_killed_in_the_middle_of_a_schedule_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     command = [sys.executable, "-c", KILLED, str(tmp_path / "killed")]
