@@ -25,6 +25,7 @@ from .embedder import Block, Embedder, Outputs
 from .engine import BATCH_ON_ACCELERATOR, BATCH_ON_CPU
 from .manifest import check_same, columns_of, describe, probe_values, stored_dtype
 from .parquet import to_arrow
+from .replicas import keep_freed_memory
 
 _CLAIM_NAME = "_tower.json"  # readers of Parquet folders pass over names that begin so
 _BATCHES_OF_A_CALL = 8
@@ -184,6 +185,7 @@ class EmbeddingActor:
         }
         self._names = [*columns_of(probed), *(["error"] if errors == "collect" else [])]
         self._decoders = ThreadPoolExecutor(threads) if threads > 1 else None
+        keep_freed_memory()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """A few batches -> the same rows with embeddings."""

@@ -6,6 +6,7 @@ whatever way, the pipes close and the others end.
 """
 
 import contextlib
+import ctypes
 import io
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ import torch.multiprocessing  # teaches the pipes to pass tensors through shared
 
 from ..reader.errors import TowerError, shown
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _TASKS_EACH = 2
 _SECONDS_TO_END = 5.0
 _BY_VALUE = 2**16
@@ -39,6 +41,18 @@ def usable_cores() -> int:
     except (OSError, ValueError):
         return count
     return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks of up to 32 MiB for the next ones, 256 MiB in all, in a process that only embeds.
+
+    It gives them back to the system else, and each batch faults its activations in anew: a third of the time of
+    MobileNetV3-S between two decodings. Nothing happens on another C library.
+    """
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(AttributeError):
+            for parameter, value in ((_M_MMAP_THRESHOLD, 2**25), (_M_TRIM_THRESHOLD, 2**28)):
+                ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def start_method() -> str:
@@ -169,6 +183,7 @@ def _serve(work: Callable[[Any], Any], connection: Connection, parents: Connecti
     parents.close()  # forked: else the pipe stays open when the parent dies
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
     torch.set_num_threads(1)
+    keep_freed_memory()
     waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, waiting), daemon=True).start()
     while True:

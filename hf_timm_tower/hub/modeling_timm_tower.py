@@ -584,8 +584,13 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
                 f"config.json: {chosen[0]}={shown(config_dict[chosen[0]])} is for whoever loads the tower to choose, "
                 "and would make two models of one file. Remove it there, and pass it to AutoModel.from_pretrained"
             )
-        # transformers' words every config for its log, whether somebody reads that or not
-        return super().from_dict(config_dict, **kwargs) if kwargs else cls(**config_dict)
+        if not kwargs:  # transformers' words every config for its log, whether somebody reads that or not
+            return cls(**config_dict)
+        found = super().from_dict(config_dict, **kwargs)
+        # AutoModel asks for a dtype here, and before transformers 5.12 here alone.
+        asked = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        (found[0] if isinstance(found, tuple) else found).__dict__["_dtype_asked"] = asked
+        return found
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "image_size" and isinstance(value, int):
@@ -610,7 +615,7 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     def to_dict(self) -> dict[str, Any]:
         """As transformers', without what only this object knows, or this machine, or a backbone alone has."""
         # `_name_or_path` says where it was loaded from: a folder of somebody's
-        left_out = {"_labels_given", "_name_or_path", "attribute_map", "hidden_size"}
+        left_out = {"_labels_given", "_dtype_asked", "_name_or_path", "attribute_map", "hidden_size"}
         left_out |= {name for name in _OUTPUTS if getattr(self, name) is None}
         return {name: value for name, value in super().to_dict().items() if name not in left_out}
 
@@ -4222,6 +4227,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         elif image_size is not None:
             kwargs["image_size"] = image_size  # of the config, as `AutoModel` has it
         wanted = torch_dtype if dtype is None else dtype
+        wanted = getattr(config, "_dtype_asked", None) if wanted is None else wanted
         loading = TowerLoading(
             place=str(pretrained_model_name_or_path),
             download={key: kwargs[key] for key in DOWNLOAD if kwargs.get(key) is not None},
@@ -4243,6 +4249,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         )
         model, info = found
         model._loading = None
+        vars(model.config).pop("_dtype_asked", None)  # it was for this load
         if not ignore_mismatched_sizes:
             refuse_misfits(loading.place, info, allowed=loading.fresh)
         warn_of_changes(loading, info)

@@ -197,8 +197,13 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
                 f"config.json: {chosen[0]}={shown(config_dict[chosen[0]])} is for whoever loads the tower to choose, "
                 "and would make two models of one file. Remove it there, and pass it to AutoModel.from_pretrained"
             )
-        # transformers' words every config for its log, whether somebody reads that or not
-        return super().from_dict(config_dict, **kwargs) if kwargs else cls(**config_dict)
+        if not kwargs:  # transformers' words every config for its log, whether somebody reads that or not
+            return cls(**config_dict)
+        found = super().from_dict(config_dict, **kwargs)
+        # AutoModel asks for a dtype here, and before transformers 5.12 here alone.
+        asked = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        (found[0] if isinstance(found, tuple) else found).__dict__["_dtype_asked"] = asked
+        return found
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "image_size" and isinstance(value, int):
@@ -223,7 +228,7 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     def to_dict(self) -> dict[str, Any]:
         """As transformers', without what only this object knows, or this machine, or a backbone alone has."""
         # `_name_or_path` says where it was loaded from: a folder of somebody's
-        left_out = {"_labels_given", "_name_or_path", "attribute_map", "hidden_size"}
+        left_out = {"_labels_given", "_dtype_asked", "_name_or_path", "attribute_map", "hidden_size"}
         left_out |= {name for name in _OUTPUTS if getattr(self, name) is None}
         return {name: value for name, value in super().to_dict().items() if name not in left_out}
 

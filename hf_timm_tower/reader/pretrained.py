@@ -273,6 +273,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         elif image_size is not None:
             kwargs["image_size"] = image_size  # of the config, as `AutoModel` has it
         wanted = torch_dtype if dtype is None else dtype
+        wanted = getattr(config, "_dtype_asked", None) if wanted is None else wanted
         loading = TowerLoading(
             place=str(pretrained_model_name_or_path),
             download={key: kwargs[key] for key in DOWNLOAD if kwargs.get(key) is not None},
@@ -294,6 +295,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         )
         model, info = found
         model._loading = None
+        vars(model.config).pop("_dtype_asked", None)  # it was for this load
         if not ignore_mismatched_sizes:
             refuse_misfits(loading.place, info, allowed=loading.fresh)
         warn_of_changes(loading, info)
