@@ -11,6 +11,7 @@ The rows:
 - `limit`: cores / (seconds to decode and prepare an image + seconds of the model for an image, on one thread, in
   batches of 8 or of 32, whichever is faster): no program that does both on these cores is faster. By CPU time, so that
   it holds on a busy machine too, and by turns with the ways;
+- `limit, all cores`: the same measured on all cores at once, which share caches and memory;
 - `ours`: `tower.embed(paths)`; `ours, one process`: with `num_workers=0`, which has one thread;
 - `loop, N workers`: a `DataLoader` around a dataset of files, as open_clip's README has it, in batches of 32;
 - `timm, N workers`: `timm.data.create_loader`, as timm's own `inference.py`;
@@ -36,6 +37,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -213,16 +215,19 @@ def child(way: str, folder: Path, images: Path) -> Any:
 
 
 def compare(name: str, ways: list[str], repeat: int, seconds: float) -> dict[str, Any]:
-    """Measure all ways with one model: way -> its runs, and `limit` -> median seconds to prepare and of the model."""
+    """Measure all ways with one model: way -> its runs, and both limits -> seconds to prepare and of the model."""
     with tempfile.TemporaryDirectory() as scratch:
         folder, few, images = (Path(scratch, part) for part in ("tower", "few", "images"))
         prepare(name, folder)
         photographs(few, BATCH)
-        count = round(seconds * len(os.sched_getaffinity(0)) / sum(child("limit", folder, few)) / BATCH) * BATCH
+        cores = len(os.sched_getaffinity(0))
+        count = round(seconds * cores / sum(child("limit", folder, few)) / BATCH) * BATCH
         photographs(images, max(count, 2 * BATCH))
-        limits, found = [], {way: [] for way in ways}
+        limits, on_all, found = [], [], {way: [] for way in ways}
         for _ in range(repeat):
             limits.append(child("limit", folder, few))
+            with ThreadPoolExecutor(cores) as at_once:
+                on_all += at_once.map(lambda _: child("limit", folder, few), range(cores))
             for way in ways:
                 found[way].append(child(way, folder, images))
                 print(f"{name}, {way}: {found[way][-1]['rate']:.1f} images/s", file=sys.stderr, flush=True)
@@ -231,7 +236,8 @@ def compare(name: str, ways: list[str], repeat: int, seconds: float) -> dict[str
         head = torch.tensor(found[way][0]["head"])
         if head.shape != expected.shape or (head - expected).abs().max() > TOLERANCE * expected.abs().max():
             print(f"{name}: {way} gives other embeddings: {(head - expected).abs().max():.2g}", file=sys.stderr)
-    return {"limit": list(map(statistics.median, zip(*limits, strict=True))), **found}
+    middles = {"limit": limits, "limit, all cores": on_all}
+    return {name: list(map(statistics.median, zip(*costs, strict=True))) for name, costs in middles.items()} | found
 
 
 def table(found: dict[str, dict[str, Any]], ways: list[str]) -> str:
@@ -240,8 +246,12 @@ def table(found: dict[str, dict[str, Any]], ways: list[str]) -> str:
     lines = ["| | " + " | | | ".join(found) + " | | |", "|---" * (1 + 3 * len(found)) + "|"]
     lines.append("| **way** |" + " **images/s** | **of the limit** | **CPU ms** |" * len(found))
     limits = {name: cores / sum(runs["limit"]) for name, runs in found.items()}
-    cells = [f"{limits[name]:.1f} | 1.00 | {1e3 * sum(runs['limit']):.1f}" for name, runs in found.items()]
-    lines.append(f"| limit | {' | '.join(cells)} |")
+    for row in ("limit", "limit, all cores"):
+        costs = {name: sum(runs[row]) for name, runs in found.items()}
+        cells = [
+            f"{cores / cost:.1f} | {cores / cost / limits[name]:.2f} | {1e3 * cost:.1f}" for name, cost in costs.items()
+        ]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
     for way in ways:
         cells = []
         for name, runs in found.items():
