@@ -22,6 +22,7 @@ from .hub_worker import HubWorker
 from .local_hub import LocalHub
 
 PACKAGE = Path(hf_timm_tower.__file__).parent
+NEWEST = Version(transformers.__version__) >= Version("5.24")
 
 # --- the journeys
 
@@ -145,6 +146,8 @@ def test_a_journey_is_no_longer_than_it_was(journey: str, walked: dict[str, dict
     files, functions = walked[journey]["files"], walked[journey]["functions"]
     assert len(files) > 3, "the profiler sees the package"
     most_files, most_functions = JOURNEYS[journey]
+    if not NEWEST and "auto.py" in files:  # it watches imports, and older libraries import something within a save
+        files, functions = [name for name in files if name != "auto.py"], functions - 1
     assert len(files) <= most_files, files
     assert functions <= most_functions
 
@@ -163,7 +166,6 @@ def test_loading_opens_a_file_of_the_tower_no_more_often_than_it_did(
 TRAVELLING_LINES = 4548
 # Requests of a cold `AutoModel.from_pretrained(..., trust_remote_code=True)`: for code, and in all. transformers 5.4
 # asks once more whether the code is still the same.
-NEWEST = Version(transformers.__version__) >= Version("5.24")
 CODE_REQUESTS, REQUESTS = (2, 14) if NEWEST else (3, 15)
 
 LOAD = """
