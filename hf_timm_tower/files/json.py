@@ -22,7 +22,7 @@ MAX_JSON_BYTES = 4 * 1024**2
 MAX_JSON_DEPTH = 64
 
 # The closing quote is optional, so that the pattern never fails at a quote: text without an end stays linear to scan.
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
