@@ -140,10 +140,11 @@ def fresh_process(_package_only: Path, tmp_path_factory: pytest.TempPathFactory)
 
     def run(code: str | Path, *args: object, env: Mapping[str, str | None] | None = None, timeout: float = 300) -> str:
         program = [str(code)] if isinstance(code, Path) else ["-c", textwrap.dedent(code)]
-        environment: dict[str, str | None] = {**os.environ, "PYTHONPATH": str(_package_only), **(env or {})}
+        # Neither the current folder nor the script's own comes onto the path (from Python 3.11 on).
+        places = {"PYTHONPATH": str(_package_only), "PYTHONSAFEPATH": "1"}
+        environment: dict[str, str | None] = {**os.environ, **places, **(env or {})}
         done = subprocess.run(
-            # -P: neither the current folder nor the script's own comes onto the path.
-            [sys.executable, "-P", *program, *map(str, args)],
+            [sys.executable, *program, *map(str, args)],
             cwd=tmp_path_factory.mktemp("cwd"),
             env={name: value for name, value in environment.items() if value is not None},
             stdin=subprocess.DEVNULL,

@@ -47,9 +47,10 @@ class Environment:
             **(env or {}),
             "PYTHONPATH": None if path is None else str(path),
             "PYTHONHOME": None,
+            "PYTHONSAFEPATH": "1",
         }
         done = subprocess.run(
-            [str(self.root / "bin" / "python"), "-P", "-c", textwrap.dedent(code), *map(str, args)],
+            [str(self.root / "bin" / "python"), "-c", textwrap.dedent(code), *map(str, args)],
             cwd=scratch / "cwd",
             env={name: value for name, value in variables.items() if value is not None},
             stdin=subprocess.DEVNULL,

@@ -1,6 +1,6 @@
 """Run as a script by `test_corpus`: rebuild stored heads in a process that cannot import their classes.
 
-``python -P rebuild_heads.py FOLDER`` reads, for every head, ``<name>.json`` (graph, shape of the input) and
+``python rebuild_heads.py FOLDER`` reads, for every head, ``<name>.json`` (graph, shape of the input) and
 ``<name>.safetensors`` (weights), and writes ``<name>.found.safetensors`` with everything `observe` sees.
 """
 

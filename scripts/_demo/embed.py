@@ -3,7 +3,7 @@
 Imported by `main.py`, and run by it as the fresh process: a Python that can import hf_timm_tower and what is
 installed, but not `main.py`, and so has never heard of the head that is defined there.
 
-    python -P embed.py TOWER_FOLDER EMBEDDINGS.safetensors
+    python embed.py TOWER_FOLDER EMBEDDINGS.safetensors
 """
 
 import os
@@ -118,5 +118,5 @@ def main(folder: Path, output: Path) -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        sys.exit("usage: python -P embed.py TOWER_FOLDER EMBEDDINGS.safetensors")
+        sys.exit("usage: python embed.py TOWER_FOLDER EMBEDDINGS.safetensors")
     sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -126,9 +126,10 @@ def embed_in_fresh_process(folder: Path) -> dict[str, torch.Tensor]:
     """
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "embeddings.safetensors"
-        # -P: neither this file's folder nor the current one comes onto the path.
-        command = [sys.executable, "-P", str(HERE / "embed.py"), str(folder), str(output)]
-        done = subprocess.run(command, cwd=scratch, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
+        # Neither this file's folder nor the current one comes onto the path (from Python 3.11 on).
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
+        command = [sys.executable, str(HERE / "embed.py"), str(folder), str(output)]
+        done = subprocess.run(command, cwd=scratch, env=environment, check=False)
         if done.returncode:
             raise DemoFailed(f"the fresh process could not use {folder} (exit status {done.returncode}); see above")
         return load_file(output)

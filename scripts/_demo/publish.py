@@ -1,7 +1,7 @@
 """One step of the demo on a Hub, in a process of its own whose huggingface_hub talks to that Hub.
 
-    python -P publish.py push REPO_ID RESULT.json TOWER_FOLDER
-    python -P publish.py tune REPO_ID RESULT.json EMBEDDINGS.safetensors
+    python publish.py push REPO_ID RESULT.json TOWER_FOLDER
+    python publish.py tune REPO_ID RESULT.json EMBEDDINGS.safetensors
 
 `tune` loads the tower by its id, compares what it gives with the embeddings of the one that was pushed, fine-tunes the
 head on digits with the trunk frozen, and pushes again.

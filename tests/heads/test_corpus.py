@@ -52,10 +52,10 @@ def rebuilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{entry.name}.json").write_text(json.dumps(stored, sort_keys=True))
         weights = {key: value.clone().contiguous() for key, value in head.state_dict().items()}
         save_file(weights, folder / f"{entry.name}.safetensors")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     script = str(ROOT / "tests" / "rebuild_heads.py")
     run = subprocess.run(
-        [sys.executable, "-P", script, str(folder)],
+        [sys.executable, script, str(folder)],
         cwd=empty,
         env=environment,
         capture_output=True,

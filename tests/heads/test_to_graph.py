@@ -71,7 +71,7 @@ def test_refusal_names_the_line() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(GraphError, match=r"Branching\.forward.*x\.sum\(\) > 0"):
+    with pytest.raises(GraphError, match=r"(Branching\.)?forward.*x\.sum\(\) > 0"):
         to_graph(Branching(), torch.zeros(2, 4))
 
 

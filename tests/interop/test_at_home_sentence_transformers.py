@@ -195,8 +195,9 @@ def without_this_package(scratch: Path) -> Path:
 
 
 def python(environment: dict[str, str | None], flag: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
-    command = [sys.executable, flag, "-P", "-c", *map(str, arguments)]
+    everything = {**os.environ, "PYTHONSAFEPATH": "1", **environment}
+    env = {name: value for name, value in everything.items() if value is not None}
+    command = [sys.executable, flag, "-c", *map(str, arguments)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 

@@ -446,8 +446,8 @@ def _rows(process: Any, progress: Path) -> Iterator[int]:
 def test_a_killed_run_goes_on_behind_its_last_whole_batch(tmp_path: Path) -> None:
     script, folder = tmp_path / "slow.py", tmp_path / "killed"
     script.write_text(textwrap.dedent(SLOW))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-P", str(script), str(folder)], env=environment) as process:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+    with subprocess.Popen([sys.executable, str(script), str(folder)], env=environment) as process:
         for rows in _rows(process, folder / "progress.json"):
             if rows >= 8:  # two batches
                 process.send_signal(signal.SIGKILL)
