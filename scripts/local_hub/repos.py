@@ -124,7 +124,9 @@ class Repo:
     ) -> Commit:
         """Write a commit that no ref points to yet."""
         date = now()
-        seconds = int(datetime.datetime.fromisoformat(date).timestamp())
+        seconds = int(
+            datetime.datetime.fromisoformat(date.replace("Z", "+00:00")).timestamp()
+        )  # Z: from Python 3.11 on
         text = f"{title}\n\n{message}" if message else title
         root = tree_ids({path: file.oid for path, file in files.items()})[""]
         commit = Commit(commit_id(root, parent, author, seconds, text), parent, title, message, author, date, files)

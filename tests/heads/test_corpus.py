@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +54,7 @@ def rebuilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
         weights = {key: value.clone().contiguous() for key, value in head.state_dict().items()}
         save_file(weights, folder / f"{entry.name}.safetensors")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    script = str(ROOT / "tests" / "rebuild_heads.py")
+    script = shutil.copy(ROOT / "tests" / "rebuild_heads.py", folder)  # its own folder may come onto the path
     run = subprocess.run(
         [sys.executable, script, str(folder)],
         cwd=empty,
