@@ -22,7 +22,7 @@ from PIL import Image
 from hf_timm_tower import ArgumentError, FolderError, TimmModel, TowerError
 from hf_timm_tower.embedding.embed import Embedded
 from hf_timm_tower.embedding.embedder import Embedder, Outputs
-from hf_timm_tower.embedding.engine import make_plan, stream
+from hf_timm_tower.embedding.engine import BATCH_ON_CPU, make_plan, stream
 from hf_timm_tower.embedding.replicas import in_order
 from hf_timm_tower.embedding.sources import in_batches, open_source
 
@@ -517,7 +517,7 @@ def test_no_more_than_a_few_batches_are_taken_ahead(tower: TimmModel, paths: lis
     for _ in range(5):
         next(blocks)
     blocks.close()
-    assert taken <= (5 + 2 * 2 * 4) * 4
+    assert taken <= (5 + 2 * 2 * 4) * BATCH_ON_CPU
 
 
 class WeightPages(nn.Module):
