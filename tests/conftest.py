@@ -112,9 +112,16 @@ def seeds() -> Callable[[int], None]:
     return _seed_everything
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """One thread and one random state for the fixtures of a module too, whatever ran before on this worker."""
+    torch.set_num_threads(1)
+    _seed_everything(0)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """Every test starts from the same random state, whichever tests ran before it on its worker."""
+    """Every test starts from the same random state, whichever fixtures were made before it."""
     _seed_everything(0)
 
 

@@ -109,6 +109,7 @@ def test_umap_lays_classes_apart_and_the_same_way_twice() -> None:
     assert points.amax() == 1
     nearest = torch.cdist(points, points).topk(6, largest=False).indices[:, 1:] // 30
     assert (nearest == torch.arange(90)[:, None] // 30).all(), "neighbours are of the same class"
+    assert torch.get_num_threads() == 1, "numba leaves the number for torch as it was"
     assert torch.equal(plane(rows, "umap"), points)
     assert plane(rows[::25], "umap").shape == (4, 2)
     with pytest.raises(ArgumentError, match="umap needs 4 images or more, there are 3"):
