@@ -83,7 +83,7 @@ class TimmTowerEncoder(PreTrainedModel):  # type: ignore[no-untyped-call]
             TowerError: by what is wrong with the folder.
         """
         place = pretrained_model_name_or_path
-        if config_of(place, kwargs).get("model_type") != TimmTowerConfig.model_type:
+        if config_of(place, kwargs).get("model_type") == TimmTowerEncoderConfig.model_type:
             with folder_errors(place):
                 return super().from_pretrained(
                     place, *args, config=config, output_loading_info=output_loading_info, **kwargs

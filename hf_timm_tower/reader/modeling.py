@@ -27,6 +27,8 @@ class TimmTowerModel(TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
         ConfigError, HeadError: the config describes no tower that can be built in this process.
     """
 
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\."]  # noqa: RUF012  # where transformers reads the files
+
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -78,8 +80,8 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
 
     classifier: nn.Module
 
-    def __init__(self, config: TimmTowerConfig, _loading: TowerLoading | None = None) -> None:
-        super().__init__(config, _loading)
+    def __init__(self, config: TimmTowerConfig, _loading: TowerLoading | None = None, **unknown: Any) -> None:
+        super().__init__(config, _loading, **unknown)
         self.num_labels = self.config.num_labels
         names = self.config.id2label or {}
         if set(names.values()) != set(self.config.label2id or ()):

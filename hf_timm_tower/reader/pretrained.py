@@ -25,8 +25,8 @@ from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from .computed_buffers import align, computed_buffers, move_to_meta, put_buffers
-from .config import TimmTowerConfig
-from .errors import ArgumentError, ConfigError, FolderError, HeadError
+from .config import OUR_FIELDS, TimmTowerConfig
+from .errors import ArgumentError, ConfigError, FolderError, HeadError, did_you_mean, shown
 from .forward import can_checkpoint, run_tower, steps_of
 from .freezing import apply_frozen, keep_statistics
 from .head import CODE, make_code_head
@@ -67,7 +67,12 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
     trunk: nn.Module
     head: nn.Module
 
-    def __init__(self, config: TimmTowerConfig, _loading: TowerLoading | None = None) -> None:
+    def __init__(self, config: TimmTowerConfig, _loading: TowerLoading | None = None, **unknown: Any) -> None:
+        for name in unknown:  # what neither transformers' `from_pretrained` nor the config knew
+            raise ArgumentError(
+                f"{type(self).__name__}: unknown argument {shown(name)}{did_you_mean(name, OUR_FIELDS)}; of "
+                "hf_timm_tower TimmModel.from_pretrained takes drop_path and patch_drop"
+            )
         on_meta, wanted = torch.empty(0).is_meta, torch.get_default_dtype()
         make_head = None
         if _loading is not None and config.head is not None and config.head.get("form") == CODE:
@@ -131,9 +136,11 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         """None: images have no table of embeddings."""
         return None
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Refused, see `get_input_embeddings`."""
         raise ArgumentError(f"{type(self).__name__} takes images and has no input embeddings to set")
+
+    resize_token_embeddings = set_input_embeddings
 
     def follow_attn_implementation(self) -> None:
         """Let timm's layers run fused or not as `config._attn_implementation` says, which others set too."""
