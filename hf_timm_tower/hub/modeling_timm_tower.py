@@ -658,7 +658,7 @@ def _checked_setattr(self: TimmTowerConfig, name: str, value: Any) -> None:
         _checked_setattr.__wrapped__(self, name, value)
     except StrictDataclassError as error:
         raise ConfigError(f"TimmTowerConfig: {one_line(error.__cause__ or error)}") from error
-    for _ in _misfits_of({name: value}):
+    if value is not None and name in _RULES and not _RULES[name][1](value):
         raise ConfigError(f"{name}={shown(value)}: expected {_RULES[name][0]}")
     if name in _LABELS:
         self.__dict__["_labels_given"] = True
@@ -3990,11 +3990,11 @@ def refuse_changed(stored: TimmTowerConfig, given: TimmTowerConfig, folder: Path
             "it without, change it, and save it. With hf_timm_tower installed from_pretrained takes image_size=..."
         )
 
-def refuse_misfits(name: str, info: Mapping[str, Any], allowed: list[str]) -> None:
+def refuse_misfits(name: str, info: Mapping[str, Any], allowed: list[str], left_out: tuple[str, ...]) -> None:
     """Refuse, by `WeightsError`, a model whose weights did not all come from the files, and the other way round."""
     misfits = {
         "missing": sorted(set(info["missing_keys"]) - set(allowed)),
-        "unexpected": sorted(info["unexpected_keys"]),
+        "unexpected": sorted(key for key in info["unexpected_keys"] if not key.startswith(left_out)),
         "of another shape": sorted(key[0] for key in info["mismatched_keys"]),
     }
     lines = [f"{len(keys)} {what}: {', '.join(map(shown, keys[:5]))}" for what, keys in misfits.items() if keys]
@@ -4051,6 +4051,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
     supports_gradient_checkpointing: bool
     _supports_sdpa = True
     _has_classifier = False
+    _leaves_out: tuple[str, ...] = (f"{CLASSIFIER}.",)
 
     trunk: nn.Module
     head: nn.Module
@@ -4292,7 +4293,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         model._loading = None
         vars(model.config).pop("_dtype_asked", None)  # it was for this load
         if not ignore_mismatched_sizes:
-            refuse_misfits(loading.place, info, allowed=loading.fresh)
+            refuse_misfits(loading.place, info, allowed=loading.fresh, left_out=model._leaves_out)
         warn_of_changes(loading, info)
         if frozen:
             apply_frozen(model, model.config.frozen)
@@ -4322,8 +4323,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         saved_with_one = type(model).__name__.removeprefix("FSDP") in (stored.config.architectures or ())
         if model._has_classifier and not has_classifier(stored.weights) and not saved_with_one:
             loading.fresh += [f"{CLASSIFIER}.{name}" for name in model.classifier.state_dict()]
-        if not model._has_classifier:
-            loading.left_out += [key for key in stored.weights if key.startswith(f"{CLASSIFIER}.")]
+        loading.left_out += [key for key in stored.weights if key.startswith(model._leaves_out)]
         weights = {key: tensor for key, tensor in stored.weights.items() if key not in loading.left_out}
         if load_config.hf_quantizer is not None or load_config.ignore_mismatched_sizes or len(devices) > 1:
             return stock(model, weights, None, load_config, *args, **kwargs)
@@ -4379,7 +4379,7 @@ class TimmTowerBackbone(BackboneMixin, TimmTowerPreTrainedModel):  # type: ignor
     """
 
     has_attentions = False
-    _keys_to_ignore_on_load_unexpected = [r"^(head|classifier)\."]  # noqa: RUF012  # where transformers reads the files
+    _leaves_out = ("head.", f"{CLASSIFIER}.")
 
     def _init_transformers_backbone(self) -> None:
         if TimmTowerConfig.model_type not in CONFIG_MAPPING:
@@ -4433,9 +4433,7 @@ class TimmTowerBackbone(BackboneMixin, TimmTowerPreTrainedModel):  # type: ignor
 
     def _read(self, files: Sequence[str], loading: TowerLoading) -> StoredTower:  # type: ignore[override]
         stored = super()._read(files, loading)
-        trunk = {key: tensor for key, tensor in stored.weights.items() if key.startswith("trunk.")}
-        loading.left_out += sorted(set(stored.weights) - set(trunk))
-        return replace(stored, config=without_head(stored.config), weights=trunk)
+        return replace(stored, config=without_head(stored.config))
 
     def forward(
         self,
@@ -4492,8 +4490,6 @@ class TimmTowerModel(TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
         ConfigError, HeadError: the config describes no tower that can be built in this process.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^classifier\."]  # noqa: RUF012  # where transformers reads the files
-
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -4541,6 +4537,7 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
     """
 
     _has_classifier = True
+    _leaves_out = ()
 
     classifier: nn.Module
 

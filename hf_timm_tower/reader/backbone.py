@@ -17,7 +17,7 @@ from .forward import prepared, wants_dict, weights_in_place
 from .hidden_states import HiddenStates
 from .loading import TowerLoading
 from .pretrained import TimmTowerPreTrainedModel
-from .tower import Tower, without_head
+from .tower import CLASSIFIER, Tower, without_head
 from .weights import StoredTower
 
 
@@ -36,7 +36,7 @@ class TimmTowerBackbone(BackboneMixin, TimmTowerPreTrainedModel):  # type: ignor
     """
 
     has_attentions = False
-    _keys_to_ignore_on_load_unexpected = [r"^(head|classifier)\."]  # noqa: RUF012  # where transformers reads the files
+    _leaves_out = ("head.", f"{CLASSIFIER}.")
 
     def _init_transformers_backbone(self) -> None:
         if TimmTowerConfig.model_type not in CONFIG_MAPPING:
@@ -90,9 +90,7 @@ class TimmTowerBackbone(BackboneMixin, TimmTowerPreTrainedModel):  # type: ignor
 
     def _read(self, files: Sequence[str], loading: TowerLoading) -> StoredTower:  # type: ignore[override]
         stored = super()._read(files, loading)
-        trunk = {key: tensor for key, tensor in stored.weights.items() if key.startswith("trunk.")}
-        loading.left_out += sorted(set(stored.weights) - set(trunk))
-        return replace(stored, config=without_head(stored.config), weights=trunk)
+        return replace(stored, config=without_head(stored.config))
 
     def forward(
         self,

@@ -27,8 +27,6 @@ class TimmTowerModel(TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
         ConfigError, HeadError: the config describes no tower that can be built in this process.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^classifier\."]  # noqa: RUF012  # where transformers reads the files
-
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -77,6 +75,7 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
     """
 
     _has_classifier = True
+    _leaves_out = ()
 
     classifier: nn.Module
 

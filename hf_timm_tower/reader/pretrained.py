@@ -63,6 +63,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
     supports_gradient_checkpointing: bool
     _supports_sdpa = True
     _has_classifier = False
+    _leaves_out: tuple[str, ...] = (f"{CLASSIFIER}.",)
 
     trunk: nn.Module
     head: nn.Module
@@ -304,7 +305,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         model._loading = None
         vars(model.config).pop("_dtype_asked", None)  # it was for this load
         if not ignore_mismatched_sizes:
-            refuse_misfits(loading.place, info, allowed=loading.fresh)
+            refuse_misfits(loading.place, info, allowed=loading.fresh, left_out=model._leaves_out)
         warn_of_changes(loading, info)
         if frozen:
             apply_frozen(model, model.config.frozen)
@@ -334,8 +335,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         saved_with_one = type(model).__name__.removeprefix("FSDP") in (stored.config.architectures or ())
         if model._has_classifier and not has_classifier(stored.weights) and not saved_with_one:
             loading.fresh += [f"{CLASSIFIER}.{name}" for name in model.classifier.state_dict()]
-        if not model._has_classifier:
-            loading.left_out += [key for key in stored.weights if key.startswith(f"{CLASSIFIER}.")]
+        loading.left_out += [key for key in stored.weights if key.startswith(model._leaves_out)]
         weights = {key: tensor for key, tensor in stored.weights.items() if key not in loading.left_out}
         if load_config.hf_quantizer is not None or load_config.ignore_mismatched_sizes or len(devices) > 1:
             return stock(model, weights, None, load_config, *args, **kwargs)

@@ -253,6 +253,16 @@ def test_disk_offload_keeps_the_trunk_in_one_piece(towers: Towers, name: str, tm
     assert all(parameter.is_meta for parameter in model.trunk.parameters())
 
 
+def test_a_classifier_is_left_out_with_a_warning_where_transformers_reads_the_files(
+    towers: Towers, tmp_path: Path
+) -> None:
+    model = TimmTowerForImageClassification.from_pretrained(towers["vit"], num_labels=3)
+    model.save_pretrained(tmp_path / "tower")
+    where = {"device_map": {"trunk": "disk", "head": "cpu"}, "offload_folder": tmp_path / "kept"}
+    with pytest.warns(UserWarning, match=r"weights that this model leaves out: classifier\.bias"):
+        TimmTowerModel.from_pretrained(tmp_path / "tower", **where)
+
+
 def test_arguments_that_nobody_takes_are_named(towers: Towers) -> None:
     for model in (AutoModel, TimmTowerModel, TimmTowerForImageClassification):
         with pytest.raises(ArgumentError, match=r"unknown argument 'imagesize' \(did you mean image_size\?\)"):
