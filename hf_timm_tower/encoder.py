@@ -15,6 +15,7 @@ from .reader.config import TimmTowerConfig
 from .reader.errors import ConfigError, shown
 from .reader.forward import run_tower, wants_dict
 from .reader.hidden_states import HiddenStates
+from .training.sharding import refuse_sharded
 from .trunk_facts import infer_output
 
 
@@ -83,7 +84,7 @@ class TimmTowerEncoder(PreTrainedModel):  # type: ignore[no-untyped-call]
             TowerError: by what is wrong with the folder.
         """
         place = pretrained_model_name_or_path
-        if config_of(place, kwargs).get("model_type") != TimmTowerConfig.model_type:
+        if config_of(place, kwargs).get("model_type") == TimmTowerEncoderConfig.model_type:
             with folder_errors(place):
                 return super().from_pretrained(
                     place, *args, config=config, output_loading_info=output_loading_info, **kwargs
@@ -94,6 +95,21 @@ class TimmTowerEncoder(PreTrainedModel):  # type: ignore[no-untyped-call]
         model: Any = cls(config, tower)
         model.eval()
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            WeightsError: the weights are spread over processes.
+        """
+        refuse_sharded(self.state_dict(keep_vars=True) if state_dict is None else state_dict)
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
     def forward(
         self,

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from .build import build_for_transformers
 from .reader.config import TimmTowerConfig
 from .reader.errors import ConfigError, shown
+from .reader.hidden_states import first_block
 from .reader.skip_init import Budget, skip_init
 from .reader.tower import plain_defaults, without_head
 from .reader.trunk import native_size
@@ -102,7 +103,7 @@ def token_facts(config: TimmTowerConfig, trunk: nn.Module) -> dict[str, Any]:
         "image_size": height if height == width else [height, width],
         "patch_size": int(layers[-1]["reduction"]),
         "num_channels": config.in_chans,
-        "num_hidden_layers": len(layers),
+        "num_hidden_layers": len(layers) - (first_block(trunk) is None),  # then the first is the stem
         "num_attention_heads": int(heads.pop()) if len(heads) == 1 else None,  # type: ignore[arg-type]
     }
 

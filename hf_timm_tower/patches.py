@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from .reader.errors import ArgumentError
+from .reader.forward import weights_in_place
 from .reader.hidden_states import HiddenStates, attention_maps, forward_hidden
 from .reader.pretrained import TimmTowerPreTrainedModel
 from .reader.tower import run_head
@@ -43,13 +44,13 @@ class TakesPatches(TimmTowerPreTrainedModel):  # type: ignore[no-untyped-call]
         hidden = self.config.output_hidden_states if hidden is None else hidden
         attentions = self.config.output_attentions if attentions is None else attentions
         states = None
-        with attention_maps(trunk) if attentions else nullcontext() as maps:
-            if hidden:
-                tokens, states = forward_hidden(trunk, batch, hidden)
-                features = {"patches": tokens, "patch_valid": batch["patch_valid"]}
-            else:
-                features = trunk.forward_features(**batch)
-        embedding = None
-        if pools or pools is None:
-            embedding = run_head(self.head, self._head_input, trunk.forward_head(**features))
+        with weights_in_place(trunk):
+            with attention_maps(trunk) if attentions else nullcontext() as maps:
+                if hidden:
+                    tokens, states = forward_hidden(trunk, batch, hidden)
+                    features = {"patches": tokens, "patch_valid": batch["patch_valid"]}
+                else:
+                    features = trunk.forward_features(**batch)
+            pooled = trunk.forward_head(**features) if pools or pools is None else None
+        embedding = None if pooled is None else run_head(self.head, self._head_input, pooled)
         return features["patches"], embedding, states, None if maps is None else tuple(maps)

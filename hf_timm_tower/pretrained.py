@@ -43,11 +43,11 @@ class SavesTower(TimmFace, TimmTowerPreTrainedModel):  # type: ignore[no-untyped
     """What the transformers models of this package have beside the reader's: strict reading, saving, pushing."""
 
     def __init__(
-        self, config: TimmTowerConfig, _loading: TowerLoading | None = None, _parts: Tower | None = None
+        self, config: TimmTowerConfig, _loading: TowerLoading | None = None, _parts: Tower | None = None, **unknown: Any
     ) -> None:
         if _parts is not None:  # built already: see `from_tower`
             vars(self)["_build"] = lambda *_: _parts
-        super().__init__(config, _loading)
+        super().__init__(config, _loading, **unknown)
         self._fingerprint: dict[str, Any] | None = None
         vars(self).pop("_build", None)
         note_fixed(self)

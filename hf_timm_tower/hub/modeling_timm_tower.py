@@ -365,7 +365,9 @@ def frozen_names(tower: nn.Module, frozen: dict[str, Any]) -> tuple[set[str], se
     check_frozen(frozen)
     first_names = {id(parameter): name for name, parameter in tower.named_parameters()}
     every_name = dict(tower.named_parameters(remove_duplicate=False))
-    parameters = _names_under(frozen.get("parameters", []), every_name, "parameters")
+    # DETR has norms whose weight and bias are buffers in the place of BatchNorm: what was frozen there still is.
+    fixed = [name for name, _ in tower.named_buffers() if name.endswith((".weight", ".bias"))]
+    parameters = _names_under(frozen.get("parameters", []), [*every_name, *fixed], "parameters") - set(fixed)
     with_statistics = [name for name, module in tower.named_modules() if keeps_statistics(module)]
     statistics = _names_under(frozen.get("statistics", []), with_statistics, "statistics")
     return {first_names[id(every_name[name])] for name in parameters}, statistics
@@ -520,7 +522,7 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """
 
     model_type = "timm_tower"
-    attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "embed_dim"}
+    attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "embed_dim", "num_channels": "in_chans"}
 
     architecture: str = "resnet50"
     model_args: dict[str, Any] | None = None
@@ -592,15 +594,6 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         (found[0] if isinstance(found, tuple) else found).__dict__["_dtype_asked"] = asked
         return found
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "image_size" and isinstance(value, int):
-            value = check_size(name, value)
-        super().__setattr__(name, value)  # type: ignore[no-untyped-call]
-        if name in _LABELS:
-            self.__dict__["_labels_given"] = True
-        if name in _OUTPUTS and value is not None:
-            self.__dict__[_OUTPUTS[name == "out_indices"]] = None
-
     @property
     def is_classifier(self) -> bool:
         """Whether the embedding is the scores of the trunk's own classifier, and the labels (if any) are theirs."""
@@ -655,6 +648,24 @@ def _checked_init(self: TimmTowerConfig, /, **kwargs: Any) -> None:
         raise ConfigError(f"TimmTowerConfig: {one_line(error.__cause__ or error)}") from error
 
 TimmTowerConfig.__init__ = _checked_init  # type: ignore[method-assign, assignment]
+
+@wraps(TimmTowerConfig.__setattr__)
+def _checked_setattr(self: TimmTowerConfig, name: str, value: Any) -> None:
+    """As `AutoModel.from_pretrained(..., name=value)` sets it: `ConfigError` where `@strict` would raise another."""
+    if name == "image_size" and value is not None:
+        value = check_size(name, value)
+    try:
+        _checked_setattr.__wrapped__(self, name, value)
+    except StrictDataclassError as error:
+        raise ConfigError(f"TimmTowerConfig: {one_line(error.__cause__ or error)}") from error
+    if value is not None and name in _RULES and not _RULES[name][1](value):
+        raise ConfigError(f"{name}={shown(value)}: expected {_RULES[name][0]}")
+    if name in _LABELS:
+        self.__dict__["_labels_given"] = True
+    if name in _OUTPUTS and value is not None:
+        self.__dict__[_OUTPUTS[name == "out_indices"]] = None
+
+TimmTowerConfig.__setattr__ = _checked_setattr  # type: ignore[method-assign, assignment]
 
 def _misfits_of(values: dict[str, Any]) -> list[str]:
     """Names of values that do not keep their rule."""
@@ -3675,7 +3686,7 @@ def forward_hidden(
     if not hasattr(trunk, "forward_intermediates"):
         raise ConfigError(f"{type(trunk).__name__} has no forward_intermediates in timm {timm.__version__}")
     layers: Any = trunk.feature_info
-    first, thread, taken = _first_block(trunk), get_ident(), list[torch.Tensor]()
+    first, thread, taken = first_block(trunk), get_ident(), list[torch.Tensor]()
     stems = 0 if first is None else 1
     length = len(layers) + stems
     places = _chosen(wanted, length)
@@ -3711,7 +3722,7 @@ def _chosen(wanted: Any, length: int) -> set[int]:
         )
     return {index % length for index in indices}
 
-def _first_block(trunk: nn.Module) -> nn.Module | None:
+def first_block(trunk: nn.Module) -> nn.Module | None:
     """The module that takes what the trunk's stem gives; None where timm's first intermediate is the stem's own."""
     layers: Any = trunk.feature_info
     # blocks.0, blocks.1, ... and stage1, stage2, ... are of one kind; a stem is named otherwise: stem, stages.0, ...
@@ -3722,12 +3733,17 @@ def _first_block(trunk: nn.Module) -> nn.Module | None:
     if name not in modules:  # some lists of timm name a module otherwise than the model does
         name = next(each for each in modules if each.endswith(("blocks.0", "stages.0")))
     # The list may name the last block of each stage.
-    block = next(modules[name.rpartition(".")[0]].children()) if "." in name else modules[name]
+    block: nn.Module = next(modules[name.rpartition(".")[0]].children()) if "." in name else modules[name]
     while isinstance(block, nn.ModuleList):
-        block = block[0]
+        block = next(block.children())
     # A sequence that begins with the stem takes the image.
     own = next(trunk.parameters())
-    return None if any(parameter is own for parameter in block.parameters()) else block
+    if any(parameter is own for parameter in block.parameters()):
+        return None
+    # Gradient checkpointing runs the parts of a sequence and not the sequence.
+    while type(block) is nn.Sequential and len(block):
+        block = next(block.children())
+    return block
 
 def _stem_output(trunk: nn.Module, taken: list[torch.Tensor], width: int, grid: Sequence[int] | None) -> torch.Tensor:
     """Of what the first block took, the features; as a map where there is a `grid` of the first layer's."""
@@ -3816,21 +3832,39 @@ def run_tower(
     hidden = model.config.output_hidden_states if hidden is None else hidden
     attentions = model.config.output_attentions if attentions is None else attentions
     states = None
-    with attention_maps(trunk) if attentions else nullcontext() as maps:
-        # As in transformers an empty list or 0 asks for none.
-        if hidden:
-            features, states = forward_hidden(trunk, images, hidden)
-        else:
-            features = trunk.forward_features(images)
     embedding = None
+    with weights_in_place(trunk):
+        with attention_maps(trunk) if attentions else nullcontext() as maps:
+            # As in transformers an empty list or 0 asks for none.
+            if hidden:
+                features, states = forward_hidden(trunk, images, hidden)
+            else:
+                features = trunk.forward_features(images)
+        if pools or pools is None:
+            if model.steps == "features":
+                pooled = features
+            else:
+                # Where the trunk's forward is more than these two steps, it runs whole: the embedding is what it gives.
+                pooled = trunk.forward_head(features) if model.steps == "features, head" else trunk(images)
     if pools or pools is None:
-        if model.steps == "features":
-            pooled = features
-        else:
-            # Where the trunk's forward is more than these two steps, it runs whole: the embedding is what it gives.
-            pooled = trunk.forward_head(features) if model.steps == "features, head" else trunk(images)
         embedding = run_head(model.head, model._head_input, pooled)
     return features, embedding, states, None if maps is None else tuple(maps)
+
+@contextmanager
+def _hooked(trunk: Any, hook: Any) -> Iterator[None]:
+    hook.pre_forward(trunk)
+    try:
+        yield
+    finally:
+        hook.post_forward(trunk, None)
+
+def weights_in_place(trunk: nn.Module) -> Any:
+    """A context in which the trunk's own parameters (class token, positions) are there, where accelerate offloads them.
+
+    Its hook brings them for `trunk(...)` alone, and most of what runs of a trunk are other methods.
+    """
+    hook = getattr(trunk, "_hf_hook", None)
+    return nullcontext() if hook is None else _hooked(trunk, hook)
 
 def prepared(model: Any, images: torch.Tensor, other_size: bool | None = None) -> torch.Tensor:
     """The images as the trunk takes them; `ArgumentError` for whole numbers, or a size that it does not take."""
@@ -3956,11 +3990,11 @@ def refuse_changed(stored: TimmTowerConfig, given: TimmTowerConfig, folder: Path
             "it without, change it, and save it. With hf_timm_tower installed from_pretrained takes image_size=..."
         )
 
-def refuse_misfits(name: str, info: Mapping[str, Any], allowed: list[str]) -> None:
+def refuse_misfits(name: str, info: Mapping[str, Any], allowed: list[str], left_out: tuple[str, ...]) -> None:
     """Refuse, by `WeightsError`, a model whose weights did not all come from the files, and the other way round."""
     misfits = {
         "missing": sorted(set(info["missing_keys"]) - set(allowed)),
-        "unexpected": sorted(info["unexpected_keys"]),
+        "unexpected": sorted(key for key in info["unexpected_keys"] if not key.startswith(left_out)),
         "of another shape": sorted(key[0] for key in info["mismatched_keys"]),
     }
     lines = [f"{len(keys)} {what}: {', '.join(map(shown, keys[:5]))}" for what, keys in misfits.items() if keys]
@@ -4017,11 +4051,17 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
     supports_gradient_checkpointing: bool
     _supports_sdpa = True
     _has_classifier = False
+    _leaves_out: tuple[str, ...] = (f"{CLASSIFIER}.",)
 
     trunk: nn.Module
     head: nn.Module
 
-    def __init__(self, config: TimmTowerConfig, _loading: TowerLoading | None = None) -> None:
+    def __init__(self, config: TimmTowerConfig, _loading: TowerLoading | None = None, **unknown: Any) -> None:
+        for name in unknown:  # what neither transformers' `from_pretrained` nor the config knew
+            raise ArgumentError(
+                f"{type(self).__name__}: unknown argument {shown(name)}{did_you_mean(name, OUR_FIELDS)}; of "
+                "hf_timm_tower TimmModel.from_pretrained takes drop_path and patch_drop"
+            )
         on_meta, wanted = torch.empty(0).is_meta, torch.get_default_dtype()
         make_head = None
         if _loading is not None and config.head is not None and config.head.get("form") == CODE:
@@ -4085,9 +4125,11 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         """None: images have no table of embeddings."""
         return None
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Refused, see `get_input_embeddings`."""
         raise ArgumentError(f"{type(self).__name__} takes images and has no input embeddings to set")
+
+    resize_token_embeddings = set_input_embeddings
 
     def follow_attn_implementation(self) -> None:
         """Let timm's layers run fused or not as `config._attn_implementation` says, which others set too."""
@@ -4251,7 +4293,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         model._loading = None
         vars(model.config).pop("_dtype_asked", None)  # it was for this load
         if not ignore_mismatched_sizes:
-            refuse_misfits(loading.place, info, allowed=loading.fresh)
+            refuse_misfits(loading.place, info, allowed=loading.fresh, left_out=model._leaves_out)
         warn_of_changes(loading, info)
         if frozen:
             apply_frozen(model, model.config.frozen)
@@ -4281,8 +4323,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         saved_with_one = type(model).__name__.removeprefix("FSDP") in (stored.config.architectures or ())
         if model._has_classifier and not has_classifier(stored.weights) and not saved_with_one:
             loading.fresh += [f"{CLASSIFIER}.{name}" for name in model.classifier.state_dict()]
-        if not model._has_classifier:
-            loading.left_out += [key for key in stored.weights if key.startswith(f"{CLASSIFIER}.")]
+        loading.left_out += [key for key in stored.weights if key.startswith(model._leaves_out)]
         weights = {key: tensor for key, tensor in stored.weights.items() if key not in loading.left_out}
         if load_config.hf_quantizer is not None or load_config.ignore_mismatched_sizes or len(devices) > 1:
             return stock(model, weights, None, load_config, *args, **kwargs)
@@ -4338,6 +4379,7 @@ class TimmTowerBackbone(BackboneMixin, TimmTowerPreTrainedModel):  # type: ignor
     """
 
     has_attentions = False
+    _leaves_out = ("head.", f"{CLASSIFIER}.")
 
     def _init_transformers_backbone(self) -> None:
         if TimmTowerConfig.model_type not in CONFIG_MAPPING:
@@ -4391,9 +4433,7 @@ class TimmTowerBackbone(BackboneMixin, TimmTowerPreTrainedModel):  # type: ignor
 
     def _read(self, files: Sequence[str], loading: TowerLoading) -> StoredTower:  # type: ignore[override]
         stored = super()._read(files, loading)
-        trunk = {key: tensor for key, tensor in stored.weights.items() if key.startswith("trunk.")}
-        loading.left_out += sorted(set(stored.weights) - set(trunk))
-        return replace(stored, config=without_head(stored.config), weights=trunk)
+        return replace(stored, config=without_head(stored.config))
 
     def forward(
         self,
@@ -4422,13 +4462,14 @@ class TimmTowerBackbone(BackboneMixin, TimmTowerPreTrainedModel):  # type: ignor
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ConfigError("output_attentions: a backbone gives feature maps; TimmTowerModel gives attentions")
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        maps = self.trunk.forward_intermediates(  # type: ignore[operator]
-            prepared(self, pixel_values),
-            indices=None if wanted else self.out_indices,
-            output_fmt="NCHW",
-            intermediates_only=True,
-            stop_early=True,
-        )
+        with weights_in_place(self.trunk):
+            maps = self.trunk.forward_intermediates(  # type: ignore[operator]
+                prepared(self, pixel_values),
+                indices=None if wanted else self.out_indices,
+                output_fmt="NCHW",
+                intermediates_only=True,
+                stop_early=True,
+            )
         chosen = tuple(maps[index] for index in self.out_indices) if wanted else tuple(maps)
         output = BackboneOutput(feature_maps=chosen, hidden_states=tuple(maps) if wanted else None)
         return output if wants_dict(self, return_dict) else output.to_tuple()
@@ -4496,11 +4537,12 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
     """
 
     _has_classifier = True
+    _leaves_out = ()
 
     classifier: nn.Module
 
-    def __init__(self, config: TimmTowerConfig, _loading: TowerLoading | None = None) -> None:
-        super().__init__(config, _loading)
+    def __init__(self, config: TimmTowerConfig, _loading: TowerLoading | None = None, **unknown: Any) -> None:
+        super().__init__(config, _loading, **unknown)
         self.num_labels = self.config.num_labels
         names = self.config.id2label or {}
         if set(names.values()) != set(self.config.label2id or ()):

@@ -1,5 +1,6 @@
 """A tower's forward in eval mode alone, and how far another program's outputs are from it: what the exporters share."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch.nn as nn
 
 from ..reader.config import TimmTowerConfig
 from ..reader.errors import ArgumentError
-from ..reader.tower import HeadInput, run_head
+from ..reader.tower import CLASSIFIER, HeadInput, run_head
 from ..reader.trunk import float_dtype, native_size
 
 
@@ -38,6 +39,11 @@ class EvalTower(nn.Module):
         super().__init__()
         self.config, self.trunk, self.head = tower_parts(tower)
         self.arrangement = HeadInput.of(self.config, self.trunk)
+        if hasattr(tower, CLASSIFIER):
+            warnings.warn(
+                f"the classifier of a {type(tower).__name__} is not exported: what is exported gives the embedding",
+                stacklevel=4,
+            )
 
     def forward(self, images: torch.Tensor) -> Any:
         """Images `[B, in_chans, H, W]` -> what the tower gives."""

@@ -13,11 +13,11 @@ from transformers.modeling_outputs import BackboneOutput
 
 from .config import TimmTowerConfig
 from .errors import ConfigError, shown
-from .forward import prepared, wants_dict
+from .forward import prepared, wants_dict, weights_in_place
 from .hidden_states import HiddenStates
 from .loading import TowerLoading
 from .pretrained import TimmTowerPreTrainedModel
-from .tower import Tower, without_head
+from .tower import CLASSIFIER, Tower, without_head
 from .weights import StoredTower
 
 
@@ -36,6 +36,7 @@ class TimmTowerBackbone(BackboneMixin, TimmTowerPreTrainedModel):  # type: ignor
     """
 
     has_attentions = False
+    _leaves_out = ("head.", f"{CLASSIFIER}.")
 
     def _init_transformers_backbone(self) -> None:
         if TimmTowerConfig.model_type not in CONFIG_MAPPING:
@@ -89,9 +90,7 @@ class TimmTowerBackbone(BackboneMixin, TimmTowerPreTrainedModel):  # type: ignor
 
     def _read(self, files: Sequence[str], loading: TowerLoading) -> StoredTower:  # type: ignore[override]
         stored = super()._read(files, loading)
-        trunk = {key: tensor for key, tensor in stored.weights.items() if key.startswith("trunk.")}
-        loading.left_out += sorted(set(stored.weights) - set(trunk))
-        return replace(stored, config=without_head(stored.config), weights=trunk)
+        return replace(stored, config=without_head(stored.config))
 
     def forward(
         self,
@@ -120,13 +119,14 @@ class TimmTowerBackbone(BackboneMixin, TimmTowerPreTrainedModel):  # type: ignor
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ConfigError("output_attentions: a backbone gives feature maps; TimmTowerModel gives attentions")
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        maps = self.trunk.forward_intermediates(  # type: ignore[operator]
-            prepared(self, pixel_values),
-            indices=None if wanted else self.out_indices,
-            output_fmt="NCHW",
-            intermediates_only=True,
-            stop_early=True,
-        )
+        with weights_in_place(self.trunk):
+            maps = self.trunk.forward_intermediates(  # type: ignore[operator]
+                prepared(self, pixel_values),
+                indices=None if wanted else self.out_indices,
+                output_fmt="NCHW",
+                intermediates_only=True,
+                stop_early=True,
+            )
         chosen = tuple(maps[index] for index in self.out_indices) if wanted else tuple(maps)
         output = BackboneOutput(feature_maps=chosen, hidden_states=tuple(maps) if wanted else None)
         return output if wants_dict(self, return_dict) else output.to_tuple()

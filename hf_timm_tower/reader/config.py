@@ -133,7 +133,7 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """
 
     model_type = "timm_tower"
-    attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "embed_dim"}
+    attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "embed_dim", "num_channels": "in_chans"}
 
     architecture: str = "resnet50"
     model_args: dict[str, Any] | None = None
@@ -205,15 +205,6 @@ class TimmTowerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         (found[0] if isinstance(found, tuple) else found).__dict__["_dtype_asked"] = asked
         return found
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "image_size" and isinstance(value, int):
-            value = check_size(name, value)
-        super().__setattr__(name, value)  # type: ignore[no-untyped-call]
-        if name in _LABELS:
-            self.__dict__["_labels_given"] = True
-        if name in _OUTPUTS and value is not None:
-            self.__dict__[_OUTPUTS[name == "out_indices"]] = None
-
     @property
     def is_classifier(self) -> bool:
         """Whether the embedding is the scores of the trunk's own classifier, and the labels (if any) are theirs."""
@@ -271,6 +262,26 @@ def _checked_init(self: TimmTowerConfig, /, **kwargs: Any) -> None:
 
 
 TimmTowerConfig.__init__ = _checked_init  # type: ignore[method-assign, assignment]
+
+
+@wraps(TimmTowerConfig.__setattr__)
+def _checked_setattr(self: TimmTowerConfig, name: str, value: Any) -> None:
+    """As `AutoModel.from_pretrained(..., name=value)` sets it: `ConfigError` where `@strict` would raise another."""
+    if name == "image_size" and value is not None:
+        value = check_size(name, value)
+    try:
+        _checked_setattr.__wrapped__(self, name, value)
+    except StrictDataclassError as error:
+        raise ConfigError(f"TimmTowerConfig: {one_line(error.__cause__ or error)}") from error
+    if value is not None and name in _RULES and not _RULES[name][1](value):
+        raise ConfigError(f"{name}={shown(value)}: expected {_RULES[name][0]}")
+    if name in _LABELS:
+        self.__dict__["_labels_given"] = True
+    if name in _OUTPUTS and value is not None:
+        self.__dict__[_OUTPUTS[name == "out_indices"]] = None
+
+
+TimmTowerConfig.__setattr__ = _checked_setattr  # type: ignore[method-assign, assignment]
 
 
 def _misfits_of(values: dict[str, Any]) -> list[str]:

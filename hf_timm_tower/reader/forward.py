@@ -1,6 +1,7 @@
 """One forward of a tower as transformers asks for it: features, embedding, inner layers."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,21 +55,41 @@ def run_tower(
     hidden = model.config.output_hidden_states if hidden is None else hidden
     attentions = model.config.output_attentions if attentions is None else attentions
     states = None
-    with attention_maps(trunk) if attentions else nullcontext() as maps:
-        # As in transformers an empty list or 0 asks for none.
-        if hidden:
-            features, states = forward_hidden(trunk, images, hidden)
-        else:
-            features = trunk.forward_features(images)
     embedding = None
+    with weights_in_place(trunk):
+        with attention_maps(trunk) if attentions else nullcontext() as maps:
+            # As in transformers an empty list or 0 asks for none.
+            if hidden:
+                features, states = forward_hidden(trunk, images, hidden)
+            else:
+                features = trunk.forward_features(images)
+        if pools or pools is None:
+            if model.steps == "features":
+                pooled = features
+            else:
+                # Where the trunk's forward is more than these two steps, it runs whole: the embedding is what it gives.
+                pooled = trunk.forward_head(features) if model.steps == "features, head" else trunk(images)
     if pools or pools is None:
-        if model.steps == "features":
-            pooled = features
-        else:
-            # Where the trunk's forward is more than these two steps, it runs whole: the embedding is what it gives.
-            pooled = trunk.forward_head(features) if model.steps == "features, head" else trunk(images)
         embedding = run_head(model.head, model._head_input, pooled)
     return features, embedding, states, None if maps is None else tuple(maps)
+
+
+@contextmanager
+def _hooked(trunk: Any, hook: Any) -> Iterator[None]:
+    hook.pre_forward(trunk)
+    try:
+        yield
+    finally:
+        hook.post_forward(trunk, None)
+
+
+def weights_in_place(trunk: nn.Module) -> Any:
+    """A context in which the trunk's own parameters (class token, positions) are there, where accelerate offloads them.
+
+    Its hook brings them for `trunk(...)` alone, and most of what runs of a trunk are other methods.
+    """
+    hook = getattr(trunk, "_hf_hook", None)
+    return nullcontext() if hook is None else _hooked(trunk, hook)
 
 
 def prepared(model: Any, images: torch.Tensor, other_size: bool | None = None) -> torch.Tensor:

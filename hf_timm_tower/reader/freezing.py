@@ -83,7 +83,9 @@ def frozen_names(tower: nn.Module, frozen: dict[str, Any]) -> tuple[set[str], se
     check_frozen(frozen)
     first_names = {id(parameter): name for name, parameter in tower.named_parameters()}
     every_name = dict(tower.named_parameters(remove_duplicate=False))
-    parameters = _names_under(frozen.get("parameters", []), every_name, "parameters")
+    # DETR has norms whose weight and bias are buffers in the place of BatchNorm: what was frozen there still is.
+    fixed = [name for name, _ in tower.named_buffers() if name.endswith((".weight", ".bias"))]
+    parameters = _names_under(frozen.get("parameters", []), [*every_name, *fixed], "parameters") - set(fixed)
     with_statistics = [name for name, module in tower.named_modules() if keeps_statistics(module)]
     statistics = _names_under(frozen.get("statistics", []), with_statistics, "statistics")
     return {first_names[id(every_name[name])] for name in parameters}, statistics

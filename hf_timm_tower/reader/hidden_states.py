@@ -37,7 +37,7 @@ def forward_hidden(
     if not hasattr(trunk, "forward_intermediates"):
         raise ConfigError(f"{type(trunk).__name__} has no forward_intermediates in timm {timm.__version__}")
     layers: Any = trunk.feature_info
-    first, thread, taken = _first_block(trunk), get_ident(), list[torch.Tensor]()
+    first, thread, taken = first_block(trunk), get_ident(), list[torch.Tensor]()
     stems = 0 if first is None else 1
     length = len(layers) + stems
     places = _chosen(wanted, length)
@@ -75,7 +75,7 @@ def _chosen(wanted: Any, length: int) -> set[int]:
     return {index % length for index in indices}
 
 
-def _first_block(trunk: nn.Module) -> nn.Module | None:
+def first_block(trunk: nn.Module) -> nn.Module | None:
     """The module that takes what the trunk's stem gives; None where timm's first intermediate is the stem's own."""
     layers: Any = trunk.feature_info
     # blocks.0, blocks.1, ... and stage1, stage2, ... are of one kind; a stem is named otherwise: stem, stages.0, ...
@@ -86,12 +86,17 @@ def _first_block(trunk: nn.Module) -> nn.Module | None:
     if name not in modules:  # some lists of timm name a module otherwise than the model does
         name = next(each for each in modules if each.endswith(("blocks.0", "stages.0")))
     # The list may name the last block of each stage.
-    block = next(modules[name.rpartition(".")[0]].children()) if "." in name else modules[name]
+    block: nn.Module = next(modules[name.rpartition(".")[0]].children()) if "." in name else modules[name]
     while isinstance(block, nn.ModuleList):
-        block = block[0]
+        block = next(block.children())
     # A sequence that begins with the stem takes the image.
     own = next(trunk.parameters())
-    return None if any(parameter is own for parameter in block.parameters()) else block
+    if any(parameter is own for parameter in block.parameters()):
+        return None
+    # Gradient checkpointing runs the parts of a sequence and not the sequence.
+    while type(block) is nn.Sequential and len(block):
+        block = next(block.children())
+    return block
 
 
 def _stem_output(trunk: nn.Module, taken: list[torch.Tensor], width: int, grid: Sequence[int] | None) -> torch.Tensor:

@@ -87,11 +87,11 @@ def refuse_changed(stored: TimmTowerConfig, given: TimmTowerConfig, folder: Path
         )
 
 
-def refuse_misfits(name: str, info: Mapping[str, Any], allowed: list[str]) -> None:
+def refuse_misfits(name: str, info: Mapping[str, Any], allowed: list[str], left_out: tuple[str, ...]) -> None:
     """Refuse, by `WeightsError`, a model whose weights did not all come from the files, and the other way round."""
     misfits = {
         "missing": sorted(set(info["missing_keys"]) - set(allowed)),
-        "unexpected": sorted(info["unexpected_keys"]),
+        "unexpected": sorted(key for key in info["unexpected_keys"] if not key.startswith(left_out)),
         "of another shape": sorted(key[0] for key in info["mismatched_keys"]),
     }
     lines = [f"{len(keys)} {what}: {', '.join(map(shown, keys[:5]))}" for what, keys in misfits.items() if keys]

@@ -75,11 +75,12 @@ class TimmTowerForImageClassification(TimmTowerPreTrainedModel):  # type: ignore
     """
 
     _has_classifier = True
+    _leaves_out = ()
 
     classifier: nn.Module
 
-    def __init__(self, config: TimmTowerConfig, _loading: TowerLoading | None = None) -> None:
-        super().__init__(config, _loading)
+    def __init__(self, config: TimmTowerConfig, _loading: TowerLoading | None = None, **unknown: Any) -> None:
+        super().__init__(config, _loading, **unknown)
         self.num_labels = self.config.num_labels
         names = self.config.id2label or {}
         if set(names.values()) != set(self.config.label2id or ()):

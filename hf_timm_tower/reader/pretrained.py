@@ -25,8 +25,8 @@ from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from .computed_buffers import align, computed_buffers, move_to_meta, put_buffers
-from .config import TimmTowerConfig
-from .errors import ArgumentError, ConfigError, FolderError, HeadError
+from .config import OUR_FIELDS, TimmTowerConfig
+from .errors import ArgumentError, ConfigError, FolderError, HeadError, did_you_mean, shown
 from .forward import can_checkpoint, run_tower, steps_of
 from .freezing import apply_frozen, keep_statistics
 from .head import CODE, make_code_head
@@ -63,11 +63,17 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
     supports_gradient_checkpointing: bool
     _supports_sdpa = True
     _has_classifier = False
+    _leaves_out: tuple[str, ...] = (f"{CLASSIFIER}.",)
 
     trunk: nn.Module
     head: nn.Module
 
-    def __init__(self, config: TimmTowerConfig, _loading: TowerLoading | None = None) -> None:
+    def __init__(self, config: TimmTowerConfig, _loading: TowerLoading | None = None, **unknown: Any) -> None:
+        for name in unknown:  # what neither transformers' `from_pretrained` nor the config knew
+            raise ArgumentError(
+                f"{type(self).__name__}: unknown argument {shown(name)}{did_you_mean(name, OUR_FIELDS)}; of "
+                "hf_timm_tower TimmModel.from_pretrained takes drop_path and patch_drop"
+            )
         on_meta, wanted = torch.empty(0).is_meta, torch.get_default_dtype()
         make_head = None
         if _loading is not None and config.head is not None and config.head.get("form") == CODE:
@@ -131,9 +137,11 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         """None: images have no table of embeddings."""
         return None
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Refused, see `get_input_embeddings`."""
         raise ArgumentError(f"{type(self).__name__} takes images and has no input embeddings to set")
+
+    resize_token_embeddings = set_input_embeddings
 
     def follow_attn_implementation(self) -> None:
         """Let timm's layers run fused or not as `config._attn_implementation` says, which others set too."""
@@ -297,7 +305,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         model._loading = None
         vars(model.config).pop("_dtype_asked", None)  # it was for this load
         if not ignore_mismatched_sizes:
-            refuse_misfits(loading.place, info, allowed=loading.fresh)
+            refuse_misfits(loading.place, info, allowed=loading.fresh, left_out=model._leaves_out)
         warn_of_changes(loading, info)
         if frozen:
             apply_frozen(model, model.config.frozen)
@@ -327,8 +335,7 @@ class TimmTowerPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call
         saved_with_one = type(model).__name__.removeprefix("FSDP") in (stored.config.architectures or ())
         if model._has_classifier and not has_classifier(stored.weights) and not saved_with_one:
             loading.fresh += [f"{CLASSIFIER}.{name}" for name in model.classifier.state_dict()]
-        if not model._has_classifier:
-            loading.left_out += [key for key in stored.weights if key.startswith(f"{CLASSIFIER}.")]
+        loading.left_out += [key for key in stored.weights if key.startswith(model._leaves_out)]
         weights = {key: tensor for key, tensor in stored.weights.items() if key not in loading.left_out}
         if load_config.hf_quantizer is not None or load_config.ignore_mismatched_sizes or len(devices) > 1:
             return stock(model, weights, None, load_config, *args, **kwargs)

@@ -94,6 +94,8 @@ class NaFlexProcessor:
         given = [images] if isinstance(images, Image.Image) else list(images)
         if return_tensors not in (None, "pt"):
             raise ArgumentError(f"return_tensors={return_tensors!r}: patches are torch tensors, 'pt'")
+        if others := [type(image).__name__ for image in given if not isinstance(image, Image.Image)]:
+            raise ArgumentError(f"an image of type {others[0]}: expected PIL images, of any aspect")
         batch = self.collate([self.transform(image.convert(self._mode)) for image in given])
         return batch if return_tensors is None else BatchFeature(batch)
 

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from hf_timm_tower import ConfigError, ExportError, FolderError, TimmModel
+from hf_timm_tower.interop.eval_tower import EvalTower
 from hf_timm_tower.interop.onnx import export_onnx
 from hf_timm_tower.interop.torch_export import export_torch
+from hf_timm_tower.modeling import TimmTowerForImageClassification
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "export.py"
 
@@ -155,3 +157,9 @@ def test_the_scripts_help_does_not_pay_for_torch(fresh_process: Callable[..., st
         assert "torch" not in sys.modules
     """
     assert "--format" in fresh_process(code)
+
+
+def test_a_classifier_that_is_not_exported_is_said() -> None:
+    tower = TimmModel("test_resnet", 16, image_size=64)
+    with pytest.warns(UserWarning, match="classifier of a TimmTowerForImageClassification is not exported"):
+        EvalTower(TimmTowerForImageClassification.from_tower(tower, num_labels=3))

@@ -15,6 +15,8 @@ from transformers import (
     Mask2FormerForUniversalSegmentation,
     UperNetConfig,
     UperNetForSemanticSegmentation,
+    VitMatteConfig,
+    VitMatteForImageMatting,
 )
 
 from hf_timm_tower import (
@@ -38,6 +40,7 @@ TRUNKS: dict[str, tuple[dict[str, Any] | None, int, list[int]]] = {
     "swin_tiny_patch4_window7_224": (SMALL_SWIN, 128, [0, 1, 2, 3]),
     "test_vit": (None, 64, [1, 3, 5]),
 }
+MATTING = {"convstream_hidden_sizes": [8, 8, 8], "fusion_hidden_sizes": [16, 8, 8, 8]}
 SMALL = {"encoder_layers": 1, "decoder_layers": 1, "num_queries": 4, "num_labels": 3}
 DETR = {
     "d_model": 32,
@@ -208,6 +211,42 @@ def test_a_detector_and_a_mask_model_come_back(kind: str, tmp_path: Path) -> Non
     with torch.no_grad():
         expected, found = (each(images).to_tuple() for each in (model, type(model).from_pretrained(tmp_path / kind)))
     assert torch.equal(expected[0], found[0])
+
+
+def test_norms_that_were_frozen_before_detr_froze_them_come_back(tmp_path: Path) -> None:
+    tower = make_tower("test_resnet")
+    tower.lock(1, freeze_bn_stats=True)
+    tower.save_pretrained(tmp_path / "tower")
+    assert "trunk.bn1" in (tower.config.frozen or {})["parameters"]
+    config = backbone_of(tmp_path / "tower", out_indices=[4]).config
+    built = DetrForObjectDetection(DetrConfig(backbone_config=config, use_timm_backbone=False, **SMALL, **DETR))
+    built.save_pretrained(tmp_path / "detr")
+    model = DetrForObjectDetection.from_pretrained(tmp_path / "detr")
+    backbone = next(part for part in model.modules() if isinstance(part, TimmTowerBackbone))
+    frozen = {name for name, parameter in backbone.named_parameters() if not parameter.requires_grad}
+    open_before = {name for name, parameter in tower.named_parameters() if parameter.requires_grad}
+    assert frozen == {name for name, _ in backbone.named_parameters()} - open_before
+    assert "trunk.conv1.0.weight" in frozen
+    assert "trunk.bn1.weight" in backbone.state_dict()
+
+
+def test_a_backbone_has_the_channels_of_its_images(tmp_path: Path) -> None:
+    TimmModel("test_vit", 8, image_size=64, model_kwargs={"in_chans": 4}).save_pretrained(tmp_path)
+    config = backbone_of(tmp_path).config
+    matting = VitMatteForImageMatting(VitMatteConfig(backbone_config=config, hidden_size=64, **MATTING))
+    with torch.no_grad():
+        assert matting.eval()(torch.rand(1, 4, 64, 64)).alphas.shape == (1, 1, 64, 64)
+
+
+@pytest.mark.parametrize("architecture", ["test_vit", "test_resnet"])
+def test_an_offloaded_backbone_leaves_the_head_out_too(architecture: str, tmp_path: Path) -> None:
+    make_tower(architecture).save_pretrained(tmp_path / "tower")
+    images, where = torch.rand(1, 3, 64, 64), {"device_map": {"": "disk"}, "offload_folder": tmp_path / "kept"}
+    expected = backbone_of(tmp_path / "tower")(images).feature_maps
+    with pytest.warns(UserWarning, match=r"weights that this model leaves out: head\."):
+        backbone = TimmTowerBackbone.from_pretrained(tmp_path / "tower", **where)
+    for _ in range(2):
+        assert torch.allclose(backbone(images).feature_maps[0], expected[0], rtol=1e-5, atol=1e-6)
 
 
 def test_activations_that_detr_takes_away_with_their_norms_are_missed(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import transformers
 from packaging.version import Version
@@ -275,3 +276,17 @@ def test_what_is_set_on_the_whole_reaches_the_trunk(towers: Path) -> None:
     assert len(maps) == len(trunk.blocks)
     states = model.eval()(**given, output_hidden_states=True).encoder_hidden_states
     assert len(states) == len(trunk.blocks) + 1
+
+
+@pytest.mark.parametrize("architecture", ["test_resnet", "test_efficientnet", "test_vit"])
+def test_there_are_as_many_layers_as_hidden_states_after_the_first(architecture: str, tmp_path: Path) -> None:
+    TimmModel(architecture, 12, image_size=64).save_pretrained(tmp_path)
+    encoder = encoder_of(tmp_path).eval()
+    states = encoder(torch.rand(1, 3, 64, 64), output_hidden_states=True).hidden_states
+    assert encoder.config.num_hidden_layers == len(states) - 1
+
+
+def test_what_is_no_tower_is_named_as_an_encoder_too(tmp_path: Path) -> None:
+    timm.models.save_for_hf(timm.create_model("test_vit"), tmp_path, safe_serialization=True)
+    with pytest.raises(ConfigError, match=r"seems to be a timm model: TimmModel\.from_timm"):
+        TimmTowerEncoder.from_pretrained(tmp_path)

@@ -139,6 +139,20 @@ def test_attention_maps_are_those_that_timm_extracts(folders: dict[str, Path], n
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules()), "nothing stays behind"
 
 
+@pytest.mark.parametrize("architecture", ["test_efficientnet", "test_vit", "test_convnext", "test_resnet"])
+def test_recomputed_activations_are_the_same_hidden_states(architecture: str) -> None:
+    trunk: Any = timm.create_model(architecture, num_classes=0).eval()
+    images = torch.rand(1, 3, 64, 64)
+    _, expected = forward_hidden(trunk, images, True)
+    trunk.set_grad_checkpointing(True)
+    _, found = forward_hidden(trunk, images, True)
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours is not None
+        assert theirs is not None
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
 def test_attention_maps_have_a_graph_and_leave_modes_alone(folders: dict[str, Path]) -> None:
     model = TimmTowerForImageClassification.from_pretrained(folders["vit"], num_labels=3, attn_implementation="eager")
     model.train()

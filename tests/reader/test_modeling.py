@@ -13,7 +13,7 @@ import torch.nn as nn
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertConfig, BertModel, VisionTextDualEncoderModel
 
-from hf_timm_tower import ConfigError, HeadError, TimmModel, TimmTowerConfig, WeightsError, register_head
+from hf_timm_tower import ArgumentError, ConfigError, HeadError, TimmModel, TimmTowerConfig, WeightsError, register_head
 from hf_timm_tower.build import build_for_transformers
 from hf_timm_tower.modeling import TimmTowerForImageClassification, TimmTowerModel
 
@@ -240,13 +240,47 @@ def test_device_map(towers: Towers, device_map: Any) -> None:
         assert torch.equal(model(images).pooler_output, embedding(towers["swin"], images))
 
 
-def test_disk_offload_keeps_the_trunk_in_one_piece(towers: Towers, tmp_path: Path) -> None:
-    images = images_for(towers["swin"])
+@pytest.mark.parametrize("name", ["swin", "vit", "cnn"])  # vit: parameters of the trunk itself
+def test_disk_offload_keeps_the_trunk_in_one_piece(towers: Towers, name: str, tmp_path: Path) -> None:
+    images = images_for(towers[name])
     model = TimmTowerModel.from_pretrained(
-        towers["swin"], device_map={"trunk": "disk", "head": "cpu"}, offload_folder=tmp_path
+        towers[name], device_map={"trunk": "disk", "head": "cpu"}, offload_folder=tmp_path
     )
     with torch.no_grad():
-        assert torch.allclose(model(images).pooler_output, embedding(towers["swin"], images), rtol=1e-5, atol=1e-6)
+        for _ in range(2):
+            assert torch.allclose(model(images).pooler_output, embedding(towers[name], images), rtol=1e-5, atol=1e-6)
+        assert model(images, output_hidden_states=True).hidden_states is not None
+    assert all(parameter.is_meta for parameter in model.trunk.parameters())
+
+
+def test_a_classifier_is_left_out_with_a_warning_where_transformers_reads_the_files(
+    towers: Towers, tmp_path: Path
+) -> None:
+    model = TimmTowerForImageClassification.from_pretrained(towers["vit"], num_labels=3)
+    model.save_pretrained(tmp_path / "tower")
+    where = {"device_map": {"trunk": "disk", "head": "cpu"}, "offload_folder": tmp_path / "kept"}
+    with pytest.warns(UserWarning, match=r"weights that this model leaves out: classifier\.bias"):
+        TimmTowerModel.from_pretrained(tmp_path / "tower", **where)
+
+
+def test_arguments_that_nobody_takes_are_named(towers: Towers) -> None:
+    for model in (AutoModel, TimmTowerModel, TimmTowerForImageClassification):
+        with pytest.raises(ArgumentError, match=r"unknown argument 'imagesize' \(did you mean image_size\?\)"):
+            model.from_pretrained(towers["vit"], imagesize=96)
+        with pytest.raises(ArgumentError, match=r"'drop_path'.*TimmModel\.from_pretrained takes drop_path"):
+            model.from_pretrained(towers["vit"], drop_path=0.1)
+
+
+@pytest.mark.parametrize("given", [{"image_size": "96"}, {"image_size": True}, {"pool": 3}, {"problem_type": "nope"}])
+def test_values_of_another_kind_are_named(towers: Towers, given: dict[str, Any]) -> None:
+    name, value = next(iter(given.items()))
+    with pytest.raises(ConfigError, match=rf"{name}.*{value!r}"):
+        AutoModel.from_pretrained(towers["vit"], **given)
+
+
+def test_there_are_no_words_to_add(towers: Towers) -> None:
+    with pytest.raises(ArgumentError, match="takes images and has no input embeddings"):
+        TimmTowerModel.from_pretrained(towers["vit"]).resize_token_embeddings(10)
 
 
 @pytest.mark.parametrize("name", ["cnn", "rope", "swin"])

@@ -144,3 +144,5 @@ def test_what_cannot_be_is_refused() -> None:
         tower().naflex(0)
     with pytest.raises(ArgumentError, match="no images"):
         tower().naflex()([])
+    with pytest.raises(ArgumentError, match="an image of type Tensor: expected PIL images"):
+        tower().naflex()(torch.rand(1, 3, 64, 64))  # type: ignore[arg-type]

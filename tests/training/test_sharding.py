@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from hf_timm_tower import TimmModel, WeightsError
+from hf_timm_tower import TimmModel, TimmTowerEncoder, TimmTowerEncoderConfig, WeightsError
 from hf_timm_tower.training.sharding import refuse_sharded
 
 
@@ -36,6 +36,19 @@ def test_fully_sharded_weights_are_refused_and_gathered_ones_are_not(mesh: dist.
     refuse_sharded(gathered)
     assert gathered.keys() == expected.keys()
     assert all(torch.equal(gathered[key], expected[key]) for key in expected)
+
+
+def test_an_encoder_says_how_to_gather_too(mesh: dist.DeviceMesh, tmp_path: Path) -> None:
+    encoder = TimmTowerEncoder(TimmTowerEncoderConfig(tower_config=TimmModel("test_vit", 16).config))
+    expected = {key: value.clone() for key, value in encoder.state_dict().items()}
+    fully_shard(encoder, mesh=mesh)
+    with pytest.raises(WeightsError, match=r"DTensor.*get_model_state_dict"):
+        encoder.save_pretrained(tmp_path / "encoder")
+    assert not (tmp_path / "encoder").exists()
+    gathered = get_model_state_dict(encoder, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    encoder.save_pretrained(tmp_path / "encoder", state_dict=gathered)
+    again = TimmTowerEncoder.from_pretrained(tmp_path / "encoder").state_dict()
+    assert all(torch.equal(again[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("placement", [Shard(0), Replicate()])
