@@ -45,6 +45,11 @@ def describe(tower: Any, outputs: Outputs, rows_per_shard: int, source: dict[str
             os.path.abspath(origin["loaded_from"])
         )  # it is loaded again from other folders
     values = probe_values(tower, outputs)
+    if odd := [name for name, value in tower.state_dict().items() if not isinstance(value, torch.Tensor)]:
+        raise TowerError(
+            f"{odd[0]} is no tensor, as in layers that torch.ao.quantization makes: such a tower cannot be told from "
+            "others; use embed, or quantize with quantization_config="
+        )
     return {
         "manifest_version": MANIFEST_VERSION,
         "made_by": "hf_timm_tower",

@@ -65,7 +65,7 @@ def embed_to_folder(
 
     Raises:
         FolderError: the folder holds something else, another process writes into it, or the disk is full.
-        ArgumentError: an image cannot be used and `errors="raise"`; what came before it is kept.
+        ArgumentError: an image cannot be used and `errors="raise"`; the shards before it are kept.
     """
     check_errors(errors)
     place = Path(folder)

@@ -615,3 +615,13 @@ def test_a_tower_without_weights_says_so(tower: TimmModel, paths: list[str]) -> 
     for model, device in ((tower, "meta"), (copy.deepcopy(tower).to("meta"), None)):
         with pytest.raises(ArgumentError, match="meta device has no weights"):
             embed(model, paths, device=device)
+
+
+@pytest.mark.parametrize("form", [None, "torch", "numpy", "arrow", "polars"])
+def test_a_table_may_have_any_format_and_a_column_is_images(
+    tower: TimmModel, paths: list[str], expected: torch.Tensor, form: str | None
+) -> None:
+    table = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
+    stream = table.to_iterable_dataset()
+    for images in (table.with_format(form), stream.with_format(form), table["image"], stream["image"]):
+        assert torch.equal(embed(tower, images, num_workers=0), expected)

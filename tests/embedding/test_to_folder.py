@@ -294,6 +294,14 @@ def test_what_no_table_can_hold_is_refused_before_anything_is_written(
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_a_tower_whose_weights_are_no_tensors_is_refused(images: Path, tmp_path: Path) -> None:
+    tower = TimmModel("test_vit", embed_dim=8).eval()
+    quantized = torch.ao.quantization.quantize_dynamic(tower, {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(TowerError, match="quantization_config="):
+        embed_to(quantized, images, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_only_vectors_of_finite_numbers_are_searched(images: Path, tmp_path: Path) -> None:
     few = [images / f"{number:03}.png" for number in range(3)]
     maps = headed(lambda y: y[:, :, None].expand(-1, -1, 2))
