@@ -138,11 +138,12 @@ class Embedder:
                 failures.append(Failure(first + place, name, reason_of(error)))
                 continue
             if pixels is None:
-                pixels = made.new_zeros((size, *made.shape))
+                pixels = made.new_empty((size, *made.shape))
             pixels[place] = made
             good.append(place)
         if pixels is None:
-            pixels = torch.zeros((size, *self.preparer.shape), device="cpu")
+            pixels = torch.empty((size, *self.preparer.shape), device="cpu")
+        pixels[[place for place in range(size) if place not in good]] = 0
         return pixels, Block(first, [name for name, _ in items], good, {}, None, failures)
 
     def run(self, prepared: tuple[torch.Tensor, Block]) -> Block:

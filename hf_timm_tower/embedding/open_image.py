@@ -89,10 +89,10 @@ def portable(image: Any) -> Any:
     if isinstance(image, Image.Image):
         load_pixels(image)
         image = _upright(image).copy()
-        for key in [key for key in image.info if "exif" in str(key) or "xmp" in str(key)]:
-            del image.info[
-                key
-            ]  # an orientation that the caller has changed since is not sent, the one in here would be
+        # An orientation that the caller has changed since is not sent; the one in here would be.
+        image.info = {
+            key: value for key, value in image.info.items() if "exif" not in str(key) and "xmp" not in str(key)
+        }
         return image
     if isinstance(image, torch.Tensor):  # a view would take along what it is a view of
         return image.detach().cpu().clone()

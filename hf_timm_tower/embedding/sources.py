@@ -68,10 +68,8 @@ def open_source(images: Any, column: str | None = None) -> Source:
     if isinstance(images, (np.ndarray, torch.Tensor)):
         return _listed(images if images.ndim == 4 else [images])
     module = type(images).__module__
-    if module.startswith("datasets.") and type(images).__name__ not in (
-        "Column",
-        "IterableColumn",
-    ):  # of decoded images
+    decoded = type(images).__name__ in ("Column", "IterableColumn")
+    if module.startswith("datasets.") and not decoded:
         from .hf_datasets import source_of_table
 
         kind, length, rows = source_of_table(images, column)

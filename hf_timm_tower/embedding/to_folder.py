@@ -110,13 +110,7 @@ def _begin(plan: Plan, source: Source, folder: Path, rows_per_shard: int | None)
         check_same(folder, then, now)
         before, place = then["source"].get("place"), source.place
         # names alone would not tell; where the first is gone, it may have moved
-        if (
-            before
-            and place
-            and before != place
-            and os.path.exists(before)
-            and os.path.realpath(before) != os.path.realpath(place)
-        ):
+        if before and place and os.path.exists(before) and os.path.realpath(before) != os.path.realpath(place):
             raise FolderError(
                 f"{folder} holds embeddings of {shown(before)}, not of {shown(place)}: give another folder, or the "
                 "images from where they were"
