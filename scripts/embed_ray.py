@@ -63,7 +63,8 @@ def run(options: argparse.Namespace) -> None:
         "dtype": getattr(torch, options.dtype) if options.dtype else None,
         "num_gpus": options.gpus,
     }
-    claim_output(options.out, options.tower, **how)
+    out = options.out if "://" in options.out else os.path.abspath(options.out)  # Ray's checkpoint takes no other
+    claim_output(out, options.tower, **how)
     address = options.address or os.environ.get("RAY_ADDRESS") or "local"
     # on one machine the actors would leave no core to those that feed them, and all would wait for ever
     cores = max(os.cpu_count() or 1, options.actors * options.cpus + CORES_BESIDE) if address == "local" else None
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
     # after a run that came to its end finds nothing to do, instead of appending everything again.
     ray.data.DataContext.get_current().checkpoint_config = CheckpointConfig(
         id_column=key if is_manifest else "path",
-        checkpoint_path=options.checkpoint or options.out.rstrip("/") + ".checkpoint",
+        checkpoint_path=options.checkpoint or out.rstrip("/") + ".checkpoint",
         delete_checkpoint_on_success=False,
     )
     if is_manifest:
@@ -96,7 +97,7 @@ def run(options: argparse.Namespace) -> None:
         num_cpus=options.cpus,
         **how,
     )
-    embedded.write_parquet(options.out)
+    embedded.write_parquet(out)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -112,6 +113,9 @@ def main(arguments: list[str] | None = None) -> int:
         raise SystemExit(f'{error}: pip install "hf_timm_tower[ray]"') from error
     except TowerError as error:
         print(f"embed_ray: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # pyarrow's for a manifest that is not there has its path alone
+        print(f"embed_ray: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
 

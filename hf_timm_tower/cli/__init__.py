@@ -1,5 +1,6 @@
 """`hf-timm-tower`, the command. torch is imported by the commands that need it, not before."""
 
+import io
 import sys
 
 
@@ -13,4 +14,7 @@ def main() -> None:
         sys.exit(1)
     from .app import app
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files that the output's encoding does not have
+            stream.reconfigure(errors="backslashreplace")
     app()

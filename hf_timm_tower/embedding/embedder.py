@@ -4,6 +4,8 @@ A batch always has `batch_size` places, whatever is in it: missing and broken im
 the bits of an image's embedding, do not depend on how many images there are or which stand beside it.
 """
 
+import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +19,18 @@ from ..reader.trunk import eval_mode, float_dtype
 from .open_image import Preparer, reason_of
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_MOST_AT_ONCE = 2**16  # a manifest may be anybody's
+
+# Held while a tower is in eval mode for a batch only: another thread would see that mode, and run in the one after it.
+_switched = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a fork that another thread makes has the mode before, and no lock that stays
+    os.register_at_fork(before=_switched.acquire, after_in_parent=_switched.release, after_in_child=_switched.release)
+
+
+@contextmanager
+def _evaluating(tower: Any) -> Iterator[None]:
+    with _switched, eval_mode(tower):
+        yield
 
 
 @dataclass(frozen=True)
@@ -40,7 +54,7 @@ class Outputs:
 
     Attributes:
         batch_size: Images of a batch.
-        normalize: Scale every vector (along the last dimension) to length 1.
+        normalize: Scale every vector to length 1, in maps those of the places.
         dtype: Of the result; None: the tower's own.
         tokens: Also the trunk's unpooled features.
         layers: Also the maps of these layers, as `forward_intermediates` counts them.
@@ -55,8 +69,10 @@ class Outputs:
     def __post_init__(self) -> None:
         if not all(type(number) is int for number in self.layers):
             raise ArgumentError(f"layers={shown(self.layers)}: expected a list of whole numbers")
-        if not isinstance(self.batch_size, int) or isinstance(self.batch_size, bool) or self.batch_size < 1:
-            raise ArgumentError(f"batch_size={self.batch_size!r}: expected a whole number from 1 on")
+        if type(self.batch_size) is not int or not 1 <= self.batch_size <= _MOST_AT_ONCE:
+            raise ArgumentError(
+                f"batch_size={self.batch_size!r}: expected a whole number from 1 on, to {_MOST_AT_ONCE}"
+            )
         if self.dtype is not None and self.dtype not in _DTYPES:
             raise ArgumentError(f"dtype={self.dtype}: expected one of {', '.join(map(str, _DTYPES))}, or None")
 
@@ -94,7 +110,8 @@ class Embedder:
         self.tower, self.outputs = tower, outputs
         self.preparer = Preparer(tower.config)
         self._anchor = next(tower.parameters())
-        self._trains = any(part.training for part in tower.modules())
+        with _switched:
+            self._trains = any(part.training for part in tower.modules())
 
     def __call__(self, task: tuple[int, Sequence[tuple[str, Any]]]) -> Block:
         """The position of the first image and up to `batch_size` pairs (id, image) -> their block."""
@@ -121,11 +138,12 @@ class Embedder:
                 failures.append(Failure(first + place, name, reason_of(error)))
                 continue
             if pixels is None:
-                pixels = made.new_zeros((size, *made.shape))
+                pixels = made.new_empty((size, *made.shape))
             pixels[place] = made
             good.append(place)
         if pixels is None:
-            pixels = torch.zeros((size, *self.preparer.shape), device="cpu")
+            pixels = torch.empty((size, *self.preparer.shape), device="cpu")
+        pixels[[place for place in range(size) if place not in good]] = 0
         return pixels, Block(first, [name for name, _ in items], good, {}, None, failures)
 
     def run(self, prepared: tuple[torch.Tensor, Block]) -> Block:
@@ -137,7 +155,7 @@ class Embedder:
         pixels = pixels.to(device, float_dtype(self.tower.trunk), non_blocking=True)
         cuda = [device] if device.type == "cuda" else []
         # to ask every module for each batch takes a small trunk 3% of its time
-        evaluating = eval_mode(self.tower) if self._trains else nullcontext()
+        evaluating = _evaluating(self.tower) if self._trains else nullcontext()
         with torch.no_grad(), evaluating, torch.random.fork_rng(devices=cuda), one_thread(device):
             values: dict[str, torch.Tensor] = {}
             form = flattened(self._forward(pixels), "", values)
@@ -177,8 +195,15 @@ class Embedder:
         if not tensor.is_floating_point():
             return tensor
         if self.outputs.normalize and tensor.ndim > 1:  # a number for each image is no vector
-            tensor = F.normalize(tensor, dim=-1)
+            tensor = F.normalize(tensor, dim=self._channels(tensor, path))
         return tensor if self.outputs.dtype is None else tensor.to(self.outputs.dtype)
+
+    def _channels(self, tensor: torch.Tensor, path: str) -> int:
+        """The dimension of a vector: the last, in maps `[N, C, H, W]` the second."""
+        tower = self.tower
+        as_it_is = path == "tokens" or (tower.config.head is None and not path.startswith("layers."))
+        last = as_it_is and getattr(tower.trunk, "output_fmt", None) == "NHWC"
+        return 1 if tensor.ndim == 4 and not last else -1
 
 
 def _overflowed(tensor: torch.Tensor, finished: torch.Tensor) -> list[int]:

@@ -14,13 +14,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 
 from ..load import check_device
 from ..reader.errors import ArgumentError, shown
-from ..reader.image_processing import load_pixels
 from .embedder import Block, Embedder, Outputs
-from .open_image import reason_of
+from .open_image import portable, reason_of
 from .replicas import in_order, usable_cores
 from .sources import Source, in_batches
 
@@ -72,6 +70,10 @@ def make_plan(
         raise ArgumentError(f"num_workers={num_workers!r}: expected a whole number from 0 on, or 'auto'")
     here = next(tower.parameters()).device
     there = here if device is None else torch.empty(0, device=device).device
+    if "meta" in (here.type, there.type):
+        raise ArgumentError(
+            "the meta device has no weights: embed with the tower that from_pretrained gives, elsewhere"
+        )
     if there != here:
         tower = copy.deepcopy(tower).to(there)
     if batch_size is None:
@@ -123,9 +125,7 @@ def _loaded(task: tuple[int, list[tuple[str, Any]]]) -> tuple[int, list[tuple[st
     ready: list[tuple[str, Any]] = []
     for name, image in items:
         try:
-            if isinstance(image, Image.Image):
-                load_pixels(image)
-            ready.append((name, image))
+            ready.append((name, portable(image)))
         except Exception as error:  # as in Embedder
             ready.append((name, ArgumentError(reason_of(error))))
     return first, ready

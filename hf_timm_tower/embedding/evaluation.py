@@ -365,4 +365,5 @@ def _labels(name: str, labels: Any, rows: torch.Tensor) -> Any:
         )
     if not len(array):
         raise ArgumentError(f"{name}: there are none")
-    return array
+    # numpy compares signed with unsigned ones as floats, which large ones are not
+    return array if array.dtype.kind == "U" else array.astype(np.int64)

@@ -72,8 +72,22 @@ def members_of_tar(path: str) -> Iterator[tuple[str, Any]]:
                 if member.isreg() and is_image_name(os.path.basename(member.name)):
                     yield printable(f"{shard}/{member.name}"), _content(archive, member)
                 archive.members.clear()  # type: ignore[attr-defined]  # it would keep every member's header
+            _check_end(archive)
     except (OSError, tarfile.TarError, EOFError) as error:
         yield printable(shard), ArgumentError(f"the shard cannot be read to its end: {shown(str(error))[1:-1]}")
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Whether the end mark is there, and only zeros behind it: tarfile takes a header that is damaged for the end."""
+    file: Any = archive.fileobj
+    file.seek(archive.offset)
+    part = file.read(tarfile.BLOCKSIZE)
+    if len(part) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("it has no end mark")
+    while part:
+        if part.strip(b"\0"):
+            raise tarfile.ReadError(f"no header at byte {archive.offset}, and more behind it")
+        part = file.read(2**20)
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Any:

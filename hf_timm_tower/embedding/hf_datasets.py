@@ -30,8 +30,7 @@ def source_of_table(table: Any, column: str | None) -> tuple[str, int | None, Ca
         column = found[0]
     elif features and column not in features:
         raise ArgumentError(f"images: no column {column!r}, there are {shown(list(features))}")
-    if isinstance(table, datasets.Dataset):
-        table = table.with_format(None)
+    table = table.with_format(None)
     if isinstance(features.get(column), datasets.Image):
         table = table.cast_column(column, datasets.Image(decode=False))
     name = column

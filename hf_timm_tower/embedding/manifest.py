@@ -45,6 +45,11 @@ def describe(tower: Any, outputs: Outputs, rows_per_shard: int, source: dict[str
             os.path.abspath(origin["loaded_from"])
         )  # it is loaded again from other folders
     values = probe_values(tower, outputs)
+    if odd := [name for name, value in tower.state_dict().items() if not isinstance(value, torch.Tensor)]:
+        raise TowerError(
+            f"{odd[0]} is no tensor, as in layers that torch.ao.quantization makes: such a tower cannot be told from "
+            "others; use embed, or quantize with quantization_config="
+        )
     return {
         "manifest_version": MANIFEST_VERSION,
         "made_by": "hf_timm_tower",
@@ -135,8 +140,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise FormatError(
             f"{place}: version {shown(found.get('manifest_version'))}, this package reads {MANIFEST_VERSION}"
         )
-    if odd := [name for name in ("tower", "columns", "options", "source") if not isinstance(found.get(name), dict)]:
+    parts = ("tower", "columns", "options", "source", "versions")
+    if odd := [name for name in parts if not isinstance(found.get(name), dict)]:
         raise FormatError(f"{place}: {odd[0]} is {shown(found.get(odd[0]))}, expected an object")
+    texts = [found["source"].get(name) for name in ("kind", "place")]
+    texts += [found["tower"].get(name) for name in ("loaded_from", "commit")]
+    if odd := [text for text in texts if not isinstance(text, str | None)]:
+        raise FormatError(f"{place}: {shown(odd[0])} in source or tower, expected a text")
     if not found["columns"] or not all(map(_is_column, found["columns"].values())):
         raise FormatError(f"{place}: columns are {shown(found['columns'])}, expected shape and dtype of each")
     if type(rows := found.get("rows_per_shard")) is not int or rows < 1:
@@ -173,8 +183,7 @@ def check_same(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
         "options": f"the options were {shown({key: was_done.get(key) for key in odd}, 200)} and "
         f"are {shown({key: is_done[key] for key in odd}, 200)}",
     }
-    was: dict[str, Any] = then.get("versions") or {}
-    origin: dict[str, Any] = then.get("tower") or {}
+    was, origin = then.get("versions") or {}, then.get("tower") or {}
     versions = [f"{key} {was.get(key)} then, {new} now" for key, new in now["versions"].items() if was.get(key) != new]
     raise FolderError(
         f"{folder} holds embeddings of something else ({shown(origin.get('loaded_from') or origin.get('architecture'))}"

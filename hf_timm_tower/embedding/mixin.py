@@ -47,7 +47,7 @@ class EmbeddingMixin(nn.Module):
             batch_size: Images that run at once; None: 8 on a CPU (there in each process), 32 elsewhere.
             num_workers: Processes: on a CPU, of one thread each, that decode and run the tower; elsewhere, that decode
                 in front of it. `"auto"`: one for each core that this process may use, fewer for few images; 0: none.
-            normalize: Scale every embedding to length 1.
+            normalize: Scale every embedding to length 1; in tokens and maps, the vector of each place.
             dtype: Of the result; None: what the tower gives.
             device: Where to run, on a copy of the tower; None: where it is.
             progress: Show a bar.

@@ -19,7 +19,10 @@ def unit_rows(name: str, vectors: Any) -> torch.Tensor:
     Raises:
         ArgumentError: they have another form, or a number in them is not finite.
     """
-    rows = torch.as_tensor(vectors).detach().cpu()
+    try:
+        rows = torch.as_tensor(vectors).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"{name}: expected one vector of floats for each image: {error}") from error
     if rows.ndim != 2 or not rows.is_floating_point() or not rows.shape[1]:
         raise ArgumentError(f"{name}: {list(rows.shape)} of {rows.dtype}, expected one vector of floats for each image")
     rows = rows.float()

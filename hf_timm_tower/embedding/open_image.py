@@ -66,7 +66,7 @@ class Preparer:
             if len(pixels) != 1:
                 raise ArgumentError(f"{len(pixels)} images in one array or tensor: expected one")
             return pixels[0]
-        raise ArgumentError(f"a {type(image).__name__}: expected a path, bytes, a PIL image, an array or a tensor")
+        raise _no_image(image)
 
     def import_for(self, image: Any) -> None:
         """Import what such an image needs, before processes are forked: transformers' processors take a second."""
@@ -76,10 +76,40 @@ class Preparer:
             self._processor = TimmTowerImageProcessor.from_tower_config(self._config)
 
     def _of_pil(self, image: Image.Image) -> torch.Tensor:
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        pixels: torch.Tensor = self._transform(in_channels(image, self.channels))
+        pixels: torch.Tensor = self._transform(in_channels(_upright(image), self.channels))
         return pixels
+
+
+def portable(image: Any) -> Any:
+    """The same image for another process, where it has the same pixels.
+
+    Raises:
+        ArgumentError: it is none.
+    """
+    if isinstance(image, Image.Image):
+        load_pixels(image)
+        image = _upright(image).copy()
+        # An orientation that the caller has changed since is not sent; the one in here would be.
+        image.info = {
+            key: value for key, value in image.info.items() if "exif" not in str(key) and "xmp" not in str(key)
+        }
+        return image
+    if isinstance(image, torch.Tensor):  # a view would take along what it is a view of
+        return image.detach().cpu().clone()
+    if isinstance(image, memoryview):
+        return bytes(image)
+    if isinstance(image, (str, os.PathLike, bytes, bytearray, np.ndarray, Exception)):
+        return image
+    raise _no_image(image)
+
+
+def _no_image(image: Any) -> ArgumentError:
+    return ArgumentError(f"a {type(image).__name__}: expected a path, bytes, a PIL image, an array or a tensor")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return ImageOps.exif_transpose(image) if turned else image
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:

@@ -108,6 +108,6 @@ def _times(exact: Embedder, faster: Embedder, pixels: torch.Tensor) -> tuple[flo
 
 
 def _deviation(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> tuple[float, float]:
-    pairs: Any = [(expected[path].double().flatten(1), found[path].double().flatten(1)) for path in expected]
+    pairs: Any = [tuple(each[path].double()[:, None].flatten(1) for each in (expected, found)) for path in expected]
     largest = max(float((one - other).abs().max() / one.abs().max().clamp_min(1e-30)) for one, other in pairs)
     return largest, min(float(F.cosine_similarity(one, other, dim=1).min()) for one, other in pairs)

@@ -91,6 +91,8 @@ def write_shard(
         sync(folder)
     except OSError as error:
         raise folder_error(f"{place} cannot be written", error) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_shards(folder: Path) -> list[Shard]:

@@ -68,14 +68,18 @@ def open_source(images: Any, column: str | None = None) -> Source:
     if isinstance(images, (np.ndarray, torch.Tensor)):
         return _listed(images if images.ndim == 4 else [images])
     module = type(images).__module__
-    if module.startswith("datasets."):
+    decoded = type(images).__name__ in ("Column", "IterableColumn")
+    if module.startswith("datasets.") and not decoded:
         from .hf_datasets import source_of_table
 
         kind, length, rows = source_of_table(images, column)
         return Source(lambda: _pairs(rows(), None), length, kind)  # it has renamed the column
     if isinstance(images, (list, tuple)) and images and all(map(_is_shard, images)):
         return Source(lambda: _members(list(map(os.fspath, images))), None, "webdataset shards")
-    length = len(images) if isinstance(images, Sized) else None
+    try:
+        length = len(images) if isinstance(images, Sized) else None
+    except TypeError:  # of a stream that inherits it, as torch's loader of an iterable dataset
+        length = None
     if not isinstance(images, Iterable):
         if length is None or not hasattr(images, "__getitem__"):
             raise ArgumentError(f"images: a {type(images).__name__} is neither an image nor a set of images")

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..files.disk import folder_error, locked_folder, sync
+from ..files.disk import folder_error, locked_folder, replaced_file, sync
 from ..files.json import write_json
 from ..reader.errors import ArgumentError, FolderError, shown
 from .embed import check_errors, failed, with_progress
@@ -65,7 +65,7 @@ def embed_to_folder(
 
     Raises:
         FolderError: the folder holds something else, another process writes into it, or the disk is full.
-        ArgumentError: an image cannot be used and `errors="raise"`; what came before it is kept.
+        ArgumentError: an image cannot be used and `errors="raise"`; the shards before it are kept.
     """
     check_errors(errors)
     place = Path(folder)
@@ -108,6 +108,13 @@ def _begin(plan: Plan, source: Source, folder: Path, rows_per_shard: int | None)
     now = describe(plan.tower, plan.outputs, 0, {"kind": source.kind, "place": source.place, "images": source.length})
     if then is not None:
         check_same(folder, then, now)
+        before, place = then["source"].get("place"), source.place
+        # names alone would not tell; where the first is gone, it may have moved
+        if before and place and os.path.exists(before) and os.path.realpath(before) != os.path.realpath(place):
+            raise FolderError(
+                f"{folder} holds embeddings of {shown(before)}, not of {shown(place)}: give another folder, or the "
+                "images from where they were"
+            )
         return then, read_shards(folder)
     now["rows_per_shard"] = _rows_per_shard(rows_per_shard, now["columns"], plan.outputs.batch_size)
     write_json(folder / MANIFEST_NAME, now)
@@ -186,15 +193,14 @@ def _finish(folder: Path, manifest: dict[str, Any]) -> None:
     lines = [
         json.dumps({"index": failure.index, "id": failure.id, "reason": failure.reason}) + "\n" for failure in failures
     ]
-    texts = {FAILURES_NAME: "".join(lines)}
+    texts = {}
+    if lines or os.path.lexists(folder / FAILURES_NAME):  # those of an earlier run are mended
+        texts[FAILURES_NAME] = "".join(lines)
     if not os.path.lexists(folder / "README.md"):  # what a person made of it stays
         texts["README.md"] = _CARD
     for name, text in texts.items():
-        try:
-            if text:
-                (folder / name).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise folder_error(f"{folder / name} cannot be written", error) from error
+        with replaced_file(folder / name) as file:
+            file.write(text.encode())
     covered = sum(shard.covered for shard in shards)
     manifest |= {"complete": True, "images": covered, "failures": len(failures)}
     sync(folder)

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -231,3 +233,14 @@ def test_push_then_inspect_from_the_hub_fetches_no_weights(
     assert not [name for name in cached if name.endswith(".safetensors")]
     assert embedded["embeddings"] == 6
     assert StoredEmbeddings(tmp_path / "out").manifest["tower"]["commit"] == facts["commit"]
+
+
+def test_names_that_the_outputs_encoding_does_not_have_are_escaped(saved: Path, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    shutil.copy(images / "0.png", tmp_path / "in" / "日本.png")
+    run("embed", tmp_path / "in", "--to", tmp_path / "out", "--tower", saved, "--workers", 0)
+    program = "from hf_timm_tower.cli import main; main()"
+    words = [sys.executable, "-c", program, "search", tmp_path / "out", images / "0.png"]
+    done = subprocess.run(words, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\\u65e5\\u672c.png" in done.stdout

@@ -214,6 +214,24 @@ def test_a_shard_that_breaks_off_is_listed_and_what_comes_before_is_embedded(tow
     assert found.failures[-1].id.startswith("shard.tar")
 
 
+@pytest.mark.parametrize("damage", ["cut", "cut within", "other bytes", "zeros"])
+def test_a_shard_with_a_damaged_header_is_listed(tower: TimmModel, tmp_path: Path, damage: str) -> None:
+    place = tmp_path / "shard.tar"
+    write_shard(place)
+    with tarfile.open(place) as archive:
+        header = archive.getmembers()[1].offset
+    content = bytearray(place.read_bytes())
+    if damage.startswith("cut"):
+        del content[header + (100 if damage == "cut within" else 0) :]
+    else:
+        content[header : header + 512] = (b"?" if damage == "other bytes" else b"\0") * 512
+    place.write_bytes(content)
+    found = tower.embed(place, num_workers=0, errors="collect", progress=False)
+    assert found.ids == ["shard.tar/0.png"]
+    assert [failure.id for failure in found.failures] == ["shard.tar"]
+    assert "cannot be read to its end" in found.failures[0].reason
+
+
 def test_a_file_that_vanishes_is_listed(tower: TimmModel, tmp_path: Path) -> None:
     paths = [tmp_path / f"{number}.png" for number in range(3)]
     for path in paths:

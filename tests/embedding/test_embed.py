@@ -1,5 +1,6 @@
 """`tower.embed`: every way in gives the same bits, in the order given, and the tower stays as it was."""
 
+import copy
 import io
 import os
 import random
@@ -7,6 +8,7 @@ import signal
 import tarfile
 import textwrap
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -541,3 +543,85 @@ def test_replicas_share_the_pages_of_the_weights(tmp_path: Path, paths: list[str
     size = (tmp_path / "trunk.safetensors").stat().st_size
     assert (found[:, 1] > 0.9 * size).all(), "they are in memory"
     assert (found[:, 2] < 0.01 * size).all(), "and no process has a copy"
+
+
+def test_what_cannot_be_sent_to_a_process_costs_its_row_and_what_can_has_the_same_bits(
+    tower: TimmModel, paths: list[str], expected: torch.Tensor
+) -> None:
+    def turned(path: str, stored: int, now: int | None) -> Image.Image:
+        data, exif = io.BytesIO(), Image.Exif()
+        exif[274] = stored
+        Image.open(path).save(data, "PNG", exif=exif)
+        image = Image.open(data)
+        if now is None:
+            del image.getexif()[274]
+        else:
+            image.getexif()[274] = now
+        return image
+
+    pixels = [torch.from_numpy(np.array(Image.open(path))).float().permute(2, 0, 1) / 255 for path in paths]
+    for images in (
+        [memoryview(Path(path).read_bytes()) for path in paths],
+        [image.requires_grad_() * 1 for image in pixels],
+        [turned(path, 6, None) for path in paths],
+        [turned(path, 1, 6) for path in paths],
+    ):
+        here, there = (embed(tower, images, num_workers=number) for number in (0, 2))
+        assert torch.equal(here, there)
+    assert torch.equal(embed(tower, [turned(path, 6, None) for path in paths], num_workers=2), expected)
+    with open(paths[0], "rb") as file:
+        found = embed(tower, [*paths, file, lambda: None], num_workers=2, errors="collect")
+    assert [failure.reason.partition(":")[0] for failure in found.failures] == ["a BufferedReader", "a function"]
+    whole = torch.rand(COUNT, 3, 40, 40)
+    embed(tower, list(whole), num_workers=2)
+    assert not whole.is_shared()
+
+
+def test_a_stream_that_inherits_a_length_without_having_one(
+    tower: TimmModel, paths: list[str], expected: torch.Tensor
+) -> None:
+    class Stream(torch.utils.data.IterableDataset[str]):
+        def __iter__(self) -> Iterator[str]:
+            return iter(paths)
+
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
+    assert torch.equal(embed(tower, loader), expected)
+
+
+def test_threads_that_embed_with_one_tower_in_training_do_not_see_each_other(paths: list[str]) -> None:
+    torch.manual_seed(0)
+    tower = TimmModel("test_resnet", embed_dim=8).train()
+    before = {name: value.clone() for name, value in tower.state_dict().items()}
+    images = paths * 3
+    expected = embed(tower, images, num_workers=0)
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda number: embed(tower, images, num_workers=number), (0, 0, 2)))
+        assert all(torch.equal(each, expected) for each in found)
+        assert all(part.training for part in tower.modules())
+    assert all(torch.equal(value, before[name]) for name, value in tower.state_dict().items())
+
+
+@pytest.mark.parametrize(("architecture", "channels"), [("test_resnet", 1), ("test_vit", -1)])
+def test_the_vectors_of_a_map_are_those_of_its_places(paths: list[str], architecture: str, channels: int) -> None:
+    tower = TimmModel(architecture, embed_dim=8).eval()
+    found = embed(tower, paths[:2], normalize=True, return_tokens=True, layers=[0])
+    for values, dim in ((found["embedding"], -1), (found["tokens"], channels), (found["layers"][0], 1)):
+        lengths = values.norm(dim=dim)
+        assert torch.allclose(lengths[lengths > 0], torch.ones(()))
+
+
+def test_a_tower_without_weights_says_so(tower: TimmModel, paths: list[str]) -> None:
+    for model, device in ((tower, "meta"), (copy.deepcopy(tower).to("meta"), None)):
+        with pytest.raises(ArgumentError, match="meta device has no weights"):
+            embed(model, paths, device=device)
+
+
+@pytest.mark.parametrize("form", [None, "torch", "numpy", "arrow", "polars"])
+def test_a_table_may_have_any_format_and_a_column_is_images(
+    tower: TimmModel, paths: list[str], expected: torch.Tensor, form: str | None
+) -> None:
+    table = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
+    stream = table.to_iterable_dataset()
+    for images in (table.with_format(form), stream.with_format(form), table["image"], stream["image"]):
+        assert torch.equal(embed(tower, images, num_workers=0), expected)

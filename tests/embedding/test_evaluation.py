@@ -264,3 +264,16 @@ def test_stored_folders_of_classes_are_evaluated_as_their_embeddings_are(digits:
     other = digits.tower.embed_to(tmp_path / "train", tmp_path / "other.emb", normalize=True, num_workers=0)
     with pytest.raises(ArgumentError, match="different towers, or with different options"):
         evaluate_folders(test, other)
+
+
+def test_large_numbers_of_classes_are_told_apart_whatever_their_type() -> None:
+    rows, labels = torch.eye(4), np.arange(2**60, 2**60 + 4)
+    found = retrieval(rows, labels, rows.roll(1, 0), labels.astype(np.uint64), k=[1])
+    assert found.metrics["retrieval_recall_at_1"] == 0
+    assert knn(rows, labels, rows, labels.astype(np.uint64), k=[1]).metrics["knn_1_accuracy"] == 1
+
+
+@pytest.mark.parametrize("vectors", [None, "abc", [[1.0], [1.0, 2.0]]])
+def test_what_are_no_vectors_is_refused(vectors: object) -> None:
+    with pytest.raises(ArgumentError, match="train: expected one vector of floats for each image"):
+        knn(vectors, [0, 1], torch.eye(2), [0, 1])

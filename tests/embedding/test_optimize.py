@@ -66,3 +66,16 @@ def test_a_compiled_tower_is_measured_like_the_others() -> None:
 def test_unknown_steps_are_refused(steps: tuple[str, ...]) -> None:
     with pytest.raises(ArgumentError, match="expected some of reparameterize, channels_last"):
         TimmModel("test_resnet", embed_dim=8, image_size=32).optimize(*steps)
+
+
+def test_a_head_that_gives_a_number_for_each_image_is_measured() -> None:
+    class Score(torch.nn.Module):
+        def __init__(self, width: int, _: int | None) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(width, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x)[:, 0]
+
+    (step,) = TimmModel("test_vit", embed_dim=None, custom_head=Score).optimize("bfloat16", batch_size=2).measured
+    assert 0 < step.relative_difference < 0.1

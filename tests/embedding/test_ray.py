@@ -189,7 +189,7 @@ def test_a_killed_driver_is_gone_on_with_by_the_same_command(
     manifest, out = tmp_path / "manifest.parquet", tmp_path / "out"
     pq.write_table(pa.table({"id": range(IMAGES), "path": photos}), manifest)
     code = "import runpy, sys; main = runpy.run_path(sys.argv[1])['main']; sys.exit(main(sys.argv[2:]) or {})"
-    arguments = [str(ROOT / "scripts" / "embed_ray.py"), tower_folder, str(manifest), str(out)]
+    arguments = [str(ROOT / "scripts" / "embed_ray.py"), tower_folder, "manifest.parquet", "out"]
     arguments += ["--rows-per-file", "8", "--address", "local"]
     path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     # Ray's reader of Parquet starts 32 processes for the footers, whatever there is to read
@@ -197,7 +197,7 @@ def test_a_killed_driver_is_gone_on_with_by_the_same_command(
 
     with open(tmp_path / "log", "wb") as log:
         driver = subprocess.Popen(
-            [sys.executable, "-c", code.format(0), *arguments], env=environment, stdout=log, stderr=log
+            [sys.executable, "-c", code.format(0), *arguments], env=environment, stdout=log, stderr=log, cwd=tmp_path
         )
         deadline = time.monotonic() + 300
         while not list(out.glob("*.parquet")) and driver.poll() is None and time.monotonic() < deadline:
@@ -209,7 +209,7 @@ def test_a_killed_driver_is_gone_on_with_by_the_same_command(
 
     # once more after the end, in the same process: nothing is left to do, and nothing is added
     twice = [sys.executable, "-c", code.format("main(sys.argv[2:])"), *arguments]
-    again = subprocess.run(twice, env=environment, capture_output=True, text=True, timeout=450)
+    again = subprocess.run(twice, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=450)
     assert again.returncode == 0, again.stderr[-3000:]
     table = pa.concat_tables(pq.read_table(path) for path in sorted(out.glob("*.parquet")))
     assert sorted(table["id"].to_pylist()) == list(range(IMAGES)), "every image once"

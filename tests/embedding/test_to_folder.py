@@ -202,7 +202,7 @@ def test_folders_that_cannot_be_used_say_so(tower: TimmModel, images: Path, tmp_
     with pytest.raises(Stop):
         embed_to(tower, stopping(images, 20), tmp_path / "failing")
     (tmp_path / "failing" / "failures.jsonl").mkdir()
-    with pytest.raises(FolderError, match=r"failures\.jsonl cannot be written: Is a directory"):
+    with pytest.raises(FolderError, match=r"failures\.jsonl: cannot be written: Is a directory"):
         embed_to(tower, stopping(images, COUNT + 1), tmp_path / "failing")
     embed_to(tower, images, tmp_path / "damaged")
     damaged = tmp_path / "damaged" / "embeddings-00001.parquet"
@@ -292,6 +292,14 @@ def test_what_no_table_can_hold_is_refused_before_anything_is_written(
     with pytest.raises(TowerError, match=words):
         embed_to(headed(made), images, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_tower_whose_weights_are_no_tensors_is_refused(images: Path, tmp_path: Path) -> None:
+    tower = TimmModel("test_vit", embed_dim=8).eval()
+    quantized = torch.ao.quantization.quantize_dynamic(tower, {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(TowerError, match="quantization_config="):
+        embed_to(quantized, images, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_only_vectors_of_finite_numbers_are_searched(images: Path, tmp_path: Path) -> None:
@@ -440,3 +448,56 @@ def test_a_card_that_somebody_wrote_stays(tower: TimmModel, images: Path, tmp_pa
     (tmp_path / "emb" / "README.md").write_text("Mine.")
     embed_to(tower, images, tmp_path / "emb")
     assert (tmp_path / "emb" / "README.md").read_text() == "Mine."
+
+
+def test_the_images_of_another_folder_are_refused_even_if_they_have_the_same_names(
+    tower: TimmModel, images: Path, tmp_path: Path
+) -> None:
+    first = shutil.copytree(images, tmp_path / "first")
+    embed_to(tower, first, tmp_path / "out")
+    with pytest.raises(FolderError, match=r"holds embeddings of '.*first', not of"):
+        embed_to(tower, images, tmp_path / "out")
+    (tmp_path / "link").symlink_to(first)
+    embed_to(tower, tmp_path / "link", tmp_path / "out")
+    first.rename(tmp_path / "moved")
+    embed_to(tower, tmp_path / "moved", tmp_path / "out")
+
+
+def test_failures_that_were_mended_are_not_listed_any_more(tower: TimmModel, images: Path, tmp_path: Path) -> None:
+    mended = shutil.copytree(images, tmp_path / "images")
+    embed_to(tower, mended, tmp_path / "out")
+    for number in (4, 17):
+        shutil.copy(mended / "000.png", mended / f"{number:03}.png")
+    for shard in (tmp_path / "out").glob("*.parquet"):
+        shard.unlink()
+    assert len(embed_to(tower, mended, tmp_path / "out")) == COUNT
+    assert (tmp_path / "out" / "failures.jsonl").read_text() == ""
+
+
+def test_a_full_disk_leaves_no_part_of_a_shard(saved: Path, images: Path, tmp_path: Path) -> None:
+    program = """
+import resource, sys
+from hf_timm_tower import FolderError, TimmModel
+tower = TimmModel.from_pretrained(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    tower.embed_to(sys.argv[2], sys.argv[3], layers=[0], num_workers=0, progress=False)
+except FolderError as error:
+    print(error)
+"""
+    words = [sys.executable, "-c", program, saved, images, tmp_path / "out"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "embeddings-00000.parquet cannot be written: File too large" in done.stdout
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"versions": 5}, {"source": {"kind": "folder", "place": 7}}, {"tower": {"loaded_from": 5}}]
+)
+def test_a_manifest_with_other_kinds_of_values_is_refused(
+    tower: TimmModel, images: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    stored = embed_to(tower, images, tmp_path / "out")
+    (stored.path / "manifest.json").write_text(json.dumps({**stored.manifest, **change}))
+    with pytest.raises(FormatError, match=r"manifest\.json.*expected an? (object|text)"):
+        StoredEmbeddings(stored.path)
