@@ -163,7 +163,7 @@ def test_loading_opens_a_file_of_the_tower_no_more_often_than_it_did(
 
 # --- what travels
 
-TRAVELLING_LINES = 4590
+TRAVELLING_LINES = 4591
 # Requests of a cold `AutoModel.from_pretrained(..., trust_remote_code=True)`: for code, and in all. transformers 5.4
 # asks once more whether the code is still the same.
 CODE_REQUESTS, REQUESTS = (2, 14) if NEWEST else (3, 15)

