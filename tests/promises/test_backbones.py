@@ -241,7 +241,9 @@ def test_a_backbone_has_the_channels_of_its_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", ["test_vit", "test_resnet"])
 def test_an_offloaded_backbone_leaves_the_head_out_too(architecture: str, tmp_path: Path) -> None:
     make_tower(architecture).save_pretrained(tmp_path / "tower")
-    images, where = torch.rand(1, 3, 64, 64), {"device_map": {"": "disk"}, "offload_folder": tmp_path / "kept"}
+    # transformers 5.4 runs no model that is on disk as a whole.
+    where: dict[str, Any] = {"device_map": {"trunk": "disk", "head": "cpu"}, "offload_folder": tmp_path / "kept"}
+    images = torch.rand(1, 3, 64, 64)
     expected = backbone_of(tmp_path / "tower")(images).feature_maps
     with pytest.warns(UserWarning, match=r"weights that this model leaves out: head\."):
         backbone = TimmTowerBackbone.from_pretrained(tmp_path / "tower", **where)
